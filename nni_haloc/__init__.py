@@ -1,0 +1,38 @@
+"""nni-haloc: hardware-aware automatic low-rank compression (HALOC, AAAI 2023) for NNI.
+
+Names load on first use, so that importing the package is quick and loading a compressed network needs neither NNI nor Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compression import compress, load, save
+    from .finetuning import accuracy, finetune, recalibrate
+    from .nas import Haloc, RankSpace, classification
+    from .predictors import CostTable, latency_table, mac_table, measure_latency, param_table
+    from .ranks import RankPlan, RankRules
+    from .recipe import Recipe
+
+_HOMES = {
+    "compression": ("compress", "load", "save"),
+    "finetuning": ("accuracy", "finetune", "recalibrate"),
+    "nas": ("Haloc", "RankSpace", "classification"),
+    "predictors": ("CostTable", "latency_table", "mac_table", "measure_latency", "param_table"),
+    "ranks": ("RankPlan", "RankRules"),
+    "recipe": ("Recipe",),
+}
+__all__ = sorted(name for names in _HOMES.values() for name in names)
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,98 @@
+"""The command line: ``haloc run``, ``haloc check``, ``haloc results``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from .config import load_config
+from .yaml_files import ConfigError, parse_yaml
+
+app = typer.Typer(
+    help="Hardware-aware low-rank compression of convolutional networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command("run")
+def run_command(
+    run_file: Annotated[Path, typer.Argument(help="settings of the run (YAML)")],
+    out: Annotated[Path, typer.Option(help="folder for the results")] = Path("haloc-run"),
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting, e.g. budget.fraction=0.3")] = None,
+) -> None:
+    """Search, compress and fine-tune without an NNI experiment."""
+    changes = dict(_assignment(text) for text in set_ or [])
+    config = load_config(run_file, changes)
+    sys.path.insert(0, str(run_file.parent.absolute()))  # for a model's factory beside the file, as in a trial
+    from .log import log_to
+    from .run import run
+
+    log_to(out / "log.txt")
+    run(config, out, parameters=changes)
+
+
+@app.command("check")
+def check_command(experiment_file: Annotated[Path, typer.Argument(help="an NNI experiment's file (haloc.yml)")]) -> None:
+    """Check an experiment's file and the settings of its trials, and make NNI's manager ready to start.
+
+    Catches what NNI accepts in silence or reports misleadingly. Reading the manager's files once also spares the first `nnictl create` on a
+    machine its time-out: nnictl gives the manager about three seconds.
+    """
+    from .experiment import check_experiment, warm_up_manager
+
+    trials = check_experiment(experiment_file)
+    warm_up_manager()
+    typer.echo(f"{experiment_file}: ready ({trials})")
+
+
+@app.command("results")
+def results_command(
+    experiment: Annotated[str, typer.Argument(help="id of an NNI experiment, running or stopped")],
+    folder: Annotated[Path, typer.Option(help="where NNI keeps its experiments")] = Path.home() / "nni-experiments",
+) -> None:
+    """Print an experiment's trials: the parameters that each was given, and what it reported for them."""
+    from .experiment import trial_results
+
+    rows = trial_results(folder, experiment)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=f"experiment {experiment}")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("trial", "status") else "right")
+    for row in rows:
+        table.add_row(*(_shown(row.get(column)) for column in columns))
+    console = Console()
+    if not console.is_terminal:  # a pipe or a file has no width to fit
+        console.width = 400
+    console.print(table)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set: expected KEY=VALUE, found {text!r}")
+    try:
+        return key, parse_yaml(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {key}: not a YAML value: {value!r}") from None
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    """Entry point: an error that the user can mend is one line, with exit status 2."""
+    try:
+        app()
+    except ConfigError as error:
+        print(f"haloc: {error}", file=sys.stderr)
+        sys.exit(2)

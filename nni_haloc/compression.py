@@ -1,0 +1,137 @@
+"""A trained model and a plan make a compressed model; a run's folder gives it back."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .candidates import build_candidates, replace_modules
+from .layers import LayerSpec
+from .models import build_model
+from .ranks import RankPlan, rank_name
+from .tucker import Method
+
+RANKS_FILE, COSTS_FILE, METRICS_FILE, WEIGHTS_FILE, MODEL_FILE = (
+    "ranks.json", "costs.json", "metrics.json", "weights.safetensors", "model.json",
+)  # fmt: skip
+
+
+def compress(model: nn.Module, plan: RankPlan, calibration: Tensor | None = None, method: Method | None = None) -> nn.Module:
+    """A compressed copy of a trained ``model``, its layers decomposed afresh at the plan's ranks.
+
+    By the data where ``calibration`` images ``(N, ...)`` are given, else by the weights (`build_candidates`). For the weights that a search
+    trained, see `Haloc.network`. Raises ValueError if the plan names a layer that the model does not have or can't be decomposed so.
+    """
+    specs = _specs(model, plan)
+    wanted = {name: {rank_name(rank): rank} for name, rank in plan.ranks.items() if rank is not None}
+    built = build_candidates(model, specs, wanted, calibration, method)
+    compressed = copy.deepcopy(model)
+    replace_modules(compressed, {name: next(iter(row.values())) for name, row in built.items()})
+    return compressed
+
+
+def restructure(model: nn.Module, plan: RankPlan) -> nn.Module:
+    """A copy of ``model`` with the plan's layers in place and random weights in them: what a state dict is loaded into."""
+    specs = _specs(model, plan)
+    compressed = copy.deepcopy(model)
+    replace_modules(compressed, {name: specs[name].build(rank) for name, rank in plan.ranks.items() if rank is not None})
+    return compressed
+
+
+def _specs(model: nn.Module, plan: RankPlan) -> dict[str, LayerSpec]:
+    modules = dict(model.named_modules())
+    specs = {}
+    for name, rank in plan.ranks.items():
+        if name not in modules:
+            raise ValueError(f"the plan's layer {name!r} is not in {type(model).__name__}")
+        try:
+            specs[name] = spec = LayerSpec.of(name, modules[name])
+        except TypeError as error:
+            raise ValueError(f"the plan's layer {error}") from None
+        if rank is not None and len(rank) != (2 if spec.kind == "conv" else 1):
+            raise ValueError(f"the plan's layer {name!r} is of kind {spec.kind!r}, which does not take the ranks {list(rank)}")
+        most = (spec.out_channels, spec.in_channels) if spec.kind == "conv" else (min(spec.out_channels, spec.in_channels),)
+        if rank is not None and any(r > m for r, m in zip(rank, most, strict=True)):
+            raise ValueError(f"the plan's layer {name!r}: ranks {list(rank)} are above its channels {list(most)}")
+    return specs
+
+
+def save(folder: str | Path, compressed: nn.Module, plan: RankPlan, model: Mapping[str, Any] | None = None) -> None:
+    """Write ``ranks.json``, the weights and, where ``model`` (``name`` and ``arguments`` of `build_model`) is given, ``model.json``."""
+    from safetensors.torch import save_model
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plan.save(folder / RANKS_FILE)
+    save_model(compressed, str(folder / WEIGHTS_FILE))
+    if model is not None:
+        (folder / MODEL_FILE).write_text(json.dumps(dict(model), indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The compressed network of a run's folder, in evaluation mode; needs torch and safetensors, neither NNI nor Lightning.
+
+    ``model``: an instance of the uncompressed network (it is copied), for runs of networks that have no name in ``model.json``.
+    Raises FileNotFoundError or ValueError naming the file that is missing or does not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    folder = Path(folder)
+    for file in (RANKS_FILE, WEIGHTS_FILE, *([MODEL_FILE] if model is None else [])):
+        if not (folder / file).is_file():
+            hint = "; pass the uncompressed model as load(folder, model)" if file == MODEL_FILE else ""
+            raise FileNotFoundError(f"{folder / file}: no such file{hint}")
+    if model is None:
+        try:
+            facts = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
+            model = build_model(str(facts["name"]), facts.get("arguments"), factories=False)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / MODEL_FILE}: {_first_line(error)}") from None
+    compressed = restructure(model, RankPlan.load(folder / RANKS_FILE))
+    try:
+        load_model(compressed, str(folder / WEIGHTS_FILE))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: {_first_line(error)}") from None
+    return compressed.eval()
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load trained weights into ``model`` from ``.safetensors``, ``.pth``, ``.pt`` or ``.th``; the latter never run code from the file.
+
+    A state dict may stand under ``state_dict`` or ``model`` and its names may begin with ``module.`` (data-parallel training).
+    Raises FileNotFoundError or ValueError naming the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(str(path))
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle, zip and safetensors each have their own for a bad file
+        raise ValueError(f"{path}: not a file of weights that can be loaded safely ({_first_line(error)})") from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path}: expected a state dict (names to tensors)")
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: does not fit the model: {' '.join(str(error).split()[6:40])}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

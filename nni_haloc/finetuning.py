@@ -1,0 +1,98 @@
+"""After compression: BatchNorm recalibration, fine-tuning, and accuracy."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from .ranks import evaluating
+from .recipe import Recipe
+
+
+def recalibrate(model: nn.Module, loader: DataLoader, batches: int = 50) -> None:
+    """Set the BatchNorm statistics of ``model`` anew from ``batches`` augmented training batches, equally weighted; nothing else changes.
+
+    Augmented ones, because those are what the network was trained on: plain images cost the original network points.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [m.momentum for m in norms]
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative mean
+            norm.train()
+        for images, _ in islice(loader, batches if norms else 0):
+            model(images.to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def accuracy(model: nn.Module, loader: DataLoader, topk: tuple[int, ...] = (1,)) -> tuple[float, ...]:
+    """Top-k accuracies, 0 to 1, over a loader of ``(images, labels)``."""
+    device = next(model.parameters()).device
+    with evaluating(model), torch.inference_mode():
+        batches = [(model(images.to(device)).cpu(), labels) for images, labels in loader]
+    logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return tuple(float(multiclass_accuracy(logits, labels, num_classes=logits.shape[1], top_k=k, average="micro")) for k in topk)
+
+
+def finetune(
+    model: nn.Module,
+    train: DataLoader,
+    recipe: Recipe,
+    val: DataLoader | None = None,
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+    **trainer: Any,
+) -> nn.Module:
+    """Train ``model`` in place by the recipe, with a progress bar, and return it in evaluation mode.
+
+    ``on_epoch(epoch, metrics)`` is called after each epoch with ``train_loss`` and, where ``val`` is given, ``val_top1``. ``trainer``
+    goes to Lightning's Trainer (devices, precision, loggers, ...).
+    """
+    if recipe.epochs:
+        callbacks = [*trainer.pop("callbacks", []), *([EpochEnd(on_epoch)] if on_epoch else [])]
+        defaults = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+        fit = pl.Trainer(max_epochs=recipe.epochs, callbacks=callbacks, **{**defaults, **trainer})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
+            fit.fit(_Training(model, recipe, len(train)), train, val)
+    return model.eval()
+
+
+class _Training(pl.LightningModule):
+    def __init__(self, model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> None:
+        super().__init__()
+        self.model, self.recipe, self.steps_per_epoch = model.train(), recipe, steps_per_epoch
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self.model(x), y)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_top1", (self.model(x).argmax(1) == y).float().mean(), batch_size=len(y), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        return self.recipe.optimizers(self.model.parameters(), self.steps_per_epoch)
+
+
+class EpochEnd(pl.Callback):
+    """Hands each finished training epoch's metrics on."""
+
+    def __init__(self, on_epoch: Callable[[int, dict[str, float]], None]) -> None:
+        self.on_epoch = on_epoch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.on_epoch(trainer.current_epoch, {k: float(v) for k, v in trainer.callback_metrics.items()})

@@ -1,0 +1,15 @@
+"""The search on NNI: the only folder that imports `nni.nas`."""
+
+import warnings
+
+with warnings.catch_warnings():
+    # NNI wraps every class of torch.nn and wonders at those that are newer than itself.
+    warnings.filterwarnings("ignore", ".*is found to be not a nn.Module.*", RuntimeWarning)
+    import nni.nas.nn.pytorch  # noqa: F401
+
+from .evaluator import classification
+from .space import RankSpace
+from .strategy import Haloc, run_search
+from .updates import SearchDiverged
+
+__all__ = ["Haloc", "RankSpace", "SearchDiverged", "classification", "run_search"]

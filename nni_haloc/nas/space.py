@@ -1,0 +1,91 @@
+"""Step 1: the rank space of a trained network, as an NNI model space of `LayerChoice` mutables."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from nni.nas.nn.pytorch import LayerChoice, ModelSpace
+from torch import Tensor, nn
+
+from ..candidates import build_candidates, replace_modules
+from ..predictors import CostTable, mac_table
+from ..ranks import DENSE, Rank, RankRules, find_layers
+from ..tucker import Method
+
+
+class RankSpace(ModelSpace):
+    """All rank candidates of a trained network; each searched layer is a `LayerChoice` labelled with the layer's name.
+
+    ``model``: any `nn.Module`; it is copied and never changed. ``example_input``: a batch that it takes. ``costs``: the table that the
+    search will use; candidates that cost at least as much as the dense layer in it are dropped (None: MACs). ``calibration``: training
+    images ``(N, ...)`` to decompose for; without them, or with ``decomposition="hosvd"``, the decomposition is by the weights.
+
+    ``forward`` runs every layer's first candidate; ``freeze(sample)`` gives the plain compressed network with copies of the weights.
+    Raises ValueError if nothing in the model can be searched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Tensor,
+        costs: CostTable | None = None,
+        rules: RankRules = RankRules(),
+        calibration: Tensor | None = None,
+        decomposition: Method | None = None,
+    ) -> None:
+        super().__init__()
+        layers = find_layers(model, example_input, rules)
+        self.costs = costs or mac_table(model, example_input, rules)
+        self.left_alone = dict(layers.left_alone)
+        self.candidates: dict[str, dict[str, Rank]] = {}
+        for name, row in layers.candidates(rules).items():
+            cost = self.costs.restrict({name: dict.fromkeys([DENSE, *row])})[0][name]
+            kept = {candidate: rank for candidate, rank in row.items() if rank is None or cost[candidate] < cost[DENSE]}
+            if any(rank is not None for rank in kept.values()):
+                self.candidates[name] = kept
+            else:
+                self.left_alone[name] = f"no rank is cheaper than the dense layer in {self.costs.metric}"
+        if not self.candidates:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_alone.items()) or "no convolution or linear layer"
+            raise ValueError(f"nothing to search in {type(model).__name__} ({reasons})")
+        built = build_candidates(model, layers.specs, self.candidates, calibration, decomposition)
+        self.specs = {name: layers.specs[name] for name in self.candidates}
+        self.example_shape = tuple(example_input.shape)
+        # Kept out of the module tree: it is neither mutable nor trained, and must not show among the parameters.
+        object.__setattr__(self, "original", copy.deepcopy(model).eval().requires_grad_(False))
+        self.model = copy.deepcopy(model)
+        replace_modules(self.model, {name: LayerChoice(built[name], label=name) for name in self.candidates})
+        for module in self.model.modules():
+            if hasattr(module, "inplace"):
+                vars(module)["inplace"] = False  # a candidate's output is needed again in backward
+        self.train().requires_grad_(True)  # whatever the user's model was left in, the supernet is trained
+
+    original: nn.Module
+
+    def save_init_arguments(self, *args: Any, **kwargs: Any) -> None:
+        """NNI would keep the arguments, the user's model and images among them, for as long as the space lives; it has no use for them."""
+        super().save_init_arguments()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def freeze(self, sample: Mapping[str, str]) -> nn.Module:
+        """The network with one candidate a layer, ``sample`` mapping layer to candidate name; independent of the space."""
+        self.validate(dict(sample))
+        choices = [module for module in self.model.modules() if isinstance(module, LayerChoice)]
+        copies = {choice.label: copy.deepcopy(choice[sample[choice.label]]) for choice in choices}
+        frozen = copy.deepcopy(self.model, {id(choice): copies[choice.label] for choice in choices})
+        inplace = {name for name, module in self.original.named_modules() if getattr(module, "inplace", False)}
+        for name, module in frozen.named_modules():
+            if name in inplace:
+                vars(module)["inplace"] = True
+        return frozen.requires_grad_(True)
+
+    def size(self) -> int:
+        """Number of networks in the space."""
+        result = 1
+        for row in self.candidates.values():
+            result *= len(row)
+        return result

@@ -1,0 +1,101 @@
+"""Step 2: the alternating updates of probabilities and weights, as NNI's Lightning module of a one-shot search."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from nni.nas.evaluator.pytorch import LightningModule
+from nni.nas.oneshot.pytorch.differentiable import DartsLightningModule
+from torch import Tensor, nn
+
+from ..objective import probability_loss, probability_loss_paper, weight_loss
+from .approach import FeatureMaps
+
+if TYPE_CHECKING:
+    from .strategy import Haloc
+
+
+class SearchDiverged(ArithmeticError):
+    """The loss of a sampled network is no longer finite."""
+
+
+class HalocModule(DartsLightningModule):
+    """The Lightning module of the search: the alternating updates of step 2 around the evaluator's ``training_step``."""
+
+    def __init__(self, training_module: LightningModule, strategy: Haloc) -> None:
+        super().__init__(training_module, arc_learning_rate=strategy.arc_learning_rate, warmup_epochs=strategy.warmup_epochs)
+        self._strategy = strategy
+        self._generator = torch.Generator().manual_seed(strategy.seed)
+        self._features: FeatureMaps | None = None
+
+    def on_fit_start(self) -> None:
+        supernet = self._strategy.supernet
+        self._mixed = list(self._strategy.mixed_layers.values())
+        if self._strategy.lam:
+            self._features = FeatureMaps(supernet, self._mixed, supernet.original.to(self.device))
+        super().on_fit_start()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if self.trainer.current_epoch >= self.warmup_epochs:
+            self._probability_step(batch["val"], batch_idx)
+        self._weight_step(batch["train"], batch_idx)
+        self.advance_lr_schedulers(batch_idx)
+
+    def _probability_step(self, batch: Any, batch_idx: int) -> None:
+        """Update alpha alone: the task's gate gradients come from one sampled path, the cost's gradient is exact."""
+        s, alphas = self._strategy, [layer.alpha for layer in self._mixed]
+        self._draw(searching=True)
+        ce = self._task_loss(batch, 2 * batch_idx, "val")
+        if not torch.isfinite(ce):
+            raise SearchDiverged(
+                f"the search diverged: loss {float(ce.detach())} in epoch {self.trainer.current_epoch + 1}; lower its learning rate"
+            )
+        task = torch.autograd.grad(ce, alphas, allow_unused=True)
+        loss_of_ce = ce.detach().clone().requires_grad_()
+        expected = s.expected_cost()
+        if s.objective == "paper":
+            loss = probability_loss_paper(loss_of_ce, expected, s.budget, s.eta, s.theta)
+        else:
+            loss = probability_loss(loss_of_ce, expected, s.budget, s.beta)
+        by_ce, *by_cost = torch.autograd.grad(loss, [loss_of_ce, *alphas])
+        for layer, from_task, from_cost in zip(self._mixed, task, by_cost, strict=True):
+            layer.record()
+            layer.alpha.grad = from_cost if from_task is None else by_ce * from_task + from_cost
+        optimizer = self.architecture_optimizers()
+        optimizer.step()
+        optimizer.zero_grad()
+        self.log("search/expected_cost", expected.detach(), on_step=True, on_epoch=True)
+        self.log("search/probability_loss", loss.detach(), on_step=False, on_epoch=True)
+
+    def _weight_step(self, batch: Any, batch_idx: int) -> None:
+        """Update the sampled candidates and the shared rest; a parameter without gradient is not touched by the optimizer."""
+        self._draw(searching=False)
+        if self._features is None:
+            loss = self._task_loss(batch, 2 * batch_idx + 1, "train")
+        else:
+            with self._features.compared() as terms:
+                ce = self._task_loss(batch, 2 * batch_idx + 1, "train")
+            approach = torch.stack(terms).sum()
+            loss = weight_loss(ce, approach, self._strategy.lam)
+            self.log("search/approach_loss", approach.detach(), on_step=False, on_epoch=True)
+        self.advance_optimization(loss, batch_idx, self.gradient_clip_val)
+
+    def _draw(self, searching: bool) -> None:
+        for layer in self._mixed:
+            layer.searching = searching
+            layer.draw(self._generator)
+
+    def _task_loss(self, batch: Any, batch_idx: int, side: str) -> Tensor:
+        result = self.training_module.training_step(batch, batch_idx)
+        entries = result if isinstance(result, dict) else {"loss": result}
+        for key, value in entries.items():
+            self.log(f"search/{side}_{key}", value.detach() if isinstance(value, Tensor) else value, on_step=False, on_epoch=True)
+        return entries["loss"]
+
+    def arch_parameters(self) -> list[nn.Parameter]:
+        return [layer.alpha for layer in self._strategy.mixed_layers.values()]
+
+    def configure_architecture_optimizers(self) -> torch.optim.Optimizer:
+        """Adam without weight decay: decay would pull the probabilities towards uniform, and so the cost away from the budget."""
+        return torch.optim.Adam(self.arch_parameters(), self.arc_learning_rate, betas=(0.5, 0.999))

@@ -1,0 +1,7 @@
+"""What each candidate of each layer costs: `CostTable` and the predictors that fill it."""
+
+from .analytic import count_macs, mac_table, param_table
+from .measured import latency_table, measure_latency
+from .table import CostTable
+
+__all__ = ["CostTable", "count_macs", "latency_table", "mac_table", "measure_latency", "param_table"]

@@ -1,0 +1,94 @@
+"""`CostTable` and its file ``costs.json``: all that the search knows of hardware."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from .. import budget
+from ..ranks import DENSE
+
+COSTS_VERSION = 1
+Metric = Literal["macs", "params", "latency_ms"]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Cost of every candidate of every layer, in the metric's unit, and ``fixed``, that of everything else in the network.
+
+    ``costs``: layer to candidate name to cost; every layer has ``dense``. ``identity``: what the numbers hold for (device, batch, memory
+    format, dtype, threads, versions, ...); two tables are comparable only where it agrees.
+    """
+
+    metric: Metric
+    costs: Mapping[str, Mapping[str, float]]
+    fixed: float
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for layer, row in self.costs.items():
+            if DENSE not in row:
+                raise ValueError(f"layer {layer!r}: the table has no {DENSE!r} entry")
+            for candidate, cost in row.items():
+                if not (math.isfinite(cost) and cost > 0):
+                    raise ValueError(f"layer {layer!r}, candidate {candidate!r}: expected a positive cost, found {cost}")
+        if not (math.isfinite(self.fixed) and self.fixed >= 0):
+            raise ValueError(f"fixed cost: expected a number >= 0, found {self.fixed}")
+
+    @property
+    def original(self) -> float:
+        """Cost of the uncompressed network."""
+        return self.total(dict.fromkeys(self.costs, DENSE))
+
+    def total(self, choice: Mapping[str, str]) -> float:
+        """Exact cost of a network: ``choice`` maps layer to candidate; layers that it does not name are dense."""
+        unknown = set(choice) - set(self.costs)
+        if unknown:
+            raise ValueError(f"layer {min(unknown)!r} is not in the cost table")
+        return budget.total({layer: choice.get(layer, DENSE) for layer in self.costs}, self.costs, self.fixed)
+
+    def restrict(self, candidates: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str, float]], float]:
+        """Costs of just these candidates, and the cost of all the rest with unnamed layers dense.
+
+        ValueError names the first candidate that the table does not know.
+        """
+        for layer, names in candidates.items():
+            for name in names:
+                if name not in self.costs.get(layer, {}):
+                    raise ValueError(f"the cost table has no entry for layer {layer!r}, candidate {name!r}")
+        rest = math.fsum([self.fixed, *(row[DENSE] for layer, row in self.costs.items() if layer not in candidates)])
+        return {layer: {name: self.costs[layer][name] for name in names} for layer, names in candidates.items()}, rest
+
+    def save(self, path: str | Path) -> None:
+        """Write ``costs.json``."""
+        content = {
+            "version": COSTS_VERSION,
+            "metric": self.metric,
+            "identity": dict(self.identity),
+            "fixed": self.fixed,
+            "original": self.original,
+            "costs": {layer: dict(row) for layer, row in self.costs.items()},
+        }
+        Path(path).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> CostTable:
+        """Read ``costs.json``; ValueError names the file and what is wrong in it."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not a JSON file ({error})") from None
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != COSTS_VERSION:
+            raise ValueError(f"{path}: expected a cost table of version {COSTS_VERSION}, found version {version!r}")
+        if content.get("metric") not in get_args(Metric):
+            raise ValueError(f"{path}: metric: expected one of {', '.join(get_args(Metric))}, found {content.get('metric')!r}")
+        try:
+            costs = {layer: {name: float(c) for name, c in row.items()} for layer, row in content["costs"].items()}
+            return cls(content["metric"], costs, float(content["fixed"]), content.get("identity", {}))
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None

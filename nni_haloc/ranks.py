@@ -1,0 +1,232 @@
+"""The rank space (design principles 1 and 2) and `RankPlan`, the chosen rank of every layer, with its file ``ranks.json``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Kind, LayerSpec
+
+DENSE = "dense"
+PLAN_VERSION = 1
+
+Rank = tuple[int, ...] | None
+"""``(r1, r2)`` of a Tucker-2 layer (output, then input), ``(r,)`` of a low-rank matrix, or None: the layer as it was."""
+
+
+def rank_name(rank: Rank) -> str:
+    """The candidate's name in tables and plans: ``dense``, ``r16``, or ``r16x8`` where r1 and r2 differ.
+
+    >>> rank_name((16, 16)), rank_name((16, 8)), rank_name(None)
+    ('r16', 'r16x8', 'dense')
+    """
+    if rank is None:
+        return DENSE
+    return f"r{rank[0]}" if len(set(rank)) == 1 else f"r{rank[0]}x{rank[1]}"
+
+
+def parse_rank(name: str, kind: Kind) -> Rank:
+    """The rank behind a candidate's name; ValueError if it is not one."""
+    if name == DENSE:
+        return None
+    match = re.fullmatch(r"r([1-9]\d*)(?:x([1-9]\d*))?", name)
+    if not match or (match[2] and kind != "conv"):
+        raise ValueError(f"expected {DENSE!r}, 'r16'{' or r16x8' if kind == 'conv' else ''}, found {name!r}")
+    first = int(match[1])
+    return (first, int(match[2] or first)) if kind == "conv" else (first,)
+
+
+@dataclass(frozen=True)
+class RankRules:
+    """Which layers are searched and which ranks they may take.
+
+    ``step``: distance between candidate ranks; None takes it from the smaller channel count (32; 8 at 64 or fewer, 4 at 32, 2 at 16).
+    ``dense``: whether the layer as it was is a candidate. ``equal``: r1 = r2 (design principle 2); otherwise every pair of steps.
+    ``kinds``: what is searched, of ``conv``, ``pointwise`` (1x1 convolutions), ``linear``. ``exclude``: name patterns of layers left alone.
+    """
+
+    step: int | None = None
+    dense: bool = True
+    equal: bool = True
+    kinds: tuple[Kind, ...] = ("conv", "pointwise")
+    exclude: tuple[str, ...] = ()
+
+    def candidates(self, spec: LayerSpec) -> list[Rank]:
+        """Candidate ranks of one layer, falling, ``None`` (dense) first; those with as many MACs as the dense layer are dropped."""
+        size = min(spec.in_channels, spec.out_channels)
+        step = self.step or (32 if size > 64 else 8 if size > 32 else 4 if size > 16 else 2)
+        steps = range(step, size + 1, step)
+        ranks: list[Rank]
+        if spec.kind != "conv":
+            ranks = [(r,) for r in steps]
+        elif self.equal:
+            ranks = [(r, r) for r in steps]
+        else:
+            ranks = [(r1, r2) for r1 in range(step, spec.out_channels + 1, step) for r2 in range(step, spec.in_channels + 1, step)]
+        dense = macs(spec, None)
+        cheaper = sorted((r for r in ranks if macs(spec, r) < dense), key=lambda r: -macs(spec, r))
+        return [None, *cheaper] if self.dense else cheaper
+
+
+def macs(spec: LayerSpec, rank: Rank) -> int:
+    """Multiply-accumulates of one layer in a forward pass of one image, summed over its calls; biases are not counted.
+
+    >>> conv = LayerSpec("c", "conv", 64, 64, ((1, 64, 56, 56),), False, (3, 3), padding=(1, 1))
+    >>> macs(conv, None) == 56 * 56 * 64 * 64 * 9
+    True
+    """
+    total = 0
+    for shape in spec.input_shapes:
+        out_shape = spec.output_shape(shape)
+        if spec.kind == "linear":
+            positions_in = positions = _product(shape[1:-1])
+        else:
+            positions_in, positions = _product(shape[2:]), _product(out_shape[2:])
+        c, f, k = spec.in_channels, spec.out_channels, _product(spec.kernel_size)
+        if rank is None:
+            total += positions * c * f * k
+        elif spec.kind == "conv":
+            r1, r2 = rank
+            total += positions_in * c * r2 + positions * (r2 * r1 * k + r1 * f)
+        else:
+            total += positions * rank[0] * (c + f)
+    return total
+
+
+def params(spec: LayerSpec, rank: Rank) -> int:
+    """Number of parameters of one layer at one rank, its bias included."""
+    c, f, k = spec.in_channels, spec.out_channels, _product(spec.kernel_size)
+    bias = f if spec.bias else 0
+    if rank is None:
+        return c * f * k + bias
+    if spec.kind == "conv":
+        r1, r2 = rank
+        return c * r2 + r2 * r1 * k + r1 * f + bias
+    return rank[0] * (c + f) + bias
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The searchable layers of one model in the order of their first call, and why the others are not."""
+
+    specs: dict[str, LayerSpec]
+    left_alone: dict[str, str]
+
+    def candidates(self, rules: RankRules) -> dict[str, dict[str, Rank]]:
+        """Candidate name to rank for every layer that has any low rank to offer under the rules."""
+        found = {name: rules.candidates(spec) for name, spec in self.specs.items()}
+        return {name: {rank_name(r): r for r in ranks} for name, ranks in found.items() if any(r is not None for r in ranks)}
+
+
+def find_layers(model: nn.Module, example_input: Tensor, rules: RankRules = RankRules()) -> Layers:
+    """Run ``model`` once on ``example_input`` and record every convolution and linear layer: shapes, or why it is left alone.
+
+    The model is left as it was (mode included); the pass is made in evaluation mode without gradients.
+    """
+    shapes: dict[nn.Module, list[tuple[int, ...]]] = {}
+    modules: dict[nn.Module, str] = {m: n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
+    hooks = [m.register_forward_pre_hook(lambda m, a: shapes.setdefault(m, []).append(tuple(a[0].shape))) for m in modules]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(example_input)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    holders = Counter(id(m.weight) for m in modules)
+    specs, reasons = {}, {n: "not called as a module" for m, n in modules.items() if m not in shapes}
+    for module, calls in shapes.items():
+        name = modules[module]
+        reason = _reason(module, name, rules, holders)
+        if reason:
+            reasons[name] = reason
+            continue
+        spec = LayerSpec.of(name, module, tuple(calls))
+        if any(r is not None for r in rules.candidates(spec)):
+            specs[name] = spec
+        else:
+            reasons[name] = "no rank on the step grid is cheaper than the dense layer"
+    return Layers(specs, reasons)
+
+
+def _reason(module: nn.Module, name: str, rules: RankRules, holders: Counter[int]) -> str | None:
+    """Why a layer can't be searched, or None."""
+    if type(module) not in (nn.Conv2d, nn.Linear):
+        return f"{type(module).__name__} is not decomposed"
+    if getattr(module, "groups", 1) != 1:
+        return "grouped convolution"
+    if any(fnmatchcase(name, pattern) for pattern in rules.exclude):
+        return "excluded by name"
+    if holders[id(module.weight)] > 1:
+        return "its weight is shared with another layer"
+    kind = LayerSpec.of(name, module).kind
+    return None if kind in rules.kinds else f"kind {kind!r} is not among the searched kinds"
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of a block; every submodule gets its own mode back."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The chosen candidate of every searched layer, and how it was chosen.
+
+    ``ranks``: layer name to rank, None for dense. ``chosen_by``: facts for the reader (rule, budget, cost, seed); values must be JSON.
+    """
+
+    ranks: Mapping[str, Rank]
+    chosen_by: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Layer name to candidate name, as cost tables and NNI samples use them."""
+        return {layer: rank_name(rank) for layer, rank in self.ranks.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write ``ranks.json``."""
+        ranks = {layer: DENSE if rank is None else list(rank) for layer, rank in self.ranks.items()}
+        content = {"version": PLAN_VERSION, "ranks": ranks, "chosen_by": dict(self.chosen_by)}
+        Path(path).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> RankPlan:
+        """Read ``ranks.json``; ValueError names the file and the layer that is wrong."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not a JSON file ({error})") from None
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != PLAN_VERSION or not isinstance(content.get("ranks"), dict):
+            raise ValueError(f"{path}: expected a rank plan of version {PLAN_VERSION}, found version {version!r}")
+        ranks: dict[str, Rank] = {}
+        for layer, value in content["ranks"].items():
+            good = isinstance(value, list) and 1 <= len(value) <= 2 and all(type(r) is int and r > 0 for r in value)
+            if value != DENSE and not good:
+                raise ValueError(f"{path}: layer {layer!r}: expected {DENSE!r}, [r] or [r1, r2], found {value!r}")
+            ranks[layer] = None if value == DENSE else tuple(value)
+        return cls(ranks, content.get("chosen_by", {}))
+
+
+def _product(values: tuple[int, ...]) -> int:
+    result = 1
+    for v in values:
+        result *= v
+    return result

@@ -1,0 +1,38 @@
+"""What nnictl runs: ``python3 -m nni_haloc.trial run.yml``. The only file that reports to NNI."""
+
+import nni
+
+if __name__ == "__main__":
+    # First of all, before anything that takes time or may fail: the manager hands parameters out in the order in which it is asked, so a
+    # trial that asks late, or dies before it asks, passes its parameters on to another.
+    PARAMETERS = nni.get_next_parameter() or {}
+
+import os
+import sys
+from pathlib import Path
+
+from .config import load_config
+from .log import log_to, logger
+from .yaml_files import ConfigError
+
+
+def main(run_file: str, parameters: dict) -> int:
+    """One trial: the run of ``run_file`` with the tuner's ``parameters`` (dotted keys of the file); returns the exit status."""
+    folder = Path(os.environ.get("NNI_OUTPUT_DIR", ".")) / "haloc"
+    log_to(folder / "log.txt")
+    try:
+        config = load_config(run_file, parameters)
+        from .run import run
+
+        metrics = run(config, folder, nni.report_intermediate_result, parameters)
+    except ConfigError as error:
+        logger.error("%s", error)
+        return 2
+    nni.report_final_result(metrics)
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python3 -m nni_haloc.trial RUN.yml")
+    sys.exit(main(sys.argv[1], PARAMETERS))

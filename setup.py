@@ -1,0 +1,39 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+NNI_PLATFORMS = "platform_machine == 'x86_64' or platform_machine == 'AMD64'"  # nni has wheels for these alone
+
+setup(
+    name="nni-haloc",
+    version="0.1.0",
+    description="Hardware-aware automatic low-rank compression (HALOC) of convolutional networks, as an NNI plugin",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["nni_haloc", "nni_haloc.*"]),
+    package_data={"nni_haloc": ["py.typed"]},
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        f"nni==3.0; {NNI_PLATFORMS}",
+        "setuptools>=77.0.3,<82",  # nnictl imports pkg_resources, which 82 drops; torch needs 77
+        "torch>=2.9",
+        "torchvision>=0.24",
+        "pytorch_lightning>=2.5",
+        "torchmetrics>=1.6",
+        "tensorly>=0.9",
+        "numpy>=2.0",
+        "scipy>=1.13",
+        "scikit-learn>=1.5",
+        "pyyaml>=6.0",
+        "pydantic>=2.7",
+        "safetensors>=0.4",
+        "typer>=0.15",
+        "rich>=13.0",
+    ],
+    extras_require={
+        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.15", "types-PyYAML", "types-requests"],
+        "docs": ["mkdocs>=1.6"],
+    },
+    entry_points={"console_scripts": ["haloc=nni_haloc.cli:main"]},
+)

@@ -1,0 +1,74 @@
+"""Imports point one way, and NNI stays where it belongs."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "nni_haloc"
+
+ALLOWED = {  # what each file may import of ours; a folder stands for all its files
+    "tucker": set(),
+    "gates": set(),
+    "objective": set(),
+    "budget": set(),
+    "recipe": set(),
+    "data": set(),
+    "yaml_files": set(),
+    "config": {"yaml_files"},
+    "log": set(),
+    "models": set(),
+    "layers": {"tucker"},
+    "ranks": {"layers"},
+    "candidates": {"layers", "log", "ranks", "tucker"},
+    "predictors": {"budget", "layers", "ranks"},
+    "compression": {"candidates", "layers", "models", "ranks", "tucker"},
+    "finetuning": {"ranks", "recipe"},
+    "experiment": {"config", "yaml_files"},
+    "nas": {"budget", "candidates", "gates", "layers", "objective", "predictors", "ranks", "recipe", "tucker"},
+}
+FREE = {"run", "trial", "cli", "__init__"}  # may import anything of ours; nothing but each other imports them
+NNI = {"nas", "trial"}
+LIMIT = 250
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """(level, dotted module) of every import, wherever it stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names = [module] if module else [alias.name for alias in node.names]
+            yield from ((node.level, name) for name in names)
+
+
+def ours(path):
+    depth = len(path.relative_to(PACKAGE).parts)
+    for level, module in imports(path):
+        if level == depth:
+            yield module.split(".")[0]
+        elif level == 0 and module.split(".")[0] == "nni_haloc":
+            yield module.split(".")[1]
+
+
+def test_imports_point_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        if room(path) in FREE:
+            continue
+        assert room(path) in ALLOWED, f"{path.name}: say in ALLOWED what it may import"
+        extra = set(ours(path)) - ALLOWED[room(path)] - {room(path)}
+        assert not extra, f"{path.relative_to(PACKAGE)} imports {extra}"
+
+
+def test_nni_is_imported_in_its_rooms_alone():
+    for path in PACKAGE.rglob("*.py"):
+        if any(level == 0 and module.split(".")[0] == "nni" for level, module in imports(path)):
+            assert room(path) in NNI, path
+
+
+def test_a_file_can_be_read_in_one_go():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= LIMIT, path

@@ -1,0 +1,157 @@
+"""From a plan to a network, to a folder and back; what is loaded is never trusted."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from nni_haloc import RankPlan, compress, load, save
+from nni_haloc.compression import load_weights, restructure
+from nni_haloc.models import build_model
+
+PLAN = RankPlan({"block2.conv": (12, 12), "block3.conv": None, "block4.conv": (24, 16)}, {"rule": "test"})
+
+
+@pytest.fixture
+def digits():
+    torch.manual_seed(0)
+    return build_model("digits_cnn").eval()
+
+
+def test_a_run_round_trips_through_its_folder(digits, tmp_path):
+    x, network = torch.randn(3, 1, 8, 8), compress(digits, PLAN).eval()
+    save(tmp_path, network, PLAN, {"name": "digits_cnn", "arguments": {}})
+    for loaded in (load(tmp_path), load(tmp_path, digits)):
+        torch.testing.assert_close(loaded(x), network(x), rtol=0, atol=0)
+        assert not loaded.training
+    assert RankPlan.load(tmp_path / "ranks.json") == PLAN
+
+
+def test_loading_imports_neither_nni_nor_lightning(digits, tmp_path):
+    save(tmp_path, compress(digits, PLAN), PLAN, {"name": "digits_cnn", "arguments": {}})
+    program = (
+        "import sys, nni_haloc, torch\n"
+        "quick = [m for m in sys.modules if m.split('.')[0] in ('nni', 'pytorch_lightning', 'tensorly', 'scipy', 'sklearn')]\n"
+        "net = nni_haloc.load(sys.argv[1]); net(torch.randn(1, 1, 8, 8))\n"
+        "heavy = [m for m in sys.modules if m.split('.')[0] in ('nni', 'pytorch_lightning', 'torchmetrics', 'torchvision', 'sklearn')]\n"
+        "print(quick, heavy)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] []"
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    program = "import sys, nni_haloc; print([m for m in sys.modules if m.split('.')[0] in ('nni', 'torch', 'numpy', 'scipy')])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    import nni_haloc
+
+    assert all(getattr(nni_haloc, name) is not None for name in nni_haloc.__all__)
+    assert callable(nni_haloc.compress)
+    assert callable(nni_haloc.finetune)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        nni_haloc.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({"block9.conv": (2, 2)}, "'block9.conv' is not in DigitsCNN"),
+        ({"block2.bn": (2, 2)}, "block2.bn"),
+        ({"classifier": (2, 2)}, "'classifier' is of kind 'linear'"),
+        ({"block2.conv": (2,)}, "'block2.conv' is of kind 'conv'"),
+        ({"block2.conv": (64, 2)}, "'block2.conv': ranks .64, 2. are above its channels .32, 32."),
+    ],
+)
+def test_a_plan_of_another_network_is_refused_by_layer(digits, ranks, message):
+    for make in (compress, restructure):
+        with pytest.raises(ValueError, match=message):
+            make(digits, RankPlan(ranks))
+
+
+def test_a_folder_that_lacks_something_names_the_file(digits, tmp_path):
+    save(tmp_path, compress(digits, PLAN), PLAN)
+    with pytest.raises(FileNotFoundError, match=r"model\.json.*load\(folder, model\)"):
+        load(tmp_path)
+    (tmp_path / "weights.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match=r"weights\.safetensors"):
+        load(tmp_path, digits)
+    save(tmp_path, digits, PLAN)  # dense weights beside a plan of ranks
+    with pytest.raises(ValueError, match=r"weights\.safetensors"):
+        load(tmp_path, digits)
+    (tmp_path / "ranks.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"ranks\.json"):
+        load(tmp_path, digits)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}, lambda s: {"model": s}])
+def test_weights_load_from_the_usual_files(digits, tmp_path, wrap):
+    torch.save(wrap(digits.state_dict()), tmp_path / "weights.pth")
+    save_file(digits.state_dict(), tmp_path / "weights.safetensors")
+    for name in ("weights.pth", "weights.safetensors"):
+        fresh = build_model("digits_cnn")
+        load_weights(fresh, tmp_path / name)
+        assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), digits.state_dict().values(), strict=True))
+
+
+class Trap:
+    def __reduce__(self):
+        return (print, ("the file ran code",))
+
+
+def test_a_file_that_would_run_code_is_refused(digits, tmp_path, capsys):
+    for write in (lambda p: torch.save({"state_dict": Trap()}, p), lambda p: p.write_bytes(pickle.dumps(Trap()))):
+        write(tmp_path / "weights.pt")
+        with pytest.raises(ValueError, match=r"weights\.pt: not a file of weights that can be loaded safely") as error:
+            load_weights(digits, tmp_path / "weights.pt")
+        assert "\n" not in str(error.value)
+    assert "ran code" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ['{"name": "os:system", "arguments": {"command": "echo ran code"}}', "[]", "{", '{"arguments": {}}'])
+def test_a_folder_does_not_say_what_code_to_call(digits, tmp_path, capfd, content):
+    save(tmp_path, compress(digits, PLAN), PLAN)
+    (tmp_path / "model.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model\.json"):
+        load(tmp_path)
+    assert "ran code" not in capfd.readouterr().out
+
+
+def test_weights_of_another_network_are_refused(digits, tmp_path):
+    torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt: does not fit the model: .*block1") as error:
+        load_weights(digits, tmp_path / "w.pt")
+    assert "\n" not in str(error.value)
+    torch.save([1, 2], tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="expected a state dict"):
+        load_weights(digits, tmp_path / "w.pt")
+    with pytest.raises(FileNotFoundError, match=r"none\.pt"):
+        load_weights(digits, tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("resnet21", {}, "model 'resnet21'"),
+        ("torchvision:resnet0", {}, "resnet0"),
+        ("nowhere.at_all:net", {}, "nowhere"),
+        ("math:sqrt", {"x": 1}, "math:sqrt"),
+        ("builtins:dict", {}, "expected an nn.Module.*found dict"),
+        ("resnet20", {"classes": 3}, "classes"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(name, arguments)
+
+
+def test_models_come_from_torchvision_and_from_any_factory():
+    assert json.dumps(sum(p.numel() for p in build_model("torchvision:resnet18", {"num_classes": 7}).parameters())) == "11180103"
+    assert isinstance(build_model("torch.nn:Linear", {"in_features": 2, "out_features": 3}), nn.Linear)

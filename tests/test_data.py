@@ -1,0 +1,106 @@
+"""Splits: disjoint, reproducible, from real files."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nni_haloc.data import TensorImages, cifar10, digits, image_folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = np.random.default_rng(0)
+    for part, number in (("train", 10), ("test", 3)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(number):
+                Image.fromarray(generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)).save(tmp_path / part / name / f"{i}.png")
+    return tmp_path
+
+
+def keys(data):
+    return {tuple(np.round(np.asarray(data[i][0]).ravel()[:40], 5)) for i in range(len(data))}
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_validation_images_are_cut_from_the_training_images(folder, in_memory):
+    splits = image_folder(folder, 12, 0.3, seed=1, in_memory=in_memory)
+    assert (len(splits.train), len(splits.plain), len(splits.val), len(splits.test)) == (14, 14, 6, 6)
+    assert not keys(splits.plain) & keys(splits.val)
+    assert splits.classes == ["cat", "dog"]
+    again, other = image_folder(folder, 12, 0.3, seed=1, in_memory=in_memory), image_folder(folder, 12, 0.3, seed=2, in_memory=in_memory)
+    assert keys(splits.val) == keys(again.val) != keys(other.val)
+    assert splits.images("plain", 5).shape == (5, 3, 12, 12)
+    x, y = next(iter(splits.loader("train", 4, shuffle=True)))
+    assert (x.shape, x.dtype, y.shape) == ((4, 3, 12, 12), torch.float32, (4,))
+
+
+def test_a_file_may_list_the_validation_images(folder):
+    listed = folder / "val.txt"
+    listed.write_text("cat/1.png\ndog/4.png\n\n")
+    splits = image_folder(folder, 12, val_list=listed, in_memory=True)
+    assert (len(splits.train), splits.val.labels.tolist()) == (18, [0, 1])
+    listed.write_text("cat/1.png\ndog/44.png\n")
+    with pytest.raises(ValueError, match=r"val\.txt: entry 2, 'dog/44.png'"):
+        image_folder(folder, 12, val_list=listed)
+    listed.write_text("")
+    with pytest.raises(ValueError, match="must list some"):
+        image_folder(folder, 12, val_list=listed)
+
+
+def test_folders_that_are_not_there_are_named(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="'val'"):
+        image_folder(folder, 12, test="val")
+    with pytest.raises(FileNotFoundError, match="no CIFAR-10"):
+        cifar10(tmp_path / "none")
+    (folder / "test" / "emu").mkdir()
+    with pytest.raises((FileNotFoundError, ValueError), match="emu|classes"):
+        image_folder(folder, 12)
+
+
+def test_cifar10_is_read_through_torchvision(tmp_path, monkeypatch):
+    """torchvision's own file layout, with ten images a file; its checksums are of the real data and are left out."""
+    import torchvision
+
+    root = tmp_path / "cifar-10-batches-py"
+    root.mkdir()
+    generator = np.random.default_rng(0)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        content = {"data": generator.integers(0, 255, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]}
+        (root / name).write_bytes(pickle.dumps(content))
+    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *a: True)
+    splits = cifar10(tmp_path, 0.2)
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (80, 20, 20)
+    assert splits.images("val", 3).shape == (3, 3, 32, 32)
+    assert sorted(splits.val.labels.tolist()) == sorted(list(range(10)) * 2)  # stratified
+
+
+def test_digits_come_with_scikit_learn():
+    splits = digits(0.25)
+    assert len(splits.train) + len(splits.val) + len(splits.test) == 1797
+    assert splits.images("test", 2).shape == (2, 1, 8, 8)
+    assert abs(float(splits.images("plain", 500).mean())) < 0.05
+
+
+def test_augmentation_shifts_and_mirrors_each_image_by_itself():
+    images = torch.arange(36, dtype=torch.uint8).reshape(1, 1, 6, 6).repeat(200, 1, 1, 1)
+    data = TensorImages(images, torch.zeros(200), (0.0,), (1.0,), pad=1, mirror=True)
+    torch.manual_seed(0)
+    x, _ = data.__getitems__(list(range(200)))
+    padded = torch.nn.functional.pad(images[0].float() / 255, (1, 1, 1, 1))
+    possible = [padded[:, i : i + 6, j : j + 6] for i in range(3) for j in range(3)]
+    possible += [p.flip(2) for p in possible]
+    seen = {next(i for i, p in enumerate(possible) if torch.equal(p, image)) for image in x}
+    assert seen == set(range(18))
+
+
+def test_the_order_of_images_is_the_seeds():
+    splits = digits()
+    first, again, other = (next(iter(splits.loader("plain", 32, shuffle=True, seed=s)))[1] for s in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

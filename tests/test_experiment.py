@@ -1,0 +1,127 @@
+"""A real NNI experiment: created by nnictl on a private home and port, watched through its REST API, always stopped."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from nni_haloc import load
+from nni_haloc.experiment import trial_results, warm_up_manager
+
+DIGITS = Path(__file__).parents[1] / "examples" / "digits"
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def get(port, path):
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/nni/{path}", timeout=10) as answer:
+        return json.load(answer)
+
+
+@contextmanager
+def created(home, budgets):
+    """The digits example with fewer epochs and one trial a budget, when it is DONE: its port and id."""
+    code = home / "digits"
+    shutil.copytree(DIGITS, code)
+    run = (code / "run.yml").read_text()
+    run = run.replace("epochs: 10", "epochs: 2").replace("../../search_spaces", str(DIGITS.parents[1] / "search_spaces"))
+    (code / "run.yml").write_text(run)
+    experiment = (
+        (code / "haloc.yml")
+        .read_text()
+        .replace("[0.5, 0.3, 0.15]", str(budgets))
+        .replace("maxTrialNumber: 3", f"maxTrialNumber: {len(budgets)}")
+    )
+    (code / "haloc.yml").write_text(experiment)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | {"HOME": str(home), "PATH": path}
+    nnictl = [sys.executable, "-m", "nni.tools.nnictl.nnictl"]
+    warm_up_manager()
+    port = free_port()
+    try:
+        create = subprocess.run(
+            [*nnictl, "create", "--config", str(code / "haloc.yml"), "--port", str(port)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert create.returncode == 0, create.stdout + create.stderr
+        assert f"http://127.0.0.1:{port}" in create.stdout + create.stderr
+        end = time.monotonic() + 600
+        while (status := get(port, "check-status")["status"]) not in ("DONE", "ERROR"):
+            assert time.monotonic() < end, f"still {status}"
+            time.sleep(2)
+        assert status == "DONE"
+        yield port, get(port, "experiment")["id"]
+    finally:
+        subprocess.run([*nnictl, "stop", "--all"], env=environment, capture_output=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """Port, id and home of an experiment of two trials."""
+    home = tmp_path_factory.mktemp("home")
+    with created(home, [0.5, 0.3]) as (port, number):
+        yield port, number, home
+
+
+def test_every_trial_succeeds(experiment):
+    port, _, _ = experiment
+    assert [trial["status"] for trial in get(port, "trial-jobs")] == ["SUCCEEDED", "SUCCEEDED"]
+
+
+def test_trials_report_a_curve_and_a_flat_final_dict(experiment):
+    port, _, _ = experiment
+    metrics = get(port, "metric-data")
+    for trial in get(port, "trial-jobs"):
+        mine = [m for m in metrics if m["trialJobId"] == trial["trialJobId"]]
+        curve = [json.loads(json.loads(m["data"])) for m in mine if m["type"] == "PERIODICAL"]
+        (final,) = [json.loads(json.loads(m["data"])) for m in mine if m["type"] == "FINAL"]
+        assert len(curve) == 2 + 1 + 2  # search epochs, after compression, fine-tuning epochs
+        assert all(0 <= point["default"] <= 1 for point in curve)
+        assert all(isinstance(value, (int, float)) for value in final.values())
+        assert {"default", "baseline_top1", "latency_ms", "speedup", "images_per_s", "macs", "macs_reduction", "params_reduction"} <= set(
+            final
+        )
+        assert "top5" not in final  # ten classes
+
+
+def test_each_trial_leaves_a_folder_that_loads_and_its_own_parameters(experiment):
+    port, _, _ = experiment
+    for trial in get(port, "trial-jobs"):
+        folder = Path(trial["logPath"]) / "haloc"
+        load(folder)
+        content = json.loads((folder / "metrics.json").read_text())
+        assert content["parameters"] == json.loads(trial["hyperParameters"][0])["parameters"]
+        assert content["metrics"]["macs"] <= content["parameters"]["budget.fraction"] * 1493632
+
+
+def test_results_are_read_from_the_experiment(experiment):
+    _, number, home = experiment
+    rows = trial_results(home / "nni-experiments", number)
+    assert [(r["budget.fraction"], r["status"]) for r in rows] == [(0.5, "SUCCEEDED"), (0.3, "SUCCEEDED")]
+    assert rows[0]["macs"] > rows[1]["macs"]
+
+
+def test_a_trial_that_cannot_succeed_fails_with_its_line(tmp_path):
+    with created(tmp_path, [0.001]) as (port, number):
+        (trial,) = get(port, "trial-jobs")
+        assert trial["status"] == "FAILED"
+        assert [r["status"] for r in trial_results(tmp_path / "nni-experiments", number)] == ["FAILED"]
+    line = "budget: 1493.63 macs is below the cheapest network, 84864 macs"
+    for log in (Path(trial["logPath"]) / "trial.stderr", Path(trial["logPath"]) / "haloc" / "log.txt"):
+        assert line in log.read_text()
+        assert "Traceback" not in log.read_text()

@@ -1,0 +1,70 @@
+"""Recalibration, fine-tuning and accuracy against what they should compute."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nni_haloc import Recipe, accuracy, finetune, recalibrate
+
+
+def test_recalibration_is_the_plain_mean_over_the_batches(net, loaders):
+    net.train()
+    weights = copy.deepcopy(list(net.parameters()))
+    batches = [x for x, _ in DataLoader(loaders[0].dataset, 16)]
+    recalibrate(net, DataLoader(loaders[0].dataset, 16), 3)
+    outputs = [net.stem(x).detach() for x in batches[:3]]
+    torch.testing.assert_close(net.norm.running_mean, torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0))
+    torch.testing.assert_close(net.norm.running_var, torch.stack([y.var((0, 2, 3)) for y in outputs]).mean(0))
+    assert net.norm.momentum == 0.1
+    assert net.norm.training
+    assert all(torch.equal(a, b) for a, b in zip(weights, net.parameters(), strict=True))
+
+
+def test_a_network_without_batch_norm_is_left_alone(loaders):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    recalibrate(model, loaders[0])
+
+
+def test_accuracy_counts():
+    labels = torch.tensor([0, 1, 2, 2, 5])
+    logits = torch.eye(6)[torch.tensor([0, 1, 2, 1, 0])] * 3 + torch.eye(6)[labels]
+    loader = DataLoader(TensorDataset(logits, labels), 2)
+    model = nn.Linear(6, 6, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(6))
+    assert accuracy(model, loader, (1, 2)) == pytest.approx((0.6, 1.0))
+
+
+def test_fine_tuning_learns_and_reports_every_epoch(net, loaders):
+    seen = []
+    val = DataLoader(loaders[1].dataset, 16)
+    finetune(net, loaders[0], Recipe(3, 0.05), val, lambda epoch, m: seen.append((epoch, m)), enable_progress_bar=False)
+    assert [epoch for epoch, _ in seen] == [0, 1, 2]
+    assert all({"train_loss", "val_top1"} <= set(m) for _, m in seen)
+    assert seen[-1][1]["train_loss"] < seen[0][1]["train_loss"]
+    assert seen[-1][1]["val_top1"] == pytest.approx(accuracy(net, val)[0])
+    assert not net.training
+
+
+def test_no_epochs_is_no_training(net, loaders):
+    before = copy.deepcopy(net.state_dict())
+    finetune(net, loaders[0], Recipe(0))
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_the_papers_recipe_is_scaled_to_the_epochs():
+    """The paper: 0.1, times 0.2 every 55 epochs; at 8 epochs, every 2."""
+    conf = Recipe(8).optimizers([nn.Parameter(torch.zeros(1))], steps_per_epoch=10)
+    optimizer, scheduler = conf["optimizer"], conf["lr_scheduler"]["scheduler"]
+    group = optimizer.param_groups[0]
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 1e-4)
+    rates = []
+    for _ in range(80):
+        rates.append(group["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[::20] == pytest.approx([0.1, 0.02, 0.004, 0.0008])
+    assert rates[19] == pytest.approx(0.1)

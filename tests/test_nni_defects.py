@@ -1,0 +1,232 @@
+"""NNI 3.0's defects that this project gets round, one test each: a changed dependency shows itself here."""
+
+import ast
+import json
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import nni
+import pytest
+import torch
+from nni.nas.evaluator.pytorch import Lightning
+from nni.nas.nn.pytorch import LayerChoice
+from nni.nas.oneshot.pytorch.profiler import ExpectationProfilerPenalty
+from nni.nas.oneshot.pytorch.supermodule.proxyless import ProxylessMixedLayer
+from nni.nas.profiler import ExpressionProfiler
+from test_search import search, state
+from torch import nn
+
+from nni_haloc import RankSpace
+from nni_haloc.experiment import check_experiment, trial_results, warm_up_manager
+from nni_haloc.yaml_files import ConfigError
+
+PACKAGE = Path(__file__).parents[1] / "nni_haloc"
+
+
+def test_the_stock_latency_penalty_has_no_gradient_and_ours_has(net, images, loaders):
+    strategy = search(net, images, loaders)
+    layers = list(strategy.mixed_layers.values())
+    (by_cost,) = torch.autograd.grad(strategy.expected_cost(), layers[0].alpha)
+    assert by_cost.abs().max() > 0
+
+    class Cost(ExpressionProfiler):
+        def __init__(self, label, row):
+            from nni.mutable import Categorical
+
+            choice = Categorical(list(row), label=label)
+            from nni.mutable import MutableExpression
+
+            self.expression = MutableExpression.switch_case(choice, row)
+
+    label = layers[0].label
+    stock = ExpectationProfilerPenalty(Cost(label, strategy._row_costs[label]), baseline=1.0)
+    loss, _ = stock(torch.ones((), requires_grad=True) * 1.0, {label: layers[0].export_probs({})[label]})
+    assert torch.autograd.grad(loss, layers[0].alpha, allow_unused=True) == (None,)
+
+
+def test_the_stock_export_samples_and_ours_is_the_arg_max(net, images, loaders):
+    choice = next(m for m in RankSpace(net, images[:1]).modules() if isinstance(m, LayerChoice))
+    from nni.mutable.frozen import frozen_context
+
+    with frozen_context():
+        stock = ProxylessMixedLayer(choice.candidates, nn.Parameter(torch.zeros(len(choice))), nn.Softmax(-1), "label")
+    assert len({str(stock.export({})) for _ in range(50)}) > 1
+    ours = next(iter(search(net, images, loaders).mixed_layers.values()))
+    assert {str(ours.export({})) for _ in range(50)} == {str({ours.label: ours.names[int(ours.alpha.argmax())]})}
+
+
+def test_candidates_have_no_batch_norm_whose_statistics_a_backward_pass_could_change(net, images):
+    for choice in (m for m in RankSpace(net, images[:1]).modules() if isinstance(m, LayerChoice)):
+        assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in choice.modules())
+
+
+def test_mutation_is_made_on_a_copy_and_freeze_shares_nothing(net, images, loaders):
+    space = RankSpace(net, images[:1], calibration=images)
+    before_space, before_net = state(space), state(net)
+    strategy = search(net, images, loaders, space=space)
+    for before, now in ((before_space, space.state_dict()), (before_net, net.state_dict())):
+        assert all(torch.equal(before[k], now[k]) for k in now)
+    exported = strategy.network()
+    owned = {p.data_ptr() for model in (strategy.supernet, space, net) for p in model.state_dict().values() if p.numel()}
+    assert not owned & {p.data_ptr() for p in exported.state_dict().values() if p.numel()}
+
+
+def test_choices_are_layer_choice_itself_because_subclasses_are_rejected(net, images):
+    from nni.nas.oneshot.pytorch.strategy import no_default_hook
+
+    class Sub(LayerChoice):
+        pass
+
+    from nni.mutable.frozen import frozen_context
+
+    with frozen_context():
+        sub = Sub({"a": nn.Identity(), "b": nn.Identity()}, label="sub")
+    with pytest.raises(TypeError, match="dangling mutables"):
+        no_default_hook(sub, "sub", {}, {})
+    assert all(type(m) is LayerChoice for m in RankSpace(net, images[:1]).modules() if isinstance(m, LayerChoice))
+
+
+def test_in_place_activations_after_a_choice_are_turned_off_and_come_back(net, images, loaders):
+    strategy = search(net, images, loaders)  # `point` is followed by an in-place ReLU
+    assert not any(getattr(m, "inplace", False) for m in strategy.supernet.modules())
+    assert strategy.network().act.inplace
+    assert net.act.inplace
+
+
+def test_bf16_autocast_goes_through_the_gate(net, images, loaders):
+    strategy = search(net, images, loaders, precision="bf16-mixed", epochs=2)
+    assert all(torch.isfinite(x.alpha).all() and x.task_gradient.count == 8 for x in strategy.mixed_layers.values())
+
+
+def test_alpha_has_no_weight_decay(net, images, loaders):
+    strategy = search(net, images, loaders)
+    (optimizer,) = (o for o in strategy._mutated_model_space.evaluator.trainer.optimizers if getattr(o, "is_arch_optimizer", False))
+    assert optimizer.param_groups[0]["weight_decay"] == 0
+
+
+def test_reports_made_during_a_search_reach_the_experiment(net, images, loaders, monkeypatch):
+    """NNI's sequential engine swaps the trial's channel for its own; the search must not."""
+    from nni.runtime.trial_command_channel import get_default_trial_command_channel
+    from test_search import Watch
+
+    channels = []
+
+    class Seen(Watch):
+        def on_train_epoch_end(self, trainer, module):
+            channels.append(get_default_trial_command_channel())
+
+    before = get_default_trial_command_channel()
+    search(net, images, loaders, callbacks=[Seen()])
+    assert channels == [before]
+
+
+def test_a_space_keeps_no_arguments_that_nni_would_serialise(net, images):
+    space = RankSpace(net, images[:1])
+    assert (space.trace_args, space.trace_kwargs) == ((), {})
+
+
+def test_the_evaluator_is_lightning_with_both_loaders(net, images, loaders):
+    evaluator = search(net, images, loaders)._mutated_model_space.evaluator
+    assert isinstance(evaluator, Lightning)
+    assert set(evaluator.train_dataloaders) == {"train", "val"}
+
+
+def test_a_trial_asks_for_its_parameters_before_any_heavy_import():
+    """In the source: nothing but `import nni` comes before the question. In fact: no torch is loaded when it is asked."""
+    body = ast.parse((PACKAGE / "trial.py").read_text()).body[1:]
+    assert ast.unparse(body[0]) == "import nni"
+    assert "nni.get_next_parameter()" in ast.unparse(body[1])
+    program = (
+        "import runpy, sys, nni\n"
+        "def ask():\n"
+        "    print(sorted({'torch', 'pytorch_lightning', 'nni.nas'} & set(sys.modules)))\n"
+        "    sys.exit(0)\n"
+        "nni.get_next_parameter = ask\n"
+        "runpy.run_module('nni_haloc.trial', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_results_are_joined_by_parameter_id_and_not_by_trial(tmp_path):
+    """The manager may hand trial A what it lists for trial B, as it does with a concurrency of two."""
+    folder = tmp_path / "exp" / "db"
+    folder.mkdir(parents=True)
+    connection = sqlite3.connect(folder / "nni.sqlite")
+    connection.execute("CREATE TABLE TrialJobEvent (timestamp, trialJobId, event, data, logPath, sequenceId, message, environmentId)")
+    connection.execute("CREATE TABLE MetricData (timestamp, trialJobId, parameterId, type, sequence, data)")
+    for trial, number in (("A", 0), ("B", 1), ("C", 2)):
+        record = json.dumps({"parameter_id": number, "parameters": {"budget.fraction": number / 10}})
+        connection.execute("INSERT INTO TrialJobEvent VALUES (0, ?, 'RUNNING', ?, '', 0, '', '')", (trial, record))
+        connection.execute(
+            "INSERT INTO TrialJobEvent VALUES (1, ?, ?, '', '', 0, '', '')", (trial, "FAILED" if trial == "C" else "SUCCEEDED")
+        )
+    for trial, number in (("A", 1), ("B", 0)):  # swapped
+        data = json.dumps(json.dumps({"default": number + 0.5}))
+        connection.execute("INSERT INTO MetricData VALUES (2, ?, ?, 'FINAL', 0, ?)", (trial, str(number), data))
+    connection.commit()
+    connection.close()
+    assert trial_results(tmp_path, "exp") == [
+        {"trial": "B", "status": "SUCCEEDED", "budget.fraction": 0.0, "default": 0.5},
+        {"trial": "A", "status": "SUCCEEDED", "budget.fraction": 0.1, "default": 1.5},
+        {"trial": "C", "status": "FAILED", "budget.fraction": 0.2},
+    ]
+
+
+EXPERIMENT = """
+searchSpace: {budget.fraction: {_type: choice, _value: [0.5]}}
+trialCommand: python3 -m nni_haloc.trial run.yml
+trainingService: {platform: local}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("_type: choice", "_type: chioce", "searchSpace.budget.fraction: _type: expected one of choice.*found 'chioce'"),
+        ("trainingService: {platform: local}", "", "trainingService: missing"),
+        ("trainingService: {platform: local}", "trainingService: local", "trainingService.platform: expected a name.*found 'local'"),
+        (
+            "_type: choice, _value: [0.5]",
+            "_type: loguniform, _value: [1e-1, 0.5]",
+            "expected numbers for loguniform, found '1e-1' .NNI reads",
+        ),
+        ("_type: choice, _value: [0.5]", "_type: randint, _value: [0.5, 1]", "expected numbers for randint, found 0.5"),
+        ("run.yml", "'run.yml", "haloc.yml"),
+        ("_value: [0.5]", "_value: 0.5", "_value: expected a list"),
+        ("budget.fraction", "budget.fractoin", "budget.fractoin: unknown key"),
+        ("[0.5]", "[0.5, 1.5]", "budget.fraction: input should be less than or equal to 1, found 1.5"),
+        ("run.yml", "walk.yml", "walk.yml: No such file"),
+        ("trial run.yml", "trial", "trialCommand: expected"),
+    ],
+)
+def test_what_nni_accepts_in_silence_or_misreports_is_one_clear_line(tmp_path, old, new, message):
+    (tmp_path / "weights.safetensors").touch()
+    (tmp_path / "run.yml").write_text(
+        "{model: {name: digits_cnn}, weights: weights.safetensors, data: {name: digits}, budget: {fraction: 0.5}}"
+    )
+    (tmp_path / "haloc.yml").write_text(EXPERIMENT)
+    assert "searching budget.fraction" in check_experiment(tmp_path / "haloc.yml")
+    assert old in EXPERIMENT
+    (tmp_path / "haloc.yml").write_text(EXPERIMENT.replace(old, new))
+    with pytest.raises(ConfigError, match=message) as error:
+        check_experiment(tmp_path / "haloc.yml")
+    assert "\n" not in str(error.value)
+
+
+def test_the_managers_files_are_read_before_nnictls_three_seconds_start(monkeypatch):
+    """On a cold machine `nnictl create` timed out twice, waiting for its manager to load some thousand files."""
+    read = []
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self.name) or b"")
+    warm_up_manager()
+    assert {"node", "main.js"} <= set(read)
+
+
+def test_nnictl_still_finds_pkg_resources():
+    import pkg_resources  # noqa: F401
+    import setuptools
+
+    assert int(setuptools.__version__.split(".")[0]) < 82
+    assert nni.__version__ == "3.0"

@@ -1,0 +1,141 @@
+"""Cost tables: counts against torch's counter on the compressed networks, measurements by the calls made, the file."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from nni_haloc.compression import restructure
+from nni_haloc.models import build_model
+from nni_haloc.predictors import CostTable, count_macs, latency_table, mac_table, measure_latency, measured, param_table
+from nni_haloc.predictors.analytic import count_params
+from nni_haloc.ranks import RankPlan, RankRules, parse_rank
+
+
+def plan_of(table, pick):
+    names = {layer: pick(list(row)) for layer, row in table.costs.items()}
+    return names, RankPlan({layer: parse_rank(name, "conv") for layer, name in names.items()})
+
+
+@pytest.mark.parametrize("pick", [lambda row: row[0], lambda row: row[-1], lambda row: row[len(row) // 2]])
+@pytest.mark.parametrize(("make", "count"), [(mac_table, count_macs), (param_table, lambda m, x: count_params(m))])
+def test_a_plans_cost_is_that_of_the_network_it_makes(make, count, pick):
+    model, x = build_model("resnet20"), torch.randn(1, 3, 32, 32)
+    table = make(model, x, RankRules(exclude=("conv1",)))
+    names, plan = plan_of(table, pick)
+    assert table.total(names) == count(restructure(model, plan), x)
+    assert table.original == count(model, x)
+
+
+def test_resnet20_has_its_published_size():
+    model = build_model("resnet20")
+    assert (count_params(model), count_macs(model, torch.randn(2, 3, 32, 32))) == (269_722, 40_551_040)
+
+
+class Twins(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x))[:, :, ::2])
+
+
+def test_each_distinct_shape_and_rank_is_timed_once_a_round(monkeypatch):
+    calls = []
+
+    def timed(model, x, *_):
+        calls.append((type(model).__name__, tuple(x.shape)))
+        return 1e-3 * len(calls)
+
+    monkeypatch.setattr(measured, "_time", timed)
+    table = latency_table(Twins(), torch.randn(2, 8, 8, 8), RankRules(step=2), rounds=2)
+    distinct = 2 * len(table.costs["a"])  # a and b are alike, c sees another shape
+    assert len(calls) == 2 * (distinct + 1)
+    assert table.costs["a"] == table.costs["b"] != table.costs["c"]
+    assert table.metric == "latency_ms"
+    assert {"memory_format", "dtype", "threads", "input", "torch"} <= set(table.identity)
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_latency_is_measured_on_copies(memory_format):
+    model, x = Twins().train(), torch.randn(2, 8, 8, 8)
+    table = latency_table(model, x, RankRules(step=4), memory_format=memory_format, min_run_time=1e-4, rounds=1, threads=1)
+    times = measure_latency({"original": model}, x, memory_format=memory_format, min_run_time=1e-4, rounds=1)
+    assert all(cost > 0 for row in table.costs.values() for cost in row.values())
+    assert times["original"] > 0
+    assert model.training
+    assert model.a.weight.is_contiguous()
+    assert table.identity["memory_format"] == memory_format
+
+
+def test_layers_are_timed_in_the_inputs_precision(monkeypatch):
+    seen = []
+    monkeypatch.setattr(measured, "_time", lambda model, x, *_: seen.append((next(model.parameters()).dtype, x.dtype)) or 1.0)
+    table = latency_table(Twins().double(), torch.randn(2, 8, 8, 8, dtype=torch.float64), RankRules(step=4), rounds=1)
+    assert set(seen) == {(torch.float64, torch.float64)}
+    assert table.identity["dtype"] == "float64"
+
+
+def table():
+    return CostTable("macs", {"a": {"dense": 8.0, "r2": 3.0}, "b": {"dense": 6.0}}, 1.5, {"batch": 1})
+
+
+def test_a_table_round_trips_through_costs_json(tmp_path):
+    table().save(tmp_path / "costs.json")
+    assert CostTable.load(tmp_path / "costs.json") == table()
+
+
+def test_totals_and_restrictions_keep_the_rest_dense():
+    assert table().original == 15.5
+    assert table().total({"a": "r2"}) == 10.5
+    assert table().restrict({"a": ["r2"]}) == ({"a": {"r2": 3.0}}, 7.5)
+    with pytest.raises(ValueError, match="layer 'c'"):
+        table().total({"c": "dense"})
+    with pytest.raises(ValueError, match="no entry for layer 'a', candidate 'r4'"):
+        table().restrict({"a": ["r4"]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(version=2), "version 2"),
+        (lambda c: c.update(metric="joules"), "metric.*'joules'"),
+        (lambda c: c["costs"]["a"].update(r2=-1), "layer 'a', candidate 'r2': expected a positive cost, found -1"),
+        (lambda c: c["costs"]["a"].update(r2=0), "found 0"),
+        (lambda c: c["costs"]["a"].update(r2=float("nan")), "found nan"),
+        (lambda c: c["costs"]["b"].clear(), "layer 'b'.*no 'dense'"),
+        (lambda c: c.update(fixed=-1), "fixed cost.*-1"),
+        (lambda c: c.update(costs=None), "costs.json"),
+    ],
+)
+def test_a_bad_table_is_one_line_that_names_the_file(tmp_path, change, message):
+    path = tmp_path / "costs.json"
+    table().save(path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        CostTable.load(path)
+    assert "costs.json" in str(error.value)
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(ValueError, match="not a JSON file"):
+        CostTable.load(path)
+
+
+def test_a_device_without_nni_can_measure_and_load():
+    import subprocess
+    import sys
+
+    program = (
+        "import sys\n"
+        "for name in ('nni', 'pytorch_lightning', 'torchmetrics', 'torchvision', 'sklearn', 'tensorly'): sys.modules[name] = None\n"
+        "import torch, nni_haloc\n"
+        "from nni_haloc.models import build_model\n"
+        "t = nni_haloc.latency_table(build_model('digits_cnn'), torch.randn(1, 1, 8, 8), min_run_time=1e-4, rounds=1)\n"
+        "nni_haloc.load\n"
+        "print(t.metric)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "latency_ms", done.stderr

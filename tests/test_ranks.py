@@ -1,0 +1,129 @@
+"""Rank candidates, what is left alone and why, and the plan's file."""
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from nni_haloc.layers import LayerSpec
+from nni_haloc.ranks import RankPlan, RankRules, find_layers, macs, parse_rank, rank_name
+
+RANK = st.one_of(st.none(), st.tuples(st.integers(1, 4096), st.integers(1, 4096)))
+
+
+def spec(c, f, kind="conv", k=3):
+    shape = (1, c) if kind == "linear" else (1, c, 8, 8)
+    kernel = (k, k) if kind == "conv" else (1, 1)
+    return LayerSpec("layer", kind, c, f, (shape,), False, kernel, padding=(k // 2, k // 2) if kind == "conv" else (0, 0))
+
+
+@pytest.mark.parametrize(("channels", "step"), [(512, 32), (128, 32), (64, 8), (32, 4), (16, 2), (8, 2)])
+def test_candidates_are_multiples_of_the_step_and_cheaper_than_dense(channels, step):
+    ranks = RankRules().candidates(spec(channels, channels))
+    assert ranks[0] is None
+    assert all(r1 == r2 and r1 % step == 0 for r1, r2 in ranks[1:])
+    costs = [macs(spec(channels, channels), r) for r in ranks]
+    assert costs == sorted(costs, reverse=True)
+    assert len(set(costs)) == len(costs)
+    assert (step, step) in ranks
+
+
+def test_unequal_ranks_and_no_dense_are_options():
+    ranks = RankRules(step=8, equal=False, dense=False).candidates(spec(16, 32))
+    assert set(ranks) == {(r1, r2) for r1 in (8, 16, 24, 32) for r2 in (8, 16) if macs(spec(16, 32), (r1, r2)) < macs(spec(16, 32), None)}
+
+
+def test_matrices_have_one_rank():
+    assert RankRules().candidates(spec(64, 64, "pointwise")) == [None, (24,), (16,), (8,)]
+    assert RankRules(step=5).candidates(spec(16, 12, "linear")) == [None, (5,)]
+
+
+@given(RANK)
+def test_candidate_names_round_trip(rank):
+    assert parse_rank(rank_name(rank), "conv") == rank
+
+
+@pytest.mark.parametrize("name", ["r0", "16", "r16x", "r-2", "Dense", "r4x4x4"])
+def test_other_names_are_not_ranks(name):
+    with pytest.raises(ValueError, match="expected 'dense'"):
+        parse_rank(name, "conv")
+    with pytest.raises(ValueError, match="expected 'dense'"):
+        parse_rank("r4x2", "linear")
+
+
+@given(st.dictionaries(st.text(min_size=1), st.one_of(RANK, st.tuples(st.integers(1, 99)))))
+def test_a_plan_round_trips_through_ranks_json(tmp_path_factory, ranks):
+    path = tmp_path_factory.mktemp("plan") / "ranks.json"
+    RankPlan(ranks, {"rule": "test", "budget": 0.5}).save(path)
+    assert RankPlan.load(path) == RankPlan(ranks, {"rule": "test", "budget": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a JSON file"),
+        ("[]", "version None"),
+        ('{"version": 99, "ranks": {}}', "version 99"),
+        ('{"version": 1, "ranks": {"conv": [0, 4]}}', "layer 'conv': expected 'dense', .* found .0, 4."),
+        ('{"version": 1, "ranks": {"conv": [true]}}', "layer 'conv'"),
+        ('{"version": 1, "ranks": {"conv": "thin"}}', "found 'thin'"),
+        ('{"version": 1, "ranks": {"conv": [1, 2, 3]}}', "layer 'conv'"),
+    ],
+)
+def test_a_bad_plan_is_one_line_that_names_the_file(tmp_path, content, message):
+    path = tmp_path / "ranks.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        RankPlan.load(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+class Odd(nn.Module):
+    """What a rank space has to leave alone, or to see twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice = nn.Conv2d(8, 8, 3, padding=1)
+        self.alias = self.twice
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.tied_a, self.tied_b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.tied_b.weight = self.tied_a.weight
+        self.idle = nn.Conv2d(8, 8, 3)
+        self.up = nn.ConvTranspose2d(8, 8, 3, padding=1)
+        self.thin = nn.Conv2d(8, 1, 3, padding=1)
+        self.skipped = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = self.alias(self.twice(x)[:, :, ::2])
+        return self.thin(self.skipped(self.up(self.tied_b(self.tied_a(self.grouped(x))))))
+
+
+def test_layers_are_found_with_all_their_calls_and_the_rest_has_a_reason():
+    model = Odd().train()
+    state = copy.deepcopy(model.state_dict())
+    layers = find_layers(model, torch.randn(2, 8, 8, 8), RankRules(exclude=("skip*",)))
+    assert list(layers.specs) == ["twice"]
+    assert layers.specs["twice"].input_shapes == ((2, 8, 8, 8), (2, 8, 4, 8))
+    assert macs(layers.specs["twice"], None) == (8 * 8 + 4 * 8) * 8 * 8 * 9
+    assert set(layers.left_alone) == {"grouped", "tied_a", "tied_b", "idle", "up", "thin", "skipped"}
+    for name, word in (
+        ("grouped", "grouped"),
+        ("tied_a", "shared"),
+        ("idle", "not called"),
+        ("up", "ConvTranspose2d"),
+        ("skipped", "excluded"),
+    ):
+        assert word in layers.left_alone[name]
+    assert model.training
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_ranks_json_is_readable(tmp_path):
+    RankPlan({"a": (16, 8), "b": None}).save(tmp_path / "ranks.json")
+    assert json.loads((tmp_path / "ranks.json").read_text())["ranks"] == {"a": [16, 8], "b": "dense"}

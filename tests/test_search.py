@@ -1,0 +1,334 @@
+"""The search on NNI: what each update touches, where it settles, what it exports."""
+
+import copy
+import math
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from nni.nas.experiment import NasExperiment
+from nni.nas.nn.pytorch import LayerChoice, ModelSpace
+from pytorch_lightning import seed_everything
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nni_haloc import Haloc, RankPlan, RankRules, RankSpace, Recipe, classification, compress, finetune, mac_table
+from nni_haloc.nas import run_search
+from nni_haloc.nas.supernet import MixedRankLayer
+from nni_haloc.predictors import count_macs
+
+QUIET = {"enable_progress_bar": False}
+
+
+def search(net, images, loaders, fraction=0.5, epochs=1, callbacks=(), space=None, precision="32-true", seed=0, **options):
+    seed_everything(seed, verbose=False)
+    train, val = (DataLoader(x.dataset, 16, shuffle=True, generator=torch.Generator().manual_seed(seed + i)) for i, x in enumerate(loaders))
+    rules = options.pop("rules", RankRules())
+    costs = mac_table(net, images[:1], rules)
+    space = space or RankSpace(net, images[:1], costs, rules, images)
+    strategy = Haloc(costs, fraction * costs.original, seed=seed, **options)
+    evaluator = classification(
+        train, val, Recipe(epochs, 0.01, schedule="constant"), callbacks=list(callbacks), precision=precision, **QUIET
+    )
+    return run_search(space, evaluator, strategy)
+
+
+def state(model):
+    return copy.deepcopy(model.state_dict())
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_ten_lines_of_python_compress_a_network(net, images, loaders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # NNI keeps a list of experiments in the home folder
+    monkeypatch.chdir(tmp_path)
+    before = state(net)
+    space = RankSpace(net, images[:1], calibration=images)
+    strategy = Haloc(space.costs, budget=0.5 * space.costs.original)
+    experiment = NasExperiment(space, classification(*loaders, Recipe(1, 0.01), **QUIET), strategy)
+    experiment.config.experiment_working_directory = str(tmp_path)
+    experiment.run()
+    plan = strategy.plan()
+    (exported,) = experiment.export_top_models(formatter="instance")
+    experiment.stop()
+    assert isinstance(plan, RankPlan)
+    assert plan.chosen_by["cost"] <= plan.chosen_by["budget"]
+    fresh = compress(net, plan, images)
+    for network in (exported, strategy.network(plan), fresh):
+        assert count_macs(network, images[:1]) == plan.chosen_by["cost"]
+        assert type(network) is type(net)
+        assert not any(isinstance(m, LayerChoice) for m in network.modules())
+    assert same(exported.state_dict(), strategy.network(plan).state_dict())
+    assert finetune(fresh, loaders[0], Recipe(1, 0.01), DataLoader(loaders[1].dataset, 16), **QUIET) is fresh
+    assert same(before, state(net))
+    assert not any(isinstance(m, LayerChoice) for m in net.modules())
+
+
+def test_the_space_is_an_nni_model_space_of_layer_choices(net, images):
+    space = RankSpace(net, images[:1])
+    assert isinstance(space, ModelSpace)
+    choices = {m.label: m for m in space.modules() if isinstance(m, LayerChoice)}
+    assert set(choices) == set(space.candidates) == {"stem", "body.0", "point"}
+    assert all(type(choice) is LayerChoice for choice in choices.values())
+    assert {name: mutable.values for name, mutable in space.simplify().items()} == {n: list(row) for n, row in space.candidates.items()}
+    assert space.size() == math.prod(len(row) for row in space.candidates.values())
+    assert "head" in space.left_alone
+    torch.testing.assert_close(space.eval()(images), net.eval()(images))  # dense is each layer's first candidate
+
+
+def test_candidates_that_the_active_cost_does_not_reward_are_dropped(net, images):
+    costs = mac_table(net, images[:1])
+    row = {**costs.costs["body.0"], "r6": 1e9}
+    dearer = type(costs)("latency_ms", {**costs.costs, "body.0": row, "point": dict.fromkeys(costs.costs["point"], 5.0)}, costs.fixed)
+    space = RankSpace(net, images[:1], dearer)
+    assert "r6" not in space.candidates["body.0"]
+    assert "point" not in space.candidates
+    assert "latency_ms" in space.left_alone["point"]
+
+
+def test_a_network_without_anything_to_search_is_refused(images):
+    with pytest.raises(ValueError, match="nothing to search in Sequential .*0: kind 'linear'"):
+        RankSpace(nn.Sequential(nn.Linear(8, 8)), images)
+
+
+class Watch(pl.Callback):
+    """Counts forward passes by network and candidate, and notes which weights each iteration changed."""
+
+    def on_fit_start(self, trainer, module):
+        self.strategy = module._strategy
+        self.runs, self.rounds = [], []
+        for layer in self.strategy.mixed_layers.values():
+            for name in layer.names:
+                layer[name].register_forward_hook(lambda *_, key=(layer.label, name): self.runs.append(key))
+        self.original = 0
+        self.strategy.supernet.original.register_forward_hook(lambda *_: setattr(self, "original", self.original + 1))
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.runs.clear()
+        self.before = {k: v.detach().clone() for k, v in self.strategy.supernet.named_parameters()}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        layers = self.strategy.mixed_layers
+        last = {layer.label: layer.names[layer.sampled] for layer in layers.values()}  # the weight step samples last
+        changed = {k for k, v in self.strategy.supernet.named_parameters() if not torch.equal(v, self.before[k])}
+        optimizer = trainer.optimizers[0]
+        held = {k for k, v in self.strategy.supernet.named_parameters() if optimizer.state.get(v)}
+        self.rounds.append((list(self.runs), last, changed, held))
+
+
+def test_only_the_sampled_candidates_run_and_are_updated(net, images, loaders):
+    watch = Watch()
+    strategy = search(net, images, loaders, epochs=3, callbacks=[watch], lam=1.0)
+    layers = strategy.mixed_layers
+    sampled_so_far = set()
+    for runs, last, changed, held in watch.rounds:
+        assert len(runs) == 2 * len(layers)  # one candidate a layer in each of the two steps
+        sampled_so_far |= {f"model.{layer}.{name}." for layer, name in last.items()}
+        for layer in layers.values():
+            for name in layer.names:
+                touched = any(k.startswith(f"model.{layer.label}.{name}.") for k in changed)
+                assert touched == (name == last[layer.label])
+        candidates_held = {k for k in held if any(k.startswith(f"model.{x.label}.") and "alpha" not in k for x in layers.values())}
+        assert all(any(k.startswith(prefix) for prefix in sampled_so_far) for k in candidates_held)  # no momentum for what never ran
+        assert not any("alpha" in k for k in held)
+    assert watch.original == len(watch.rounds)  # one pass of the original an iteration, in the weight step
+
+
+def test_without_the_feature_map_term_the_original_never_runs(net, images, loaders):
+    watch = Watch()
+    search(net, images, loaders, callbacks=[watch], lam=0.0)
+    assert watch.original == 0
+
+
+def test_the_feature_map_term_is_eq_8_on_the_same_batch(net, images, loaders):
+    from nni_haloc.nas.approach import FeatureMaps
+
+    strategy = search(net, images, loaders)
+    supernet, layers = strategy.supernet.eval(), list(strategy.mixed_layers.values())
+    for layer in layers:
+        layer.searching, layer.sampled = False, len(layer.names) - 1
+    with FeatureMaps(supernet, layers, supernet.original).compared() as terms:
+        supernet(images)
+    ours, theirs = {}, {}
+    path = strategy.network(RankPlan({x.label: supernet.candidates[x.label][x.names[x.sampled]] for x in layers})).eval()
+    for model, kept in ((path, ours), (net.eval(), theirs)):
+        for name in ("stem", "body.0", "point"):
+            model.get_submodule(name).register_forward_hook(lambda _, __, y, name=name, kept=kept: kept.update({name: y.detach().clone()}))
+        model(images)
+    expected = sum(float(((ours[n] - theirs[n]) ** 2).mean()) for n in ours)
+    assert float(sum(terms).detach()) == pytest.approx(expected, rel=1e-4)
+    assert all(layer.observe is None for layer in layers)
+
+
+def test_a_compressed_network_gives_the_supernets_outputs_for_the_same_path(net, images, loaders):
+    strategy = search(net, images, loaders)
+    supernet = strategy.supernet.eval()
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(4):
+        for layer in strategy.mixed_layers.values():
+            layer.searching = False
+            layer.draw(generator)
+        path = RankPlan({x.label: supernet.candidates[x.label][x.names[x.sampled]] for x in strategy.mixed_layers.values()})
+        with torch.no_grad():
+            torch.testing.assert_close(strategy.network(path).eval()(images), supernet(images), rtol=0, atol=0)
+
+
+def test_seeds_give_the_same_ranks_twice_and_the_same_weights(net, images, loaders):
+    first, second, other = (search(net, images, loaders, epochs=2, seed=seed) for seed in (0, 0, 1))
+    assert first.plan() == second.plan()
+    assert same(first.network().state_dict(), second.network().state_dict())
+    assert first.probabilities != other.probabilities
+
+
+@pytest.mark.parametrize("fraction", [0.35, 0.5, 0.7])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_by_default_the_expected_cost_settles_at_the_budget(net, images, loaders, fraction, seed):
+    strategy = search(net, images, loaders, fraction, epochs=40, alpha_lr=0.05, seed=seed, lam=0.0)
+    assert float(strategy.expected_cost().detach()) == pytest.approx(strategy.budget, rel=0.05)
+    plan = strategy.plan()
+    assert plan.chosen_by["cost"] <= strategy.budget
+
+
+def test_in_the_papers_mode_a_larger_theta_ends_cheaper(net, images, loaders):
+    """All the way from above the budget. (Much larger ones end dearer: their early gradients are so large that Adam steps less after.)"""
+    options = {"epochs": 4, "objective": "paper", "alpha_lr": 0.05, "lam": 0.0}
+    found = [search(net, images, loaders, 0.3, theta=theta, **options) for theta in (0.0, 0.02, 0.1, 0.5)]
+    ends = [float(strategy.expected_cost().detach()) for strategy in found]
+    assert ends == sorted(ends, reverse=True)
+    assert len(set(ends)) == 4
+    assert min(ends) > found[0].budget
+
+
+def test_the_papers_choice_is_the_arg_max(net, images, loaders):
+    strategy = search(net, images, loaders, select="argmax", objective="paper", rules=RankRules(dense=False))
+    for name, layer in strategy.mixed_layers.items():
+        with torch.no_grad():
+            layer.alpha.copy_(torch.arange(len(layer.names)))
+        assert strategy.plan().names[name] == layer.names[-1]
+        assert "dense" not in layer.names
+
+
+def test_a_budget_that_nothing_meets_is_refused_before_the_search(net, images, loaders):
+    with pytest.raises(ValueError, match=r"budget: .* macs is below the cheapest network, \d+ macs"):
+        search(net, images, loaders, 1e-4)
+
+
+def test_warm_up_trains_the_weights_alone(net, images, loaders):
+    strategy = search(net, images, loaders, epochs=2, warmup_epochs=2)
+    assert all(not layer.alpha.detach().any() for layer in strategy.mixed_layers.values())
+
+
+def test_users_own_lightning_module_is_enough(net, images, loaders):
+    """A training step that returns a bare loss, written by somebody who does not know of this project."""
+    from nni.nas.evaluator.pytorch import Classification
+    from nni.nas.evaluator.pytorch import DataLoader as Traced
+
+    data = TensorDataset(images, torch.randint(0, 4, (64,)))
+    evaluator = Classification(
+        train_dataloaders=Traced(data, 16), val_dataloaders=Traced(data, 16), max_epochs=1, num_classes=4,
+        enable_progress_bar=False, logger=False, enable_checkpointing=False,
+    )  # fmt: skip
+    costs = mac_table(net, images[:1])
+    space = RankSpace(net, images[:1], costs, calibration=images)
+    strategy = run_search(space, evaluator, Haloc(costs, 0.5 * costs.original))
+    assert strategy.plan().chosen_by["cost"] <= 0.5 * costs.original
+    assert any(isinstance(m, MixedRankLayer) for m in strategy.supernet.modules())
+    assert not any(isinstance(m, MixedRankLayer) for m in space.modules())
+
+
+class Awkward(nn.Module):
+    """Writes into its convolutions' outputs, and calls one of them under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.alias = self.again
+        self.stem, self.norm, self.head = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        y = torch.nn.functional.relu(self.first(x), inplace=True)
+        z = self.alias(self.again(y))
+        z += x
+        return self.head(z.mean((2, 3)))
+
+
+def test_outputs_may_be_written_into_and_a_layer_may_have_two_names(images, loaders):
+    torch.manual_seed(0)
+    strategy = search(Awkward(), images, loaders, epochs=2, warmup_epochs=1, lam=1.0)
+    supernet = strategy.supernet
+    assert supernet.model.again is supernet.model.alias
+    assert isinstance(supernet.model.alias, MixedRankLayer)
+    for layer in strategy.mixed_layers.values():
+        layer.searching, layer.sampled = False, len(layer.names) - 1
+    path = RankPlan({x.label: supernet.candidates[x.label][x.names[-1]] for x in strategy.mixed_layers.values()})
+    network = strategy.network(path).eval()
+    assert network.again is network.alias
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), supernet.eval()(images), rtol=0, atol=0)
+
+
+def test_a_frozen_model_in_evaluation_mode_is_searched_like_any_other(net, images, loaders):
+    strategies = []
+    for change in (lambda m: m.train(), lambda m: m.eval().requires_grad_(False)):
+        model = change(copy.deepcopy(net))
+        strategies.append(search(model, images, loaders, epochs=2))
+        assert model.training == (len(strategies) == 1)
+    assert same(strategies[0].network().state_dict(), strategies[1].network().state_dict())
+
+
+def test_the_plan_keeps_dense_where_the_task_needs_it(images):
+    """One layer has rank 2, the other full rank; the budget allows one of them to stay dense. The labels are the network's own answers."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3, padding=1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 4))
+    with torch.no_grad():
+        layers[1].weight.zero_()
+        layers[1].weight[:, :, 1, 1] = torch.randn(8, 2) @ torch.randn(2, 8)
+        layers[2].weight.copy_(nn.init.orthogonal_(torch.empty(8, 72)).reshape(8, 8, 3, 3) * 3)
+        labels = model(images).argmax(1)
+    data = DataLoader(TensorDataset(images, labels), 16, shuffle=True, generator=torch.Generator().manual_seed(0))
+    rules = RankRules(step=2, exclude=("0", "4"))
+    costs = mac_table(model, images[:1], rules)
+    space = RankSpace(model, images[:1], costs, rules, images)
+    budget = costs.total({"1": "r2", "2": "dense"})
+    strategy = Haloc(costs, budget, lam=0.0)
+    run_search(space, classification(data, data, Recipe(10, 1e-6, schedule="constant"), **QUIET), strategy)
+    assert strategy.plan().names == {"1": "r2", "2": "dense"}
+
+
+def test_a_search_that_diverges_says_so(net, images, loaders):
+    from nni_haloc.nas import SearchDiverged
+
+    with torch.no_grad():
+        net.head.weight.fill_(float("nan"))
+    with pytest.raises(SearchDiverged, match="the search diverged: loss nan in epoch 1; lower its learning rate"):
+        search(net, images, loaders)
+
+
+@pytest.mark.parametrize("option", [{"objective": "papr"}, {"select": "arg max"}])
+def test_options_that_do_not_exist_are_refused(net, images, option):
+    with pytest.raises(ValueError, match="expected one of"):
+        Haloc(mac_table(net, images[:1]), 1.0, **option)
+
+
+def test_alpha_takes_no_part_in_the_weight_step(net, images, loaders, monkeypatch):
+    """Gate gradients are computed once a layer and iteration, in the architecture step, and no weight step leaves alpha a gradient."""
+    compute, calls, left = MixedRankLayer._gate_gradients, [], []
+
+    def counted(self, x, grad_y):
+        calls.append(self.label)
+        return compute(self, x, grad_y)
+
+    class After(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            left.extend(layer.alpha.grad for layer in module._strategy.mixed_layers.values())
+
+    monkeypatch.setattr(MixedRankLayer, "_gate_gradients", counted)
+    strategy = search(net, images, loaders, epochs=2, callbacks=[After()])
+    iterations = 2 * len(loaders[0])
+    assert len(calls) == iterations * len(strategy.mixed_layers)
+    assert all(layer.task_gradient.count == iterations for layer in strategy.mixed_layers.values())
+    assert left == [None] * len(calls)

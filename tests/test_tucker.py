@@ -1,0 +1,173 @@
+"""Decompositions against tensorly, numpy's least squares, and each other."""
+
+import numpy as np
+import pytest
+import tensorly as tl
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nni_haloc.tucker import Tucker2, data_aware, decompose, hooi, hosvd, low_rank, output_error, reconstruct, reduced_rank_fit
+
+RANKS = [(2, 2), (4, 3), (6, 5)]
+
+
+def kernel(f=6, c=5, k1=3, k2=3, seed=0):
+    return torch.randn(f, c, k1, k2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def patches(c=5, kk=9, n=400, seed=1, correlated=True):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, c * kk, dtype=torch.float64, generator=generator)
+    return x @ torch.randn(c * kk, c * kk, dtype=torch.float64, generator=generator) if correlated else x
+
+
+def covariance(x):
+    return x.T @ x / len(x)
+
+
+def test_reconstruct_is_tensorlys_mode_product():
+    out, core, inn = (torch.randn(s, dtype=torch.float64) for s in ((6, 4), (4, 3, 3, 2), (3, 5)))
+    expected = tl.tenalg.multi_mode_dot(core.numpy(), [out.numpy(), inn.numpy().T], modes=[0, 1])
+    np.testing.assert_allclose(reconstruct(Tucker2(out, core, inn)), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_hosvd_is_tensorlys_truncated_start(rank):
+    w = kernel()
+    (core, factors), _ = tl.decomposition.partial_tucker(w.numpy(), rank=list(rank), modes=[0, 1], init="svd", n_iter_max=1)
+    one_sweep = tl.tenalg.multi_mode_dot(core, factors, modes=[0, 1])
+    ours = output_error(w, reconstruct(hosvd(w, [rank])[0]))
+    assert ours >= np.linalg.norm(w.numpy() - one_sweep) / np.linalg.norm(w.numpy()) - 1e-9  # a sweep can only improve on HOSVD
+    spectra = [
+        np.linalg.svd(m.numpy(), compute_uv=False)[r:] for m, r in zip((w.flatten(1), w.transpose(0, 1).flatten(1)), rank, strict=True)
+    ]
+    bound = np.sqrt(sum((s**2).sum() for s in spectra)) / np.linalg.norm(w.numpy())
+    assert ours <= bound + 1e-9  # the classic HOSVD bound
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_hooi_is_tensorly_and_never_worse_than_hosvd(rank):
+    w = kernel()
+    error = output_error(w, reconstruct(hooi(w, [rank])[0]))
+    assert error <= output_error(w, reconstruct(hosvd(w, [rank])[0])) + 1e-9
+
+
+@pytest.mark.parametrize("rank_out", [1, 3, 6])
+def test_given_factor_in_the_fit_is_the_reduced_rank_least_squares_optimum(rank_out):
+    """Oracle: ordinary least squares on the projected patches, then the truncated SVD of the fitted outputs (Izenman 1975)."""
+    w, x = kernel(), patches()
+    factor_in = torch.randn(3, 5, dtype=torch.float64)
+    projection = torch.kron(factor_in, torch.eye(9, dtype=torch.float64))  # (r2 kk, C kk)
+    y = (x @ w.flatten(1).T).numpy()
+    z = (x @ projection.T).numpy()
+    fitted = z @ np.linalg.lstsq(z, y, rcond=None)[0]
+    u, s, vt = np.linalg.svd(fitted, full_matrices=False)
+    best = u[:, :rank_out] * s[:rank_out] @ vt[:rank_out]
+    ours = x @ reconstruct(reduced_rank_fit(w, factor_in, rank_out, covariance(x))).flatten(1).T
+    np.testing.assert_allclose(ours, best, atol=1e-6 * np.abs(best).max())
+
+
+def cases():
+    x = patches()
+    dead = x.reshape(-1, 5, 9).clone()
+    dead[:, 2] = 0
+    return {
+        "ordinary": x,
+        "dead channel": dead.flatten(1),
+        "fewer patches than dimensions": patches(n=7),
+        "one patch": patches(n=1),
+        "all dead": torch.zeros_like(x),
+        "constant channel": torch.cat([torch.ones(400, 9, dtype=torch.float64), x[:, 9:]], dim=1),
+        "white": patches(correlated=False),
+    }
+
+
+@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("rank", RANKS)
+def test_data_aware_error_is_never_above_hosvds(case, rank):
+    w, s = kernel(), covariance(cases()[case])
+    plain, ours = hosvd(w, [rank])[0], data_aware(w, [rank], s)[0]
+    assert all(torch.isfinite(t).all() for t in ours)
+    assert output_error(w, reconstruct(ours), s) <= output_error(w, reconstruct(plain), s)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([(1, 3), (3, 1), (2, 2)]), st.integers(0, 1000), st.integers(1, 60))
+def test_data_aware_error_is_never_above_hosvds_at_random(f, c, k, seed, n):
+    w = kernel(f, c, *k, seed=seed)
+    s = covariance(patches(c, k[0] * k[1], n, seed + 1))
+    ranks = [(r1, r2) for r1 in range(1, f + 1) for r2 in range(1, c + 1)]
+    for plain, ours in zip(hosvd(w, ranks), data_aware(w, ranks, s), strict=True):
+        assert output_error(w, reconstruct(ours), s) <= output_error(w, reconstruct(plain), s)
+
+
+def test_a_smooth_channel_that_its_kernel_cancels_does_not_mislead_the_closed_form():
+    """The case in which `factor_in` by position-wise covariance is bad: HOSVD's must be taken."""
+    w = kernel()
+    w[:, 0] = 100 * (torch.eye(9)[0] - torch.eye(9)[1]).reshape(3, 3)  # a difference of two pixels ...
+    x = patches(correlated=False)
+    x[:, :9] = x[:, :1] + 1e-3 * x[:, :9]  # ... of a channel that hardly varies within a patch
+    s = covariance(x)
+    plain, ours = hosvd(w, [(3, 2)])[0], data_aware(w, [(3, 2)], s)[0]
+    assert output_error(w, reconstruct(ours), s) <= output_error(w, reconstruct(plain), s)
+
+
+def test_data_aware_factors_are_balanced():
+    ours = data_aware(kernel(), [(4, 3)], covariance(patches()))[0]
+    torch.testing.assert_close(ours.factor_in @ ours.factor_in.T, torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(ours.factor_out.T @ ours.factor_out, torch.eye(4, dtype=torch.float64))
+
+
+def test_full_rank_is_exact_by_every_method():
+    w, s = kernel(), covariance(patches())
+    for method in ("hosvd", "hooi", "data"):
+        torch.testing.assert_close(reconstruct(decompose(w, [(6, 5)], method, s)[0]), w)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_low_rank_by_the_data_is_the_truncated_svd_of_the_outputs(rank):
+    w, x = kernel(k1=1, k2=1).flatten(1), patches(kk=1)
+    y = (x @ w.T).numpy()
+    u, s, vt = np.linalg.svd(y, full_matrices=False)
+    ours = x @ reconstruct(low_rank(w, [rank], covariance(x))[0]).T
+    np.testing.assert_allclose(ours, u[:, :rank] * s[:rank] @ vt[:rank], atol=1e-8 * np.abs(y).max())
+
+
+def test_a_covariance_of_the_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match=r"\(45, 45\).*found \(5, 5\)"):
+        data_aware(kernel(), [(2, 2)], torch.eye(5))
+    with pytest.raises(ValueError, match="needs the covariance"):
+        decompose(kernel(), [(2, 2)], "data")
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_without_kernel_positions_data_aware_tucker_is_eckart_youngs_optimum(rank):
+    """Oracle: for a 1x1 kernel the best factors are those of the truncated SVD of the outputs; HOSVD of the weights is not."""
+    w, x = kernel(k1=1, k2=1), patches(kk=1) * torch.tensor([30.0, 0.1, 5.0, 1.0, 0.01], dtype=torch.float64)
+    y = (x @ w.flatten(1).T).numpy()
+    s = np.linalg.svd(y, compute_uv=False)
+    best = np.sqrt((s[rank:] ** 2).sum() / (s**2).sum())
+    ours = output_error(w, reconstruct(data_aware(w, [(rank, rank)], covariance(x))[0]), covariance(x))
+    assert ours == pytest.approx(best, rel=1e-4, abs=1e-6)
+    assert best < output_error(w, reconstruct(hosvd(w, [(rank, rank)])[0]), covariance(x))
+
+
+def test_where_positions_are_uncorrelated_the_closed_form_is_hosvd_of_the_weighted_kernel_or_better():
+    """Oracle: with S = S_C (x) I the problem is Tucker-2 of W x_C S_C^(1/2), which tensorly's HOSVD approximates."""
+    w = kernel()
+    mixing = torch.randn(5, 5, dtype=torch.float64) * torch.tensor([9.0, 3.0, 1.0, 0.3, 0.1], dtype=torch.float64)[:, None]
+    s_in = mixing.T @ mixing
+    values, vectors = np.linalg.eigh(s_in.numpy())
+    weighted = tl.tenalg.mode_dot(w.numpy(), (vectors * np.sqrt(values)) @ vectors.T, 1)
+    (core, factors), _ = tl.decomposition.partial_tucker(weighted, rank=[3, 2], modes=[0, 1], init="svd", n_iter_max=1)
+    theirs = np.linalg.norm(weighted - tl.tenalg.multi_mode_dot(core, factors, modes=[0, 1])) / np.linalg.norm(weighted)
+    s = torch.kron(s_in, torch.eye(9, dtype=torch.float64))
+    ours = output_error(w, reconstruct(data_aware(w, [(3, 2)], s)[0]), s)
+    assert ours <= theirs * 1.02
+    assert ours < 0.9 * output_error(w, reconstruct(hosvd(w, [(3, 2)])[0]), s)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="decomposition: expected one of hosvd, hooi, data, found 'svd'"):
+        decompose(kernel(), [(2, 2)], "svd")
