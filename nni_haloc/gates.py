@@ -13,47 +13,73 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
+
+from .execution import contracts
+from .layers import LayerSpec, kernel_factors, last_bias, rank_of
 
 Kernel = tuple[Tensor, ...]
 """``(weight,)``, ``(left, right)`` or ``(factor_out, core, factor_in)``: the factors whose product is the kernel."""
 
 
-def conv_weight_gradient(x: Tensor, grad_y: Tensor, kernel_shape: Sequence[int], stride: Any, dilation: Any) -> Tensor:
-    """Weight gradient ``(F, C, k1, k2)`` of the dense convolution; ``x (N, C, H, W)`` is already padded."""
-    return conv2d_weight(x, list(kernel_shape), grad_y, stride=stride, padding=0, dilation=dilation)
+def weight_gradient(spec: LayerSpec, x: Tensor, grad_y: Tensor) -> Tensor:
+    """``G``, the dense layer's weight gradient at ``(x, dL/dy)``: ``(F, C, k1, k2)``, or for linear and 1x1 layers ``(F, C)``."""
+    if spec.kind == "linear":
+        return grad_y.flatten(0, -2).T @ x.flatten(0, -2)
+    shape = [spec.out_channels, spec.in_channels, *spec.kernel_size]
+    if spec.padding_mode == "zeros" and not isinstance(spec.padding, str):
+        found = conv2d_weight(x, shape, grad_y, stride=spec.stride, padding=spec.padding, dilation=spec.dilation)
+    else:
+        found = conv2d_weight(spec.pad(x), shape, grad_y, stride=spec.stride, padding=0, dilation=spec.dilation)
+    return found if spec.kind == "conv" else found.flatten(1)
 
 
-def linear_weight_gradient(x: Tensor, grad_y: Tensor) -> Tensor:
-    """Weight gradient ``(F, C)`` of the dense linear layer; ``x (..., C)``, ``grad_y (..., F)``."""
-    return grad_y.flatten(0, -2).T @ x.flatten(0, -2)
-
-
-def contract(weight_gradient: Tensor, kernel: Kernel) -> Tensor:
-    """``<G, W>`` of a dense gradient and a kernel given by its factors, without forming the kernel.
+def contract(weight_gradient: Tensor, kernels: Sequence[Kernel]) -> Tensor:
+    """``<G, W_j>`` of a dense gradient and every kernel, given by its factors, without forming the kernels: shape ``(kernels,)``.
 
     Shapes: ``G (F, C, k1, k2)`` or ``(F, C)``; the outer factors are applied to G first, then the core.
 
     >>> G, out, core, inn = torch.randn(4, 3, 3, 3), torch.randn(4, 2), torch.randn(2, 2, 3, 3), torch.randn(2, 3)
     >>> W = torch.einsum("fr,rsij,sc->fcij", out, core, inn)
-    >>> torch.allclose(contract(G, (out, core, inn)), (G * W).sum(), atol=1e-4)
+    >>> torch.allclose(contract(G, [(out, core, inn)]), (G * W).sum(), atol=1e-4)
     True
     """
     dtype = torch.promote_types(weight_gradient.dtype, torch.float32)
-    g, *factors = (t.to(dtype) for t in (weight_gradient, *kernel))
-    if len(factors) == 1:
-        return (g.flatten() @ factors[0].flatten()).reshape(())
-    if len(factors) == 2:
-        left, right = factors
-        return ((left.T @ g.flatten(1)) * right.flatten(1)).sum()
-    out, core, inn = factors
-    r1, r2 = core.shape[:2]
-    projected = (out.T @ g.flatten(1)).reshape(r1, g.shape[1], -1)  # (r1, C, k1 k2)
-    return ((inn @ projected) * core.reshape(r1, r2, -1)).sum()
+    g = weight_gradient.to(dtype)
+    c = g.shape[1]
+    channels_last = g.permute(0, 2, 3, 1).reshape(len(g), -1) if g.dim() == 4 else g  # (F, k1 k2 C), once for all kernels
+    found = []
+    for kernel in kernels:
+        outer, *rest = (t.to(dtype) for t in kernel)
+        if not rest:
+            found.append((g * outer).sum())
+        elif len(rest) == 1:
+            found.append(((outer.T @ g) * rest[0]).sum())
+        else:
+            core, inn = rest
+            projected = (outer.T @ channels_last).reshape(-1, c) @ inn.T  # (r1 k1 k2, r2)
+            found.append((projected.reshape(len(core), -1, len(inn)) * core.flatten(2).transpose(1, 2)).sum())
+    return torch.stack(found)
+
+
+def gate_gradients(spec: LayerSpec, candidates: Sequence[nn.Module], x: Tensor, grad_y: Tensor) -> Tensor:
+    """``g_j = <dL/dy, tau_j(x)>`` of every candidate, shape ``(candidates,)``, in the cheaper of two exact ways by counted work.
+
+    From the dense weight gradient, which runs no candidate; or, where the kernel is large and the batch small, by running every candidate.
+    """
+    if not contracts(spec, map(rank_of, candidates), tuple(x.shape)):
+        weight = kernel_factors(candidates[0])[0]
+        x, grad_y = x.to(weight), grad_y.to(weight)
+        return torch.stack([(candidate(x) * grad_y).sum() for candidate in candidates])
+    g = contract(weight_gradient(spec, x, grad_y), [kernel_factors(candidate) for candidate in candidates])
+    if spec.bias:
+        bias_gradient = grad_y.sum((0, 2, 3) if spec.kind != "linear" else tuple(range(grad_y.dim() - 1))).to(g)
+        g = g + torch.stack([bias_gradient @ cast(Tensor, last_bias(candidate)).to(g) for candidate in candidates])
+    return g
 
 
 class _Gate(torch.autograd.Function):

@@ -121,7 +121,7 @@ class LayerSpec:
 
     def assemble(self, factors: Tucker2 | LowRank, bias: Tensor | None) -> Factorised:
         """The layer that runs these factors, in the precision and on the device of torch's defaults until moved."""
-        layer = self.build((factors.core.shape[0], factors.core.shape[1]) if isinstance(factors, Tucker2) else (factors.left.shape[1],))
+        layer = self.build(_rank(factors))
         assert isinstance(layer, Factorised)
         with torch.no_grad():
             for target, value in zip(layer.factors(), factors, strict=True):
@@ -143,6 +143,16 @@ class LayerSpec:
         (top, bottom), (left, right) = sides
         return F.pad(x, (left, right, top, bottom), mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
+    def run(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output for a dense ``kernel``, ``(F, C, k1, k2)`` or, for linear and 1x1 layers, ``(F, C)``."""
+        if self.kind == "linear":
+            return F.linear(x, kernel, bias)
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last  # a kernel in the other one would have x copied
+        kernel = kernel.reshape(self.out_channels, self.in_channels, *self.kernel_size).contiguous(memory_format=layout)
+        if self.padding_mode == "zeros":
+            return F.conv2d(x, kernel, bias, self.stride, self.padding, self.dilation)
+        return F.conv2d(self.pad(x), kernel, bias, self.stride, 0, self.dilation)
+
     def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the output for one input shape, from the geometry alone."""
         if self.kind == "linear":
@@ -153,14 +163,26 @@ class LayerSpec:
         return (input_shape[0], self.out_channels, *spatial)
 
 
-def dense_kernel(module: nn.Module) -> tuple[Tensor, ...]:
-    """The tensors whose product is a layer's kernel: ``(weight,)`` of a dense layer, else its `Tucker2` or `LowRank` factors."""
-    return module.factors() if isinstance(module, Factorised) else (cast(Tensor, module.weight),)
+def rank_of(module: nn.Module) -> tuple[int, ...] | None:
+    """``(r1, r2)`` or ``(r,)`` of a factorised layer, None of a dense one."""
+    return _rank(module.factors()) if isinstance(module, Factorised) else None
+
+
+def kernel_factors(module: nn.Module) -> tuple[Tensor, ...]:
+    """The tensors whose product is a layer's kernel, ``(F, C)`` for linear and 1x1 layers: a dense layer's weight, else its factors."""
+    if isinstance(module, Factorised):
+        return module.factors()
+    weight = cast(Tensor, module.weight)
+    return (weight if weight.shape[2:] != (1, 1) else weight.flatten(1),)
 
 
 def last_bias(module: nn.Module) -> Tensor | None:
     """The bias that a dense or factorised layer adds to its output."""
     return cast("Tensor | None", (list(module.children())[-1] if isinstance(module, Factorised) else module).bias)
+
+
+def _rank(factors: Tucker2 | LowRank) -> tuple[int, ...]:
+    return tuple(factors.core.shape[:2]) if isinstance(factors, Tucker2) else (factors.left.shape[1],)
 
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:

@@ -6,8 +6,10 @@ from nni.mutable.frozen import frozen_context
 from test_layers import GEOMETRIES, convolution
 from torch import nn
 
+from nni_haloc import gates
 from nni_haloc.gates import RunningMean, gate, sample
 from nni_haloc.layers import LayerSpec
+from nni_haloc.nas import supernet
 from nni_haloc.nas.supernet import MixedRankLayer
 
 
@@ -28,6 +30,13 @@ def oracle(layer, x, loss):
         g = torch.stack([(grad_y * candidate(x)).sum() for candidate in layer])
     p = torch.softmax(layer.alpha / layer.temperature, -1).detach()
     return p * (g - p @ g) / layer.temperature, g
+
+
+@pytest.fixture(params=[(True, True), (True, False), (False, True), (False, False)], ids=str)
+def way(request, monkeypatch):
+    """Each way to run the sampled candidate (dense kernel, factors) with each way to take the gradients (contraction, all candidates)."""
+    monkeypatch.setattr(supernet, "runs_dense", lambda *_: request.param[0])
+    monkeypatch.setattr(gates, "contracts", lambda *_: request.param[1])
 
 
 def check(module, x, ranks):
@@ -51,21 +60,21 @@ def check(module, x, ranks):
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_alpha_gradient_equals_running_every_candidate(geometry):
+def test_alpha_gradient_equals_running_every_candidate(geometry, way):
     torch.manual_seed(0)
     check(convolution(geometry), torch.randn(3, 4, 9, 10, dtype=torch.float64), [None, (3, 2), (2, 2), (5, 4)])
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
-def test_alpha_gradient_of_pointwise_and_linear_layers(stride, bias):
+def test_alpha_gradient_of_pointwise_and_linear_layers(stride, bias, way):
     torch.manual_seed(0)
     check(nn.Conv2d(6, 5, 1, stride, padding=1, bias=bias), torch.randn(3, 6, 7, 7, dtype=torch.float64), [None, (2,), (4,)])
     check(nn.Linear(6, 5, bias), torch.randn(3, 6, dtype=torch.float64), [None, (2,), (4,)])
     check(nn.Linear(6, 5, bias), torch.randn(3, 2, 4, 6, dtype=torch.float64), [None, (2,), (4,)])
 
 
-def test_a_layer_called_twice_sums_the_gradients_of_its_calls():
+def test_a_layer_called_twice_sums_the_gradients_of_its_calls(way):
     torch.manual_seed(0)
     x = torch.randn(3, 4, 9, 10, dtype=torch.float64)
     layer = mixed(convolution({"kernel_size": 3, "padding": 1}, f=4), x, [None, (2, 2)])
@@ -76,17 +85,34 @@ def test_a_layer_called_twice_sums_the_gradients_of_its_calls():
     torch.testing.assert_close(both, first + second)
 
 
-def test_no_unsampled_candidate_runs_in_either_step():
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_weight_gradients_are_the_same_by_dense_kernel_and_by_factors(geometry, monkeypatch):
     torch.manual_seed(0)
-    x = torch.randn(3, 4, 9, 10, dtype=torch.float64, requires_grad=True)
-    layer = mixed(convolution({"kernel_size": 3}), x.detach(), [None, (2, 2), (3, 3)])
+    x = torch.randn(3, 4, 9, 10, dtype=torch.float64)
+    layer = mixed(convolution(geometry), x, [None, (3, 2)])
+    for layer.sampled in (0, 1):
+        found = []
+        for dense in (True, False):
+            monkeypatch.setattr(supernet, "runs_dense", lambda *_, dense=dense: dense)
+            leaf = x.clone().requires_grad_()
+            found.append(torch.autograd.grad((layer(leaf) ** 3).sum(), [leaf, *layer[layer.names[layer.sampled]].parameters()]))
+        torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("searching", [True, False])
+@pytest.mark.parametrize("channels", [4, 64])
+def test_no_unsampled_candidate_runs(searching, channels):
+    """In 4 channels the sampled one runs by its dense kernel, in 64 by its factors."""
+    torch.manual_seed(0)
+    x = torch.randn(8, channels, 16, 16, requires_grad=True)
+    conv = nn.Conv2d(channels, channels, 3)
+    layer = mixed(conv, x.detach(), [None, (2, 2), (3, 3)]).float()
     calls = []
     for name in layer.names:
         layer[name].register_forward_hook(lambda *_, name=name: calls.append(name))
-    for searching in (True, False):
-        layer.searching, layer.sampled = searching, 1
-        layer(x).sum().backward()
-    assert calls == ["c1", "c1"]
+    layer.searching, layer.sampled = searching, 1
+    layer(x).sum().backward()
+    assert calls == (["c1"] if channels == 64 else [])
 
 
 def test_without_searching_alpha_takes_no_part():

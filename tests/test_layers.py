@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nni_haloc.layers import LayerSpec, TuckerConv2d, dense_kernel
+from nni_haloc.layers import LayerSpec, TuckerConv2d, kernel_factors
 from nni_haloc.ranks import macs, params
 from nni_haloc.tucker import hosvd, low_rank, reconstruct
 
@@ -71,7 +71,7 @@ def test_a_tucker_layer_is_three_plain_convolutions():
     assert [type(m) for m in layer] == [nn.Conv2d] * 3
     assert (layer.core.stride, layer.core.padding, layer.factor_in.bias, layer.core.bias) == ((2, 2), (1, 1), None, None)
     assert reconstruct(layer.factors()).shape == (6, 8, 3, 3)
-    assert len(dense_kernel(layer)) == 3
+    assert len(kernel_factors(layer)) == 3
 
 
 def test_layers_that_cannot_be_decomposed_are_refused_by_name():

@@ -5,40 +5,81 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..objective import approach_loss
 from .supernet import MixedRankLayer
+
+
+class _Compare(torch.autograd.Function):
+    """Hands ``y`` through beside its mean squared distance from ``target``, in whose memory the difference then lives.
+
+    One pass over the feature map each to subtract, to sum the squares, and to add the gradient to the one that comes from above.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.difference = target.sub_(y)
+        ctx.mark_dirty(y)  # handed through, not as a view: what follows may write into it in place
+        return y, torch.linalg.vector_norm(target, dtype=torch.promote_types(y.dtype, torch.float32)).square() / target.numel()
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_term: Tensor) -> tuple[Tensor, None]:
+        difference, ctx.difference = ctx.difference, None
+        return torch.addcmul(grad_y, difference, grad_term.to(grad_y), value=-2 / difference.numel(), out=difference), None
 
 
 class FeatureMaps:
     """Compares each mixed layer's output with the original layer's, in one pass of the frozen ``original`` a batch and no gradient.
 
-    A target is dropped as soon as the supernet's layer has been compared with it; it is a copy, because what follows a layer may write into
-    its output (an in-place activation).
+    A target lives until the supernet's layer has been compared with it. It is a copy only where the original network writes into it in
+    place (an activation, say): the first such batch is run twice, because by then it is too late.
     """
 
     def __init__(self, supernet: nn.Module, layers: Iterable[MixedRankLayer], original: nn.Module) -> None:
         self.supernet, self.layers, self.original = supernet, list(layers), original
+        self._copied: set[str] = set()
+
+    def _targets(self, *args: Any, **kwargs: Any) -> dict[str, deque[Tensor]]:
+        """The original layers' outputs, a queue a layer: one entry a call."""
+        targets: dict[str, deque[Tensor]] = {layer.label: deque() for layer in self.layers}
+        versions: list[tuple[str, Tensor, int]] = []
+
+        def keep(name: str, y: Tensor) -> None:
+            kept = y.clone() if name in self._copied else y
+            targets[name].append(kept)
+            versions.append((name, kept, kept._version))
+
+        modules = dict(self.original.named_modules())
+        hooks = [modules[name].register_forward_hook(lambda _, __, y, name=name: keep(name, y)) for name in targets]
+        try:
+            with torch.no_grad():
+                self.original(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        overwritten = {name for name, kept, version in versions if kept._version != version}
+        if overwritten:
+            self._copied |= overwritten
+            return self._targets(*args, **kwargs)
+        return targets
 
     @contextmanager
     def compared(self) -> Iterator[list[Tensor]]:
         """For one forward pass of the supernet: a list that receives one term of Eq. (8) for each call of a mixed layer."""
-        targets: dict[str, deque[Tensor]] = {layer.label: deque() for layer in self.layers}
+        targets: dict[str, deque[Tensor]] = {}
         terms: list[Tensor] = []
-        modules = dict(self.original.named_modules())
 
-        def run_original(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            with torch.no_grad():
-                self.original(*args, **kwargs)
+        def compare(name: str, y: Tensor) -> Tensor:
+            y, term = _Compare.apply(y, targets[name].popleft())
+            terms.append(term)
+            return y
 
-        def compare(name: str, y: Tensor) -> None:
-            terms.append(approach_loss([y.clone()], [targets[name].popleft()]))  # the same, for the loss's own backward
-
-        hooks = [modules[name].register_forward_hook(lambda _, __, y, kept=kept: kept.append(y.clone())) for name, kept in targets.items()]
-        hooks.append(self.supernet.register_forward_pre_hook(run_original, with_kwargs=True))
+        hook = self.supernet.register_forward_pre_hook(
+            lambda _, args, kwargs: targets.update(self._targets(*args, **kwargs)), with_kwargs=True
+        )
         for layer in self.layers:
             layer.observe = compare
         try:
@@ -46,5 +87,4 @@ class FeatureMaps:
         finally:
             for layer in self.layers:
                 layer.observe = None
-            for hook in hooks:
-                hook.remove()
+            hook.remove()

@@ -10,15 +10,17 @@ from nni.nas.nn.pytorch import LayerChoice
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from torch import Tensor, nn
 
-from ..gates import RunningMean, contract, conv_weight_gradient, gate, linear_weight_gradient, sample
-from ..layers import LayerSpec, dense_kernel, last_bias
+from ..execution import runs_dense
+from ..gates import RunningMean, gate, gate_gradients, sample
+from ..layers import LayerSpec, kernel_factors, last_bias, rank_of
+from ..tucker import reconstruct
 
 
 class MixedRankLayer(LayerChoice, BaseSuperNetModule):
     """All candidates of one layer; a pass runs the sampled one alone.
 
     ``alpha (candidates,)`` holds the layer's logits. With ``searching`` on, the output carries the gate gradients back to alpha; with it
-    off, alpha takes no part. ``observe``, where set, is called with the layer's name and output.
+    off, alpha takes no part. ``observe``, where set, is called with the layer's name and output, and gives back the output.
     """
 
     def __init__(self, candidates: dict[str, nn.Module], alpha: nn.Parameter, spec: LayerSpec) -> None:
@@ -28,7 +30,7 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
         self.temperature = 1.0
         self.searching = False
         self.sampled = 0
-        self.observe: Callable[[str, Tensor], None] | None = None
+        self.observe: Callable[[str, Tensor], Tensor] | None = None
         self.task_gradient = RunningMean(len(candidates))
         self._pending: Tensor | None = None
 
@@ -38,32 +40,34 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
         return torch.softmax(self.alpha / self.temperature, dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self[self.names[self.sampled]](x)
         if self.searching and torch.is_grad_enabled():
-            y = gate(y, self.probs, x, self._gate_gradients)
+            with torch.no_grad():  # alpha alone learns in this step
+                kernel = self._kernel(x)
+            y = gate(self._run(x, kernel), self.probs, x, self._gate_gradients)
+        else:
+            y = self._run(x, self._kernel(x))
         if self.observe is not None:
-            self.observe(self.label, y)
+            y = self.observe(self.label, y)
         return y
 
+    def _kernel(self, x: Tensor) -> Tensor | None:
+        """The sampled candidate's dense kernel, where running with that costs less than running its factors."""
+        candidate = self[self.names[self.sampled]]
+        if not runs_dense(self.spec, rank_of(candidate), tuple(x.shape)):
+            return None
+        with torch.autocast(x.device.type, enabled=False):  # or the kernel would be rounded at each product, and again when it runs
+            factors = kernel_factors(candidate)
+            return factors[0] if len(factors) == 1 else reconstruct(factors)
+
+    def _run(self, x: Tensor, kernel: Tensor | None) -> Tensor:
+        candidate = self[self.names[self.sampled]]
+        return candidate(x) if kernel is None else self.spec.run(x, kernel, last_bias(candidate))
+
     def _gate_gradients(self, x: Tensor, grad_y: Tensor) -> Tensor:
-        """``g_j = <dL/dy, tau_j(x)>`` of every candidate; summed over the calls of one pass until `record`."""
-        spec = self.spec
-        if spec.kind == "linear":
-            weight_gradient, others = linear_weight_gradient(x, grad_y), tuple(range(grad_y.dim() - 1))
-        else:
-            shape = (spec.out_channels, spec.in_channels, *spec.kernel_size)
-            weight_gradient, others = conv_weight_gradient(spec.pad(x), grad_y, shape, spec.stride, spec.dilation), (0, 2, 3)
-            weight_gradient = weight_gradient if spec.kind == "conv" else weight_gradient.flatten(1)
-        bias_gradient = grad_y.sum(others)
-        g = []
-        for candidate in self:
-            kernel = dense_kernel(candidate)
-            value = contract(weight_gradient, kernel if spec.kind == "conv" else tuple(t.flatten(1) for t in kernel))
-            bias = last_bias(candidate)
-            g.append(value if bias is None else value + bias_gradient.to(value.dtype) @ bias.to(value.dtype))
-        result = torch.stack(g).to(self.alpha.dtype)
-        self._pending = result if self._pending is None else self._pending + result
-        return result
+        """Of every candidate; summed over the calls of one pass until `record`."""
+        g = gate_gradients(self.spec, list(self), x, grad_y).to(self.alpha.dtype)
+        self._pending = g if self._pending is None else self._pending + g
+        return g
 
     def record(self) -> None:
         """Take the last pass's gate gradients into the running mean that scores the candidates."""
