@@ -147,8 +147,7 @@ class LayerSpec:
         """The layer's output for a dense ``kernel``, ``(F, C, k1, k2)`` or, for linear and 1x1 layers, ``(F, C)``."""
         if self.kind == "linear":
             return F.linear(x, kernel, bias)
-        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last  # a kernel in the other one would have x copied
-        kernel = kernel.reshape(self.out_channels, self.in_channels, *self.kernel_size).contiguous(memory_format=layout)
+        kernel = kernel.reshape(self.out_channels, self.in_channels, *self.kernel_size)
         if self.padding_mode == "zeros":
             return F.conv2d(x, kernel, bias, self.stride, self.padding, self.dilation)
         return F.conv2d(self.pad(x), kernel, bias, self.stride, 0, self.dilation)
@@ -161,6 +160,12 @@ class LayerSpec:
             size = self.pad(torch.empty(1, 1, *input_shape[2:])).shape[2:]
         spatial = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(size, self.dilation, self.kernel_size, self.stride, strict=True)]
         return (input_shape[0], self.out_channels, *spatial)
+
+
+def layout_of(weight: Tensor) -> torch.memory_format:
+    """The memory format that a weight imposes on its convolution's output."""
+    channels_last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def rank_of(module: nn.Module) -> tuple[int, ...] | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..execution import runs_dense
 from ..gates import RunningMean, gate, gate_gradients, sample
-from ..layers import LayerSpec, kernel_factors, last_bias, rank_of
+from ..layers import LayerSpec, kernel_factors, last_bias, layout_of, rank_of
 from ..tucker import reconstruct
 
 
@@ -57,7 +57,11 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
             return None
         with torch.autocast(x.device.type, enabled=False):  # or the kernel would be rounded at each product, and again when it runs
             factors = kernel_factors(candidate)
-            return factors[0] if len(factors) == 1 else reconstruct(factors)
+            if len(factors) == 1:
+                return factors[0]
+            return reconstruct(factors).contiguous(
+                memory_format=layout_of(factors[1])
+            )  # another format would have the output change its own
 
     def _run(self, x: Tensor, kernel: Tensor | None) -> Tensor:
         candidate = self[self.names[self.sampled]]

@@ -43,7 +43,7 @@ SIZES = {"resnet20": (32, 10), "torchvision:resnet18": (224, 1000)}
 
 @dataclass(frozen=True)
 class Spread(RankRules):
-    """``number`` candidates in every layer that has room for them: dense, and ranks spread evenly up to the last that saves anything."""
+    """``number`` candidates in every layer that has room for them: dense, and ranks spread evenly over those that save anything."""
 
     number: int = 8
 
@@ -51,7 +51,7 @@ class Spread(RankRules):
         size = min(spec.in_channels, spec.out_channels)
         useful = [r for r in range(1, size + 1) if macs(spec, (r, r) if spec.kind == "conv" else (r,)) < macs(spec, None)]
         wanted = self.number - 1
-        ranks = sorted({useful[round((i + 1) * len(useful) / wanted) - 1] for i in range(wanted)}, reverse=True) if useful else []
+        ranks = sorted({useful[int((i + 0.5) * len(useful) / wanted)] for i in range(wanted)}, reverse=True) if useful else []
         return [None, *((r, r) if spec.kind == "conv" else (r,) for r in ranks)]
 
 
@@ -146,7 +146,7 @@ def _measure(model, space, data, batch, precision, stock) -> dict[str, list[floa
     def evaluator(clock: Clock):
         return classification(loader(), loader(), recipe, callbacks=[clock], **options)
 
-    strategy = Haloc(space.costs, 0.5 * space.costs.original)
+    strategy = Haloc(space.costs, 0.9 * space.costs.original)
     jobs = {
         "ordinary": lambda clock: finetune(copy.deepcopy(model), loader(), recipe, callbacks=[clock], **options),
         "search": lambda clock: run_search(space, evaluator(clock), strategy),
