@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .budget import Limit
     from .compression import compress, load, save
     from .finetuning import accuracy, finetune, recalibrate
     from .nas import Haloc, RankSpace, classification
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 _HOMES = {
+    "budget": ("Limit",),
     "compression": ("compress", "load", "save"),
     "finetuning": ("accuracy", "finetune", "recalibrate"),
     "nas": ("Haloc", "RankSpace", "classification"),

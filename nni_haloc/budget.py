@@ -1,76 +1,135 @@
-"""Eq. 5: the hard budget. One candidate a layer, the highest total score at a cost that never exceeds the budget."""
+"""Eq. 5: the hard budget. One candidate a layer, the highest total score, at costs that never exceed a limit."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-_ROOM = 1e4
-"""The budget's room in the solver's terms: its tolerance is an absolute 1e-6, so 1e-10 of the room."""
+from .predictors import CostTable
 
-Table = Mapping[str, Mapping[str, float]]
+_ROOM = 1e4
+"""A limit's room in the solver's terms: its tolerance is an absolute 1e-6, so 1e-10 of the room. The scores are spread as wide."""
+
+_CUTS = 8
+"""Choices just above a limit that are cut off one by one; after them the room is tightened, which may cut off what just fits, too."""
+
+Choice = dict[str, str]
+"""Layer to candidate."""
+Scores = Mapping[str, Mapping[str, float]]
+Candidates = Mapping[str, Iterable[str]]
 
 
 class InfeasibleBudget(ValueError):
-    """The budget is below the cheapest network of the rank space; the message names that cost."""
+    """No network of the rank space is within the limits; the message names the cheapest possible cost."""
 
 
-def total(choice: Mapping[str, str], costs: Table, fixed: float) -> float:
-    """Exact cost of a choice (layer to candidate): correctly rounded sum, whatever the order."""
-    return math.fsum([fixed, *(costs[layer][candidate] for layer, candidate in choice.items())])
+@dataclass(frozen=True)
+class Limit:
+    """The most that the whole network may cost in one table: ``budget``, in the table's unit."""
+
+    costs: CostTable
+    budget: float
+
+    def holds(self, choice: Mapping[str, str]) -> bool:
+        """Whether a choice is within the limit, by its exact cost."""
+        return self.costs.total(choice) <= self.budget
+
+    def __str__(self) -> str:
+        return f"{self.budget:.6g} {self.costs.metric}"
 
 
-def cheapest(costs: Table, fixed: float) -> float:
-    """Cost of the cheapest network of the space."""
-    return math.fsum([fixed, *(min(row.values()) for row in costs.values())])
+def cheapest(candidates: Candidates, costs: CostTable) -> Choice:
+    """The choice that costs least in one table."""
+    return {layer: min(names, key=costs.costs[layer].__getitem__) for layer, names in candidates.items()}
 
 
-def check_feasible(costs: Table, fixed: float, budget: float, unit: str = "") -> None:
-    """Raise `InfeasibleBudget` where no choice fits."""
-    least = cheapest(costs, fixed)
-    if not budget >= least:
-        raise InfeasibleBudget(f"budget: {budget:.6g} {unit}".rstrip() + f" is below the cheapest network, {least:.6g} {unit}".rstrip())
+def check_feasible(candidates: Candidates, limits: Sequence[Limit]) -> Choice:
+    """A choice within every limit; `InfeasibleBudget` names a limit that can't be met, by itself or beside those before it."""
+    for limit in limits:
+        _refuse_unless_met(limit, cheapest(candidates, limit.costs), "")
+    choice = cheapest(candidates, limits[0].costs)
+    for i, limit in enumerate(limits):
+        if not limit.holds(choice):
+            cheap = {layer: {name: -limit.costs.costs[layer][name] for name in names} for layer, names in candidates.items()}
+            choice = _best(cheap, limits[: i + 1]) or _best(cheap, limits[:i]) or choice
+            _refuse_unless_met(limit, choice, f" within {' and '.join(map(str, limits[:i]))}")
+    return choice
 
 
-def choose(scores: Table, costs: Table, fixed: float, budget: float, unit: str = "") -> dict[str, str]:
-    """Eq. (5): the choice (layer to candidate) of highest total score with ``total(choice) <= budget``: a multiple-choice knapsack.
+def choose(scores: Scores, limits: Sequence[Limit], use: float = 0.0) -> Choice:
+    """Eq. (5): the choice of highest total score that no limit forbids: a multiple-choice knapsack, with one constraint a limit.
 
-    ``scores`` and ``costs`` map layer to candidate to number; scores must be finite. Solved exactly by HiGHS; because its constraints hold
-    only to a tolerance, the cost is recomputed and the problem tightened until it fits. Raises `InfeasibleBudget`.
+    ``scores``: layer to candidate to a finite number; the candidates are those that it names. ``use``: of the choices that use at least
+    this fraction of one of the budgets the best is taken, or the best of all where there are none. Solved by HiGHS; because its constraints
+    hold only to a tolerance, costs are recomputed exactly and a choice that does not fit is cut off. Raises `InfeasibleBudget`.
     """
-    check_feasible(costs, fixed, budget, unit)
-    least = {layer: min(row, key=row.__getitem__) for layer, row in costs.items()}
+    for layer, row in scores.items():
+        for candidate, score in row.items():
+            if not math.isfinite(score):
+                raise ValueError(f"score of layer {layer!r}, candidate {candidate!r}: expected a finite number, found {score}")
+    fitting = check_feasible(scores, limits)
+    found = [_best(scores, limits, (limit, use)) for limit in limits] if use else []
+    usable = [choice for choice in found if choice is not None] or [_best(scores, limits) or fitting]
+    return max(usable, key=lambda choice: math.fsum(scores[layer][candidate] for layer, candidate in choice.items()))
+
+
+def _best(scores: Scores, limits: Sequence[Limit], floor: tuple[Limit, float] | None = None) -> Choice | None:
+    """The best choice within the limits and above the ``floor``, a fraction of one of them; None where the solver finds none.
+
+    Every limit must be met by its own cheapest choice.
+    """
+    least = [cheapest(scores, limit.costs) for limit in limits]
     # A candidate too dear even beside the cheapest of everything else is out, however little: what is left is small against the room.
-    flat = [(layer, c) for layer, row in costs.items() for c in row if total({**least, layer: c}, costs, fixed) <= budget]
-    score = np.array([scores[layer][candidate] for layer, candidate in flat], dtype=float)
-    if not np.isfinite(score).all():
-        layer, candidate = flat[int(np.argmin(np.isfinite(score)))]
-        raise ValueError(f"score of layer {layer!r}, candidate {candidate!r}: expected a finite number, found {scores[layer][candidate]}")
+    flat = [
+        (layer, candidate)
+        for layer, row in scores.items()
+        for candidate in row
+        if all(limit.holds({**low, layer: candidate}) for limit, low in zip(limits, least, strict=True))
+    ]
     if not flat:
-        return {}
-    spread = float(np.ptp(score)) or 1.0
-    excess = np.array([costs[layer][candidate] - costs[layer][least[layer]] for layer, candidate in flat])
-    scale = (budget - total(least, costs, fixed) or 1.0) / _ROOM
-    index = {layer: i for i, layer in enumerate(costs)}
+        return None if scores else {}
+    score = np.array([scores[layer][candidate] for layer, candidate in flat])
+    index = {layer: i for i, layer in enumerate(scores)}
     one_each = np.zeros((len(index), len(flat)))
     one_each[[index[layer] for layer, _ in flat], range(len(flat))] = 1
-
-    room = _ROOM
+    constraints = [LinearConstraint(one_each, 1, 1)]
+    excess, room, low = (np.zeros((len(limits), *shape)) for shape in ((len(flat),), (), ()))
+    scale = np.ones(len(limits))
+    for k, (limit, choice) in enumerate(zip(limits, least, strict=True)):
+        base = limit.costs.total(choice)
+        scale[k] = (limit.budget - base or 1.0) / _ROOM
+        excess[k] = [limit.costs.costs[layer][name] - limit.costs.costs[layer][choice[layer]] for layer, name in flat]
+        room[k], low[k] = _ROOM, -np.inf
+        if floor and limit is floor[0]:
+            low[k] = (floor[1] * limit.budget - base) / scale[k]
+    excess /= scale[:, None]
+    attempt = 0
     while True:
         result = milp(
-            -(score - score.min()) / spread,
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(excess[None] / scale, -np.inf, room)],
+            -(score - score.min()) / (float(np.ptp(score)) or 1.0) * _ROOM,
+            constraints=[*constraints, LinearConstraint(excess, low, room)],
             integrality=np.ones(len(flat)),
             bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 0},
+            options={"mip_rel_gap": 0, "presolve": False},  # with it, scipy 1.17 has called a choice optimal that was not
         )
-        if result.x is None:  # only the solver's tolerance stood between the cheapest network and the tightened room
-            return least
-        choice = {flat[i][0]: flat[i][1] for i in np.flatnonzero(result.x > 0.5)}
-        over = total(choice, costs, fixed) - budget
-        if over <= 0:
+        if result.x is None:
+            return None
+        taken = result.x > 0.5
+        choice = dict(flat[i] for i in np.flatnonzero(taken))
+        over = np.array([limit.costs.total(choice) - limit.budget for limit in limits])
+        if (over <= 0).all():
             return choice
-        room -= max(over / scale, 1e-9 * _ROOM)
+        constraints.append(LinearConstraint(taken[None].astype(float), -np.inf, len(index) - 1))
+        attempt += 1
+        if attempt > _CUTS:
+            room -= np.where(over > 0, np.maximum(over / scale, 1e-9 * _ROOM), 0)
+
+
+def _refuse_unless_met(limit: Limit, cheapest_choice: Mapping[str, str], beside: str) -> None:
+    if not limit.holds(cheapest_choice):
+        least = repr(limit.costs.total(cheapest_choice)).removesuffix(".0")  # all its digits: as a budget, it is accepted
+        raise InfeasibleBudget(f"budget: {limit} is below the cheapest network{beside}, {least} {limit.costs.metric}")

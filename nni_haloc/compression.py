@@ -54,11 +54,10 @@ def _specs(model: nn.Module, plan: RankPlan) -> dict[str, LayerSpec]:
             specs[name] = spec = LayerSpec.of(name, modules[name])
         except TypeError as error:
             raise ValueError(f"the plan's layer {error}") from None
-        if rank is not None and len(rank) != (2 if spec.kind == "conv" else 1):
-            raise ValueError(f"the plan's layer {name!r} is of kind {spec.kind!r}, which does not take the ranks {list(rank)}")
-        most = (spec.out_channels, spec.in_channels) if spec.kind == "conv" else (min(spec.out_channels, spec.in_channels),)
-        if rank is not None and any(r > m for r, m in zip(rank, most, strict=True)):
-            raise ValueError(f"the plan's layer {name!r}: ranks {list(rank)} are above its channels {list(most)}")
+        try:
+            spec.check_rank(rank)
+        except ValueError as error:
+            raise ValueError(f"the plan's {error}") from None
     return specs
 
 

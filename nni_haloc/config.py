@@ -23,10 +23,19 @@ def _existing(path: str, info: ValidationInfo) -> str:
     return str(found)
 
 
+def _pin(value: Any) -> Any:
+    pair = value if isinstance(value, list) and len(value) == 2 else [value]
+    if value != "dense" and not all(type(r) is int and r > 0 for r in pair):
+        raise ValueError(f"expected a rank, [r1, r2] or 'dense', found {value!r}")
+    return tuple(value) if isinstance(value, list) else value
+
+
 ExistingPath = Annotated[str, AfterValidator(_existing)]
+Pin = Annotated[Any, AfterValidator(_pin)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Metric = Literal["macs", "params", "latency_ms"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -74,6 +83,7 @@ class Space(_Section):
     equal: bool = True
     kinds: list[Literal["conv", "pointwise", "linear"]] = ["conv", "pointwise"]
     exclude: list[str] = []
+    pin: dict[str, Pin] = {}
     decomposition: Literal["auto", "data", "hosvd", "hooi"] = "auto"
     calibration_images: Count = 512
 
@@ -82,21 +92,21 @@ class Cost(_Section):
     """What the budget limits, and how latency is measured; ``batch_size``, ``memory_format`` and ``threads`` hold for the
     reported latency too."""
 
-    metric: Literal["macs", "params", "latency_ms"] = "macs"
+    metric: Metric = "macs"
     table: ExistingPath | None = None
     batch_size: Count = 1
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
     threads: Count | None = None
 
 
-class Budget(_Section):
-    """The limit on the whole network's cost: a ``fraction`` of the original's, or ``absolute`` in the metric's unit."""
+class Limit(_Section):
+    """A limit on the whole network's cost: a ``fraction`` of the original's, or ``absolute`` in the metric's unit."""
 
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     absolute: Positive | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> Budget:
+    def _one(self) -> Limit:
         if (self.fraction is None) == (self.absolute is None):
             raise ValueError("expected either 'fraction' or 'absolute'")
         return self
@@ -104,6 +114,19 @@ class Budget(_Section):
     def of(self, original: float) -> float:
         """The limit for a network whose original costs ``original``."""
         return self.fraction * original if self.fraction is not None else float(self.absolute or 0)
+
+
+class FurtherLimit(Limit):
+    """A limit in another ``metric``, or by another ``table``."""
+
+    metric: Metric
+    table: ExistingPath | None = None
+
+
+class Budget(Limit):
+    """The limit in ``cost.metric``, and any number of others, ``also``; every one holds."""
+
+    also: list[FurtherLimit] = []
 
 
 class Training(_Section):
@@ -127,12 +150,13 @@ class Search(Training):
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
     lam: NonNegative = 1.0
     objective: Literal["settle", "paper"] = "settle"
-    beta: Positive = 2.0
     eta: Positive = 1.0
     theta: NonNegative = 1.0
     alpha_lr: Positive = 0.03
+    alpha_optimizer: Literal["adam", "sgd"] = "adam"
     temperature: Positive = 1.0
     select: Literal["knapsack", "argmax"] = "knapsack"
+    min_use: Annotated[float, Field(ge=0, le=1)] = 0.95
 
 
 class Config(_Section):
@@ -199,7 +223,7 @@ def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
             raise ConfigError(f"{dotted}: {section!r} is not a section")
         content = content[section]
     if key in ("fraction", "absolute") and sections == ["budget"]:
-        content.clear()  # the two exclude each other: the one set last stands
+        content.pop("absolute" if key == "fraction" else "fraction", None)  # the two exclude each other: the one set last stands
     content[key] = value
 
 

@@ -109,6 +109,14 @@ class LayerSpec:
             "padding_mode": self.padding_mode,
         }
 
+    def check_rank(self, rank: tuple[int, ...] | None) -> None:
+        """ValueError, naming the layer, unless it can be decomposed at this rank."""
+        most = (self.out_channels, self.in_channels) if self.kind == "conv" else (min(self.out_channels, self.in_channels),)
+        if rank is not None and len(rank) != len(most):
+            raise ValueError(f"layer {self.name!r} is of kind {self.kind!r}, which does not take the ranks {list(rank)}")
+        if rank is not None and any(r > m for r, m in zip(rank, most, strict=True)):
+            raise ValueError(f"layer {self.name!r}: ranks {list(rank)} are above its channels {list(most)}")
+
     def build(self, rank: tuple[int, ...] | None) -> nn.Module:
         """A layer of this geometry, randomly initialised: dense for ``None``, else at rank ``(r1, r2)`` or ``(r,)``."""
         if rank is not None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
+
+_ROUNDS = 100
 
 
 def expected_cost(probs: Sequence[Tensor], costs: Sequence[Tensor], fixed: float = 0.0) -> Tensor:
@@ -30,13 +34,46 @@ def probability_loss_paper(ce: Tensor, expected: Tensor, budget: float, eta: flo
     return ce * eta * (expected / budget) ** theta
 
 
-def probability_loss(ce: Tensor, expected: Tensor, budget: float, beta: float = 2.0) -> Tensor:
-    """Eq. (7) made to settle, the default: ``CE + beta * |E / budget - 1|``; where beta outweighs CE's pull, E comes to rest at the budget.
+def settle(logits: np.ndarray, sizes: Sequence[int], costs: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    """Logits ``z - mu c`` whose expected cost, Eq. (6), is the budget: what makes the default search end where it should.
 
-    >>> float(probability_loss(torch.tensor(2.0), torch.tensor(3.0), budget=2.0, beta=2.0))
-    3.0
+    ``logits (n,)``: those of all layers in a row, ``sizes`` of them a layer. ``costs (limits, n)`` and ``fixed (limits,)`` are in units of
+    each limit's budget, so that the largest expected cost comes out as 1. ``mu``, the price of a unit of cost, is the same in every layer:
+    of all probabilities with that expected cost these are nearest to the present ones (in Kullback-Leibler divergence). With several
+    limits, prices are set one after the other until none is exceeded. Where even the dearest network is within all of them, the logits are
+    returned as they are.
+
+    >>> z = settle(np.zeros(2), [2], np.array([[0.5, 1.5]]), np.array([0.25]))
+    >>> p = np.exp(z) / np.exp(z).sum()
+    >>> round(float(p @ [0.5, 1.5]) + 0.25, 6)
+    1.0
     """
-    return ce + beta * (expected / budget - 1).abs()
+    starts = np.cumsum([0, *sizes[:-1]])
+
+    def ratios(z: np.ndarray) -> np.ndarray:
+        e = np.exp(z - np.repeat(np.maximum.reduceat(z, starts), sizes))
+        return fixed + costs @ (e / np.repeat(np.add.reduceat(e, starts), sizes))
+
+    z = np.asarray(logits, dtype=float)
+    for _ in range(_ROUNDS):
+        now = ratios(z)
+        k = int(np.argmax(now))
+        if abs(now[k] - 1) < 1e-9:
+            break
+        above = now[k] > 1
+        direction = costs[k] - np.repeat(np.add.reduceat(costs[k], starts) / sizes, sizes)
+
+        def excess(mu: float, z: np.ndarray = z, k: int = k, direction: np.ndarray = direction, above: bool = above) -> float:
+            moved = ratios(z - mu * direction)
+            return float(moved[k] if above else moved.max()) - 1
+
+        far = 1.0 if above else -1.0
+        while (excess(far) > 0) == above and abs(far) < 1e9:
+            far *= 4
+        if not above and excess(far) < 1e-6:  # the dearest network is within every limit
+            break
+        z = z - (far if excess(far) > 0 and above else brentq(excess, 0, far)) * direction
+    return z
 
 
 def approach_loss(outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> Tensor:

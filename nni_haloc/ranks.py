@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ class RankRules:
     ``step``: distance between candidate ranks; None takes it from the smaller channel count (32; 8 at 64 or fewer, 4 at 32, 2 at 16).
     ``dense``: whether the layer as it was is a candidate. ``equal``: r1 = r2 (design principle 2); otherwise every pair of steps.
     ``kinds``: what is searched, of ``conv``, ``pointwise`` (1x1 convolutions), ``linear``. ``exclude``: name patterns of layers left alone.
+    ``pin``: name pattern to the one candidate of the layers that it matches: a rank, ``(r1, r2)``, or ``"dense"``; the first pattern that
+    matches a layer counts. Patterns are those of `fnmatch`; one that matches no layer is a ValueError of `find_layers`.
     """
 
     step: int | None = None
@@ -60,18 +63,33 @@ class RankRules:
     equal: bool = True
     kinds: tuple[Kind, ...] = ("conv", "pointwise")
     exclude: tuple[str, ...] = ()
+    pin: Mapping[str, int | tuple[int, ...] | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for pattern, value in self.pin.items():
+            if value != DENSE and not _is_rank((value,) if isinstance(value, int) else value):
+                raise ValueError(f"pin {pattern!r}: expected a rank, (r1, r2) or {DENSE!r}, found {value!r}")
+
+    def pins(self, layer: str) -> list[int | tuple[int, ...] | str]:
+        """What ``pin`` says of a layer; the first entry counts."""
+        return [value for pattern, value in self.pin.items() if fnmatch.fnmatchcase(layer, pattern)]
 
     def candidates(self, spec: LayerSpec) -> list[Rank]:
-        """Candidate ranks of one layer, falling, ``None`` (dense) first; those with as many MACs as the dense layer are dropped."""
+        """Candidate ranks of one layer, falling, ``None`` (dense) first; those with as many MACs as the dense layer are dropped.
+
+        A pinned layer has its pinned rank alone, whatever it costs; ValueError if that does not fit the layer.
+        """
+        for value in self.pins(spec.name):
+            rank = (value,) * (2 if spec.kind == "conv" else 1) if isinstance(value, int) else None if isinstance(value, str) else value
+            try:
+                spec.check_rank(rank)
+            except ValueError as error:
+                raise ValueError(f"pin: {error}") from None
+            return [rank]
         size = min(spec.in_channels, spec.out_channels)
         step = self.step or (32 if size > 64 else 8 if size > 32 else 4 if size > 16 else 2)
-        steps = range(step, size + 1, step)
-        ranks: list[Rank]
-        if spec.kind != "conv":
-            ranks = [(r,) for r in steps]
-        elif self.equal:
-            ranks = [(r, r) for r in steps]
-        else:
+        ranks: list[Rank] = [(r, r) if spec.kind == "conv" else (r,) for r in range(step, size + 1, step)]
+        if spec.kind == "conv" and not self.equal:
             ranks = [(r1, r2) for r1 in range(step, spec.out_channels + 1, step) for r2 in range(step, spec.in_channels + 1, step)]
         dense = macs(spec, None)
         cheaper = sorted((r for r in ranks if macs(spec, r) < dense), key=lambda r: -macs(spec, r))
@@ -86,13 +104,10 @@ def macs(spec: LayerSpec, rank: Rank) -> int:
     True
     """
     total = 0
+    spatial = slice(1, -1) if spec.kind == "linear" else slice(2, None)
     for shape in spec.input_shapes:
-        out_shape = spec.output_shape(shape)
-        if spec.kind == "linear":
-            positions_in = positions = _product(shape[1:-1])
-        else:
-            positions_in, positions = _product(shape[2:]), _product(out_shape[2:])
-        c, f, k = spec.in_channels, spec.out_channels, _product(spec.kernel_size)
+        positions_in, positions = math.prod(shape[spatial]), math.prod(spec.output_shape(shape)[spatial])
+        c, f, k = spec.in_channels, spec.out_channels, math.prod(spec.kernel_size)
         if rank is None:
             total += positions * c * f * k
         elif spec.kind == "conv":
@@ -105,7 +120,7 @@ def macs(spec: LayerSpec, rank: Rank) -> int:
 
 def params(spec: LayerSpec, rank: Rank) -> int:
     """Number of parameters of one layer at one rank, its bias included."""
-    c, f, k = spec.in_channels, spec.out_channels, _product(spec.kernel_size)
+    c, f, k = spec.in_channels, spec.out_channels, math.prod(spec.kernel_size)
     bias = f if spec.bias else 0
     if rank is None:
         return c * f * k + bias
@@ -123,9 +138,9 @@ class Layers:
     left_alone: dict[str, str]
 
     def candidates(self, rules: RankRules) -> dict[str, dict[str, Rank]]:
-        """Candidate name to rank for every layer that has any low rank to offer under the rules."""
+        """Candidate name to rank for every layer that has any low rank to offer under the rules, or is pinned."""
         found = {name: rules.candidates(spec) for name, spec in self.specs.items()}
-        return {name: {rank_name(r): r for r in ranks} for name, ranks in found.items() if any(r is not None for r in ranks)}
+        return {name: {rank_name(r): r for r in ranks} for name, ranks in found.items() if any(ranks) or rules.pins(name)}
 
 
 def find_layers(model: nn.Module, example_input: Tensor, rules: RankRules = RankRules()) -> Layers:
@@ -152,10 +167,15 @@ def find_layers(model: nn.Module, example_input: Tensor, rules: RankRules = Rank
             reasons[name] = reason
             continue
         spec = LayerSpec.of(name, module, tuple(calls))
-        if any(r is not None for r in rules.candidates(spec)):
+        if any(rules.candidates(spec)) or rules.pins(name):
             specs[name] = spec
         else:
             reasons[name] = "no rank on the step grid is cheaper than the dense layer"
+    for option, patterns, named in (("exclude", rules.exclude, modules.values()), ("pin", rules.pin, specs)):
+        for pattern in patterns:
+            if not fnmatch.filter(named, pattern):
+                why = "".join(f"; {name}: {reasons[name]}" for name in fnmatch.filter(reasons, pattern))
+                raise ValueError(f"{option}: no layer of {type(model).__name__} that can be searched matches {pattern!r}{why}")
     return Layers(specs, reasons)
 
 
@@ -165,7 +185,7 @@ def _reason(module: nn.Module, name: str, rules: RankRules, holders: Counter[int
         return f"{type(module).__name__} is not decomposed"
     if getattr(module, "groups", 1) != 1:
         return "grouped convolution"
-    if any(fnmatchcase(name, pattern) for pattern in rules.exclude):
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in rules.exclude):
         return "excluded by name"
     if holders[id(module.weight)] > 1:
         return "its weight is shared with another layer"
@@ -218,15 +238,12 @@ class RankPlan:
             raise ValueError(f"{path}: expected a rank plan of version {PLAN_VERSION}, found version {version!r}")
         ranks: dict[str, Rank] = {}
         for layer, value in content["ranks"].items():
-            good = isinstance(value, list) and 1 <= len(value) <= 2 and all(type(r) is int and r > 0 for r in value)
-            if value != DENSE and not good:
+            if value != DENSE and not _is_rank(value):
                 raise ValueError(f"{path}: layer {layer!r}: expected {DENSE!r}, [r] or [r1, r2], found {value!r}")
             ranks[layer] = None if value == DENSE else tuple(value)
         return cls(ranks, content.get("chosen_by", {}))
 
 
-def _product(values: tuple[int, ...]) -> int:
-    result = 1
-    for v in values:
-        result *= v
-    return result
+def _is_rank(value: Any) -> bool:
+    """Whether it is one or two positive integers."""
+    return isinstance(value, (list, tuple)) and 1 <= len(value) <= 2 and all(type(r) is int and r > 0 for r in value)

@@ -15,9 +15,9 @@ from pytorch_lightning import seed_everything
 from torch import Tensor, nn
 
 from . import data as datasets
-from .budget import cheapest, check_feasible
+from .budget import Limit, cheapest, check_feasible
 from .compression import COSTS_FILE, METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE, load_weights, save
-from .config import Config, Training
+from .config import Config, Metric, Training
 from .finetuning import EpochEnd, accuracy, finetune, recalibrate
 from .log import logger
 from .models import build_model
@@ -73,7 +73,8 @@ def run(
     except SearchDiverged as error:
         raise ConfigError(f"search: {error}") from None
     plan = strategy.plan()
-    logger.info("plan: cost %.6g of %.6g %s, budget %.6g", *(plan.chosen_by[k] for k in ("cost", "original_cost", "metric", "budget")))
+    for fact in (plan.chosen_by, *plan.chosen_by["also"]):
+        logger.info("plan: cost %.6g of %.6g %s, budget %.6g", *(fact[k] for k in ("cost", "original_cost", "metric", "budget")))
     facts = {"name": config.model.name, "arguments": config.model.arguments}
     save(folder, network, plan, facts)  # so that a run cut off in fine-tuning keeps what it searched
     network = _finish(config, splits, network, report)
@@ -103,31 +104,43 @@ def _splits(config: Config) -> datasets.Splits:
 def _prepare(config: Config, splits: datasets.Splits, model: nn.Module, example: Tensor, folder: Path) -> tuple[Haloc, RankSpace]:
     """The cost table, the rank space and the strategy; an impossible budget is refused here, before any training."""
     r, s = config.rank_space, config.search
-    rules = RankRules(r.step, r.dense, r.equal, tuple(r.kinds), tuple(r.exclude))
-    if config.cost.table is not None:
-        costs = CostTable.load(config.cost.table)
-        if costs.metric != config.cost.metric:
-            raise ConfigError(f"cost.table: expected a table of {config.cost.metric}, found {costs.metric} in {config.cost.table}")
-    elif config.cost.metric == "latency_ms":
-        logger.info("measuring the latency of every candidate")
-        costs = latency_table(
-            model, _latency_input(config, example), rules, memory_format=config.cost.memory_format, threads=config.cost.threads
-        )
-    else:
-        costs = (mac_table if config.cost.metric == "macs" else param_table)(model, example, rules)
-    costs.save(folder / COSTS_FILE)
-    budget = config.budget.of(costs.original)
+    rules = RankRules(r.step, r.dense, r.equal, tuple(r.kinds), tuple(r.exclude), r.pin)
+    main = _cost_table(config, "cost", config.cost.metric, config.cost.table, model, example, rules)
+    limits = [Limit(main, config.budget.of(main.original))]
+    main.save(folder / COSTS_FILE)
+    for i, also in enumerate(config.budget.also):
+        table = _cost_table(config, f"budget.also.{i}", also.metric, also.table, model, example, rules)
+        limits.append(Limit(table, also.of(table.original)))
+        table.save(folder / f"costs-also{i}.json")
     calibration = None if r.decomposition in ("hosvd", "hooi") else splits.images("plain", r.calibration_images, config.seed)
-    space = RankSpace(model, example, costs, rules, calibration, None if r.decomposition == "auto" else r.decomposition)
-    rows, rest = costs.restrict(space.candidates)
-    check_feasible(rows, rest, budget, costs.metric)
+    tables = [limit.costs for limit in limits]
+    space = RankSpace(model, example, tables, rules, calibration, None if r.decomposition == "auto" else r.decomposition)
+    check_feasible(space.candidates, limits)
     logger.info("%d layers to search, %.3g networks; left alone: %s", len(space.candidates), space.size(), space.left_alone)
-    logger.info("cheapest network: %.6g %s; budget %.6g, original %.6g", cheapest(rows, rest), costs.metric, budget, costs.original)
+    for limit in limits:
+        least = limit.costs.total(cheapest(space.candidates, limit.costs))
+        logger.info("cheapest network: %.6g %s; budget %.6g, original %.6g", least, limit.costs.metric, limit.budget, limit.costs.original)
     strategy = Haloc(
-        costs, budget, lam=s.lam, objective=s.objective, beta=s.beta, eta=s.eta, theta=s.theta, alpha_lr=s.alpha_lr,
-        warmup_epochs=s.warmup_epochs, temperature=s.temperature, select=s.select, seed=config.seed,
+        limits, lam=s.lam, objective=s.objective, eta=s.eta, theta=s.theta, alpha_lr=s.alpha_lr, alpha_optimizer=s.alpha_optimizer,
+        warmup_epochs=s.warmup_epochs, temperature=s.temperature, select=s.select, min_use=s.min_use, seed=config.seed,
     )  # fmt: skip
     return strategy, space
+
+
+def _cost_table(
+    config: Config, key: str, metric: Metric, file: str | None, model: nn.Module, example: Tensor, rules: RankRules
+) -> CostTable:
+    """One limit's table: from its file, measured or counted; ``key`` names its section in messages."""
+    if file is not None:
+        costs = CostTable.load(file)
+        if costs.metric != metric:
+            raise ConfigError(f"{key}.table: expected a table of {metric}, found {costs.metric} in {file}")
+        return costs
+    if metric == "latency_ms":
+        logger.info("measuring the latency of every candidate")
+        shape = _latency_input(config, example)
+        return latency_table(model, shape, rules, memory_format=config.cost.memory_format, threads=config.cost.threads)
+    return (mac_table if metric == "macs" else param_table)(model, example, rules)
 
 
 def _search(config: Config, splits: datasets.Splits, strategy: Haloc, space: RankSpace, report: Report) -> nn.Module:

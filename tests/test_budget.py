@@ -1,70 +1,160 @@
-"""The hard budget against trying every choice."""
+"""The hard budget against trying every choice, with one limit and with several."""
 
 import itertools
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nni_haloc.budget import InfeasibleBudget, cheapest, choose, total
+from nni_haloc.budget import InfeasibleBudget, Limit, cheapest, check_feasible, choose
+from nni_haloc.predictors import CostTable
 
 
-def every(costs):
-    layers = list(costs)
-    for names in itertools.product(*(costs[layer] for layer in layers)):
-        yield dict(zip(layers, names, strict=True))
+def every(candidates):
+    for names in itertools.product(*candidates.values()):
+        yield dict(zip(candidates, names, strict=True))
+
+
+def score(scores, choice):
+    return math.fsum(scores[layer][name] for layer, name in choice.items())
 
 
 NUMBER = st.one_of(st.integers(1, 50).map(float), st.floats(1e-3, 1e9))
+JUST = st.sampled_from([1.0, 1 - 1e-15, 1 + 1e-15, 1 - 1e-9, 1 + 1e-9, 1 - 1e-6, 1.1])
 
 
 @st.composite
-def problems(draw):
+def problems(draw, most_limits=1):
+    """Scores, and limits drawn at, just below and just above the costs of some choice; now and then of another choice in each table."""
     widths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
-    costs = {f"l{i}": {f"c{j}": draw(NUMBER) for j in range(n)} for i, n in enumerate(widths)}
-    scores = {layer: {c: draw(st.floats(-10, 10)) for c in row} for layer, row in costs.items()}
-    fixed = draw(st.one_of(st.just(0.0), NUMBER))
-    sums = sorted(total(choice, costs, fixed) for choice in every(costs))
-    budget = draw(st.sampled_from(sums)) * draw(st.sampled_from([1.0, 1 - 1e-15, 1 + 1e-15, 1 - 1e-9, 1 + 1e-9, 1 - 1e-6, 1.1]))
-    return scores, costs, fixed, budget
+    layers = {f"l{i}": ["dense", *(f"r{j}" for j in range(1, n))] for i, n in enumerate(widths)}
+    candidates = {layer: names[draw(st.integers(0, len(names) - 1)) :] for layer, names in layers.items()}
+    scores = {layer: {c: draw(st.floats(-10, 10)) for c in names} for layer, names in candidates.items()}
+    choices = list(every(candidates))
+    near = draw(st.sampled_from(choices))
+    limits = []
+    for _ in range(draw(st.integers(1, most_limits))):
+        costs = {layer: {c: draw(NUMBER) for c in names} for layer, names in layers.items()}
+        table = CostTable("macs", costs, draw(st.one_of(st.just(0.0), NUMBER)))
+        limits.append(Limit(table, table.total(draw(st.sampled_from([near, near, draw(st.sampled_from(choices))]))) * draw(JUST)))
+    return scores, limits
+
+
+def check(scores, limits):
+    fitting = [choice for choice in every(scores) if all(limit.costs.total(choice) <= limit.budget for limit in limits)]
+    if not fitting:
+        with pytest.raises(InfeasibleBudget) as error:
+            choose(scores, limits)
+        refused_rightly(scores, limits, str(error.value))
+        return
+    choice = choose(scores, limits)
+    assert all(limit.costs.total(choice) <= limit.budget for limit in limits)
+    assert score(scores, choice) >= max(score(scores, c) for c in fitting) - 1e-4
+
+
+def refused_rightly(scores, limits, message):
+    """The number named is the least cost in the refused table, among the choices within the limits before it where the message says so."""
+    named = float(re.search(r", (\S+) macs$", message)[1])
+    if "within" not in message:
+        assert any(named == min(map(limit.costs.total, every(scores))) > limit.budget for limit in limits)
+        return
+    i = message.split(" within ")[1].count(" and ") + 1
+    before = [choice for choice in every(scores) if all(limit.costs.total(choice) <= limit.budget for limit in limits[:i])]
+    least = min(map(limits[i].costs.total, before))
+    assert named > limits[i].budget
+    assert named == pytest.approx(least, rel=1e-8)
 
 
 @settings(max_examples=300, deadline=None)
 @given(problems())
 def test_the_budget_is_never_exceeded_and_the_score_is_the_best(problem):
-    scores, costs, fixed, budget = problem
-    fitting = [c for c in every(costs) if total(c, costs, fixed) <= budget]
+    check(*problem)
+
+
+@settings(max_examples=400, deadline=None)
+@given(problems(most_limits=3))
+def test_no_limit_of_several_is_exceeded_and_the_score_is_the_best(problem):
+    check(*problem)
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems(most_limits=2), st.sampled_from([0.5, 0.9, 0.95, 1.0]))
+def test_a_budget_is_used_wherever_it_can_be(problem, use):
+    scores, limits = problem
+    fitting = [choice for choice in every(scores) if all(limit.costs.total(choice) <= limit.budget for limit in limits)]
     if not fitting:
-        with pytest.raises(InfeasibleBudget):
-            choose(scores, costs, fixed, budget)
         return
-    choice = choose(scores, costs, fixed, budget)
-    assert total(choice, costs, fixed) <= budget
+    using = [choice for choice in fitting if any(limit.costs.total(choice) >= use * limit.budget for limit in limits)]
+    choice = choose(scores, limits, use)
+    assert all(limit.costs.total(choice) <= limit.budget for limit in limits)
+    if using:
+        assert any(limit.costs.total(choice) >= use * limit.budget * (1 - 1e-8) for limit in limits)
+    assert score(scores, choice) >= max(score(scores, c) for c in using or fitting) - 1e-4
 
-    def score(c):
-        return math.fsum(scores[layer][name] for layer, name in c.items())
 
-    assert score(choice) >= max(map(score, fitting)) - 1e-4
+def one(row, fixed=0.0, metric="macs", **more):
+    return CostTable(metric, {"a": row, **more}, fixed)
 
 
 def test_what_is_left_of_a_larger_budget_is_used():
-    costs = {"a": {"dense": 10.0, "r2": 2.0}, "b": {"dense": 10.0, "r2": 2.0}}
+    table = one({"dense": 10.0, "r2": 2.0}, 1.0, b={"dense": 10.0, "r2": 2.0})
     scores = {"a": {"dense": 1.0, "r2": 0.0}, "b": {"dense": 2.0, "r2": 0.0}}
-    assert choose(scores, costs, 1.0, 5.0) == {"a": "r2", "b": "r2"}
-    assert choose(scores, costs, 1.0, 13.0) == {"a": "r2", "b": "dense"}
-    assert choose(scores, costs, 1.0, 21.0) == {"a": "dense", "b": "dense"}
+    assert choose(scores, [Limit(table, 5.0)]) == {"a": "r2", "b": "r2"}
+    assert choose(scores, [Limit(table, 13.0)]) == {"a": "r2", "b": "dense"}
+    assert choose(scores, [Limit(table, 21.0)]) == {"a": "dense", "b": "dense"}
+
+
+def test_a_limit_counts_what_is_not_searched():
+    """Layers that the scores do not name stay dense, and what is fixed is paid for."""
+    table = one({"dense": 10.0, "r2": 2.0}, 1.0, b={"dense": 10.0, "r2": 2.0})
+    scores = {"a": {"dense": 1.0, "r2": 0.0}}
+    assert choose(scores, [Limit(table, 20.9)]) == {"a": "r2"}
+    with pytest.raises(InfeasibleBudget, match="below the cheapest network, 13 macs"):
+        choose(scores, [Limit(table, 12.9)])
 
 
 def test_an_impossible_budget_names_the_cheapest_network():
-    costs = {"a": {"dense": 10.0, "r2": 2.0}}
-    assert cheapest(costs, 3.0) == 5.0
+    table = one({"dense": 10.0, "r2": 2.0}, 3.0)
+    candidates = {"a": ["dense", "r2"]}
+    assert table.total(cheapest(candidates, table)) == 5.0
     with pytest.raises(InfeasibleBudget, match=r"budget: 4\.9 macs is below the cheapest network, 5 macs"):
-        choose({"a": {"dense": 0.0, "r2": 0.0}}, costs, 3.0, 4.9, "macs")
+        check_feasible(candidates, [Limit(table, 4.9)])
     with pytest.raises(InfeasibleBudget):
-        choose({"a": {"dense": 0.0, "r2": 0.0}}, costs, 3.0, math.nan)
+        check_feasible(candidates, [Limit(table, math.nan)])
+
+
+def test_the_cost_that_a_refusal_names_is_accepted_as_the_budget():
+    table = one({"dense": 10.0, "r2": 1 / 3}, 1e6)
+    with pytest.raises(InfeasibleBudget) as error:
+        check_feasible({"a": ["r2"]}, [Limit(table, 1e6)])
+    named = float(re.search(r", (\S+) macs$", str(error.value))[1])
+    assert check_feasible({"a": ["r2"]}, [Limit(table, named)]) == {"a": "r2"}
+
+
+def test_limits_that_conflict_name_the_least_cost_within_the_others():
+    """Each can be met alone: 2 macs by r2, 3 params by r4."""
+    macs = one({"dense": 10.0, "r2": 2.0, "r4": 6.0})
+    params = one({"dense": 10.0, "r2": 7.0, "r4": 3.0}, metric="params")
+    candidates = {"a": ["dense", "r2", "r4"]}
+    assert check_feasible(candidates, [Limit(macs, 6.0), Limit(params, 3.0)]) == {"a": "r4"}
+    message = r"budget: 6\.5 params is below the cheapest network within 5 macs, 7 params"
+    with pytest.raises(InfeasibleBudget, match=message):
+        check_feasible(candidates, [Limit(macs, 5.0), Limit(params, 6.5)])
+
+
+def test_many_choices_of_one_cost_just_above_the_budget_are_all_passed_over():
+    """Far more ties within the solver's tolerance of the limit than can be cut off one by one."""
+    row = {"dense": 3.0, "r2": 2.0, "r1": 1.0}
+    table = CostTable("macs", {f"l{i}": row for i in range(20)}, 0.0)
+    scores = {layer: {"dense": 2.0, "r2": 1.5, "r1": 0.0} for layer in table.costs}
+    limit = Limit(table, math.nextafter(40.0, 0))
+    choice = choose(scores, [limit])
+    assert table.total(choice) == 39.0
+    assert score(scores, choice) == 19 * 1.5
 
 
 def test_a_score_that_is_not_finite_is_named():
     with pytest.raises(ValueError, match="layer 'a', candidate 'r2'"):
-        choose({"a": {"dense": 0.0, "r2": math.inf}}, {"a": {"dense": 2.0, "r2": 1.0}}, 0.0, 3.0)
+        choose({"a": {"dense": 0.0, "r2": math.inf}}, [Limit(one({"dense": 2.0, "r2": 1.0}), 3.0)])

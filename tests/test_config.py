@@ -56,6 +56,15 @@ def test_defaults_are_filled_in_and_paths_are_relative_to_the_file(write, tmp_pa
         (merged("budget.absolute", 5.0), "budget: expected either"),
         (merged("budget.fraction", 1.5), "budget.fraction: .*found 1.5"),
         (merged("budget.fraction", True), "budget.fraction: .*found True"),
+        (merged("budget.also", [{"metric": "params"}]), "budget.also.0: expected either 'fraction' or 'absolute'"),
+        (merged("budget.also", [{"fraction": 0.5}]), "budget.also.0.metric: missing"),
+        (merged("budget.also", [{"metric": "joules", "fraction": 0.5}]), "budget.also.0.metric: .*found 'joules'"),
+        (merged("budget.also", {"metric": "params"}), "budget.also: .*found dict"),
+        (merged("rank_space.pin", {"a": "thick"}), r"rank_space.pin.a: expected a rank, \[r1, r2\] or 'dense', found 'thick'"),
+        (merged("rank_space.pin", {"a": [4, 0]}), "rank_space.pin.a: expected a rank"),
+        (merged("rank_space.pin", ["a"]), "rank_space.pin: .*found list"),
+        (merged("search.alpha_optimizer", "lion"), "search.alpha_optimizer: .*'adam' or 'sgd', found 'lion'"),
+        (merged("search.min_use", 1.5), "search.min_use: .*found 1.5"),
         (merged("weights", "none.pt"), "weights: no such file or folder: .*none.pt"),
         (merged("data", {"name": "folder", "size": 3}), "data: root: data 'folder' needs a folder"),
         (merged("data", {"name": "folder", "root": "."}), "data: size"),
@@ -88,6 +97,18 @@ def test_a_tuners_parameters_are_dotted_keys(write):
         load_config(write(GOOD), {"search.lambda": 0.5})
     with pytest.raises(ConfigError, match="'weights' is not a section"):
         load_config(write(GOOD), {"weights.x": 1})
+
+
+def test_a_tuner_may_change_one_budget_of_several(write):
+    also = [{"metric": "params", "fraction": 0.4}, {"metric": "latency_ms", "absolute": 2.5}]
+    config = load_config(write(merged("budget.also", also)), {"budget.absolute": 5e6})
+    assert (config.budget.absolute, config.budget.fraction) == (5e6, None)
+    assert [(limit.metric, limit.of(100.0)) for limit in config.budget.also] == [("params", 40.0), ("latency_ms", 2.5)]
+
+
+def test_pinned_ranks_are_numbers_pairs_or_dense(write):
+    config = load_config(write(merged("rank_space.pin", {"layer1.*": 16, "conv1": "dense", "fc": [8, 4]})))
+    assert config.rank_space.pin == {"layer1.*": 16, "conv1": "dense", "fc": (8, 4)}
 
 
 def test_the_rank_space_may_have_a_file_of_its_own(write, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,6 +123,53 @@ def test_layers_are_found_with_all_their_calls_and_the_rest_has_a_reason():
     assert model.training
     assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(5, (5, 5)), ((6, 3), (6, 3)), ("dense", None)])
+def test_a_pinned_layer_has_one_candidate_whatever_it_costs(rank, expected):
+    rules = RankRules(pin={"lay*": rank, "layer": 2})  # the first pattern counts
+    assert rules.candidates(spec(8, 8)) == [expected]
+    assert rules.candidates(replace(spec(8, 8), name="other")) == RankRules().candidates(spec(8, 8))
+    assert RankRules(pin={"layer": 8}).candidates(spec(8, 8, k=1)) == [(8, 8)]  # dearer than dense
+    assert RankRules(pin={"layer": 3}).candidates(spec(8, 8, "linear")) == [(3,)]
+
+
+@pytest.mark.parametrize("rank", [0, -1, True, 2.5, "r4", "thick", (1, 2, 3), (), (4, 0), None, [2.0, 1]])
+def test_what_is_not_a_rank_cannot_be_pinned(rank):
+    with pytest.raises(ValueError, match=r"pin 'a': expected a rank, \(r1, r2\) or 'dense', found"):
+        RankRules(pin={"a": rank})
+
+
+class Pinnable(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(12, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 1, 3))
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"pin": {"7": 4}}, "pin: no layer of Pinnable that can be searched matches '7'$"),
+        ({"pin": {"2": 4}}, "pin: no layer .* matches '2'; 2: grouped convolution"),
+        ({"pin": {"0": 4}, "exclude": ("0",)}, "pin: no layer .* matches '0'; 0: excluded by name"),
+        ({"pin": {"1": 4}, "kinds": ("conv",)}, "pin: no layer .* matches '1'; 1: kind 'pointwise'"),
+        ({"pin": {"0": 9}}, r"pin: layer '0': ranks \[9, 9\] are above its channels \[12, 8\]"),
+        ({"pin": {"0": (8, 12)}}, r"pin: layer '0': ranks \[8, 12\] are above its channels \[12, 8\]"),
+        ({"pin": {"1": (4, 4)}}, r"pin: layer '1' is of kind 'pointwise', which does not take the ranks \[4, 4\]"),
+        ({"exclude": ("0", "conv*")}, r"exclude: no layer of Pinnable that can be searched matches 'conv\*'"),
+    ],
+)
+def test_patterns_that_fit_nothing_are_refused(rules, message):
+    with pytest.raises(ValueError, match=message):
+        find_layers(Pinnable(), torch.randn(1, 8, 8, 8), RankRules(**rules))
+
+
+def test_a_layer_without_a_rank_to_search_may_be_pinned():
+    layers = find_layers(Pinnable(), torch.randn(1, 8, 8, 8), RankRules(pin={"0": "dense", "3": 1}))
+    assert layers.candidates(RankRules(pin={"0": "dense", "3": 1})) == {
+        "0": {"dense": None},
+        "1": {"dense": None, "r4": (4,), "r2": (2,)},
+        "3": {"r1": (1, 1)},
+    }
 
 
 def test_ranks_json_is_readable(tmp_path):

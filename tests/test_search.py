@@ -2,6 +2,8 @@
 
 import copy
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -12,22 +14,42 @@ from pytorch_lightning import seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nni_haloc import Haloc, RankPlan, RankRules, RankSpace, Recipe, classification, compress, finetune, gates, mac_table
+from nni_haloc import (
+    CostTable,
+    Haloc,
+    Limit,
+    RankPlan,
+    RankRules,
+    RankSpace,
+    Recipe,
+    classification,
+    compress,
+    finetune,
+    gates,
+    mac_table,
+    param_table,
+)
+from nni_haloc.config import load_config
+from nni_haloc.models import build_model
 from nni_haloc.nas import run_search
 from nni_haloc.nas import supernet as supernet_module
 from nni_haloc.nas.supernet import MixedRankLayer
 from nni_haloc.predictors import count_macs
+from nni_haloc.predictors.analytic import count_params
+from nni_haloc.run import run
+from nni_haloc.yaml_files import ConfigError
 
 QUIET = {"enable_progress_bar": False}
 
 
-def search(net, images, loaders, fraction=0.5, epochs=1, callbacks=(), space=None, precision="32-true", seed=0, **options):
+def search(net, images, loaders, fraction=0.5, epochs=1, callbacks=(), space=None, precision="32-true", seed=0, limits=None, **options):
     seed_everything(seed, verbose=False)
     train, val = (DataLoader(x.dataset, 16, shuffle=True, generator=torch.Generator().manual_seed(seed + i)) for i, x in enumerate(loaders))
     rules = options.pop("rules", RankRules())
     costs = mac_table(net, images[:1], rules)
-    space = space or RankSpace(net, images[:1], costs, rules, images)
-    strategy = Haloc(costs, fraction * costs.original, seed=seed, **options)
+    limits = limits or [Limit(costs, fraction * costs.original)]
+    space = space or RankSpace(net, images[:1], [limit.costs for limit in limits], rules, images)
+    strategy = Haloc(limits, seed=seed, **options)
     evaluator = classification(
         train, val, Recipe(epochs, 0.01, schedule="constant"), callbacks=list(callbacks), precision=precision, **QUIET
     )
@@ -186,23 +208,157 @@ def test_seeds_give_the_same_ranks_twice_and_the_same_weights(net, images, loade
     assert first.probabilities != other.probabilities
 
 
-@pytest.mark.parametrize("fraction", [0.35, 0.5, 0.7])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_by_default_the_expected_cost_settles_at_the_budget(net, images, loaders, fraction, seed):
-    strategy = search(net, images, loaders, fraction, epochs=40, alpha_lr=0.05, seed=seed, lam=0.0)
-    assert float(strategy.expected_cost().detach()) == pytest.approx(strategy.budget, rel=0.05)
+class Costs(pl.Callback):
+    """Expected cost of every limit, in units of its budget, after each iteration."""
+
+    def on_fit_start(self, trainer, module):
+        self.strategy, self.ratios = module._strategy, []
+
+    def on_train_batch_end(self, *_):
+        self.ratios.append([float(self.strategy.expected_cost(limit).detach()) / limit.budget for limit in self.strategy.limits])
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.7])
+@pytest.mark.parametrize("options", [{}, {"alpha_optimizer": "sgd", "alpha_lr": 1.0}, {"temperature": 2.0}])
+def test_by_default_the_expected_cost_is_the_budget_from_the_first_step_on(net, images, loaders, fraction, options):
+    watch = Costs()
+    strategy = search(net, images, loaders, fraction, epochs=2, callbacks=[watch], **options)
+    assert [ratio for (ratio,) in watch.ratios] == pytest.approx([1.0] * 2 * len(loaders[0]), abs=1e-5)
+    assert strategy.plan().chosen_by["cost"] <= strategy.budget
+
+
+def limits_of(net, images, macs, params):
+    tables = mac_table(net, images[:1]), param_table(net, images[:1])
+    return [Limit(table, fraction * table.original) for table, fraction in zip(tables, (macs, params), strict=True)]
+
+
+@pytest.mark.parametrize(("macs", "params"), [(0.4, 0.9), (0.9, 0.5), (0.35, 0.49)])
+def test_of_two_budgets_both_hold(net, images, loaders, macs, params):
+    limits, watch = limits_of(net, images, macs, params), Costs()
+    strategy = search(net, images, loaders, limits=limits, epochs=2, callbacks=[watch])
+    assert [max(ratios) for ratios in watch.ratios] == pytest.approx([1.0] * len(watch.ratios), abs=1e-5)
     plan = strategy.plan()
-    assert plan.chosen_by["cost"] <= strategy.budget
+    network = strategy.network(plan)
+    found = count_macs(network, images[:1]), count_params(network)
+    facts = [plan.chosen_by, *plan.chosen_by["also"]]
+    assert [(f["metric"], f["budget"], f["cost"], f["original_cost"]) for f in facts] == [
+        (limit.costs.metric, limit.budget, cost, limit.costs.original) for limit, cost in zip(limits, found, strict=True)
+    ]
+    assert all(f["cost"] <= f["budget"] for f in facts)
+    assert max(f["expected_cost"] / f["budget"] for f in facts) == pytest.approx(1.0, abs=1e-5)
+    tighter = strategy.plan(0.9 * plan.chosen_by["cost"])  # another budget in the first table; the second stays
+    assert tighter.chosen_by["cost"] <= 0.9 * plan.chosen_by["cost"]
+    assert tighter.chosen_by["also"][0]["budget"] == limits[1].budget
 
 
-def test_in_the_papers_mode_a_larger_theta_ends_cheaper(net, images, loaders):
-    """All the way from above the budget. (Much larger ones end dearer: their early gradients are so large that Adam steps less after.)"""
-    options = {"epochs": 4, "objective": "paper", "alpha_lr": 0.05, "lam": 0.0}
-    found = [search(net, images, loaders, 0.3, theta=theta, **options) for theta in (0.0, 0.02, 0.1, 0.5)]
+def test_the_papers_loss_prices_the_limit_that_is_exceeded_most(net, images, loaders):
+    for fractions, binding in (((0.3, 0.9), 0), ((0.9, 0.3), 1)):
+        limits = limits_of(net, images, *fractions)
+        strategy = search(net, images, loaders, limits=limits, objective="paper", theta=2.0, lam=0.0, min_use=0.0)
+        expected = float(strategy.expected_cost(limits[binding]).detach()) / limits[binding].budget
+        assert float(strategy.probability_loss(torch.tensor(3.0)).detach()) == pytest.approx(3 * expected**2)
+
+
+def test_budgets_that_conflict_are_refused_before_the_search(net, images, loaders):
+    """Each is met by some network; the fewest parameters within the first are named."""
+    macs, params = (limit.costs for limit in limits_of(net, images, 1.0, 1.0))
+    costs = {layer: {"dense": 9.0} | {c: 1 + i for i, c in enumerate(row) if c != "dense"} for layer, row in params.costs.items()}
+    odd = type(params)("params", costs, 0.0)  # here the larger rank is the cheaper one
+    least = macs.total({layer: list(row)[-1] for layer, row in macs.costs.items()})
+    with pytest.raises(ValueError, match=r"budget: 8 params is below the cheapest network within \d+ macs, 9 params"):
+        search(net, images, loaders, limits=[Limit(macs, least), Limit(odd, 8.0)], callbacks=[NeverStarted()])
+
+
+class NeverStarted(pl.Callback):
+    def on_fit_start(self, *_):
+        raise AssertionError("the search has started")
+
+
+@pytest.mark.parametrize("arguments", [(), (1.0, []), ([Limit(None, 1.0)], 1.0)])
+def test_limits_and_a_budget_exclude_each_other(arguments):
+    with pytest.raises((ValueError, TypeError), match="expected a cost table and a budget, or a list of limits|missing"):
+        Haloc(*arguments)
+
+
+def test_a_candidate_stays_where_any_table_rewards_it(net, images):
+    macs, params = (limit.costs for limit in limits_of(net, images, 1.0, 1.0))
+    dear = {layer: {c: row["dense"] if c == "r6" else cost for c, cost in row.items()} for layer, row in macs.costs.items()}
+    no_gain = type(macs)("macs", dear, macs.fixed)
+    assert "r6" not in RankSpace(net, images[:1], no_gain).candidates["body.0"]
+    assert "r6" in RankSpace(net, images[:1], [no_gain, params]).candidates["body.0"]
+    also_dear = type(macs)("params", dear, macs.fixed)
+    assert "r6" not in RankSpace(net, images[:1], [no_gain, also_dear]).candidates["body.0"]
+
+
+def test_pinned_layers_keep_their_rank_and_are_trained(net, images, loaders):
+    rules = RankRules(pin={"body.*": (5, 3), "point": 12, "stem": "dense"}, kinds=("conv", "pointwise", "linear"))
+    space = RankSpace(net, images[:1], None, rules, images)
+    pinned = {"stem": "dense", "body.0": "r5x3", "point": "r12"}
+    assert {name: list(row) for name, row in space.candidates.items() if name != "head"} == {k: [v] for k, v in pinned.items()}
+    watch = Watch()
+    strategy = search(net, images, loaders, 0.9, rules=rules, callbacks=[watch])
+    plan = strategy.plan()
+    assert plan.names.items() >= pinned.items()
+    for network in (strategy.network(plan), compress(net, plan, images)):
+        assert count_macs(network, images[:1]) == plan.chosen_by["cost"]
+        assert network.body[0].core.weight.shape[:2] == (5, 3)
+    for layer, name in pinned.items():  # a single candidate is what runs, and learns, every time
+        assert all(any(k.startswith(f"model.{layer}.{name}.") for k in changed) for _, _, changed, _ in watch.rounds)
+
+
+@pytest.mark.parametrize(("optimizer", "thetas"), [("adam", (0.0, 0.02, 0.1, 0.5)), ("sgd", (0.0, 0.1, 0.5, 2.0))])
+def test_in_the_papers_mode_a_larger_theta_ends_cheaper(net, images, loaders, optimizer, thetas):
+    """All the way from above the budget. (Under Adam not beyond 0.5: early gradients grow so large that it steps less after.)"""
+    options = {"epochs": 4, "objective": "paper", "alpha_lr": 0.05, "lam": 0.0, "alpha_optimizer": optimizer}
+    found = [search(net, images, loaders, 0.3, theta=theta, **options) for theta in thetas]
     ends = [float(strategy.expected_cost().detach()) for strategy in found]
     assert ends == sorted(ends, reverse=True)
-    assert len(set(ends)) == 4
+    assert len(set(ends)) == len(thetas)
     assert min(ends) > found[0].budget
+
+
+def test_eta_matters_under_sgd_alone(net, images, loaders):
+    options = {"objective": "paper", "lam": 0.0, "alpha_lr": 0.05}
+    ends = {
+        (optimizer, eta): search(net, images, loaders, 0.3, eta=eta, alpha_optimizer=optimizer, **options).probabilities["body.0"]["dense"]
+        for optimizer in ("adam", "sgd")
+        for eta in (0.5, 2.0)
+    }
+    assert ends["adam", 0.5] == pytest.approx(ends["adam", 2.0], rel=1e-3)
+    uniform = 1 / len(mac_table(net, images[:1]).costs["body.0"])
+    assert ends["sgd", 2.0] - uniform == pytest.approx(4 * (ends["sgd", 0.5] - uniform), rel=0.2)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.3, 0.15])
+def test_the_digits_example_ends_at_its_budget_and_uses_it(tmp_path, fraction):
+    example = Path(__file__).parents[1] / "examples" / "digits" / "run.yml"
+    run(load_config(example, {"budget.fraction": fraction, "search.epochs": 2, "finetune.epochs": 0, "recalibration_batches": 0}), tmp_path)
+    facts = RankPlan.load(tmp_path / "ranks.json").chosen_by
+    assert facts["expected_cost"] == pytest.approx(facts["budget"], rel=0.02)
+    assert 0.95 * facts["budget"] <= facts["cost"] <= facts["budget"]
+
+
+def test_a_run_may_have_several_budgets(tmp_path):
+    example = Path(__file__).parents[1] / "examples" / "digits" / "run.yml"
+    short = {"search.epochs": 1, "finetune.epochs": 0, "recalibration_batches": 0, "rank_space": {"pin": {"block2.*": 12}}}
+    counted = mac_table(build_model("digits_cnn"), torch.zeros(1, 1, 8, 8), RankRules(pin={"block2.*": 12}))
+    replace(counted, metric="latency_ms").save(tmp_path / "latency.json")
+    also = [{"metric": "params", "fraction": 0.35}, {"metric": "latency_ms", "fraction": 0.9, "table": str(tmp_path / "latency.json")}]
+    metrics = run(load_config(example, {**short, "budget.fraction": 0.5, "budget.also": also}), tmp_path)
+    plan = RankPlan.load(tmp_path / "ranks.json")
+    facts = [plan.chosen_by, *plan.chosen_by["also"]]
+    assert [f["metric"] for f in facts] == ["macs", "params", "latency_ms"]
+    assert (facts[0]["cost"], facts[1]["cost"]) == (metrics["macs"], metrics["params"])
+    assert metrics["macs"] <= facts[0]["budget"]
+    assert metrics["params"] <= facts[1]["budget"] == 0.35 * 65834
+    assert plan.names["block2.conv"] == "r12"
+    for i, name in enumerate(("costs.json", "costs-also0.json", "costs-also1.json")):
+        assert CostTable.load(tmp_path / name).metric == facts[i]["metric"]
+    with pytest.raises(ConfigError, match=r"budget: .* params is below the cheapest network, \d+ params"):
+        run(load_config(example, {**short, "budget.also": [{"metric": "params", "absolute": 9.0}]}), tmp_path)
+    macs = str(tmp_path / "costs.json")
+    with pytest.raises(ConfigError, match=r"budget\.also\.0\.table: expected a table of params, found macs in"):
+        run(load_config(example, {**short, "budget.also": [{"metric": "params", "fraction": 0.5, "table": macs}]}), tmp_path)
 
 
 def test_the_papers_choice_is_the_arg_max(net, images, loaders):
@@ -312,7 +468,7 @@ def test_a_search_that_diverges_says_so(net, images, loaders):
         search(net, images, loaders)
 
 
-@pytest.mark.parametrize("option", [{"objective": "papr"}, {"select": "arg max"}])
+@pytest.mark.parametrize("option", [{"objective": "papr"}, {"select": "arg max"}, {"alpha_optimizer": "lion"}])
 def test_options_that_do_not_exist_are_refused(net, images, option):
     with pytest.raises(ValueError, match="expected one of"):
         Haloc(mac_table(net, images[:1]), 1.0, **option)

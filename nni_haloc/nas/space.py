@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nni.nas.nn.pytorch import LayerChoice, ModelSpace
@@ -18,9 +18,10 @@ from ..tucker import Method
 class RankSpace(ModelSpace):
     """All rank candidates of a trained network; each searched layer is a `LayerChoice` labelled with the layer's name.
 
-    ``model``: any `nn.Module`; it is copied and never changed. ``example_input``: a batch that it takes. ``costs``: the table that the
-    search will use; candidates that cost at least as much as the dense layer in it are dropped (None: MACs). ``calibration``: training
-    images ``(N, ...)`` to decompose for; without them, or with ``decomposition="hosvd"``, the decomposition is by the weights.
+    ``model``: any `nn.Module`; it is copied and never changed. ``example_input``: a batch that it takes. ``costs``: the table or tables
+    that the search will use; candidates that cost at least as much as the dense layer in all of them are dropped (None: MACs), save those
+    of pinned layers. ``calibration``: training images ``(N, ...)`` to decompose for; without them, or with ``decomposition="hosvd"``, the
+    decomposition is by the weights.
 
     ``forward`` runs every layer's first candidate; ``freeze(sample)`` gives the plain compressed network with copies of the weights.
     Raises ValueError if nothing in the model can be searched.
@@ -30,23 +31,26 @@ class RankSpace(ModelSpace):
         self,
         model: nn.Module,
         example_input: Tensor,
-        costs: CostTable | None = None,
+        costs: CostTable | Sequence[CostTable] | None = None,
         rules: RankRules = RankRules(),
         calibration: Tensor | None = None,
         decomposition: Method | None = None,
     ) -> None:
         super().__init__()
         layers = find_layers(model, example_input, rules)
-        self.costs = costs or mac_table(model, example_input, rules)
+        costs = costs or mac_table(model, example_input, rules)
+        tables = [costs] if isinstance(costs, CostTable) else list(costs)
+        self.costs = tables[0]
         self.left_alone = dict(layers.left_alone)
         self.candidates: dict[str, dict[str, Rank]] = {}
         for name, row in layers.candidates(rules).items():
-            cost = self.costs.restrict({name: dict.fromkeys([DENSE, *row])})[0][name]
-            kept = {candidate: rank for candidate, rank in row.items() if rank is None or cost[candidate] < cost[DENSE]}
-            if any(rank is not None for rank in kept.values()):
+            rows = [table.restrict({name: dict.fromkeys([DENSE, *row])})[0][name] for table in tables]
+            pinned = bool(rules.pins(name))
+            kept = {c: rank for c, rank in row.items() if rank is None or pinned or any(cost[c] < cost[DENSE] for cost in rows)}
+            if pinned or any(kept.values()):
                 self.candidates[name] = kept
             else:
-                self.left_alone[name] = f"no rank is cheaper than the dense layer in {self.costs.metric}"
+                self.left_alone[name] = f"no rank is cheaper than the dense layer in {' or '.join(table.metric for table in tables)}"
         if not self.candidates:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_alone.items()) or "no convolution or linear layer"
             raise ValueError(f"nothing to search in {type(model).__name__} ({reasons})")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, cast, get_args
 
+import numpy as np
 import torch
 from nni.nas.evaluator.pytorch import Lightning, LightningModule
 from nni.nas.execution import SequentialExecutionEngine
@@ -15,8 +16,8 @@ from nni.nas.oneshot.pytorch.supermodule.proxyless import suppress_already_mutat
 from nni.nas.space import ExecutableModelSpace, RawFormatModelSpace
 from torch import Tensor, nn
 
-from .. import budget as hard_budget
-from ..objective import expected_cost
+from ..budget import Limit, check_feasible, choose
+from ..objective import expected_cost, probability_loss_paper, settle
 from ..predictors import CostTable
 from ..ranks import RankPlan
 from .evaluator import plain_loaders
@@ -26,6 +27,7 @@ from .updates import HalocModule
 
 Objective = Literal["settle", "paper"]
 Selection = Literal["knapsack", "argmax"]
+AlphaOptimizer = Literal["adam", "sgd"]
 
 
 class Haloc(DARTS):
@@ -34,15 +36,17 @@ class Haloc(DARTS):
     Each iteration updates the path probabilities on a validation batch, then the sampled candidates' weights on a training batch.
 
     Args:
-        costs: table of what each candidate costs.
-        budget: epsilon, the limit on the whole network's cost, in the table's unit.
+        costs: table of what each candidate costs; or several limits, ``[Limit(table, budget), ...]``, all of which hold.
+        budget: epsilon, the limit on the whole network's cost, in the table's unit; where ``costs`` is one table.
         lam: Eq. (9)'s lambda, weight of the feature-map term; 0 leaves it and the original's forward pass out.
-        objective: ``settle`` (adds ``beta * |E / budget - 1|``) or ``paper`` (Eq. (7): multiplies by ``eta * (E / budget)^theta``).
-        beta, eta, theta: see `nni_haloc.objective`.
-        alpha_lr: learning rate of alpha's Adam.
+        objective: ``settle`` (after each step on the cross-entropy the expected cost is put back to the budget: `objective.settle`) or
+            ``paper`` (Eq. (7): multiplies by ``eta * (E / budget)^theta``, of several limits the one that E exceeds most).
+        eta, theta: see `objective.probability_loss_paper`.
+        alpha_lr, alpha_optimizer: learning rate of alpha, and its optimizer, ``adam`` or ``sgd``. ``eta`` matters under SGD alone.
         warmup_epochs: epochs in which the weights alone are trained.
         temperature: of the softmax over alpha.
         select: ``knapsack`` (best score within the budget) or ``argmax`` (the paper's; may exceed the budget).
+        min_use: fraction of a budget that the knapsack's plan uses, where any does: scores are noisy, and rank left unused is lost.
         seed: of the path sampling, and of alpha's start, which is uniform.
 
     The evaluator must be NNI's `Lightning` with a training and a validation loader; its ``training_step`` returns the cross-entropy, or a
@@ -51,34 +55,50 @@ class Haloc(DARTS):
 
     def __init__(
         self,
-        costs: CostTable,
-        budget: float,
+        costs: CostTable | Sequence[Limit],
+        budget: float | None = None,
         *,
         lam: float = 1.0,
         objective: Objective = "settle",
-        beta: float = 2.0,
         eta: float = 1.0,
         theta: float = 1.0,
         alpha_lr: float = 0.03,
+        alpha_optimizer: AlphaOptimizer = "adam",
         warmup_epochs: int = 0,
         temperature: float = 1.0,
         select: Selection = "knapsack",
+        min_use: float = 0.95,
         seed: int = 0,
     ) -> None:
-        for name, value, allowed in (("objective", objective, get_args(Objective)), ("select", select, get_args(Selection))):
-            if value not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
+        for name, value, kind in (
+            ("objective", objective, Objective),
+            ("select", select, Selection),
+            ("alpha_optimizer", alpha_optimizer, AlphaOptimizer),
+        ):
+            if value not in get_args(kind):
+                raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, found {value!r}")
+        if isinstance(costs, CostTable) == (budget is None) or not costs:
+            raise ValueError("expected a cost table and a budget, or a list of limits")
         super().__init__(arc_learning_rate=alpha_lr, warmup_epochs=warmup_epochs)
-        self.costs, self.budget = costs, budget
-        self.lam, self.objective, self.beta, self.eta, self.theta = lam, objective, beta, eta, theta
-        self.temperature, self.select, self.seed = temperature, select, seed
+        self.limits = [Limit(costs, cast(float, budget))] if isinstance(costs, CostTable) else list(costs)
+        self.lam, self.objective, self.eta, self.theta = lam, objective, eta, theta
+        self.alpha_optimizer, self.temperature, self.select, self.min_use, self.seed = alpha_optimizer, temperature, select, min_use, seed
+
+    @property
+    def costs(self) -> CostTable:
+        """The table of the first limit."""
+        return self.limits[0].costs
+
+    @property
+    def budget(self) -> float:
+        """The budget of the first limit."""
+        return self.limits[0].budget
 
     def mutate_model(self, model: Any) -> Any:
         """The supernet, made on a copy of the space. Raises TypeError for other spaces, `InfeasibleBudget` where no network fits."""
         if not isinstance(model, RankSpace):
             raise TypeError(f"Haloc searches a RankSpace, found {type(model).__name__}")
-        self._row_costs, self._fixed = self.costs.restrict(model.candidates)
-        hard_budget.check_feasible(self._row_costs, self._fixed, self.budget, self.costs.metric)
+        check_feasible(model.candidates, self.limits)
         supernet = super().mutate_model(copy.deepcopy(model, {id(model.original): model.original}))
         # NNI replaces a module under the first of its names; the others must lead to the same mixed layer.
         mixed = {layer.label: layer for layer in self._layers(supernet)}
@@ -117,32 +137,56 @@ class Haloc(DARTS):
         """Layer to candidate to probability."""
         return {name: layer.export_probs({})[name] for name, layer in self.mixed_layers.items()}
 
-    def expected_cost(self) -> Tensor:
-        """Eq. (6): expected cost of the whole network under the present probabilities, differentiable in alpha."""
+    def expected_cost(self, limit: Limit | None = None) -> Tensor:
+        """Eq. (6): expected cost of the whole network under the present probabilities, by the table of a limit (None: the first)."""
+        rows, fixed = (limit or self.limits[0]).costs.restrict(self.supernet.candidates)
         layers = self.mixed_layers.values()
-        rows = [torch.tensor([self._row_costs[x.label][c] for c in x.names], device=x.alpha.device) for x in layers]
-        return expected_cost([x.probs for x in layers], rows, self._fixed)
+        tensors = [torch.tensor([rows[x.label][c] for c in x.names], device=x.alpha.device) for x in layers]
+        return expected_cost([x.probs for x in layers], tensors, fixed)
+
+    def probability_loss(self, ce: Tensor) -> Tensor:
+        """What alpha's step descends: the cross-entropy or, with ``objective="paper"``, Eq. (7) at the limit that binds most."""
+        if self.objective == "settle":
+            return ce
+        expected = [self.expected_cost(limit) for limit in self.limits]
+        binding = max(range(len(expected)), key=lambda k: float(expected[k].detach()) / self.limits[k].budget)
+        return probability_loss_paper(ce, expected[binding], self.limits[binding].budget, self.eta, self.theta)
+
+    def settle(self) -> None:
+        """With ``objective="settle"``, move alpha so that the expected cost of the limit that binds is its budget: `objective.settle`."""
+        if self.objective != "settle":
+            return
+        layers = list(self.mixed_layers.values())
+        restricted = [(limit.budget, *limit.costs.restrict(self.supernet.candidates)) for limit in self.limits]
+        costs = np.array([[rows[x.label][c] / budget for x in layers for c in x.names] for budget, rows, _ in restricted])
+        fixed = np.array([fixed / budget for budget, _, fixed in restricted])
+        sizes = [len(x.names) for x in layers]
+        with torch.no_grad():
+            logits = torch.cat([x.alpha.detach().double().cpu() for x in layers]).numpy() / self.temperature
+            settled = torch.from_numpy(settle(logits, sizes, costs, fixed) * self.temperature)
+            for layer, alpha in zip(layers, settled.split(sizes), strict=True):
+                layer.alpha.copy_(alpha)
 
     def plan(self, budget: float | None = None) -> RankPlan:
-        """The chosen ranks, for the search's budget or another one; with ``knapsack`` the cost never exceeds it."""
-        budget = self.budget if budget is None else budget
+        """The chosen ranks, within every limit with ``knapsack``; ``budget``: another budget in the place of the first limit's."""
+        limits = [Limit(self.costs, self.budget if budget is None else budget), *self.limits[1:]]
         layers = self.mixed_layers
         if self.select == "argmax":
             choice = {name: layer.export({})[name] for name, layer in layers.items()}
         else:
             scores = {n: dict(zip(x.names, (-x.task_gradient.mean).tolist(), strict=True)) for n, x in layers.items()}
-            choice = hard_budget.choose(scores, self._row_costs, self._fixed, budget, self.costs.metric)
-        facts = {
-            "rule": "haloc",
-            "select": self.select,
-            "objective": self.objective,
-            "metric": self.costs.metric,
-            "budget": budget,
-            "cost": hard_budget.total(choice, self._row_costs, self._fixed),
-            "expected_cost": float(self.expected_cost().detach()),
-            "original_cost": self.costs.original,
-            "seed": self.seed,
-        }
+            choice = choose(scores, limits, self.min_use)
+        first, *others = (
+            {
+                "metric": limit.costs.metric,
+                "budget": limit.budget,
+                "cost": limit.costs.total(choice),
+                "expected_cost": float(self.expected_cost(limit).detach()),
+                "original_cost": limit.costs.original,
+            }
+            for limit in limits
+        )
+        facts = {"rule": "haloc", "select": self.select, "objective": self.objective, **first, "also": others, "seed": self.seed}
         return RankPlan({name: self.supernet.candidates[name][c] for name, c in choice.items()}, facts)
 
     def network(self, plan: RankPlan | None = None) -> nn.Module:

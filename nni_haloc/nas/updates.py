@@ -9,7 +9,7 @@ from nni.nas.evaluator.pytorch import LightningModule
 from nni.nas.oneshot.pytorch.differentiable import DartsLightningModule
 from torch import Tensor, nn
 
-from ..objective import probability_loss, probability_loss_paper, weight_loss
+from ..objective import weight_loss
 from .approach import FeatureMaps
 
 if TYPE_CHECKING:
@@ -53,19 +53,16 @@ class HalocModule(DartsLightningModule):
             )
         task = torch.autograd.grad(ce, alphas, allow_unused=True)
         loss_of_ce = ce.detach().clone().requires_grad_()
-        expected = s.expected_cost()
-        if s.objective == "paper":
-            loss = probability_loss_paper(loss_of_ce, expected, s.budget, s.eta, s.theta)
-        else:
-            loss = probability_loss(loss_of_ce, expected, s.budget, s.beta)
-        by_ce, *by_cost = torch.autograd.grad(loss, [loss_of_ce, *alphas])
+        loss = s.probability_loss(loss_of_ce)
+        by_ce, *by_cost = torch.autograd.grad(loss, [loss_of_ce, *alphas], materialize_grads=True)
         for layer, from_task, from_cost in zip(self._mixed, task, by_cost, strict=True):
             layer.record()
             layer.alpha.grad = from_cost if from_task is None else by_ce * from_task + from_cost
         optimizer = self.architecture_optimizers()
         optimizer.step()
         optimizer.zero_grad()
-        self.log("search/expected_cost", expected.detach(), on_step=True, on_epoch=True)
+        s.settle()
+        self.log("search/expected_cost", s.expected_cost().detach(), on_step=True, on_epoch=True)
         self.log("search/probability_loss", loss.detach(), on_step=False, on_epoch=True)
 
     def _weight_step(self, batch: Any, batch_idx: int) -> None:
@@ -97,5 +94,7 @@ class HalocModule(DartsLightningModule):
         return [layer.alpha for layer in self._strategy.mixed_layers.values()]
 
     def configure_architecture_optimizers(self) -> torch.optim.Optimizer:
-        """Adam without weight decay: decay would pull the probabilities towards uniform, and so the cost away from the budget."""
+        """Without weight decay: decay would pull the probabilities towards uniform, and so the cost away from the budget."""
+        if self._strategy.alpha_optimizer == "sgd":
+            return torch.optim.SGD(self.arch_parameters(), self.arc_learning_rate)
         return torch.optim.Adam(self.arch_parameters(), self.arc_learning_rate, betas=(0.5, 0.999))

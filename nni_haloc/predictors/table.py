@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .. import budget
 from ..ranks import DENSE
 
 COSTS_VERSION = 1
@@ -45,11 +44,11 @@ class CostTable:
         return self.total(dict.fromkeys(self.costs, DENSE))
 
     def total(self, choice: Mapping[str, str]) -> float:
-        """Exact cost of a network: ``choice`` maps layer to candidate; layers that it does not name are dense."""
+        """Exact cost of a network, correctly rounded: ``choice`` maps layer to candidate; layers that it does not name are dense."""
         unknown = set(choice) - set(self.costs)
         if unknown:
             raise ValueError(f"layer {min(unknown)!r} is not in the cost table")
-        return budget.total({layer: choice.get(layer, DENSE) for layer in self.costs}, self.costs, self.fixed)
+        return math.fsum([self.fixed, *(row[choice.get(layer, DENSE)] for layer, row in self.costs.items())])
 
     def restrict(self, candidates: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str, float]], float]:
         """Costs of just these candidates, and the cost of all the rest with unnamed layers dense.

@@ -1,0 +1,112 @@
+"""Ways to settle at the budget, compared: python tests/benchmarks/settling.py RUN.yml [--seeds N] [--fractions F ...] [KEY=VALUE ...]
+
+For each: the expected cost in units of the budget (largest distance from 1 in the second half of the search; the iteration from which on it
+stays within 2 %), the share of the budget that the plan uses, and the plan's top-1 on validation images, with the searched weights after
+BatchNorm recalibration and no fine-tuning. Means over the seeds; the use is the least. Test images are not looked at.
+"""
+
+import argparse
+import tempfile
+import warnings
+from pathlib import Path
+from statistics import mean
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning import seed_everything
+
+from nni_haloc.compression import load_weights
+from nni_haloc.config import load_config
+from nni_haloc.finetuning import accuracy, recalibrate
+from nni_haloc.models import build_model
+from nni_haloc.nas import Haloc, classification, run_search
+from nni_haloc.run import _prepare, _quiet, _recipe, _splits
+from nni_haloc.yaml_files import parse_yaml
+
+
+class Penalty(Haloc):
+    """Adds ``2 |E / budget - 1|`` to the cross-entropy."""
+
+    def probability_loss(self, ce):
+        return ce + 2 * (self.expected_cost() / self.budget - 1).abs()
+
+    def settle(self):
+        pass
+
+
+class Multiplier(Penalty):
+    """Augmented Lagrangian: adds ``m (E / budget - 1) + 5 (E / budget - 1)^2`` and moves ``m`` by 0.05 times the excess."""
+
+    multiplier = 0.0
+
+    def probability_loss(self, ce):
+        excess = self.expected_cost() / self.budget - 1
+        self.multiplier += 0.05 * float(excess.detach())
+        return ce + self.multiplier * excess + 5 * excess**2
+
+
+MODES = {"settle": Haloc, "penalty": Penalty, "multiplier": Multiplier}
+
+
+class Trace(pl.Callback):
+    def __init__(self, strategy):
+        self.strategy, self.ratios = strategy, []
+
+    def on_train_batch_end(self, *_):
+        self.ratios.append(float(self.strategy.expected_cost().detach()) / self.strategy.budget)
+
+
+def measure(mode, config, splits):
+    d = config.data
+    seed_everything(config.seed, verbose=False)
+    model = build_model(config.model.name, config.model.arguments)
+    load_weights(model, config.weights)
+    with tempfile.TemporaryDirectory() as folder:
+        strategy, space = _prepare(config, splits, model, splits.images("test", 1), Path(folder))
+    strategy.__class__ = MODES[mode]
+    trace = Trace(strategy)
+    train, val = (splits.loader(split, d.batch_size, shuffle=True, seed=config.seed + i) for i, split in enumerate(("train", "val")))
+    options = {"callbacks": [trace], "precision": config.search.precision, "enable_progress_bar": False}
+    run_search(space, classification(train, val, _recipe(config.search), limit_train_batches=ARGS.batches, **options), strategy)
+    plan = strategy.plan()
+    network = strategy.network(plan)
+    seed_everything(config.seed, verbose=False)
+    recalibrate(network, splits.loader("train", d.batch_size, shuffle=True, seed=config.seed), config.recalibration_batches)
+    away = [abs(ratio - 1) for ratio in trace.ratios]
+    return {
+        "away": max(away[len(away) // 2 :]),
+        "within": max((i + 1 for i, a in enumerate(away) if a > 0.02), default=0),
+        "use": plan.chosen_by["cost"] / plan.chosen_by["budget"],
+        "top1": accuracy(network, splits.loader("val", d.batch_size))[0],
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_file")
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.5, 0.3, 0.15])
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--batches", type=int, help="iterations an epoch, where not all")
+    ARGS = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    _quiet()
+    changes = {key: parse_yaml(value) for key, _, value in (change.partition("=") for change in ARGS.changes)}
+    print("| budget | way | from 2 % on | furthest, 2nd half | least use | top-1 | seeds |\n| --- | --- | --- | --- | --- | --- | --- |")
+    cut = {}
+    for fraction in ARGS.fractions:
+        for mode in ARGS.modes:
+            found = []
+            for seed in range(ARGS.seeds):
+                config = load_config(ARGS.run_file, {**changes, "budget.fraction": fraction, "seed": seed})
+                torch.set_num_threads(config.threads or torch.get_num_threads())
+                splits = cut.setdefault("splits", None) or _splits(config)
+                cut["splits"] = splits
+                found.append(measure(mode, config, splits))
+            top1 = [100 * f["top1"] for f in found]
+            print(
+                f"| {fraction} | {mode} | {max(f['within'] for f in found)} | {100 * max(f['away'] for f in found):.2f} % "
+                f"| {100 * min(f['use'] for f in found):.1f} % | {mean(top1):.2f} % ({min(top1):.2f} to {max(top1):.2f}) | {len(found)} |",
+                flush=True,
+            )
