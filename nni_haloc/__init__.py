@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compression import compress, load, save
     from .finetuning import accuracy, finetune, recalibrate
-    from .front import front
+    from .fronts import front
     from .nas import Haloc, RankSpace, classification
     from .predictors import CostTable, latency_table, mac_table, measure_latency, param_table
     from .ranks import RankPlan, RankRules
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "compression": ("compress", "load", "save"),
     "finetuning": ("accuracy", "finetune", "recalibrate"),
-    "front": ("front",),
+    "fronts": ("front",),
     "nas": ("Haloc", "RankSpace", "classification"),
     "predictors": ("CostTable", "latency_table", "mac_table", "measure_latency", "param_table"),
     "ranks": ("RankPlan", "RankRules"),

@@ -82,6 +82,9 @@ class EpochCheckpoint(Checkpoint):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         orders = [loader.generator.get_state() for loader in self.loaders]
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            for state in checkpoint["optimizer_states"]:  # half of the file, and nothing follows that would need it
+                state["state"] = {}
         checkpoint[_KEY] = {"facts": self.facts, "orders": orders, "random": _random_states()}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ def front_command(
         raise ConfigError(f"--budgets: expected fractions separated by commas, found {budgets!r}") from None
     if code is not None:
         sys.path.insert(0, str(code.absolute()))
-    from .front import front
+    from .fronts import front
 
     found = front(folder, fractions, out, factories=code is not None)
     table = Table(title=f"{folder}: top-1 on validation images, not fine-tuned")

@@ -28,6 +28,9 @@ def haloc(*arguments, cwd=ROOT, module="-c"):
         (["run", "none.yml"], "haloc: none.yml: No such file"),
         (["check", "none.yml"], "haloc: none.yml: No such file"),
         (["results", "abc123", "--folder", "/nowhere"], "haloc: experiment 'abc123': no such experiment in /nowhere"),
+        (["search", DIGITS, "--set", "search.lrr=1"], "haloc: .*search.lrr: unknown key"),
+        (["front", "none", "--budgets", "0.5"], "haloc: none/search/checkpoint.ckpt: no such file; expected the folder of a search"),
+        (["front", "none", "--budgets", "half"], "haloc: --budgets: expected fractions separated by commas, found 'half'"),
         (["frobnicate"], "No such command"),
     ],
 )
