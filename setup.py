@@ -19,12 +19,13 @@ setup(
         "setuptools>=77.0.3,<82",  # nnictl imports pkg_resources, which 82 drops; torch needs 77
         "torch>=2.9",
         "torchvision>=0.24",
-        "pytorch_lightning>=2.5",
+        "pytorch_lightning>=2.6",  # 2.5 draws the order of a resumed epoch twice
         "torchmetrics>=1.6",
         "tensorly>=0.9",
         "numpy>=2.0",
         "scipy>=1.13",
         "scikit-learn>=1.5",
+        "matplotlib>=3.9",
         "pyyaml>=6.0",
         "pydantic>=2.7",
         "safetensors>=0.4",
@@ -32,7 +33,8 @@ setup(
         "rich>=13.0",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.15", "types-PyYAML", "types-requests"],
+        "tensorboard": ["tensorboard>=2.18"],
+        "test": ["tensorboard>=2.18", "pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.15", "types-PyYAML", "types-requests"],
         "docs": ["mkdocs>=1.6"],
     },
     entry_points={"console_scripts": ["haloc=nni_haloc.cli:main"]},

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .budget import Limit
     from .compression import compress, load, save
     from .finetuning import accuracy, finetune, recalibrate
+    from .fronts import front
     from .nas import Haloc, RankSpace, classification
     from .predictors import CostTable, latency_table, mac_table, measure_latency, param_table
     from .ranks import RankPlan, RankRules
@@ -21,6 +22,7 @@ _HOMES = {
     "budget": ("Limit",),
     "compression": ("compress", "load", "save"),
     "finetuning": ("accuracy", "finetune", "recalibrate"),
+    "fronts": ("front",),
     "nas": ("Haloc", "RankSpace", "classification"),
     "predictors": ("CostTable", "latency_table", "mac_table", "measure_latency", "param_table"),
     "ranks": ("RankPlan", "RankRules"),

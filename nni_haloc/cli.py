@@ -1,4 +1,4 @@
-"""The command line: ``haloc run``, ``haloc check``, ``haloc results``."""
+"""The command line: ``haloc run``, ``search``, ``front``, ``check``, ``results``."""
 
 from __future__ import annotations
 
@@ -23,21 +23,71 @@ app = typer.Typer(
 )
 
 
+RunFile = Annotated[Path, typer.Argument(help="settings of the run (YAML)")]
+Out = Annotated[Path, typer.Option(help="folder for the results")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting, e.g. budget.fraction=0.3")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on from the state that an interrupted run of these settings left there")]
+
+
 @app.command("run")
-def run_command(
-    run_file: Annotated[Path, typer.Argument(help="settings of the run (YAML)")],
-    out: Annotated[Path, typer.Option(help="folder for the results")] = Path("haloc-run"),
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting, e.g. budget.fraction=0.3")] = None,
-) -> None:
+def run_command(run_file: RunFile, out: Out = Path("haloc-run"), set_: Changes = None, resume: Resume = False) -> None:
     """Search, compress and fine-tune without an NNI experiment."""
-    changes = dict(_assignment(text) for text in set_ or [])
-    config = load_config(run_file, changes)
-    sys.path.insert(0, str(run_file.parent.absolute()))  # for a model's factory beside the file, as in a trial
+    config, changes = _start(run_file, set_)
     from .log import log_to
     from .run import run
 
     log_to(out / "log.txt")
-    run(config, out, parameters=changes)
+    run(config, out, parameters=changes, resume=resume)
+
+
+@app.command("search")
+def search_command(run_file: RunFile, out: Out = Path("haloc-run"), set_: Changes = None, resume: Resume = False) -> None:
+    """Search alone; `haloc run --resume` with the same settings fine-tunes what it found."""
+    config, _ = _start(run_file, set_)
+    from .job import Job
+    from .log import log_to
+    from .run import search
+
+    log_to(out / "log.txt")
+    search(Job(config, out), resume=resume)
+
+
+def _start(run_file: Path, assignments: list[str] | None) -> tuple[Any, dict[str, Any]]:
+    changes = dict(_assignment(text) for text in assignments or [])
+    config = load_config(run_file, changes)
+    sys.path.insert(0, str(run_file.parent.absolute()))  # for a model's factory beside the file, as in a trial
+    return config, changes
+
+
+@app.command("front")
+def front_command(
+    folder: Annotated[Path, typer.Argument(help="folder of a finished search (haloc search, haloc run, or a trial's)")],
+    budgets: Annotated[str, typer.Option(help="fractions of the original's cost, e.g. 0.6,0.5,0.4")],
+    out: Annotated[Path | None, typer.Option(help="folder for front.json, front.png and the networks (default: FOLDER/front)")] = None,
+    code: Annotated[Path | None, typer.Option(help="folder of your model's factory, where the settings name one")] = None,
+) -> None:
+    """Plan for many budgets from one finished search: a table and a plot of accuracy against cost, without searching again."""
+    try:
+        fractions = [float(text) for text in budgets.split(",")]
+    except ValueError:
+        raise ConfigError(f"--budgets: expected fractions separated by commas, found {budgets!r}") from None
+    if code is not None:
+        sys.path.insert(0, str(code.absolute()))
+    from .fronts import front
+
+    found = front(folder, fractions, out, factories=code is not None)
+    table = Table(title=f"{folder}: top-1 on validation images, not fine-tuned")
+    for column in ("budget", found["metric"], "of the original", "of the budget", "top-1", "network"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    original = found["original"]
+    table.add_row("original", _shown(original["cost"]), "100.0 %", "", f"{100 * original['top1']:.2f} %", "")
+    for point in found["points"]:
+        shares = (f"{100 * point['cost_fraction'] / whole:.1f} %" for whole in (1, point["fraction"]))
+        network = str((out or folder / "front") / point["folder"])
+        table.add_row(_shown(point["fraction"]), _shown(point["cost"]), *shares, f"{100 * point['top1']:.2f} %", network)
+    for point in found["infeasible"]:
+        table.add_row(_shown(point["fraction"]), "", "", "", "", point["reason"])
+    _print(table)
 
 
 @app.command("check")
@@ -69,6 +119,10 @@ def results_command(
         table.add_column(column, justify="left" if column in ("trial", "status") else "right")
     for row in rows:
         table.add_row(*(_shown(row.get(column)) for column in columns))
+    _print(table)
+
+
+def _print(table: Table) -> None:
     console = Console()
     if not console.is_terminal:  # a pipe or a file has no width to fit
         console.width = 400

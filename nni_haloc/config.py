@@ -20,7 +20,7 @@ def _existing(path: str, info: ValidationInfo) -> str:
     found = folder / Path(path).expanduser()
     if not found.exists():
         raise ValueError(f"no such file or folder: {found}")
-    return str(found)
+    return str(found.absolute())
 
 
 def _pin(value: Any) -> Any:
@@ -157,6 +157,7 @@ class Search(Training):
     temperature: Positive = 1.0
     select: Literal["knapsack", "argmax"] = "knapsack"
     min_use: Annotated[float, Field(ge=0, le=1)] = 0.95
+    tensorboard: bool = False
 
 
 class Config(_Section):
@@ -210,10 +211,15 @@ def load_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> C
             for key, value in fixed.items():
                 if values.setdefault(key, value) != value:
                     raise ConfigError(f"{path}: {section}.{key}: preset {preset!r} sets it to {value!r}, found {values[key]!r}")
+    return parse_config(content, path, path.parent)
+
+
+def parse_config(content: Mapping[str, Any], source: str | Path, folder: Path = Path()) -> Config:
+    """The validated settings, paths relative to ``folder``; `ConfigError` names their ``source``."""
     try:
-        return Config.model_validate(content, context={"folder": path.parent})
+        return Config.model_validate(content, context={"folder": folder})
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from None
+        raise ConfigError(f"{source}: {_explain(error)}") from None
 
 
 def _set(content: dict[str, Any], dotted: str, value: Any) -> None:

@@ -38,7 +38,7 @@ class Splits:
             drop_last=shuffle,
             num_workers=workers,
             generator=generator,
-            persistent_workers=workers > 0,
+            persistent_workers=False,  # each epoch's workers begin from the generator, so that a resumed training sees the same images
             collate_fn=_as_is if _batched(data) else None,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -52,12 +53,13 @@ def finetune(
     recipe: Recipe,
     val: DataLoader | None = None,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+    ckpt_path: str | Path | None = None,
     **trainer: Any,
 ) -> nn.Module:
     """Train ``model`` in place by the recipe, with a progress bar, and return it in evaluation mode.
 
-    ``on_epoch(epoch, metrics)`` is called after each epoch with ``train_loss`` and, where ``val`` is given, ``val_top1``. ``trainer``
-    goes to Lightning's Trainer (devices, precision, loggers, ...).
+    ``on_epoch(epoch, metrics)`` is called after each epoch with ``train_loss`` and, where ``val`` is given, ``val_top1``. ``ckpt_path``:
+    a Lightning checkpoint to go on from. ``trainer`` goes to Lightning's Trainer (devices, precision, loggers, ...).
     """
     if recipe.epochs:
         callbacks = [*trainer.pop("callbacks", []), *([EpochEnd(on_epoch)] if on_epoch else [])]
@@ -65,7 +67,7 @@ def finetune(
         fit = pl.Trainer(max_epochs=recipe.epochs, callbacks=callbacks, **{**defaults, **trainer})
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
-            fit.fit(_Training(model, recipe, len(train)), train, val)
+            fit.fit(_Training(model, recipe, len(train)), train, val, ckpt_path=ckpt_path, weights_only=True)
     return model.eval()
 
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import warnings
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning import seed_everything
 from torch import Tensor, nn
 
+from . import checkpoint
 from . import data as datasets
 from .budget import Limit, cheapest, check_feasible
-from .compression import COSTS_FILE, METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE, load_weights, save
+from .checkpoint import EpochCheckpoint
+from .compression import COSTS_FILE, METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE
 from .config import Config, Metric, Training
 from .finetuning import EpochEnd, accuracy, finetune, recalibrate
+from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, FRONT_FOLDER, SEARCH_FOLDER, Job
 from .log import logger
-from .models import build_model
 from .nas import Haloc, RankSpace, SearchDiverged, classification, run_search
-from .predictors import CostTable, count_macs, latency_table, mac_table, measure_latency, param_table
-from .predictors.analytic import count_params
+from .predictors import CostTable, latency_table, mac_table, param_table
 from .ranks import RankRules
 from .recipe import Recipe
 from .yaml_files import ConfigError
@@ -32,73 +31,82 @@ Report = Callable[[dict[str, float]], None]
 
 
 def run(
-    config: Config, folder: str | Path, report: Report = lambda metrics: None, parameters: Mapping[str, Any] | None = None
+    config: Config,
+    folder: str | Path,
+    report: Report = lambda metrics: None,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
 ) -> dict[str, float]:
     """Compress the network of ``config`` and leave everything in ``folder``; returns the final metrics, a flat dict.
 
     ``report`` is called after each epoch of search and fine-tuning with a flat dict whose ``default`` is the top-1 on validation images.
-    ``parameters``: what a tuner set, kept in ``metrics.json``. Raises `ConfigError` for settings that turn out not to fit.
+    ``parameters``: what a tuner set, kept in ``metrics.json``. ``resume``: go on from what an interrupted run left in ``folder``.
+    Raises `ConfigError` for settings that turn out not to fit, `UnusableCheckpoint` where ``folder`` holds the state of other settings.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _quiet()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    seed_everything(config.seed, verbose=False)
+    job = Job(config, folder)
+    test = job.loader(config.data.score)
+    baseline = job.accuracy(job.model, test)
+    logger.info("original: %.2f %% top-1, %d MACs, %d parameters", 100 * baseline[0], *job.size(job.model))
+    strategy = search(job, report, resume=resume)
+    network = _finish(job, strategy, report, resume)
 
-    try:
-        splits = _splits(config)
-        model = build_model(config.model.name, config.model.arguments)
-        load_weights(model, config.weights)
-    except (OSError, ValueError) as error:
-        raise ConfigError(str(error)) from None
-    batch = config.data.batch_size
-    test = splits.loader(config.data.score, batch, workers=config.data.workers)
-    example = splits.images("test", 1)
-    topk = (1, 5) if len(splits.classes) > 10 else (1,)
-    try:
-        baseline = accuracy(model, test, topk)
-    except (RuntimeError, IndexError) as error:
-        raise ConfigError(f"model: {config.model.name} does not take the data's images or classes ({str(error).splitlines()[0]})") from None
-    logger.info("original: %.2f %% top-1, %d MACs, %d parameters", 100 * baseline[0], count_macs(model, example), count_params(model))
-
-    try:
-        strategy, space = _prepare(config, splits, model, example, folder)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    for stale in (RANKS_FILE, WEIGHTS_FILE, METRICS_FILE, MODEL_FILE):  # of an earlier run; not before this one's settings have proved good
-        (folder / stale).unlink(missing_ok=True)
-    try:
-        network = _search(config, splits, strategy, space, report)
-    except SearchDiverged as error:
-        raise ConfigError(f"search: {error}") from None
-    plan = strategy.plan()
-    for fact in (plan.chosen_by, *plan.chosen_by["also"]):
-        logger.info("plan: cost %.6g of %.6g %s, budget %.6g", *(fact[k] for k in ("cost", "original_cost", "metric", "budget")))
-    facts = {"name": config.model.name, "arguments": config.model.arguments}
-    save(folder, network, plan, facts)  # so that a run cut off in fine-tuning keeps what it searched
-    network = _finish(config, splits, network, report)
-
-    result = accuracy(network, test, topk)
-    metrics = _metrics(config, model, network, example, baseline, result)
-    save(folder, network, plan, facts)
+    metrics = job.metrics(network, job.accuracy(network, test), baseline, _latency_input(config, job.example))
+    job.save(network, strategy.plan())
     content = {"metrics": metrics, "parameters": dict(parameters or {}), "config": config.model_dump(mode="json")}
-    (folder / METRICS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (job.folder / METRICS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name, value in metrics.items():
         logger.info("%s: %.6g", name, value)
     return metrics
 
 
-def _splits(config: Config) -> datasets.Splits:
-    d = config.data
-    cut: dict[str, Any] = {"val_fraction": d.val_fraction, "seed": d.seed, "val_list": d.val_list, "mean": d.mean, "std": d.std}
-    if d.name == "digits":
-        return datasets.digits(**cut)
-    assert d.root is not None
-    if d.name == "cifar10":
-        return datasets.cifar10(d.root, **cut, download=d.download)
-    assert d.size is not None
-    return datasets.image_folder(d.root, d.size, **cut, test=d.test, in_memory=d.in_memory)
+def search(job: Job, report: Report = lambda metrics: None, *, resume: bool = False) -> Haloc:
+    """The search alone: leaves its plan, the network with the searched weights, the costs, and in ``search/`` its own state.
+
+    ``report`` and ``resume`` as for `run`; a search that is already finished is read back and not repeated.
+    """
+    strategy = searched(job, report, resume=resume)
+    plan = strategy.plan()
+    for fact in (plan.chosen_by, *plan.chosen_by["also"]):
+        logger.info("plan: cost %.6g of %.6g %s, budget %.6g", *(fact[k] for k in ("cost", "original_cost", "metric", "budget")))
+    (job.folder / METRICS_FILE).unlink(missing_ok=True)  # of other weights than those that are saved now
+    job.save(strategy.network(plan), plan)
+    return strategy
+
+
+def searched(job: Job, report: Report = lambda metrics: None, *, resume: bool) -> Haloc:
+    """The finished search; one that is read back (``resume``) leaves the folder's results as they are."""
+    config, state, saved = job.config, job.folder / SEARCH_FOLDER / CHECKPOINT_FILE, None
+    if resume and state.exists():
+        saved = checkpoint.read(state)
+        checkpoint.check_same(state, saved["identity"], checkpoint.identity(config))
+        (job.folder / COSTS_FILE).write_text(saved["costs"], encoding="utf-8")  # a latency measured again is never quite the same
+        cost = config.cost.model_copy(update={"table": str(job.folder / COSTS_FILE)})
+        config = config.model_copy(update={"cost": cost})
+        logger.info("search: %d of %d epochs are done: %s", saved["epochs"], config.search.epochs, state)
+    elif resume:
+        logger.info("nothing to go on from in %s: starting anew", job.folder)
+    tensorboard = _tensorboard(job.folder) if config.search.tensorboard else None
+    try:
+        strategy, space = _prepare(config, job.splits, job.model, job.example, job.folder)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if saved is None:
+        _clear(job.folder)  # of an earlier run; not before this one's settings have proved good
+    facts = {
+        "identity": checkpoint.identity(job.config),
+        "config": job.config.model_dump(mode="json"),
+        "costs": (job.folder / COSTS_FILE).read_text(encoding="utf-8"),
+    }
+    _search(job, strategy, space, report, facts, tensorboard, saved is not None)
+    return strategy
+
+
+def _clear(folder: Path) -> None:
+    for file in (RANKS_FILE, WEIGHTS_FILE, METRICS_FILE, MODEL_FILE):
+        (folder / file).unlink(missing_ok=True)
+    for part in (SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER):
+        shutil.rmtree(folder / part, ignore_errors=True)
 
 
 def _prepare(config: Config, splits: datasets.Splits, model: nn.Module, example: Tensor, folder: Path) -> tuple[Haloc, RankSpace]:
@@ -143,8 +151,8 @@ def _cost_table(
     return (mac_table if metric == "macs" else param_table)(model, example, rules)
 
 
-def _search(config: Config, splits: datasets.Splits, strategy: Haloc, space: RankSpace, report: Report) -> nn.Module:
-    d = config.data
+def _search(job: Job, strategy: Haloc, space: RankSpace, report: Report, facts: dict[str, Any], tensorboard: Any, resume: bool) -> None:
+    """Search, from the folder's checkpoint where ``resume`` says so."""
 
     def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
         cost = metrics.get("search/expected_cost_epoch", float("nan")) / strategy.costs.original
@@ -155,55 +163,62 @@ def _search(config: Config, splits: datasets.Splits, strategy: Haloc, space: Ran
         searched = {"expected_cost": cost} if math.isfinite(cost) else {}  # not in epochs of warm-up
         report({"default": top1, **searched, "train_loss": metrics["search/train_loss"]})
 
-    train, val = (
-        splits.loader(split, d.batch_size, shuffle=True, workers=d.workers, seed=config.seed + i)
-        for i, split in enumerate(("train", "val"))
+    train, val = (job.loader(split, shuffle=True, seed=i) for i, split in enumerate(("train", "val")))
+    state = EpochCheckpoint(job.folder / SEARCH_FOLDER / CHECKPOINT_FILE, facts, train, val)
+    evaluator = classification(
+        train,
+        val,
+        _recipe(job.config.search),
+        state.path if resume else None,
+        callbacks=[EpochEnd(on_epoch), state],
+        precision=job.config.search.precision,
+        logger=tensorboard or False,
+        log_every_n_steps=min(10, max(len(train), len(val))),
+        **state.options,
     )
-    evaluator = classification(train, val, _recipe(config.search), callbacks=[EpochEnd(on_epoch)], precision=config.search.precision)
-    return run_search(space, evaluator, strategy).network()
+    try:
+        run_search(space, evaluator, strategy)
+    except SearchDiverged as error:
+        raise ConfigError(f"search: {error}") from None
 
 
-def _finish(config: Config, splits: datasets.Splits, network: nn.Module, report: Report) -> nn.Module:
-    """Recalibration and fine-tuning."""
-    d = config.data
-    train = splits.loader("train", d.batch_size, shuffle=True, workers=d.workers, seed=config.seed)
-    val = splits.loader("val", d.batch_size, workers=d.workers)
-    recalibrate(network, train, config.recalibration_batches)
-    (top1,) = accuracy(network, val)
-    logger.info("compressed, before fine-tuning: top-1 %.2f %% (validation)", 100 * top1)
-    report({"default": top1})
+def _finish(job: Job, strategy: Haloc, report: Report, resume: bool) -> nn.Module:
+    """Recalibration and fine-tuning, from the folder's checkpoint where ``resume`` says so and the settings are still the same."""
+    config, plan = job.config, strategy.plan()
+    seed_everything(config.seed, verbose=False)  # the same whether or not the search was just made
+    network = strategy.network(plan)
+    train, val = job.loader("train", shuffle=True), job.loader("val")
+    same = {"finetune": config.finetune.model_dump(), "recalibration_batches": config.recalibration_batches, "ranks": plan.names}
+    state = EpochCheckpoint(job.folder / FINETUNING_FOLDER / CHECKPOINT_FILE, {"identity": same}, train, val)
+    if resume := resume and state.path.exists():
+        try:
+            saved = checkpoint.read(state.path)
+            checkpoint.check_same(state.path, saved["identity"], same)
+            logger.info("fine-tuning: %d of %d epochs are done: %s", saved["epochs"], config.finetune.epochs, state.path)
+        except checkpoint.UnusableCheckpoint as error:
+            logger.info("%s; fine-tuning anew", error)
+            resume = False
+    if not resume:
+        recalibrate(network, train, config.recalibration_batches)
+        (top1,) = accuracy(network, val)
+        logger.info("compressed, before fine-tuning: top-1 %.2f %% (validation)", 100 * top1)
+        report({"default": top1})
 
     def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
         logger.info("fine-tuning epoch %d: top-1 %.2f %% (validation)", epoch + 1, 100 * metrics["val_top1"])
         report({"default": metrics["val_top1"], "train_loss": metrics["train_loss"]})
 
-    return finetune(network, train, _recipe(config.finetune), val, on_epoch, precision=config.finetune.precision)
+    options = {**state.options, "callbacks": [state], "precision": config.finetune.precision}
+    return finetune(network, train, _recipe(config.finetune), val, on_epoch, state.path if resume else None, **options)
 
 
-def _metrics(
-    config: Config, model: nn.Module, network: nn.Module, example: Tensor, baseline: tuple[float, ...], result: tuple[float, ...]
-) -> dict[str, float]:
-    latency = measure_latency(
-        {"original": model, "compressed": network},
-        _latency_input(config, example),
-        memory_format=config.cost.memory_format,
-        threads=config.cost.threads,
-    )
-    macs = {m: count_macs(net, example) for m, net in (("original", model), ("compressed", network))}
-    params = {m: count_params(net) for m, net in (("original", model), ("compressed", network))}
-    metrics = {"default": result[0], "baseline_top1": baseline[0]}
-    if len(result) > 1:
-        metrics |= {"top5": result[1], "baseline_top5": baseline[1]}
-    return metrics | {
-        "latency_ms": latency["compressed"],
-        "baseline_latency_ms": latency["original"],
-        "speedup": latency["original"] / latency["compressed"],
-        "images_per_s": 1e3 * config.cost.batch_size / latency["compressed"],
-        "macs": macs["compressed"],
-        "macs_reduction": 1 - macs["compressed"] / macs["original"],
-        "params": params["compressed"],
-        "params_reduction": 1 - params["compressed"] / params["original"],
-    }
+def _tensorboard(folder: Path) -> Any:
+    from pytorch_lightning.loggers import TensorBoardLogger
+
+    try:
+        return TensorBoardLogger(folder, name=SEARCH_FOLDER, version="")
+    except ModuleNotFoundError:
+        raise ConfigError("search.tensorboard: needs the package tensorboard (pip install 'nni-haloc[tensorboard]')") from None
 
 
 def _latency_input(config: Config, example: Tensor) -> Tensor:
@@ -212,12 +227,3 @@ def _latency_input(config: Config, example: Tensor) -> Tensor:
 
 def _recipe(training: Training) -> Recipe:
     return Recipe(training.epochs, training.lr, training.momentum, training.weight_decay, training.schedule)
-
-
-def _quiet() -> None:
-    """Lightning's advice on devices and worker numbers says nothing of a run."""
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("pytorch_lightning.accelerators.cuda").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*number of training batches.*", ".*`isinstance.treespec.*", ".*LeafSpec.*"):
-        warnings.filterwarnings("ignore", message)
-    torch.set_float32_matmul_precision("high")

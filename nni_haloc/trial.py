@@ -22,9 +22,14 @@ def main(run_file: str, parameters: dict) -> int:
     log_to(folder / "log.txt")
     try:
         config = load_config(run_file, parameters)
+        from .checkpoint import UnusableCheckpoint
         from .run import run
 
-        metrics = run(config, folder, nni.report_intermediate_result, parameters)
+        try:  # a trial that NNI starts again has its folder already
+            metrics = run(config, folder, nni.report_intermediate_result, parameters, resume=True)
+        except UnusableCheckpoint as error:
+            logger.info("%s; starting anew", error)
+            metrics = run(config, folder, nni.report_intermediate_result, parameters)
     except ConfigError as error:
         logger.error("%s", error)
         return 2

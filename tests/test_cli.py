@@ -28,6 +28,9 @@ def haloc(*arguments, cwd=ROOT, module="-c"):
         (["run", "none.yml"], "haloc: none.yml: No such file"),
         (["check", "none.yml"], "haloc: none.yml: No such file"),
         (["results", "abc123", "--folder", "/nowhere"], "haloc: experiment 'abc123': no such experiment in /nowhere"),
+        (["search", DIGITS, "--set", "search.lrr=1"], "haloc: .*search.lrr: unknown key"),
+        (["front", "none", "--budgets", "0.5"], "haloc: none/search/checkpoint.ckpt: no such file; expected the folder of a search"),
+        (["front", "none", "--budgets", "half"], "haloc: --budgets: expected fractions separated by commas, found 'half'"),
         (["frobnicate"], "No such command"),
     ],
 )
@@ -51,11 +54,14 @@ def test_an_impossible_budget_names_the_cheapest_network_and_leaves_no_plan(tmp_
 
 
 def test_settings_that_do_not_fit_lose_nothing_of_an_earlier_run(finished):
-    before = {p.name: p.read_bytes() for p in finished.iterdir() if p.name not in ("log.txt", "costs.json")}
+    def left():
+        return {p: p.read_bytes() for p in finished.rglob("*") if p.is_file() and p.name not in ("log.txt", "costs.json")}
+
+    before = left()
     done = haloc("run", DIGITS, "--out", finished, "--set", "budget.fraction=0.01", "--set", f"cost.table={finished / 'costs.json'}")
     assert done.returncode == 2
     assert "below the cheapest network" in done.stderr
-    assert before == {p.name: p.read_bytes() for p in finished.iterdir() if p.name not in ("log.txt", "costs.json")}
+    assert before == left()
 
 
 def test_a_trial_with_bad_settings_fails_with_the_same_line_in_its_log(tmp_path, monkeypatch):
@@ -80,10 +86,12 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_its_folder(finished):
     assert {p.name for p in finished.iterdir()} == {
         "costs.json",
+        "finetuning",
         "log.txt",
         "metrics.json",
         "model.json",
         "ranks.json",
+        "search",
         "weights.safetensors",
     }
     content = json.loads((finished / "metrics.json").read_text())

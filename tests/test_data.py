@@ -104,3 +104,18 @@ def test_the_order_of_images_is_the_seeds():
     first, again, other = (next(iter(splits.loader("plain", 32, shuffle=True, seed=s)))[1] for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_workers_begin_each_epoch_from_the_loaders_generator(folder):
+    """Or a training resumed after its first epoch would see other images than one that went on."""
+    splits = image_folder(folder, 12, 0.3)
+
+    def epoch(loader):
+        return torch.cat([images for images, _ in loader])
+
+    loader = splits.loader("train", 4, shuffle=True, workers=1, seed=5)
+    first, order = epoch(loader), loader.generator.get_state()
+    second, resumed = epoch(loader), splits.loader("train", 4, shuffle=True, workers=1, seed=9)
+    resumed.generator.set_state(order)
+    assert torch.equal(epoch(resumed), second)
+    assert not torch.equal(first, second)

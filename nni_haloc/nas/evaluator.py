@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -34,13 +35,22 @@ class _Classification(LightningModule):
         return self.recipe.optimizers(self.model.parameters(), self.steps_per_epoch)
 
 
-def classification(train: DataLoader, val: DataLoader, recipe: Recipe, **trainer: Any) -> Lightning:
-    """NNI's Lightning evaluator for the search: alpha learns on ``val``, the weights on ``train``; ``trainer``: options of Lightning's."""
+def classification(train: DataLoader, val: DataLoader, recipe: Recipe, ckpt_path: str | Path | None = None, **trainer: Any) -> Lightning:
+    """NNI's Lightning evaluator for the search: alpha learns on ``val``, the weights on ``train``.
+
+    ``ckpt_path``: a Lightning checkpoint of this search to go on from; ``trainer``: options of Lightning's Trainer.
+    """
     steps = max(len(train), len(val))
     defaults = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     module = _Classification(recipe, steps)
     with plain_loaders():
-        return Lightning(module, Trainer(max_epochs=recipe.epochs, **{**defaults, **trainer}), train_dataloaders=train, val_dataloaders=val)
+        return Lightning(
+            module,
+            Trainer(max_epochs=recipe.epochs, **{**defaults, **trainer}),
+            train_dataloaders=train,
+            val_dataloaders=val,
+            fit_kwargs={"ckpt_path": ckpt_path, "weights_only": True},
+        )
 
 
 @contextmanager

@@ -76,6 +76,7 @@ class HalocModule(DartsLightningModule):
             approach = torch.stack(terms).sum()
             loss = weight_loss(ce, approach, self._strategy.lam)
             self.log("search/approach_loss", approach.detach(), on_step=False, on_epoch=True)
+        self.log("search/weight_loss", loss.detach(), on_step=False, on_epoch=True)
         self.advance_optimization(loss, batch_idx, self.gradient_clip_val)
 
     def _draw(self, searching: bool) -> None:
@@ -89,6 +90,22 @@ class HalocModule(DartsLightningModule):
         for key, value in entries.items():
             self.log(f"search/{side}_{key}", value.detach() if isinstance(value, Tensor) else value, on_step=False, on_epoch=True)
         return entries["loss"]
+
+    def on_train_epoch_end(self) -> None:
+        if self.loggers:
+            self.log_probs(self._strategy.probabilities)
+        super().on_train_epoch_end()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What Lightning does not know of: the random state of the path sampling, and the running means that score the candidates."""
+        scores = {str(name): dict(vars(layer.task_gradient)) for name, layer in self._strategy.mixed_layers.items()}
+        checkpoint["haloc_search"] = {"sampling": self._generator.get_state(), "scores": scores}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["haloc_search"]
+        self._generator.set_state(state["sampling"])
+        for name, layer in self._strategy.mixed_layers.items():
+            vars(layer.task_gradient).update(state["scores"][name])
 
     def arch_parameters(self) -> list[nn.Parameter]:
         return [layer.alpha for layer in self._strategy.mixed_layers.values()]

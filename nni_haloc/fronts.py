@@ -1,0 +1,109 @@
+"""Many budgets from one finished search: accuracy against cost, without searching again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import seed_everything
+from torch import nn
+
+from . import checkpoint
+from .budget import InfeasibleBudget
+from .config import parse_config
+from .finetuning import recalibrate
+from .job import CHECKPOINT_FILE, FRONT_FOLDER, SEARCH_FOLDER, Job
+from .log import logger
+from .nas import Haloc
+from .run import searched
+from .yaml_files import ConfigError
+
+FRONT_FILE, PLOT_FILE = "front.json", "front.png"
+_AXES = {"macs": ("MACs, millions", 1e6), "params": ("parameters, millions", 1e6), "latency_ms": ("latency, ms", 1.0)}
+
+
+def front(folder: str | Path, budgets: Sequence[float], out: str | Path | None = None, *, factories: bool = False) -> dict[str, Any]:
+    """Plans for a list of budgets from the search that ``folder`` holds, each with its accuracy; returns what ``front.json`` says.
+
+    ``budgets``: fractions of the original's cost, above 0 to 1. Each plan is the best by the search's score within its budget, evaluated
+    on the validation images with the searched weights, BatchNorm recalibrated; no fine-tuning. ``out`` (None: ``folder/front``) receives
+    ``front.json``, ``front.png``, and for each budget a folder that `load` takes. ``factories``: call a model factory of one's own
+    (``package.module:factory``) on the folder's word. Raises `ConfigError`, also where the search is not finished.
+    """
+    job, strategy = _finished(Path(folder), factories)
+    out = Path(out or job.folder / FRONT_FOLDER)
+    for fraction in budgets:
+        if not 0 < fraction <= 1:
+            raise ConfigError(f"budgets: expected fractions of the original's cost, above 0 to 1, found {fraction}")
+    original, val = strategy.costs.original, job.loader("val")
+    points: list[dict[str, Any]] = []
+    infeasible: list[dict[str, Any]] = []
+    for fraction in sorted(set(budgets), reverse=True):
+        try:
+            plan = strategy.plan(fraction * original)
+        except InfeasibleBudget as error:
+            logger.info("budget %g: %s", fraction, error)
+            infeasible.append({"fraction": fraction, "reason": str(error)})
+            continue
+        network = _recalibrated(job, strategy.network(plan))
+        (top1, *_) = job.accuracy(network, val)
+        cost = plan.chosen_by["cost"]
+        job.save(network, plan, out / f"{fraction:g}")
+        points.append({"fraction": fraction, "cost": cost, "cost_fraction": cost / original, "top1": top1, "folder": f"{fraction:g}"})
+    content = {
+        "version": 1,
+        "metric": strategy.costs.metric,
+        "searched_at": job.config.budget.of(original) / original,
+        "original": {"cost": original, "top1": job.accuracy(job.model, val)[0]},
+        "points": points,
+        "infeasible": infeasible,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / FRONT_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    plot(content, out / PLOT_FILE)
+    return content
+
+
+def plot(content: dict[str, Any], path: str | Path) -> None:
+    """Draw what ``front.json`` holds: validation accuracy against cost, the original marked."""
+    from matplotlib.figure import Figure  # slow to import
+
+    label, unit = _AXES[content["metric"]]
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot(xlabel=label, ylabel="top-1 on validation images, %")
+    spots: dict[tuple[float, float], list[str]] = {}  # several budgets may have the same plan
+    for p in content["points"]:
+        spots.setdefault((p["cost"] / unit, 100 * p["top1"]), []).append(f"{p['fraction']:g}")
+    axes.plot(*zip(*spots, strict=True) if spots else ([], []), "o-", label="plans (with their budgets), not fine-tuned")
+    for spot, fractions in spots.items():
+        axes.annotate(", ".join(fractions), spot, xytext=(4, -12), textcoords="offset points", fontsize=8)
+    axes.plot(content["original"]["cost"] / unit, 100 * content["original"]["top1"], "k*", markersize=11, label="original")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    axes.set_title(f"One search at {content['searched_at']:.3g} of the original's cost, plans for other budgets", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _finished(folder: Path, factories: bool) -> tuple[Job, Haloc]:
+    """The job and the search that a folder holds."""
+    path = folder / SEARCH_FOLDER / CHECKPOINT_FILE
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; expected the folder of a search (haloc search, haloc run)")
+    saved = checkpoint.read(path)
+    config = parse_config(saved["config"], path)
+    if saved["epochs"] < config.search.epochs:
+        raise ConfigError(f"{path}: the search is not finished ({saved['epochs']} of {config.search.epochs} epochs); resume it")
+    job = Job(config, folder, factories=factories)
+    strategy = searched(job, resume=True)
+    strategy.select = "knapsack"  # the arg max is the same for every budget
+    return job, strategy
+
+
+def _recalibrated(job: Job, network: nn.Module) -> nn.Module:
+    """With the same training images, augmented in the same way, for every network."""
+    seed_everything(job.config.seed, verbose=False)
+    recalibrate(network, job.loader("train", shuffle=True), job.config.recalibration_batches)
+    return network

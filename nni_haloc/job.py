@@ -1,0 +1,107 @@
+"""What every job starts from: settings, data and the trained network; and what it measures of a compressed one."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from . import data as datasets
+from .compression import load_weights, save
+from .config import Config
+from .finetuning import accuracy
+from .models import build_model
+from .predictors import count_macs, measure_latency
+from .predictors.analytic import count_params
+from .ranks import RankPlan
+from .yaml_files import ConfigError
+
+SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER, CHECKPOINT_FILE = "search", "finetuning", "front", "checkpoint.ckpt"
+
+
+class Job:
+    """What every job starts from: settings, data, and the trained network; random states are set to the settings' seed.
+
+    Raises `ConfigError` for settings that turn out not to fit. ``factories=False``: see `build_model`.
+    """
+
+    def __init__(self, config: Config, folder: str | Path, *, factories: bool = True) -> None:
+        self.config, self.folder = config, Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _quiet()
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        seed_everything(config.seed, verbose=False)
+        try:
+            self.splits = _splits(config)
+            self.model = build_model(config.model.name, config.model.arguments, factories=factories)
+            load_weights(self.model, config.weights)
+        except (OSError, ValueError) as error:
+            raise ConfigError(str(error)) from None
+        self.example = self.splits.images("test", 1)
+
+    def loader(self, split: str, *, shuffle: bool = False, seed: int = 0) -> DataLoader:
+        d = self.config.data
+        return self.splits.loader(split, d.batch_size, shuffle=shuffle, workers=d.workers, seed=self.config.seed + seed)
+
+    def accuracy(self, model: nn.Module, loader: DataLoader) -> tuple[float, ...]:
+        """Top-1, and top-5 where there are more than ten classes."""
+        try:
+            return accuracy(model, loader, (1, 5) if len(self.splits.classes) > 10 else (1,))
+        except (RuntimeError, IndexError) as error:
+            name, reason = self.config.model.name, str(error).splitlines()[0]
+            raise ConfigError(f"model: {name} does not take the data's images or classes ({reason})") from None
+
+    def metrics(self, network: nn.Module, result: tuple[float, ...], baseline: tuple[float, ...], batch: Tensor) -> dict[str, float]:
+        """The final figures of a compressed network, a flat dict; latencies are of ``batch``, the two networks timed in alternation."""
+        nets, cost = {"original": self.model, "compressed": network}, self.config.cost
+        latency = measure_latency(nets, batch, memory_format=cost.memory_format, threads=cost.threads)
+        (macs_before, params_before), (macs, params) = (self.size(net) for net in nets.values())
+        metrics = {"default": result[0], "baseline_top1": baseline[0]}
+        if len(result) > 1:
+            metrics |= {"top5": result[1], "baseline_top5": baseline[1]}
+        return metrics | {
+            "latency_ms": latency["compressed"],
+            "baseline_latency_ms": latency["original"],
+            "speedup": latency["original"] / latency["compressed"],
+            "images_per_s": 1e3 * len(batch) / latency["compressed"],
+            "macs": macs,
+            "macs_reduction": 1 - macs / macs_before,
+            "params": params,
+            "params_reduction": 1 - params / params_before,
+        }
+
+    def size(self, network: nn.Module) -> tuple[int, int]:
+        """MACs for one image, and parameters."""
+        return count_macs(network, self.example), count_params(network)
+
+    def save(self, network: nn.Module, plan: RankPlan, folder: Path | None = None) -> None:
+        """Leave a compressed network and its plan in ``folder`` (None: the job's)."""
+        save(folder or self.folder, network, plan, {"name": self.config.model.name, "arguments": self.config.model.arguments})
+
+
+def _splits(config: Config) -> datasets.Splits:
+    d = config.data
+    cut: dict[str, Any] = {"val_fraction": d.val_fraction, "seed": d.seed, "val_list": d.val_list, "mean": d.mean, "std": d.std}
+    if d.name == "digits":
+        return datasets.digits(**cut)
+    assert d.root is not None
+    if d.name == "cifar10":
+        return datasets.cifar10(d.root, **cut, download=d.download)
+    assert d.size is not None
+    return datasets.image_folder(d.root, d.size, **cut, test=d.test, in_memory=d.in_memory)
+
+
+def _quiet() -> None:
+    """Lightning's advice on devices and worker numbers says nothing of a run."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.accelerators.cuda").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*number of training batches.*", ".*`isinstance.treespec.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message)
+    torch.set_float32_matmul_precision("high")
