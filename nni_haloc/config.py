@@ -74,7 +74,7 @@ class Space(_Section):
     equal: bool = True
     kinds: list[Literal["conv", "pointwise", "linear"]] = ["conv", "pointwise"]
     exclude: list[str] = []
-    decomposition: Literal["auto", "data", "hosvd", "hooi"] = "auto"
+    decomposition: Literal["auto", "data", "warm_hooi", "hosvd", "hooi"] = "auto"
     calibration_images: Count = 512
 
 

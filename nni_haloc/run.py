@@ -117,7 +117,7 @@ def _prepare(config: Config, splits: datasets.Splits, model: nn.Module, example:
         costs = (mac_table if config.cost.metric == "macs" else param_table)(model, example, rules)
     costs.save(folder / COSTS_FILE)
     budget = config.budget.of(costs.original)
-    calibration = None if r.decomposition in ("hosvd", "hooi") else splits.images("plain", r.calibration_images, config.seed)
+    calibration = splits.images("plain", r.calibration_images, config.seed) if r.decomposition in ("auto", "data") else None
     space = RankSpace(model, example, costs, rules, calibration, None if r.decomposition == "auto" else r.decomposition)
     rows, rest = costs.restrict(space.candidates)
     check_feasible(rows, rest, budget, costs.metric)
