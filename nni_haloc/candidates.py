@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import LayerSpec, last_bias
+from .layers import LayerSpec, last_bias, layout_of
 from .log import logger
 from .ranks import Rank, evaluating
-from .tucker import Method, decompose
+from .tucker import LowRank, Method, Plain, Tucker2, decompose
 
 
 def patch_covariances(
-    model: nn.Module, specs: Mapping[str, LayerSpec], images: Tensor, *, batch_size: int = 64, max_patches: int = 65536, seed: int = 0
+    model: nn.Module,
+    specs: Mapping[str, LayerSpec],
+    images: Tensor,
+    *,
+    batch_size: int = 64,
+    max_patches: int = 65536,
+    max_work: float = 2e11,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Uncentred covariance ``E[x x^T]`` of each layer's input patches, ``(C k1 k2, C k1 k2)`` in `unfold`'s order, float64 on the CPU.
+    """Uncentred covariance ``E[x x^T]`` of each layer's input patches, ``(D, D)`` with ``D = C k1 k2`` in `unfold`'s order, float32, on
+    the CPU.
 
-    One pass of ``model`` over ``images (N, ...)`` in evaluation mode. At most about ``max_patches`` patches a layer are taken, at random
-    positions drawn with ``seed``. ``C k1 k2`` squared numbers a layer are held. Patches with NaN or infinite entries raise ValueError.
+    One pass of ``model`` over ``images (N, ...)`` in evaluation mode. Of each layer at most about ``max_patches`` patches are taken, and
+    no more than ``max_work / D^2`` (9,400 for 512 channels and a 3x3 kernel), at random positions drawn with ``seed``; no others are
+    unfolded. ``D^2`` numbers a layer are held. Patches with NaN or infinite entries raise ValueError.
     """
     generator = torch.Generator().manual_seed(seed)
-    sums = {name: torch.zeros(_patch_size(spec), _patch_size(spec), dtype=torch.float64) for name, spec in specs.items()}
+    sums = {name: torch.zeros(_patch_size(spec), _patch_size(spec)) for name, spec in specs.items()}
     counts = dict.fromkeys(specs, 0)
 
-    def drawn(spec: LayerSpec, x: Tensor) -> Tensor:
-        """A batch's share of the patches, unfolded one image at a time: unfolding multiplies memory by the kernel's size."""
-        quota = max(1, round(len(x) * max_patches / (len(images) * max(1, len(spec.input_shapes)))))
-        if spec.kind == "linear":
-            return _subset(_patches(spec, x), quota, generator)
-        return torch.cat([_subset(_patches(spec, image), -(-quota // len(x)), generator) for image in x.split(1)])
-
     def collect(name: str, spec: LayerSpec, x: Tensor) -> None:
-        patches = drawn(spec, x)
-        sums[name] += (patches.T @ patches).double().cpu()
+        limit = min(max_patches, max_work / _patch_size(spec) ** 2) / max(1, len(spec.input_shapes))
+        patches = _draw_patches(spec, x, max(1, round(len(x) * limit / len(images))), generator)
+        _add_gram(sums[name], patches)
         counts[name] += len(patches)
 
     modules = dict(model.named_modules())
@@ -51,11 +54,12 @@ def patch_covariances(
     finally:
         for hook in hooks:
             hook.remove()
-    covariances = {name: total / max(1, counts[name]) for name, total in sums.items()}
-    for name, covariance in covariances.items():
-        if not torch.isfinite(covariance).all():
+    for name, total in sums.items():
+        upper = total.div_(max(1, counts[name])).triu_()
+        upper += upper.triu(1).T
+        if not torch.isfinite(upper).all():
             raise ValueError(f"layer {name!r}: its inputs on the calibration images are not finite")
-    return covariances
+    return sums
 
 
 def build_candidates(
@@ -64,38 +68,39 @@ def build_candidates(
     candidates: Mapping[str, Mapping[str, Rank]],
     calibration: Tensor | None = None,
     method: Method | None = None,
+    memory: int = 2**30,
 ) -> dict[str, dict[str, nn.Module]]:
     """A trained layer for every candidate: layer name to candidate name to module, each with weights of its own.
 
-    ``method``: ``data`` where ``calibration`` images are given, else ``hosvd``, unless named. The model is not changed.
+    ``method``: ``data`` where ``calibration`` images are given, else ``warm_hooi``, unless named. The model is not changed. The patch
+    covariances of as many layers as ``memory`` bytes hold, of one at least, come from one pass over the images.
     """
-    method = method or ("data" if calibration is not None else "hosvd")
+    method = method or ("data" if calibration is not None else "warm_hooi")
     if method == "data" and calibration is None:
         raise ValueError("decomposition 'data' needs calibration images")
-    wanted = {name: specs[name] for name, row in candidates.items() if any(r is not None for r in row.values())}
-    covariances = patch_covariances(model, wanted, calibration) if method == "data" and calibration is not None else {}
     modules = dict(model.named_modules())
+    wanted = {name: specs[name] for name, row in candidates.items() if any(r is not None for r in row.values())}
     kept_plain: list[str] = []
+    factors: dict[str, list[Tucker2 | LowRank]] = {}
+    for group in _groups(wanted, memory):
+        covariances = patch_covariances(model, group, calibration) if method == "data" and calibration is not None else {}
+        for name, spec in group.items():
+            weight = cast(Tensor, modules[name].weight).detach().cpu()
+            ranks = [r for r in candidates[name].values() if r is not None]
+            factors[name] = decompose(weight if spec.kind == "conv" else weight.flatten(1), ranks, method, covariances.pop(name, None))
+            kept_plain += [f"{name} {rank}" for rank, found in zip(ranks, factors[name], strict=True) if isinstance(found, Plain)]
+    if kept_plain:
+        logger.info("decomposed by the weights, because the data gave nothing better: %s", ", ".join(kept_plain))
+    weights = {name: cast(Tensor, modules[name].weight) for name in candidates}
     built: dict[str, dict[str, nn.Module]] = {}
     for name, row in candidates.items():
-        original = modules[name]
-        ranks = [r for r in row.values() if r is not None]
-        weight = cast(Tensor, original.weight).detach().cpu()
-        weight = weight.flatten(1) if specs[name].kind != "conv" else weight
-        bias = last_bias(original)
-        found = decompose(weight, ranks, method, covariances.get(name)) if ranks else []
-        if name in covariances and weight.dim() == 4:
-            plain = decompose(weight, ranks)
-            kept_plain += [f"{name} {rank}" for rank, a, b in zip(ranks, found, plain, strict=True) if torch.equal(a[-1], b[-1])]
-        factors = iter(found)
+        original, found = modules[name], iter(factors.pop(name, []))
         built[name] = {
             candidate: copy.deepcopy(original)
             if rank is None
-            else specs[name].assemble(next(factors), bias).to(cast(Tensor, original.weight))
+            else specs[name].assemble(next(found), last_bias(original)).to(weights[name]).to(memory_format=layout_of(weights[name]))
             for candidate, rank in row.items()
         }
-    if kept_plain:
-        logger.info("decomposed by the weights, because the data gave nothing better: %s", ", ".join(kept_plain))
     return built
 
 
@@ -113,16 +118,43 @@ def _patch_size(spec: LayerSpec) -> int:
     return spec.in_channels * spec.kernel_size[0] * spec.kernel_size[1]
 
 
-def _subset(rows: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    if len(rows) <= number:
-        return rows
-    return rows[torch.randint(len(rows), (number,), generator=generator).to(rows.device)]
+def _groups(specs: Mapping[str, LayerSpec], memory: int) -> list[dict[str, LayerSpec]]:
+    """The layers in order, cut where their covariances (float32) would take more than ``memory`` bytes."""
+    groups: list[dict[str, LayerSpec]] = []
+    held = math.inf
+    for name, spec in specs.items():
+        size = 4 * _patch_size(spec) ** 2
+        if held + size > memory:
+            groups.append({})
+            held = 0
+        groups[-1][name] = spec
+        held += size
+    return groups
 
 
-def _patches(spec: LayerSpec, x: Tensor) -> Tensor:
-    """Input patches as rows ``(patches, C k1 k2)``, float32 or wider."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+def _draw_patches(spec: LayerSpec, x: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """``number`` input patches of a batch, or all if there are no more, as rows ``(number, C k1 k2)`` in float32."""
     if spec.kind == "linear":
-        return x.reshape(-1, spec.in_channels)
-    columns = F.unfold(spec.pad(x), spec.kernel_size, spec.dilation, padding=0, stride=spec.stride)  # (N, C k1 k2, L)
-    return columns.transpose(1, 2).flatten(0, 1)
+        rows = x.reshape(-1, spec.in_channels)
+        return rows[_drawn(len(rows), number, generator).to(x.device)].float()
+    x = spec.pad(x)
+    n, c, height, width = x.shape
+    (k1, k2), (s1, s2), (d1, d2) = spec.kernel_size, spec.stride, spec.dilation
+    rows_out, columns_out = (height - d1 * (k1 - 1) - 1) // s1 + 1, (width - d2 * (k2 - 1) - 1) // s2 + 1
+    drawn = _drawn(n * rows_out * columns_out, number, generator)
+    image, place = drawn // (rows_out * columns_out), drawn % (rows_out * columns_out)
+    first = image * (c * height * width) + place // columns_out * (s1 * width) + place % columns_out * s2
+    window = torch.arange(k1)[:, None] * (d1 * width) + torch.arange(k2) * d2
+    offsets = (torch.arange(c)[:, None] * (height * width) + window.flatten()).flatten()
+    return x.flatten()[(first[:, None] + offsets).to(x.device)].float()
+
+
+def _drawn(available: int, number: int, generator: torch.Generator) -> Tensor:
+    return torch.arange(available) if available <= number else torch.randperm(available, generator=generator)[:number]
+
+
+def _add_gram(total: Tensor, rows: Tensor, block: int = 512) -> None:
+    """Add ``rows^T rows`` to ``total``, on and above its diagonal of blocks: about half of the work."""
+    for start in range(0, rows.shape[1], block):
+        part = rows[:, start : start + block].T @ rows[:, start:]
+        total[start : start + block, start:] += part.cpu()

@@ -17,7 +17,7 @@ from . import data as datasets
 from .budget import Limit, cheapest, check_feasible
 from .checkpoint import EpochCheckpoint
 from .compression import COSTS_FILE, METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE
-from .config import Config, Metric, Training
+from .config import Config
 from .finetuning import EpochEnd, accuracy, finetune, recalibrate
 from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, FRONT_FOLDER, SEARCH_FOLDER, Job
 from .log import logger
@@ -25,6 +25,7 @@ from .nas import Haloc, RankSpace, SearchDiverged, classification, run_search
 from .predictors import CostTable, latency_table, mac_table, param_table
 from .ranks import RankRules
 from .recipe import Recipe
+from .sections import Metric, Training
 from .yaml_files import ConfigError
 
 Report = Callable[[dict[str, float]], None]
@@ -120,7 +121,7 @@ def _prepare(config: Config, splits: datasets.Splits, model: nn.Module, example:
         table = _cost_table(config, f"budget.also.{i}", also.metric, also.table, model, example, rules)
         limits.append(Limit(table, also.of(table.original)))
         table.save(folder / f"costs-also{i}.json")
-    calibration = None if r.decomposition in ("hosvd", "hooi") else splits.images("plain", r.calibration_images, config.seed)
+    calibration = splits.images("plain", r.calibration_images, config.seed) if r.decomposition in ("auto", "data") else None
     tables = [limit.costs for limit in limits]
     space = RankSpace(model, example, tables, rules, calibration, None if r.decomposition == "auto" else r.decomposition)
     check_feasible(space.candidates, limits)

@@ -4,7 +4,7 @@ A kernel ``W`` of shape ``(F, C, k1, k2)`` becomes ``factor_out (F, r1)``, ``cor
 a matrix ``(F, C)`` (linear layers, 1x1 convolutions) becomes ``left (F, r)`` and ``right (r, C)``.
 
 Two aims. *By the weights* minimises ``||W - W'||``. *By the data* minimises ``E ||W x - W' x||^2`` over the input patches ``x`` that
-the trained network really sees, given their covariance ``S = E[x x^T]`` (uncentred). All work is done in float64.
+the trained network really sees, given their covariance ``S = E[x x^T]`` (uncentred).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Method = Literal["hosvd", "hooi", "data"]
+from .reduced_rank import ReducedRankFit, falling, roots, rotate, truncation_errors
+
+Method = Literal["warm_hooi", "hosvd", "hooi", "data"]
 
 
 class Tucker2(NamedTuple):
@@ -24,6 +26,12 @@ class Tucker2(NamedTuple):
     factor_out: Tensor
     core: Tensor
     factor_in: Tensor
+
+
+class Plain(Tucker2):
+    """HOSVD's factors where the data were to decide and gave nothing better."""
+
+    __slots__ = ()
 
 
 class LowRank(NamedTuple):
@@ -63,12 +71,48 @@ def output_error(weight: Tensor, approximation: Tensor, covariance: Tensor | Non
 
 
 def hosvd(weight: Tensor, ranks: Sequence[tuple[int, int]]) -> list[Tucker2]:
-    """Truncated higher-order SVD of ``weight (F, C, k1, k2)`` for every ``(r1, r2)``; the eigenvectors are shared by all ranks."""
+    """Truncated higher-order SVD of ``weight (F, C, k1, k2)`` for every ``(r1, r2)``: all are cut from one decomposition, in float64."""
     w = weight.detach().double()
-    u = _leading(w.flatten(1) @ w.flatten(1).T)  # (F, F), columns by falling eigenvalue
-    wc = w.transpose(0, 1).flatten(1)
-    v = _leading(wc @ wc.T)  # (C, C)
-    return [_project(w, u[:, :r1], v[:, :r2].T) for r1, r2 in ranks]
+    u, v, core = _hosvd_bases(w)
+    core = core.reshape(w.shape)
+    return [Tucker2(u[:, :r1], core[:r1, :r2], v[:, :r2].T) for r1, r2 in ranks]
+
+
+def warm_hooi(weight: Tensor, ranks: Sequence[tuple[int, int]]) -> list[Tucker2]:
+    """Higher-order orthogonal iteration in a chain of falling ranks, each starting from the input factors of the rank above.
+
+    Half a sweep takes the leading eigenvectors of the Gram matrix of the kernel projected on the other side. A rank is left once the second
+    half of a sweep lowers the error by less than 0.5 % of itself at 512 channels, in proportion less at fewer. On random kernels, the worst
+    case, it then lies within 0.5 % of tensorly's, in wide layers after one sweep. HOSVD stands wherever it is as good. Work is done in the
+    precision of ``weight``, float32 or wider.
+    """
+    w = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    f, c, k1, k2 = w.shape
+    slices = w.flatten(2).permute(2, 0, 1).contiguous()  # (k1 k2, F, C)
+    gram_out = w.flatten(1) @ w.flatten(1).T
+    total = float(gram_out.trace())
+    tolerance = 1e-5 * min(f, c)  # with few channels it converges less evenly, and costs next to nothing
+    u0, v0, core0 = (t.to(w) for t in _hosvd_bases(w.double()))
+    hosvd_energy = core0.double().reshape(f, c, -1).square().sum(-1).cumsum(0).cumsum(1)
+    found = {}
+    v = v0
+    for r1, r2 in sorted(set(ranks), key=lambda r: (r[0] + r[1], r), reverse=True):
+        for _ in range(10):
+            kept, sign = (v[:, :r2], 1) if 2 * r2 <= c else (v[:, r2:], -1)  # by the smaller of the space and its complement
+            q = (slices @ kept).transpose(1, 2).flatten(0, 1)  # (k1 k2 r, F)
+            values, vectors = falling(q.T @ q if sign > 0 else gram_out - q.T @ q)
+            u, half_way = vectors[:, :r1], float(values[:r1].sum())
+            p = (u.T @ slices).flatten(0, 1)  # (k1 k2 r1, C)
+            values, v = falling(p.T @ p)
+            energy = float(values[:r2].sum())
+            if total - energy > (total - half_way) * (1 - tolerance) ** 2 or total - energy < 1e-6 * total:
+                break
+        core = (p @ v[:, :r2]).reshape(k1, k2, r1, r2).permute(2, 3, 0, 1)
+        if core.double().square().sum() > hosvd_energy[r1 - 1, r2 - 1]:
+            found[r1, r2] = Tucker2(u, core, v[:, :r2].T)
+        else:
+            found[r1, r2] = Tucker2(u0[:, :r1], core0.reshape(w.shape)[:r1, :r2], v0[:, :r2].T)
+    return [found[rank] for rank in ranks]
 
 
 def hooi(weight: Tensor, ranks: Sequence[tuple[int, int]]) -> list[Tucker2]:
@@ -90,51 +134,42 @@ def data_aware(weight: Tensor, ranks: Sequence[tuple[int, int]], covariance: Ten
 
     ``covariance (C k1 k2, C k1 k2)`` is that of the input patches (see `output_error` for the order). ``factor_in`` comes from a closed
     form that ignores correlation between kernel positions; core and ``factor_out`` are then the optimum (reduced-rank regression).
-    The closed form is not always the better ``factor_in``, so HOSVD's is tried too, and the plain HOSVD stands wherever the solve does not
-    beat it: the error on the covariance is never above HOSVD's. Raises ValueError if the covariance has the wrong shape.
-    """
-    w = weight.detach().double()
-    _f, c, k1, k2 = w.shape
-    s = covariance.to(w).double()
-    if s.shape != (c * k1 * k2, c * k1 * k2):
-        raise ValueError(f"covariance must be {(c * k1 * k2,) * 2} for a kernel {tuple(w.shape)}, found {tuple(s.shape)}")
-    s_in = s.reshape(c, k1 * k2, c, k1 * k2).diagonal(dim1=1, dim2=3).sum(-1)  # (C, C), summed over kernel positions
-    root, inverse_root = _roots(s_in)
-    weighted = torch.einsum("fcij,cd->dfij", w, root).flatten(1)
-    v = _leading(weighted @ weighted.T)  # (C, C)
-
-    found = []
-    for (r1, r2), plain in zip(ranks, hosvd(weight, ranks), strict=True):
-        best, best_error = plain, output_error(w, reconstruct(plain), s)
-        for factor_in in (v[:, :r2].T @ inverse_root, plain.factor_in):
-            try:
-                fitted = _balance(reduced_rank_fit(w, factor_in, r1, s))
-            except torch.linalg.LinAlgError:
-                continue
-            error = output_error(w, reconstruct(fitted), s)
-            if error < best_error:
-                best, best_error = fitted, error
-        found.append(best)
-    return found
-
-
-def reduced_rank_fit(weight: Tensor, factor_in: Tensor, rank_out: int, covariance: Tensor) -> Tucker2:
-    """The best core and ``factor_out`` behind a given ``factor_in (r2, C)``: least squares in the covariance, then reduced-rank regression.
-
-    With ``A = factor_in (x) I``: ``B = W S A^T (A S A^T)^-1``; ``factor_out`` is the leading eigenvectors of ``B (A S A^T) B^T`` and
-    the core is ``factor_out^T B``. A ridge relative to the mean eigenvalue keeps dead channels and short samples solvable.
+    The closed form is not always the better ``factor_in``: in a layer where it loses to plain HOSVD at any rank, HOSVD's is tried too;
+    where HOSVD itself is still as good, its factors are returned as `Plain`. The error on the covariance is never above HOSVD's.
+    Work is done in the precision of ``covariance``, float32 or wider. Raises ValueError if the covariance has the wrong shape.
     """
     _f, c, k1, k2 = weight.shape
-    r2, kk = factor_in.shape[0], k1 * k2
-    s4 = covariance.reshape(c, kk, c, kk)
-    sa = torch.einsum("ckdl,rd->ckrl", s4, factor_in).reshape(c * kk, r2 * kk)  # S A^T
-    asa = torch.einsum("rc,ckn->rkn", factor_in, sa.reshape(c, kk, -1)).reshape(r2 * kk, r2 * kk)
-    asa = (asa + asa.T) / 2
-    ridge = 1e-10 * asa.diagonal().mean().clamp_min(1e-300)
-    asa_ridge = asa + ridge * torch.eye(r2 * kk, dtype=asa.dtype)
-    b = torch.cholesky_solve((weight.flatten(1) @ sa).T, torch.linalg.cholesky(asa_ridge)).T  # (F, r2 kk)
-    out = _leading(b @ asa @ b.T)[:, :rank_out]
-    return Tucker2(out, (out.T @ b).reshape(rank_out, r2, k1, k2), factor_in)
+    if covariance.shape != (c * k1 * k2,) * 2:
+        raise ValueError(f"covariance must be {(c * k1 * k2,) * 2} for a kernel {tuple(weight.shape)}, found {tuple(covariance.shape)}")
+    s = covariance.to(weight.device, torch.promote_types(covariance.dtype, torch.float32))
+    w = weight.detach().to(s)
+    ws = w.flatten(1) @ s
+    u, v, core = (t.to(s) for t in _hosvd_bases(weight.detach().double()))
+    rotated = rotate(rotate(s, v).T, v)
+    plain = truncation_errors(core, rotated, c)
+
+    def fit(factor_in: Tensor, rotated: Tensor) -> ReducedRankFit:
+        return ReducedRankFit(rotate(ws, factor_in.T), rotated, factor_in, sorted({r2 for _, r2 in ranks}))
+
+    s_in = s.reshape(c, k1 * k2, c, k1 * k2).diagonal(dim1=1, dim2=3).sum(-1).double()  # (C, C), summed over kernel positions
+    root, inverse_root = roots(s_in)
+    wc = weight.detach().double().transpose(0, 1).flatten(1)
+    leading = falling(root @ (wc @ wc.T) @ root)[1][:, : max(r2 for _, r2 in ranks)]
+    basis = torch.linalg.qr(inverse_root @ leading).Q.to(s)  # orthonormal, since an ill-scaled factor_in trains badly
+    fits = [fit(basis.T, rotate(rotate(s, basis).T, basis))]
+    total = float((ws.double() * w.flatten(1).double()).sum())
+    if any(total - fits[0].energy(r1, r2) >= plain[r1 - 1, r2] for r1, r2 in ranks):
+        n = basis.shape[1]
+        fits.append(fit(v[:, :n].T, rotated[: n * k1 * k2, : n * k1 * k2]))
+    found: list[Tucker2] = []
+    for r1, r2 in ranks:
+        best = max(fits, key=lambda candidate: candidate.energy(r1, r2))
+        if total - best.energy(r1, r2) < plain[r1 - 1, r2]:
+            out, best_core = best.factors(r1, r2)
+            found.append(Tucker2(out, best_core.reshape(r1, r2, k1, k2), best.factor_in[:r2]))
+        else:
+            found.append(Plain(u[:, :r1], core.reshape(w.shape)[:r1, :r2], v[:, :r2].T))
+    return found
 
 
 def low_rank(weight: Tensor, ranks: Sequence[int], covariance: Tensor | None = None) -> list[LowRank]:
@@ -144,7 +179,7 @@ def low_rank(weight: Tensor, ranks: Sequence[int], covariance: Tensor | None = N
     """
     w = weight.detach().double()
     gram = w @ (covariance.to(w).double() @ w.T if covariance is not None else w.T)
-    u = _leading(gram)
+    u = falling(gram)[1]
     found = []
     for r in ranks:
         p, sigma, q = torch.linalg.svd(u[:, :r].T @ w, full_matrices=False)  # a small problem: r x C
@@ -153,9 +188,9 @@ def low_rank(weight: Tensor, ranks: Sequence[int], covariance: Tensor | None = N
 
 
 def decompose(
-    weight: Tensor, ranks: Sequence[tuple[int, ...]], method: Method = "hosvd", covariance: Tensor | None = None
+    weight: Tensor, ranks: Sequence[tuple[int, ...]], method: Method = "warm_hooi", covariance: Tensor | None = None
 ) -> list[Tucker2 | LowRank]:
-    """Factors of one kernel for every rank, by ``method``: ``hosvd``, ``hooi``, or ``data`` (needs the patch covariance).
+    """Factors of one kernel for every rank, by ``method``: ``warm_hooi``, ``hosvd``, ``hooi``, or ``data`` (needs the patch covariance).
 
     A kernel ``(F, C, k1, k2)`` takes ranks ``(r1, r2)``; a matrix ``(F, C)`` takes ``(r,)``, where all methods by the weights agree.
     """
@@ -166,30 +201,12 @@ def decompose(
     if weight.dim() == 2:
         return list(low_rank(weight, [r[0] for r in ranks], covariance if method == "data" else None))
     pairs = [(r[0], r[1]) for r in ranks]
-    if method == "data":
-        assert covariance is not None
+    if covariance is not None and method == "data":
         return list(data_aware(weight, pairs, covariance))
-    return list(hosvd(weight, pairs) if method == "hosvd" else hooi(weight, pairs))
+    return list({"warm_hooi": warm_hooi, "hosvd": hosvd, "hooi": hooi}[method](weight, pairs))
 
 
-def _leading(symmetric: Tensor) -> Tensor:
-    """Eigenvectors as columns, by falling eigenvalue."""
-    return torch.linalg.eigh((symmetric + symmetric.T) / 2).eigenvectors.flip(-1)
-
-
-def _project(w: Tensor, out: Tensor, inn: Tensor) -> Tucker2:
-    core = torch.einsum("fr,fcij,sc->rsij", out, w, inn)
-    return Tucker2(out, core, inn)
-
-
-def _roots(symmetric: Tensor, ridge: float = 1e-8) -> tuple[Tensor, Tensor]:
-    """Square root and inverse square root, with eigenvalues lifted to ``ridge`` times their mean."""
-    values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
-    values = values.clamp_min(ridge * float(values.mean().clamp_min(1e-300)))
-    return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
-
-
-def _balance(factors: Tucker2) -> Tucker2:
-    """The same kernel with orthonormal outer factors: an ill-scaled ``factor_in`` trains badly."""
-    q, r = torch.linalg.qr(factors.factor_in.T)  # factor_in = r^T q^T
-    return Tucker2(factors.factor_out, torch.einsum("rsij,ts->rtij", factors.core, r), q.T)
+def _hosvd_bases(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvectors ``u (F, F)`` and ``v (C, C)`` of the two Gram matrices, and the kernel in these bases, ``(F, C k1 k2)``."""
+    u, v = (falling(m.flatten(1) @ m.flatten(1).T)[1] for m in (w, w.transpose(0, 1)))
+    return u, v, rotate(u.T @ w.flatten(1), v)

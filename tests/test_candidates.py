@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from nni_haloc.candidates import build_candidates, patch_covariances, replace_modules
-from nni_haloc.layers import TuckerConv2d
+from nni_haloc import candidates
+from nni_haloc.candidates import _draw_patches, build_candidates, patch_covariances, replace_modules
+from nni_haloc.layers import LayerSpec, TuckerConv2d
 from nni_haloc.ranks import RankRules, find_layers
-from nni_haloc.tucker import hosvd, output_error, reconstruct
+from nni_haloc.tucker import hosvd, output_error, reconstruct, warm_hooi
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
@@ -19,7 +20,7 @@ def test_the_covariance_reproduces_the_layers_output_energy(mode):
     s = patch_covariances(nn.Sequential(conv), find_layers(nn.Sequential(conv), images, RankRules(step=1)).specs, images, batch_size=3)["0"]
     w = conv.weight.detach().double().flatten(1)
     energy = conv(images).detach().double().pow(2).mean((0, 2, 3)).sum()
-    torch.testing.assert_close(((w @ s) * w).sum(), energy, rtol=1e-4, atol=0)
+    torch.testing.assert_close(((w @ s.double()) * w).sum(), energy, rtol=1e-4, atol=0)
 
 
 def test_patches_are_bounded_and_drawn_with_the_seed(net, images):
@@ -33,11 +34,77 @@ def test_patches_are_bounded_and_drawn_with_the_seed(net, images):
         assert (few[name] - full[name]).norm() < 0.6 * full[name].norm()
 
 
-def test_only_one_image_is_unfolded_at_a_time(net, images, monkeypatch):
-    unfold, sizes = torch.nn.functional.unfold, []
-    monkeypatch.setattr(torch.nn.functional, "unfold", lambda x, *args, **kwargs: (sizes.append(len(x)), unfold(x, *args, **kwargs))[1])
-    patch_covariances(net, find_layers(net, images).specs, images)
-    assert set(sizes) == {1}
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
+def test_drawn_patches_are_rows_of_the_unfolded_input(mode):
+    """Oracle: `unfold` of the whole batch. Every patch is drawn once when all are asked for, each at most once otherwise."""
+    conv = nn.Conv2d(5, 7, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(2, 1), padding_mode=mode)
+    x = torch.randn(4, 5, 9, 8)
+    spec = LayerSpec.of("0", conv, (tuple(x.shape),))
+    rows = torch.nn.functional.unfold(spec.pad(x), (3, 2), (2, 1), 0, (2, 1)).transpose(1, 2).flatten(0, 1)
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(_draw_patches(spec, x, 10**6, generator), rows)
+    drawn = _draw_patches(spec, x.to(memory_format=torch.channels_last), 20, generator)
+    matches = (drawn[:, None] == rows).all(-1)
+    assert drawn.shape == (20, 30)
+    assert matches.any(1).all()
+    assert matches.sum(0).max() == 1
+
+
+def test_only_the_patches_that_are_used_are_unfolded(net, images, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "unfold", None)
+    sizes, add = [], candidates._add_gram
+    monkeypatch.setattr(candidates, "_add_gram", lambda total, rows: (sizes.append(rows.shape), add(total, rows)))
+    specs = {n: s for n, s in find_layers(net, images).specs.items() if s.kind == "conv"}
+    patch_covariances(net, specs, images, max_patches=10**9, max_work=1e6, batch_size=32)
+    work = dict.fromkeys({d for _, d in sizes}, 0)
+    for n, d in sizes:
+        work[d] += n * d**2
+    assert all(0.9e6 < done < 1.1e6 for done in work.values()), work
+
+
+def test_a_gram_matrix_in_blocks_is_exact_above_the_diagonal():
+    rows, total = torch.randn(20, 11), torch.zeros(11, 11)
+    candidates._add_gram(total, rows, block=4)
+    torch.testing.assert_close(total.triu(), (rows.T @ rows).triu())
+
+
+def test_covariances_are_collected_in_groups_that_fit_the_memory(net, images, monkeypatch):
+    """As many passes as needed and no more, and the same candidates whatever the grouping."""
+    layers = find_layers(net, images)
+    rows = layers.candidates(RankRules())
+    passes, collect = [], candidates.patch_covariances
+    monkeypatch.setattr(candidates, "patch_covariances", lambda m, specs, x: (passes.append(list(specs)), collect(m, specs, x))[1])
+    sizes = {name: 4 * (s.in_channels * s.kernel_size[0] * s.kernel_size[1]) ** 2 for name, s in layers.specs.items()}
+    together = build_candidates(net, layers.specs, rows, images)
+    assert passes == [list(rows)]
+    passes.clear()
+    one_by_one = build_candidates(net, layers.specs, rows, images, memory=max(sizes.values()) - 1)
+    assert [name for group in passes for name in group] == list(rows)
+    assert len(passes) > 1
+    for group in passes:
+        assert len(group) == 1 or sum(sizes[name] for name in group) < max(sizes.values())
+    for name, row in together.items():
+        for candidate, layer in row.items():
+            for a, b in zip(layer.parameters(), one_by_one[name][candidate].parameters(), strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_layers_kept_plain_are_logged_from_one_decomposition(net, images, monkeypatch, caplog):
+    """At full rank HOSVD is exact and stands; the decomposition is not run again to find that out."""
+    calls, real = [], candidates.decompose
+    monkeypatch.setattr(candidates, "decompose", lambda *a: (calls.append(a[1]), real(*a))[1])
+    layers = find_layers(net, images)
+    with caplog.at_level("INFO"):
+        build_candidates(net, layers.specs, {"body.0": {"r4": (4, 4), "r12x8": (12, 8)}}, images)
+    assert calls == [[(4, 4), (12, 8)]]
+    assert "nothing better: body.0 (12, 8)" in caplog.text
+
+
+def test_without_images_the_default_is_the_warm_started_iteration(net, images):
+    layers = find_layers(net, images)
+    layer = build_candidates(net, layers.specs, {"body.0": {"r4": (4, 4)}})["body.0"]["r4"]
+    expected = warm_hooi(net.body[0].weight, [(4, 4)])[0]
+    torch.testing.assert_close(reconstruct(layer.factors()), reconstruct(expected))
 
 
 def test_images_that_are_not_finite_are_refused(net, images):
@@ -48,11 +115,11 @@ def test_images_that_are_not_finite_are_refused(net, images):
 
 def test_by_the_data_the_output_is_closer_than_by_the_weights(net, images):
     layers = find_layers(net, images)
-    candidates = layers.candidates(RankRules())
+    rows = layers.candidates(RankRules())
     modules = dict(net.named_modules())
     covariances = patch_covariances(net, layers.specs, images)
-    by_data = build_candidates(net, layers.specs, candidates, images)
-    for name, row in candidates.items():
+    by_data = build_candidates(net, layers.specs, rows, images)
+    for name, row in rows.items():
         for candidate, rank in row.items():
             layer = by_data[name][candidate]
             if rank is None:

@@ -1,5 +1,7 @@
 """Decompositions against tensorly, numpy's least squares, and each other."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import tensorly as tl
@@ -7,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nni_haloc.tucker import Tucker2, data_aware, decompose, hooi, hosvd, low_rank, output_error, reconstruct, reduced_rank_fit
+from nni_haloc.reduced_rank import ReducedRankFit, rotate
+from nni_haloc.tucker import Tucker2, data_aware, decompose, hooi, hosvd, low_rank, output_error, reconstruct, warm_hooi
 
 RANKS = [(2, 2), (4, 3), (6, 5)]
 
@@ -53,6 +56,16 @@ def test_hooi_is_tensorly_and_never_worse_than_hosvd(rank):
     assert error <= output_error(w, reconstruct(hosvd(w, [rank])[0])) + 1e-9
 
 
+def fit_behind(factor_in, w, s, ranks_in):
+    wsa = rotate(w.flatten(1) @ s, factor_in.T)
+    return ReducedRankFit(wsa, rotate(rotate(s, factor_in.T).T, factor_in.T), factor_in, ranks_in)
+
+
+def fitted_kernel(fit, r1, r2):
+    out, core = fit.factors(r1, r2)
+    return reconstruct(Tucker2(out, core.reshape(r1, r2, 3, 3), fit.factor_in[:r2]))
+
+
 @pytest.mark.parametrize("rank_out", [1, 3, 6])
 def test_given_factor_in_the_fit_is_the_reduced_rank_least_squares_optimum(rank_out):
     """Oracle: ordinary least squares on the projected patches, then the truncated SVD of the fitted outputs (Izenman 1975)."""
@@ -64,8 +77,77 @@ def test_given_factor_in_the_fit_is_the_reduced_rank_least_squares_optimum(rank_
     fitted = z @ np.linalg.lstsq(z, y, rcond=None)[0]
     u, s, vt = np.linalg.svd(fitted, full_matrices=False)
     best = u[:, :rank_out] * s[:rank_out] @ vt[:rank_out]
-    ours = x @ reconstruct(reduced_rank_fit(w, factor_in, rank_out, covariance(x))).flatten(1).T
-    np.testing.assert_allclose(ours, best, atol=1e-6 * np.abs(best).max())
+    fit = fit_behind(factor_in, w, covariance(x), [3])
+    np.testing.assert_allclose(x @ fitted_kernel(fit, rank_out, 3).flatten(1).T, best, atol=1e-6 * np.abs(best).max())
+    assert fit.energy(rank_out, 3) == pytest.approx((best**2).sum() / len(x), rel=1e-6)
+
+
+def test_leading_blocks_give_what_each_rank_gives_alone():
+    w, s = kernel(), covariance(patches())
+    factor_in = torch.randn(5, 5, dtype=torch.float64)
+    together = fit_behind(factor_in, w, s, [1, 2, 4, 5])
+    for r2 in (1, 2, 4, 5):
+        alone = fit_behind(factor_in[:r2], w, s, [r2])
+        for r1 in (1, 3, 6):
+            torch.testing.assert_close(fitted_kernel(together, r1, r2), fitted_kernel(alone, r1, r2), rtol=1e-6, atol=1e-8)
+            assert together.energy(r1, r2) == pytest.approx(alone.energy(r1, r2))
+
+
+@pytest.mark.parametrize("closed_form_loses", [False, True])
+def test_factorisations_by_the_data_do_not_grow_with_the_ranks(monkeypatch, closed_form_loses):
+    """One Cholesky factorisation for each ``factor_in`` tried; eigenvectors for each r2, whatever the number of r1."""
+    calls = Counter()
+    for name in ("cholesky_ex", "eigh"):
+        real = getattr(torch.linalg, name)
+        monkeypatch.setattr(torch.linalg, name, lambda *a, n=name, real=real: (calls.update([n]), real(*a))[1])
+    w, x = misleading() if closed_form_loses else (kernel(), patches())
+    for ranks in ([(4, 1)], [(r1, r2) for r1 in range(1, 6) for r2 in (1, 2, 4)]):
+        calls.clear()
+        data_aware(w, ranks, covariance(x))
+        tried = 1 + closed_form_loses
+        assert calls == {"cholesky_ex": tried, "eigh": 4 + tried * len({r2 for _, r2 in ranks})}
+
+
+def random_like_torch(f, c, seed=0):
+    return torch.nn.init.kaiming_normal_(torch.empty(f, c, 3, 3), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("f", "c", "step"), [(16, 16, 2), (32, 16, 4), (32, 32, 8), (64, 64, 16), (24, 48, 24)])
+def test_warm_hooi_is_within_half_a_percent_of_tensorly_at_every_rank(f, c, step):
+    """On random kernels, the worst case: their spectra are flat."""
+    w = random_like_torch(f, c)
+    ranks = [(r, r) for r in range(step, min(f, c) + 1, step)]
+    for rank, ours, theirs in zip(ranks, warm_hooi(w, ranks), hooi(w, ranks), strict=True):
+        assert output_error(w, reconstruct(ours)) <= 1.005 * output_error(w, reconstruct(theirs)) + 1e-5, rank
+
+
+def test_warm_hooi_is_within_half_a_percent_of_tensorly_at_unequal_ranks():
+    w = random_like_torch(24, 16)
+    ranks = [(r1, r2) for r1 in range(4, 25, 4) for r2 in range(4, 17, 4)]
+    for rank, ours, theirs in zip(ranks, warm_hooi(w, ranks), hooi(w, ranks), strict=True):
+        assert output_error(w, reconstruct(ours)) <= 1.005 * output_error(w, reconstruct(theirs)) + 1e-5, rank
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 8), st.integers(1, 8), st.sampled_from([(1, 3), (3, 3), (2, 2)]), st.integers(0, 1000),
+    st.sampled_from([torch.float32, torch.float64]), st.floats(0, 2),
+)  # fmt: skip
+def test_warm_hooi_has_orthonormal_factors_and_is_never_worse_than_hosvd(f, c, k, seed, dtype, decay):
+    w = kernel(f, c, *k, seed=seed) * torch.exp(-decay * torch.arange(f, dtype=torch.float64))[:, None, None, None]
+    w = w.to(dtype)
+    ranks = [(r1, r2) for r1 in range(1, f + 1) for r2 in range(1, c + 1)]
+    rounding = 1e-3 if dtype == torch.float32 else 1e-7
+    for plain, ours in zip(hosvd(w, ranks), warm_hooi(w, ranks), strict=True):
+        assert output_error(w, reconstruct(ours)) <= output_error(w, reconstruct(plain)) + rounding
+        torch.testing.assert_close(ours.factor_out.T @ ours.factor_out, torch.eye(ours.factor_out.shape[1], dtype=ours.core.dtype))
+        torch.testing.assert_close(ours.factor_in @ ours.factor_in.T, torch.eye(len(ours.factor_in), dtype=ours.core.dtype))
+
+
+def test_a_kernel_of_zeros_is_decomposed():
+    for method in ("warm_hooi", "hosvd", "data"):
+        found = decompose(torch.zeros(4, 3, 3, 3), [(2, 2), (4, 3)], method, torch.eye(27))
+        assert all(not reconstruct(factors).any() for factors in found), method
 
 
 def cases():
@@ -102,15 +184,25 @@ def test_data_aware_error_is_never_above_hosvds_at_random(f, c, k, seed, n):
         assert output_error(w, reconstruct(ours), s) <= output_error(w, reconstruct(plain), s)
 
 
-def test_a_smooth_channel_that_its_kernel_cancels_does_not_mislead_the_closed_form():
-    """The case in which `factor_in` by position-wise covariance is bad: HOSVD's must be taken."""
-    w = kernel()
-    w[:, 0] = 100 * (torch.eye(9)[0] - torch.eye(9)[1]).reshape(3, 3)  # a difference of two pixels ...
+def misleading():
+    """Channels that share no output. Channel 0 is large and hardly varies within a patch, and its kernel takes a difference."""
+    w = torch.zeros(6, 5, 3, 3, dtype=torch.float64)
+    w[0, 0, 0, :2] = torch.tensor([0.5, -0.5])
+    w[1:5, 1], w[5, 2] = kernel()[1:5, 1], 0.1 * kernel()[5, 2]
     x = patches(correlated=False)
-    x[:, :9] = x[:, :1] + 1e-3 * x[:, :9]  # ... of a channel that hardly varies within a patch
+    x[:, :9] = 100 * x[:, :1] + 1e-3 * x[:, :9]
+    return w, x
+
+
+def test_a_smooth_channel_that_its_kernel_cancels_does_not_mislead_the_closed_form():
+    """The case in which `factor_in` by position-wise covariance is worse than plain HOSVD: HOSVD's must be taken, and fitted."""
+    w, x = misleading()
     s = covariance(x)
-    plain, ours = hosvd(w, [(3, 2)])[0], data_aware(w, [(3, 2)], s)[0]
-    assert output_error(w, reconstruct(ours), s) <= output_error(w, reconstruct(plain), s)
+    plain, ours = hosvd(w, [(4, 1)])[0], data_aware(w, [(4, 1)], s)[0]
+    channel_0 = torch.eye(5, dtype=torch.float64)[:1]  # what the closed form takes
+    errors = [output_error(w, fitted_kernel(fit_behind(v, w, s, [1]), 4, 1), s) for v in (channel_0, plain.factor_in)]
+    assert errors[1] < output_error(w, reconstruct(plain), s) < 0.3 * errors[0]
+    assert output_error(w, reconstruct(ours), s) == pytest.approx(errors[1])
 
 
 def test_data_aware_factors_are_balanced():
@@ -121,7 +213,7 @@ def test_data_aware_factors_are_balanced():
 
 def test_full_rank_is_exact_by_every_method():
     w, s = kernel(), covariance(patches())
-    for method in ("hosvd", "hooi", "data"):
+    for method in ("warm_hooi", "hosvd", "hooi", "data"):
         torch.testing.assert_close(reconstruct(decompose(w, [(6, 5)], method, s)[0]), w)
 
 
@@ -169,5 +261,5 @@ def test_where_positions_are_uncorrelated_the_closed_form_is_hosvd_of_the_weight
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(ValueError, match="decomposition: expected one of hosvd, hooi, data, found 'svd'"):
+    with pytest.raises(ValueError, match="decomposition: expected one of warm_hooi, hosvd, hooi, data, found 'svd'"):
         decompose(kernel(), [(2, 2)], "svd")

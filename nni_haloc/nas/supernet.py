@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..execution import runs_dense
 from ..gates import RunningMean, gate, gate_gradients, sample
-from ..layers import LayerSpec, kernel_factors, last_bias, layout_of, rank_of
+from ..layers import LayerSpec, last_bias, layout_of, rank_of
 from ..tucker import reconstruct
 
 
@@ -52,13 +52,13 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
 
     def _kernel(self, x: Tensor) -> Tensor | None:
         """The sampled candidate's dense kernel, where running with that costs less than running its factors."""
-        candidate = self[self.names[self.sampled]]
+        candidate: Any = self[self.names[self.sampled]]
         if not runs_dense(self.spec, rank_of(candidate), tuple(x.shape)):
             return None
+        if rank_of(candidate) is None:
+            return candidate.weight
         with torch.autocast(x.device.type, enabled=False):  # or the kernel would be rounded at each product, and again when it runs
-            factors = kernel_factors(candidate)
-            if len(factors) == 1:
-                return factors[0]
+            factors = candidate.factors()
             return reconstruct(factors).contiguous(
                 memory_format=layout_of(factors[1])
             )  # another format would have the output change its own
