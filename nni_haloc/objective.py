@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,6 +12,8 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 _ROUNDS = 100
+
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 def expected_cost(probs: Sequence[Tensor], costs: Sequence[Tensor], fixed: float = 0.0) -> Tensor:
@@ -84,6 +88,17 @@ def approach_loss(outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> Tenso
     """
     terms = [torch.nn.functional.mse_loss(y, t) for y, t in zip(outputs, targets, strict=True)]
     return torch.stack(terms).sum()
+
+
+def schedule(kind: Schedule, progress: float) -> float:
+    """The share of lambda in force at ``progress``, 0 to 1, of the search: 1 throughout, or falling to 0, ``linear`` or as a ``cosine``.
+
+    >>> [round(schedule("cosine", t), 3) for t in (0, 0.5, 1)]
+    [1.0, 0.5, 0.0]
+    """
+    if kind == "constant":
+        return 1.0
+    return 1 - progress if kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
 
 
 def weight_loss(ce: Tensor, approach: Tensor, lam: float) -> Tensor:

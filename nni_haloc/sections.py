@@ -146,6 +146,8 @@ class Search(Training):
     schedule: Literal["step", "onecycle", "constant"] = "constant"
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
     lam: NonNegative = 1.0
+    lam_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    approach: Literal["features", "weights"] = "features"
     objective: Literal["settle", "paper"] = "settle"
     eta: Positive = 1.0
     theta: NonNegative = 1.0

@@ -189,6 +189,32 @@ def test_the_feature_map_term_is_eq_8_on_the_same_batch(net, images, loaders):
     assert all(layer.observe is None for layer in layers)
 
 
+def test_weight_approaching_compares_kernels_and_runs_no_original(net, images, loaders):
+    from nni_haloc.nas.approach import Kernels
+    from nni_haloc.tucker import reconstruct
+
+    watch = Watch()
+    strategy = search(net, images, loaders, callbacks=[watch], lam=1.0, approach="weights")
+    assert watch.original == 0
+    layers = list(strategy.mixed_layers.values())
+    for layer in layers:
+        layer.sampled = len(layer.names) - 1
+    with Kernels(strategy.supernet, layers, strategy.supernet.original).compared() as terms:
+        found = [float(term.detach()) for term in terms]
+    for layer, term in zip(layers, found, strict=True):
+        weight, kernel = net.get_submodule(layer.label).weight, reconstruct(layer[layer.names[-1]].factors())
+        assert term == pytest.approx(float(((kernel.reshape(weight.shape) - weight) ** 2).mean().detach()), rel=1e-4)
+
+
+def test_lambda_may_fall_to_nothing_over_the_search(net, images, loaders, monkeypatch):
+    from nni_haloc.nas import updates
+
+    used = []
+    monkeypatch.setattr(updates, "weight_loss", lambda ce, approach, lam: used.append(lam) or ce + lam * approach)
+    search(net, images, loaders, epochs=2, lam=3.0, lam_schedule="linear")
+    assert used == pytest.approx([3 * (1 - i / 8) for i in range(8)])
+
+
 def test_a_compressed_network_gives_the_supernets_outputs_for_the_same_path(net, images, loaders):
     strategy = search(net, images, loaders)
     supernet = strategy.supernet.eval()

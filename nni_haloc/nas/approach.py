@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..objective import approach_loss
 from .supernet import MixedRankLayer
 
 
@@ -29,6 +30,19 @@ class _Compare(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, grad_term: Tensor) -> tuple[Tensor, None]:
         difference, ctx.difference = ctx.difference, None
         return torch.addcmul(grad_y, difference, grad_term.to(grad_y), value=-2 / difference.numel(), out=difference), None
+
+
+class Kernels:
+    """The paper's rejected alternative to Eq. (8), for ablation: each sampled candidate's kernel is compared with the original weight."""
+
+    def __init__(self, supernet: nn.Module, layers: Iterable[MixedRankLayer], original: nn.Module) -> None:
+        modules = dict(original.named_modules())
+        self.pairs = [(layer, cast(Tensor, modules[layer.label].weight)) for layer in layers]
+
+    @contextmanager
+    def compared(self) -> Iterator[list[Tensor]]:
+        """A list with one mean squared error a mixed layer."""
+        yield [approach_loss([layer.kernel().reshape(weight.shape)], [weight]) for layer, weight in self.pairs]
 
 
 class FeatureMaps:

@@ -17,7 +17,7 @@ from nni.nas.space import ExecutableModelSpace, RawFormatModelSpace
 from torch import Tensor, nn
 
 from ..budget import Limit, check_feasible, choose
-from ..objective import expected_cost, probability_loss_paper, settle
+from ..objective import Schedule, expected_cost, probability_loss_paper, settle
 from ..predictors import CostTable
 from ..ranks import RankPlan
 from .evaluator import plain_loaders
@@ -28,6 +28,7 @@ from .updates import HalocModule
 Objective = Literal["settle", "paper"]
 Selection = Literal["knapsack", "argmax"]
 AlphaOptimizer = Literal["adam", "sgd"]
+Approach = Literal["features", "weights"]
 
 
 class Haloc(DARTS):
@@ -39,6 +40,8 @@ class Haloc(DARTS):
         costs: table of what each candidate costs; or several limits, ``[Limit(table, budget), ...]``, all of which hold.
         budget: epsilon, the limit on the whole network's cost, in the table's unit; where ``costs`` is one table.
         lam: Eq. (9)'s lambda, weight of the feature-map term; 0 leaves it and the original's forward pass out.
+        lam_schedule: ``constant``, or ``linear`` or ``cosine`` to fall to 0 over the search.
+        approach: what lambda weighs, ``features`` (Eq. 8) or ``weights`` (the paper's rejected alternative).
         objective: ``settle`` (after each step on the cross-entropy the expected cost is put back to the budget: `objective.settle`) or
             ``paper`` (Eq. (7): multiplies by ``eta * (E / budget)^theta``, of several limits the one that E exceeds most).
         eta, theta: see `objective.probability_loss_paper`.
@@ -59,6 +62,8 @@ class Haloc(DARTS):
         budget: float | None = None,
         *,
         lam: float = 1.0,
+        lam_schedule: Schedule = "constant",
+        approach: Approach = "features",
         objective: Objective = "settle",
         eta: float = 1.0,
         theta: float = 1.0,
@@ -74,6 +79,8 @@ class Haloc(DARTS):
             ("objective", objective, Objective),
             ("select", select, Selection),
             ("alpha_optimizer", alpha_optimizer, AlphaOptimizer),
+            ("lam_schedule", lam_schedule, Schedule),
+            ("approach", approach, Approach),
         ):
             if value not in get_args(kind):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, found {value!r}")
@@ -81,7 +88,8 @@ class Haloc(DARTS):
             raise ValueError("expected a cost table and a budget, or a list of limits")
         super().__init__(arc_learning_rate=alpha_lr, warmup_epochs=warmup_epochs)
         self.limits = [Limit(costs, cast(float, budget))] if isinstance(costs, CostTable) else list(costs)
-        self.lam, self.objective, self.eta, self.theta = lam, objective, eta, theta
+        self.lam, self.lam_schedule, self.approach = lam, lam_schedule, approach
+        self.objective, self.eta, self.theta = objective, eta, theta
         self.alpha_optimizer, self.temperature, self.select, self.min_use, self.seed = alpha_optimizer, temperature, select, min_use, seed
 
     @property

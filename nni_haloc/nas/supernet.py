@@ -42,26 +42,27 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
     def forward(self, x: Tensor) -> Tensor:
         if self.searching and torch.is_grad_enabled():
             with torch.no_grad():  # alpha alone learns in this step
-                kernel = self._kernel(x)
+                kernel = self._cheaper_kernel(x)
             y = gate(self._run(x, kernel), self.probs, x, self._gate_gradients)
         else:
-            y = self._run(x, self._kernel(x))
+            y = self._run(x, self._cheaper_kernel(x))
         if self.observe is not None:
             y = self.observe(self.label, y)
         return y
 
-    def _kernel(self, x: Tensor) -> Tensor | None:
-        """The sampled candidate's dense kernel, where running with that costs less than running its factors."""
+    def kernel(self) -> Tensor:
+        """The sampled candidate's dense kernel, ``(F, C, k1, k2)`` or ``(F, C)``, differentiable in its weights."""
         candidate: Any = self[self.names[self.sampled]]
-        if not runs_dense(self.spec, rank_of(candidate), tuple(x.shape)):
-            return None
         if rank_of(candidate) is None:
             return candidate.weight
-        with torch.autocast(x.device.type, enabled=False):  # or the kernel would be rounded at each product, and again when it runs
+        with torch.autocast(self.alpha.device.type, enabled=False):  # or it would be rounded at each product, and again when it runs
             factors = candidate.factors()
-            return reconstruct(factors).contiguous(
-                memory_format=layout_of(factors[1])
-            )  # another format would have the output change its own
+            return reconstruct(factors).contiguous(memory_format=layout_of(factors[1]))  # in another one the output would change its own
+
+    def _cheaper_kernel(self, x: Tensor) -> Tensor | None:
+        """The dense kernel, where running with that costs less than running the factors."""
+        rank = rank_of(self[self.names[self.sampled]])
+        return self.kernel() if runs_dense(self.spec, rank, tuple(x.shape)) else None
 
     def _run(self, x: Tensor, kernel: Tensor | None) -> Tensor:
         candidate = self[self.names[self.sampled]]

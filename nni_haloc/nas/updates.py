@@ -9,8 +9,8 @@ from nni.nas.evaluator.pytorch import LightningModule
 from nni.nas.oneshot.pytorch.differentiable import DartsLightningModule
 from torch import Tensor, nn
 
-from ..objective import weight_loss
-from .approach import FeatureMaps
+from ..objective import schedule, weight_loss
+from .approach import FeatureMaps, Kernels
 
 if TYPE_CHECKING:
     from .strategy import Haloc
@@ -27,13 +27,14 @@ class HalocModule(DartsLightningModule):
         super().__init__(training_module, arc_learning_rate=strategy.arc_learning_rate, warmup_epochs=strategy.warmup_epochs)
         self._strategy = strategy
         self._generator = torch.Generator().manual_seed(strategy.seed)
-        self._features: FeatureMaps | None = None
+        self._approach: FeatureMaps | Kernels | None = None
 
     def on_fit_start(self) -> None:
         supernet = self._strategy.supernet
         self._mixed = list(self._strategy.mixed_layers.values())
         if self._strategy.lam:
-            self._features = FeatureMaps(supernet, self._mixed, supernet.original.to(self.device))
+            kind = FeatureMaps if self._strategy.approach == "features" else Kernels
+            self._approach = kind(supernet, self._mixed, supernet.original.to(self.device))
         super().on_fit_start()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -68,16 +69,22 @@ class HalocModule(DartsLightningModule):
     def _weight_step(self, batch: Any, batch_idx: int) -> None:
         """Update the sampled candidates and the shared rest; a parameter without gradient is not touched by the optimizer."""
         self._draw(searching=False)
-        if self._features is None:
+        lam = self._strategy.lam * schedule(self._strategy.lam_schedule, self._progress(batch_idx))
+        if self._approach is None:
             loss = self._task_loss(batch, 2 * batch_idx + 1, "train")
         else:
-            with self._features.compared() as terms:
+            with self._approach.compared() as terms:
                 ce = self._task_loss(batch, 2 * batch_idx + 1, "train")
             approach = torch.stack(terms).sum()
-            loss = weight_loss(ce, approach, self._strategy.lam)
+            loss = weight_loss(ce, approach, lam)
             self.log("search/approach_loss", approach.detach(), on_step=False, on_epoch=True)
         self.log("search/weight_loss", loss.detach(), on_step=False, on_epoch=True)
         self.advance_optimization(loss, batch_idx, self.gradient_clip_val)
+
+    def _progress(self, batch_idx: int) -> float:
+        """Share of the search's iterations that are done, from 0 to below 1."""
+        of = self.trainer.num_training_batches
+        return (self.trainer.current_epoch * of + batch_idx) / ((self.trainer.max_epochs or 1) * of)
 
     def _draw(self, searching: bool) -> None:
         for layer in self._mixed:
