@@ -24,6 +24,7 @@ def patch_covariances(
     batch_size: int = 64,
     max_patches: int = 16384,
     max_work: float = 5e10,
+    shrinkage: float = 0.3,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Uncentred covariance ``E[x x^T]`` of each layer's input patches, ``(D, D)`` with ``D = C k1 k2`` in `unfold`'s order, float32, on
@@ -31,7 +32,8 @@ def patch_covariances(
 
     One pass of ``model`` over ``images (N, ...)`` in evaluation mode. Of each layer at most about ``max_patches`` patches are taken, and
     no more than ``max_work / D^2`` or ``2 D`` (9,216 for 512 channels and a 3x3 kernel), at random positions drawn with ``seed``; no
-    others are unfolded. ``D^2`` numbers a layer are held. Patches with NaN or infinite entries raise ValueError.
+    others are unfolded. ``shrinkage * D / patches`` of the mean eigenvalue is added to the diagonal: what is fitted to few patches then
+    holds for others too. ``D^2`` numbers a layer are held. Patches with NaN or infinite entries raise ValueError.
     """
     generator = torch.Generator().manual_seed(seed)
     sums = {name: torch.zeros(_patch_size(spec), _patch_size(spec)) for name, spec in specs.items()}
@@ -59,6 +61,7 @@ def patch_covariances(
     for name, spec in specs.items():
         total = sums.pop(name).div_(max(1, counts[name])).triu_()
         total += total.triu(1).T
+        total.diagonal().add_(shrinkage * len(total) / max(1, counts[name]) * total.diagonal().mean())
         if not torch.isfinite(total).all():
             raise ValueError(f"layer {name!r}: its inputs on the calibration images are not finite")
         by_position = total.reshape((_patch_size(spec) // spec.in_channels, spec.in_channels) * 2)

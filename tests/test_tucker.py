@@ -89,7 +89,9 @@ def test_leading_blocks_give_what_each_rank_gives_alone():
     for r2 in (1, 2, 4, 5):
         alone = fit_behind(factor_in[:r2], w, s, [r2])
         for r1 in (1, 3, 6):
-            torch.testing.assert_close(fitted_kernel(together, r1, r2), fitted_kernel(alone, r1, r2), rtol=1e-6, atol=1e-6)  # the ridges differ
+            torch.testing.assert_close(
+                fitted_kernel(together, r1, r2), fitted_kernel(alone, r1, r2), rtol=1e-6, atol=1e-6
+            )  # the ridges differ
             assert together.energy(r1, r2) == pytest.approx(alone.energy(r1, r2))
 
 

@@ -121,7 +121,7 @@ def run(options, console):
     bench, records = Bench(options), Records(options.out)
     base = (options.model, options.images, torch.get_num_threads())
     big = options.model == "resnet18"
-    held_out = {} if big else patch_covariances(bench.model, bench.specs, bench.others, max_patches=2**20, max_work=1e12)
+    held_out = {} if big else patch_covariances(bench.model, bench.specs, bench.others, max_patches=2**20, max_work=1e12, shrinkage=0)
 
     def measured(method, names):
         seconds, found = timed(lambda: bench.build(method, names))
