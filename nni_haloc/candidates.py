@@ -22,23 +22,26 @@ def patch_covariances(
     images: Tensor,
     *,
     batch_size: int = 64,
-    max_patches: int = 65536,
-    max_work: float = 2e11,
+    max_patches: int = 16384,
+    max_work: float = 5e10,
+    shrinkage: float = 0.3,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Uncentred covariance ``E[x x^T]`` of each layer's input patches, ``(D, D)`` with ``D = C k1 k2`` in `unfold`'s order, float32, on
     the CPU.
 
     One pass of ``model`` over ``images (N, ...)`` in evaluation mode. Of each layer at most about ``max_patches`` patches are taken, and
-    no more than ``max_work / D^2`` (9,400 for 512 channels and a 3x3 kernel), at random positions drawn with ``seed``; no others are
-    unfolded. ``D^2`` numbers a layer are held. Patches with NaN or infinite entries raise ValueError.
+    no more than ``max_work / D^2`` or ``2 D`` (9,216 for 512 channels and a 3x3 kernel), at random positions drawn with ``seed``; no
+    others are unfolded. ``shrinkage * D / patches`` of the mean eigenvalue is added to the diagonal: what is fitted to few patches then
+    holds for others too. ``D^2`` numbers a layer are held. Patches with NaN or infinite entries raise ValueError.
     """
     generator = torch.Generator().manual_seed(seed)
     sums = {name: torch.zeros(_patch_size(spec), _patch_size(spec)) for name, spec in specs.items()}
     counts = dict.fromkeys(specs, 0)
 
     def collect(name: str, spec: LayerSpec, x: Tensor) -> None:
-        limit = min(max_patches, max_work / _patch_size(spec) ** 2) / max(1, len(spec.input_shapes))
+        size = _patch_size(spec)
+        limit = min(max_patches, max(max_work / size**2, 2 * size)) / max(1, len(spec.input_shapes))
         patches = _draw_patches(spec, x, max(1, round(len(x) * limit / len(images))), generator)
         _add_gram(sums[name], patches)
         counts[name] += len(patches)
@@ -54,12 +57,16 @@ def patch_covariances(
     finally:
         for hook in hooks:
             hook.remove()
-    for name, total in sums.items():
-        upper = total.div_(max(1, counts[name])).triu_()
-        upper += upper.triu(1).T
-        if not torch.isfinite(upper).all():
+    covariances = {}
+    for name, spec in specs.items():
+        total = sums.pop(name).div_(max(1, counts[name])).triu_()
+        total += total.triu(1).T
+        total.diagonal().add_(shrinkage * len(total) / max(1, counts[name]) * total.diagonal().mean())
+        if not torch.isfinite(total).all():
             raise ValueError(f"layer {name!r}: its inputs on the calibration images are not finite")
-    return sums
+        by_position = total.reshape((_patch_size(spec) // spec.in_channels, spec.in_channels) * 2)
+        covariances[name] = by_position.permute(1, 0, 3, 2).reshape(total.shape)
+    return covariances
 
 
 def build_candidates(
@@ -133,20 +140,23 @@ def _groups(specs: Mapping[str, LayerSpec], memory: int) -> list[dict[str, Layer
 
 
 def _draw_patches(spec: LayerSpec, x: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """``number`` input patches of a batch, or all if there are no more, as rows ``(number, C k1 k2)`` in float32."""
+    """``number`` input patches of a batch, or all if there are no more, as rows ``(number, k1 k2 C)`` in float32.
+
+    Channels are fastest: so each position of a patch is one contiguous piece of the channels-last input, ten times faster to gather.
+    """
     if spec.kind == "linear":
         rows = x.reshape(-1, spec.in_channels)
         return rows[_drawn(len(rows), number, generator).to(x.device)].float()
-    x = spec.pad(x)
-    n, c, height, width = x.shape
+    x = spec.pad(x).permute(0, 2, 3, 1)
+    n, height, width, c = x.shape
     (k1, k2), (s1, s2), (d1, d2) = spec.kernel_size, spec.stride, spec.dilation
     rows_out, columns_out = (height - d1 * (k1 - 1) - 1) // s1 + 1, (width - d2 * (k2 - 1) - 1) // s2 + 1
     drawn = _drawn(n * rows_out * columns_out, number, generator)
     image, place = drawn // (rows_out * columns_out), drawn % (rows_out * columns_out)
-    first = image * (c * height * width) + place // columns_out * (s1 * width) + place % columns_out * s2
-    window = torch.arange(k1)[:, None] * (d1 * width) + torch.arange(k2) * d2
-    offsets = (torch.arange(c)[:, None] * (height * width) + window.flatten()).flatten()
-    return x.flatten()[(first[:, None] + offsets).to(x.device)].float()
+    first = image * (height * width) + place // columns_out * (s1 * width) + place % columns_out * s2
+    window = (torch.arange(k1)[:, None] * (d1 * width) + torch.arange(k2) * d2).flatten()
+    pixels = x.reshape(-1, c).index_select(0, (first[:, None] + window).flatten().to(x.device))
+    return pixels.view(len(drawn), -1).float()
 
 
 def _drawn(available: int, number: int, generator: torch.Generator) -> Tensor:

@@ -90,29 +90,36 @@ def warm_hooi(weight: Tensor, ranks: Sequence[tuple[int, int]]) -> list[Tucker2]
     f, c, k1, k2 = w.shape
     slices = w.flatten(2).permute(2, 0, 1).contiguous()  # (k1 k2, F, C)
     gram_out = w.flatten(1) @ w.flatten(1).T
-    total = float(gram_out.trace())
-    tolerance = 1e-5 * min(f, c)  # with few channels it converges less evenly, and costs next to nothing
     u0, v0, core0 = (t.to(w) for t in _hosvd_bases(w.double()))
     hosvd_energy = core0.double().reshape(f, c, -1).square().sum(-1).cumsum(0).cumsum(1)
     found = {}
     v = v0
     for r1, r2 in sorted(set(ranks), key=lambda r: (r[0] + r[1], r), reverse=True):
-        for _ in range(10):
-            kept, sign = (v[:, :r2], 1) if 2 * r2 <= c else (v[:, r2:], -1)  # by the smaller of the space and its complement
-            q = (slices @ kept).transpose(1, 2).flatten(0, 1)  # (k1 k2 r, F)
-            values, vectors = falling(q.T @ q if sign > 0 else gram_out - q.T @ q)
-            u, half_way = vectors[:, :r1], float(values[:r1].sum())
-            p = (u.T @ slices).flatten(0, 1)  # (k1 k2 r1, C)
-            values, v = falling(p.T @ p)
-            energy = float(values[:r2].sum())
-            if total - energy > (total - half_way) * (1 - tolerance) ** 2 or total - energy < 1e-6 * total:
-                break
-        core = (p @ v[:, :r2]).reshape(k1, k2, r1, r2).permute(2, 3, 0, 1)
-        if core.double().square().sum() > hosvd_energy[r1 - 1, r2 - 1]:
-            found[r1, r2] = Tucker2(u, core, v[:, :r2].T)
+        starts = [v, v0] if min(f, c) <= 64 else [v]  # with few channels, optima differ
+        energy, u, core, v = max((_sweeps(slices, gram_out, start, r1, r2) for start in starts), key=lambda result: result[0])
+        if energy > hosvd_energy[r1 - 1, r2 - 1]:
+            found[r1, r2] = Tucker2(u, core.reshape(k1, k2, r1, r2).permute(2, 3, 0, 1), v[:, :r2].T)
         else:
             found[r1, r2] = Tucker2(u0[:, :r1], core0.reshape(w.shape)[:r1, :r2], v0[:, :r2].T)
     return [found[rank] for rank in ranks]
+
+
+def _sweeps(slices: Tensor, gram_out: Tensor, v: Tensor, r1: int, r2: int) -> tuple[float, Tensor, Tensor, Tensor]:
+    """Sweeps of HOOI from the input vectors ``v (C, C)``: the core's energy, ``u (F, r1)``, the core ``(k1 k2 r1, r2)``, the next ``v``."""
+    f, c = len(gram_out), len(v)
+    total, tolerance = float(gram_out.trace()), 1e-5 * min(f, c)
+    for _ in range(10):
+        kept, sign = (v[:, :r2], 1) if 2 * r2 <= c else (v[:, r2:], -1)  # by the smaller of the space and its complement
+        q = (slices @ kept).transpose(1, 2).flatten(0, 1)  # (k1 k2 r, F)
+        values, vectors = falling(q.T @ q if sign > 0 else gram_out - q.T @ q)
+        u, half_way = vectors[:, :r1], float(values[:r1].sum())
+        p = (u.T @ slices).flatten(0, 1)  # (k1 k2 r1, C)
+        values, v = falling(p.T @ p)
+        energy = float(values[:r2].sum())
+        if total - energy > (total - half_way) * (1 - tolerance) ** 2 or total - energy < 1e-6 * total:
+            break
+    core = p @ v[:, :r2]
+    return float(core.double().square().sum()), u, core, v
 
 
 def hooi(weight: Tensor, ranks: Sequence[tuple[int, int]]) -> list[Tucker2]:
@@ -145,22 +152,25 @@ def data_aware(weight: Tensor, ranks: Sequence[tuple[int, int]], covariance: Ten
     w = weight.detach().to(s)
     ws = w.flatten(1) @ s
     u, v, core = (t.to(s) for t in _hosvd_bases(weight.detach().double()))
-    rotated = rotate(rotate(s, v).T, v)
-    plain = truncation_errors(core, rotated, c)
-
-    def fit(factor_in: Tensor, rotated: Tensor) -> ReducedRankFit:
-        return ReducedRankFit(rotate(ws, factor_in.T), rotated, factor_in, sorted({r2 for _, r2 in ranks}))
+    ranks_in = sorted({r2 for _, r2 in ranks})
 
     s_in = s.reshape(c, k1 * k2, c, k1 * k2).diagonal(dim1=1, dim2=3).sum(-1).double()  # (C, C), summed over kernel positions
     root, inverse_root = roots(s_in)
     wc = weight.detach().double().transpose(0, 1).flatten(1)
-    leading = falling(root @ (wc @ wc.T) @ root)[1][:, : max(r2 for _, r2 in ranks)]
+    leading = falling(root @ (wc @ wc.T) @ root)[1][:, : ranks_in[-1]]
     basis = torch.linalg.qr(inverse_root @ leading).Q.to(s)  # orthonormal, since an ill-scaled factor_in trains badly
-    fits = [fit(basis.T, rotate(rotate(s, basis).T, basis))]
+    fits = [ReducedRankFit(rotate(ws, basis), rotate(rotate(s, basis).T, basis), basis.T, ranks_in)]
     total = float((ws.double() * w.flatten(1).double()).sum())
+
+    # What HOSVD loses in whole output rows bounds its error from below, and costs no rotation of the covariance.
+    rows = ((u.T @ ws).double() * (u.T @ w.flatten(1)).double()).sum(1)
+    plain = (rows.sum() - rows.cumsum(0))[:, None].expand(-1, c + 1)
     if any(total - fits[0].energy(r1, r2) >= plain[r1 - 1, r2] for r1, r2 in ranks):
-        n = basis.shape[1]
-        fits.append(fit(v[:, :n].T, rotated[: n * k1 * k2, : n * k1 * k2]))
+        rotated = rotate(rotate(s, v).T, v)
+        plain = truncation_errors(core, rotated, c)
+        if any(total - fits[0].energy(r1, r2) >= plain[r1 - 1, r2] for r1, r2 in ranks):
+            n = ranks_in[-1]
+            fits.append(ReducedRankFit(rotate(ws, v[:, :n]), rotated[: n * k1 * k2, : n * k1 * k2], v[:, :n].T, ranks_in))
     found: list[Tucker2] = []
     for r1, r2 in ranks:
         best = max(fits, key=lambda candidate: candidate.energy(r1, r2))

@@ -8,7 +8,7 @@ from nni_haloc import candidates
 from nni_haloc.candidates import _draw_patches, build_candidates, patch_covariances, replace_modules
 from nni_haloc.layers import LayerSpec, TuckerConv2d
 from nni_haloc.ranks import RankRules, find_layers
-from nni_haloc.tucker import hosvd, output_error, reconstruct, warm_hooi
+from nni_haloc.tucker import data_aware, hosvd, output_error, reconstruct, warm_hooi
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
@@ -17,7 +17,9 @@ def test_the_covariance_reproduces_the_layers_output_energy(mode):
     torch.manual_seed(0)
     conv = nn.Conv2d(5, 7, 3, stride=2, padding=1, dilation=2, padding_mode=mode, bias=False)
     images = torch.randn(10, 5, 9, 9)
-    s = patch_covariances(nn.Sequential(conv), find_layers(nn.Sequential(conv), images, RankRules(step=1)).specs, images, batch_size=3)["0"]
+    s = patch_covariances(
+        nn.Sequential(conv), find_layers(nn.Sequential(conv), images, RankRules(step=1)).specs, images, batch_size=3, shrinkage=0
+    )["0"]
     w = conv.weight.detach().double().flatten(1)
     energy = conv(images).detach().double().pow(2).mean((0, 2, 3)).sum()
     torch.testing.assert_close(((w @ s.double()) * w).sum(), energy, rtol=1e-4, atol=0)
@@ -40,7 +42,8 @@ def test_drawn_patches_are_rows_of_the_unfolded_input(mode):
     conv = nn.Conv2d(5, 7, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(2, 1), padding_mode=mode)
     x = torch.randn(4, 5, 9, 8)
     spec = LayerSpec.of("0", conv, (tuple(x.shape),))
-    rows = torch.nn.functional.unfold(spec.pad(x), (3, 2), (2, 1), 0, (2, 1)).transpose(1, 2).flatten(0, 1)
+    columns = torch.nn.functional.unfold(spec.pad(x), (3, 2), (2, 1), 0, (2, 1))  # (N, C k1 k2, L)
+    rows = columns.unflatten(1, (5, 6)).permute(0, 3, 2, 1).flatten(0, 1).flatten(1)
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(_draw_patches(spec, x, 10**6, generator), rows)
     drawn = _draw_patches(spec, x.to(memory_format=torch.channels_last), 20, generator)
@@ -105,6 +108,23 @@ def test_without_images_the_default_is_the_warm_started_iteration(net, images):
     layer = build_candidates(net, layers.specs, {"body.0": {"r4": (4, 4)}})["body.0"]["r4"]
     expected = warm_hooi(net.body[0].weight, [(4, 4)])[0]
     torch.testing.assert_close(reconstruct(layer.factors()), reconstruct(expected))
+
+
+def test_what_is_fitted_to_few_patches_holds_for_others():
+    """With a quarter as many patches as a patch has numbers, shrinkage lowers the output error on other images."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(8, 8, generator=generator) * 2.0 ** -torch.arange(8)[:, None]
+    images = torch.einsum("nchw,cd->ndhw", torch.randn(40, 8, 10, 10, generator=generator), mixing)
+    conv = nn.Conv2d(8, 8, 3, bias=False)
+    conv.weight.data = torch.randn(8, 8, 3, 3, generator=generator)
+    specs = find_layers(nn.Sequential(conv), images, RankRules(step=1)).specs
+    truth = patch_covariances(nn.Sequential(conv), specs, images[20:], shrinkage=0)["0"]
+    exact, shrunk = (
+        patch_covariances(nn.Sequential(conv), specs, images[:20], max_patches=18, shrinkage=shrinkage)["0"] for shrinkage in (0, 0.3)
+    )
+    torch.testing.assert_close(shrunk, exact + 0.3 * 72 / 18 * exact.trace() / 72 * torch.eye(72))
+    errors = [output_error(conv.weight, reconstruct(data_aware(conv.weight, [(4, 4)], s)[0]), truth) for s in (exact, shrunk)]
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_images_that_are_not_finite_are_refused(net, images):

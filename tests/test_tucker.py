@@ -84,12 +84,14 @@ def test_given_factor_in_the_fit_is_the_reduced_rank_least_squares_optimum(rank_
 
 def test_leading_blocks_give_what_each_rank_gives_alone():
     w, s = kernel(), covariance(patches())
-    factor_in = torch.randn(5, 5, dtype=torch.float64)
+    factor_in = kernel(5, 5, 1, 1, seed=3).flatten(1)
     together = fit_behind(factor_in, w, s, [1, 2, 4, 5])
     for r2 in (1, 2, 4, 5):
         alone = fit_behind(factor_in[:r2], w, s, [r2])
         for r1 in (1, 3, 6):
-            torch.testing.assert_close(fitted_kernel(together, r1, r2), fitted_kernel(alone, r1, r2), rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(
+                fitted_kernel(together, r1, r2), fitted_kernel(alone, r1, r2), rtol=1e-6, atol=1e-6
+            )  # the ridges differ
             assert together.energy(r1, r2) == pytest.approx(alone.energy(r1, r2))
 
 
@@ -174,14 +176,18 @@ def test_data_aware_error_is_never_above_hosvds(case, rank):
     assert output_error(w, reconstruct(ours), s) <= output_error(w, reconstruct(plain), s)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([(1, 3), (3, 1), (2, 2)]), st.integers(0, 1000), st.integers(1, 60))
-def test_data_aware_error_is_never_above_hosvds_at_random(f, c, k, seed, n):
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 6), st.integers(1, 6), st.sampled_from([(1, 3), (3, 1), (2, 2)]), st.sampled_from([torch.float32, torch.float64]),
+    st.integers(0, 1000), st.integers(1, 60),
+)  # fmt: skip
+def test_data_aware_error_is_never_above_hosvds_at_random(f, c, k, dtype, seed, n):
     w = kernel(f, c, *k, seed=seed)
-    s = covariance(patches(c, k[0] * k[1], n, seed + 1))
+    s = covariance(patches(c, k[0] * k[1], n, seed + 1)).to(dtype)
+    rounding = 1e-3 if dtype == torch.float32 else 0
     ranks = [(r1, r2) for r1 in range(1, f + 1) for r2 in range(1, c + 1)]
     for plain, ours in zip(hosvd(w, ranks), data_aware(w, ranks, s), strict=True):
-        assert output_error(w, reconstruct(ours), s) <= output_error(w, reconstruct(plain), s)
+        assert output_error(w, reconstruct(ours), s) <= output_error(w, reconstruct(plain), s) + rounding
 
 
 def misleading():
