@@ -100,12 +100,13 @@ def _best(scores: Scores, limits: Sequence[Limit], floor: tuple[Limit, float] | 
     excess, room, low = (np.zeros((len(limits), *shape)) for shape in ((len(flat),), (), ()))
     scale = np.ones(len(limits))
     for k, (limit, choice) in enumerate(zip(limits, least, strict=True)):
-        base = limit.costs.total(choice)
-        scale[k] = (limit.budget - base or 1.0) / _ROOM
+        # Half a unit in the last place more than the budget: a sum that rounds to the budget is within it.
+        spare = math.fsum([limit.budget, math.ulp(limit.budget) / 2, *(-term for term in limit.costs.terms(choice))])
+        scale[k] = (spare or 1.0) / _ROOM
         excess[k] = [limit.costs.costs[layer][name] - limit.costs.costs[layer][choice[layer]] for layer, name in flat]
         room[k], low[k] = _ROOM, -np.inf
         if floor and limit is floor[0]:
-            low[k] = (floor[1] * limit.budget - base) / scale[k]
+            low[k] = _ROOM - (1 - floor[1]) * limit.budget / scale[k]
     excess /= scale[:, None]
     attempt = 0
     while True:

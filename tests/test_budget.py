@@ -86,20 +86,14 @@ def test_a_budget_is_used_wherever_it_can_be(problem, use):
     fitting = [choice for choice in every(scores) if all(limit.costs.total(choice) <= limit.budget for limit in limits)]
     if not fitting:
         return
-
-    def using(use):
-        return [choice for choice in fitting if any(limit.costs.total(choice) >= use * limit.budget for limit in limits)]
-
-    def best(choices):
-        return max(score(scores, choice) for choice in choices)
-
-    choice, nearly = choose(scores, limits, use), using(use * (1 - 1e-8))  # the solver's tolerance
-    assert all(limit.costs.total(choice) <= limit.budget for limit in limits)
-    if using(use):
-        assert choice in nearly
-        assert score(scores, choice) >= best(using(use)) - 1e-4
-    else:
-        assert score(scores, choice) >= min(map(best, filter(None, (nearly, fitting)))) - 1e-4
+    using, nearly = (
+        [choice for choice in fitting if any(limit.costs.total(choice) >= share * limit.budget for limit in limits)]
+        for share in (use, use * (1 - 1e-8))
+    )
+    choice = choose(scores, limits, use)
+    assert choice in (nearly or fitting)
+    if using or not nearly:
+        assert score(scores, choice) >= max(score(scores, c) for c in using or fitting) - 1e-4
 
 
 def one(row, fixed=0.0, metric="macs", **more):

@@ -48,7 +48,11 @@ class CostTable:
         unknown = set(choice) - set(self.costs)
         if unknown:
             raise ValueError(f"layer {min(unknown)!r} is not in the cost table")
-        return math.fsum([self.fixed, *(row[choice.get(layer, DENSE)] for layer, row in self.costs.items())])
+        return math.fsum(self.terms(choice))
+
+    def terms(self, choice: Mapping[str, str]) -> list[float]:
+        """What `total` sums up."""
+        return [self.fixed, *(row[choice.get(layer, DENSE)] for layer, row in self.costs.items())]
 
     def restrict(self, candidates: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str, float]], float]:
         """Costs of just these candidates, and the cost of all the rest with unnamed layers dense.
