@@ -45,11 +45,13 @@ def search_command(run_file: RunFile, out: Out = Path("haloc-run"), set_: Change
     """Search alone; `haloc run --resume` with the same settings fine-tunes what it found."""
     config, _ = _start(run_file, set_)
     from .job import Job
-    from .log import log_to
+    from .log import log_to, logger
     from .run import search
 
     log_to(out / "log.txt")
-    search(Job(config, out), resume=resume)
+    job = Job(config, out)
+    logger.info("original: %.2f %% top-1 (validation)", 100 * job.accuracy(job.model, job.loader("val"))[0])
+    search(job, resume=resume)
 
 
 def _start(run_file: Path, assignments: list[str] | None) -> tuple[Any, dict[str, Any]]:

@@ -55,7 +55,7 @@ def front(folder: str | Path, budgets: Sequence[float], out: str | Path | None =
     content = {
         "version": 1,
         "metric": strategy.costs.metric,
-        "searched_at": job.config.budget.of(original) / original,
+        "searched_at": strategy.budget / original,
         "original": {"cost": original, "top1": job.accuracy(job.model, val)[0]},
         "points": points,
         "infeasible": infeasible,

@@ -99,7 +99,8 @@ def _splits(config: Config) -> datasets.Splits:
 
 
 def _quiet() -> None:
-    """Lightning's advice on devices and worker numbers says nothing of a run."""
+    """Lightning's advice on devices and worker numbers, and NNI's on a validation loop, say nothing of a run."""
+    logging.getLogger("nni.nas.evaluator.pytorch.lightning").setLevel(logging.ERROR)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("pytorch_lightning.accelerators.cuda").setLevel(logging.WARNING)
     for message in (".*does not have many workers.*", ".*number of training batches.*", ".*`isinstance.treespec.*", ".*LeafSpec.*"):

@@ -87,7 +87,8 @@ def searched(job: Job, report: Report = lambda metrics: None, *, resume: bool) -
         logger.info("search: %d of %d epochs are done: %s", saved["epochs"], config.search.epochs, state)
     elif resume:
         logger.info("nothing to go on from in %s: starting anew", job.folder)
-    tensorboard = _tensorboard(job.folder) if config.search.tensorboard else None
+    unfinished = saved is None or saved["epochs"] < config.search.epochs
+    tensorboard = _tensorboard(job.folder) if config.search.tensorboard and unfinished else None
     try:
         strategy, space = _prepare(config, job.splits, job.model, job.example, job.folder)
     except ValueError as error:

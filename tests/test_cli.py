@@ -53,6 +53,14 @@ def test_an_impossible_budget_names_the_cheapest_network_and_leaves_no_plan(tmp_
     assert not (tmp_path / "ranks.json").exists()
 
 
+def test_a_search_of_a_model_that_does_not_take_the_images_is_one_line(tmp_path):
+    torch.save(build_model("resnet20").state_dict(), tmp_path / "weights.pt")
+    done = haloc("search", DIGITS, "--out", tmp_path, "--set", "model.name=resnet20", "--set", f"weights={tmp_path / 'weights.pt'}")
+    assert done.returncode == 2
+    assert "haloc: model: resnet20 does not take the data's images or classes (" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def test_settings_that_do_not_fit_lose_nothing_of_an_earlier_run(finished):
     def left():
         return {p: p.read_bytes() for p in finished.rglob("*") if p.is_file() and p.name not in ("log.txt", "costs.json")}
