@@ -86,7 +86,7 @@ def searched(job: Job, report: Report = lambda metrics: None, *, resume: bool) -
         config = config.model_copy(update={"cost": cost})
         logger.info("search: %d of %d epochs are done: %s", saved["epochs"], config.search.epochs, state)
     elif resume:
-        logger.info("nothing to go on from in %s: starting anew", job.folder)
+        logger.info("no state of an earlier run in %s: starting from the beginning", job.folder)
     unfinished = saved is None or saved["epochs"] < config.search.epochs
     tensorboard = _tensorboard(job.folder) if config.search.tensorboard and unfinished else None
     try:
