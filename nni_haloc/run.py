@@ -81,9 +81,7 @@ def searched(job: Job, report: Report = lambda metrics: None, *, resume: bool) -
     if resume and state.exists():
         saved = checkpoint.read(state)
         checkpoint.check_same(state, saved["identity"], checkpoint.identity(config))
-        (job.folder / COSTS_FILE).write_text(saved["costs"], encoding="utf-8")  # a latency measured again is never quite the same
-        cost = config.cost.model_copy(update={"table": str(job.folder / COSTS_FILE)})
-        config = config.model_copy(update={"cost": cost})
+        config = _with_tables(config, job.folder, saved["costs"])
         logger.info("search: %d of %d epochs are done: %s", saved["epochs"], config.search.epochs, state)
     elif resume:
         logger.info("no state of an earlier run in %s: starting from the beginning", job.folder)
@@ -98,10 +96,25 @@ def searched(job: Job, report: Report = lambda metrics: None, *, resume: bool) -
     facts = {
         "identity": checkpoint.identity(job.config),
         "config": job.config.model_dump(mode="json"),
-        "costs": (job.folder / COSTS_FILE).read_text(encoding="utf-8"),
+        "costs": [path.read_text(encoding="utf-8") for path in _table_files(job.folder, config)],
     }
     _search(job, strategy, space, report, facts, tensorboard, saved is not None)
     return strategy
+
+
+def _table_files(folder: Path, config: Config) -> list[Path]:
+    """Where the cost tables of a run's limits lie."""
+    return [folder / COSTS_FILE, *(folder / f"costs-also{i}.json" for i in range(len(config.budget.also)))]
+
+
+def _with_tables(config: Config, folder: Path, tables: list[str]) -> Config:
+    """The settings with the cost tables of an earlier start of the run: a latency measured again is never quite the same."""
+    files = _table_files(folder, config)
+    for path, content in zip(files, tables, strict=True):
+        path.write_text(content, encoding="utf-8")
+    cost = config.cost.model_copy(update={"table": str(files[0])})
+    also = [limit.model_copy(update={"table": str(path)}) for limit, path in zip(config.budget.also, files[1:], strict=True)]
+    return config.model_copy(update={"cost": cost, "budget": config.budget.model_copy(update={"also": also})})
 
 
 def _clear(folder: Path) -> None:
@@ -117,13 +130,13 @@ def _prepare(config: Config, splits: datasets.Splits, model: nn.Module, example:
     rules = RankRules(r.step, r.dense, r.equal, tuple(r.kinds), tuple(r.exclude), r.pin)
     main = _cost_table(config, "cost", config.cost.metric, config.cost.table, model, example, rules)
     limits = [Limit(main, config.budget.of(main.original))]
-    main.save(folder / COSTS_FILE)
     for i, also in enumerate(config.budget.also):
         table = _cost_table(config, f"budget.also.{i}", also.metric, also.table, model, example, rules)
         limits.append(Limit(table, also.of(table.original)))
-        table.save(folder / f"costs-also{i}.json")
     calibration = splits.images("plain", r.calibration_images, config.seed) if r.decomposition in ("auto", "data") else None
     tables = [limit.costs for limit in limits]
+    for table, path in zip(tables, _table_files(folder, config), strict=True):
+        table.save(path)
     space = RankSpace(model, example, tables, rules, calibration, None if r.decomposition == "auto" else r.decomposition)
     check_feasible(space.candidates, limits)
     logger.info("%d layers to search, %.3g networks; left alone: %s", len(space.candidates), space.size(), space.left_alone)
