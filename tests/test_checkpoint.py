@@ -207,7 +207,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_state(tmp_path, monkeypatch):
 
 def test_no_latency_is_measured_again(tmp_path):
     """Of any limit: a search that goes on with other costs than it began with would not be the same search."""
-    also = "budget.also=[{metric: latency_ms, fraction: 1.0}]"
+    also = "budget.also=[{metric: latency_ms, absolute: 1000.0}]"
     words = ["search", DIGITS, "--out", tmp_path, "--set", "search.epochs=1", "--set", also, "--set", "cost.batch_size=16"]
     assert (done := haloc(*words)).returncode == 0, done.stderr
     tables = [(tmp_path / name).read_text() for name in ("costs.json", "costs-also0.json")]

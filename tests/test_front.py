@@ -60,8 +60,8 @@ def val():
     return digits(0.2).loader("val", 64)
 
 
-def test_each_plan_is_the_best_of_all_networks_within_its_budget(folder, content):
-    """Every network of the space counted out: no cheaper way to a higher score, and no budget left unused that a better plan could use."""
+def test_each_plan_is_the_best_of_all_networks_that_use_its_budget(folder, content):
+    """Every network of the space counted out: the best score of those that cost at least 95 % of the budget, or of all where none does."""
     saved = torch.load(folder / "search" / "checkpoint.ckpt", weights_only=True)
     table = CostTable.load(folder / "costs.json")
     rows = {}
@@ -78,7 +78,8 @@ def test_each_plan_is_the_best_of_all_networks_within_its_budget(folder, content
     for point in content["points"]:
         plan = RankPlan.load(folder / "front" / point["folder"] / "ranks.json")
         plans.append(plan.names)
-        _, best, names = max((c for c in counted if c[0] <= point["fraction"] * ORIGINAL), key=lambda c: c[1])
+        within = [c for c in counted if c[0] <= point["fraction"] * ORIGINAL]
+        _, best, names = max([c for c in within if c[0] >= 0.95 * point["fraction"] * ORIGINAL] or within, key=lambda c: c[1])
         assert sum(rows[layer][name] for layer, name in plan.names.items()) == pytest.approx(best)
         assert plan.names == names
         assert plan.chosen_by["cost"] == point["cost"]

@@ -138,7 +138,7 @@ class Haloc(DARTS):
     @property
     def mixed_layers(self) -> dict[str, MixedRankLayer]:
         """The supernet's mixed layers by layer name."""
-        return {layer.label: layer for layer in self._layers(self.supernet)}
+        return {str(layer.label): layer for layer in self._layers(self.supernet)}  # NNI has a class of its own for labels
 
     @property
     def probabilities(self) -> dict[str, dict[str, float]]:

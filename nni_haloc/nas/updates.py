@@ -105,7 +105,7 @@ class HalocModule(DartsLightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What Lightning does not know of: the random state of the path sampling, and the running means that score the candidates."""
-        scores = {str(name): dict(vars(layer.task_gradient)) for name, layer in self._strategy.mixed_layers.items()}
+        scores = {name: dict(vars(layer.task_gradient)) for name, layer in self._strategy.mixed_layers.items()}
         checkpoint["haloc_search"] = {"sampling": self._generator.get_state(), "scores": scores}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
