@@ -16,7 +16,7 @@ from math import prod
 from .layers import LayerSpec
 from .ranks import Rank, macs, params
 
-BALANCE = 128
+BALANCE = 64
 """Multiply-accumulates in the time of one element moved; from training passes of ResNet-20's layers, oneDNN on x86 (docs/benchmarks.md)."""
 
 

@@ -101,6 +101,7 @@ def main(
     threads: int = 1,
     precision: str = "32-true",
     memory_format: str = "contiguous",
+    budget: Annotated[float, typer.Option(help="of the original's MACs, which the sampled networks cost on average")] = 0.5,
     stock: Annotated[bool, typer.Option(help="run NNI's own Proxyless too")] = True,
     out: Annotated[Path | None, typer.Option(help="append raw results to this file, a JSON line each")] = None,
 ) -> None:
@@ -123,10 +124,10 @@ def main(
     for number in candidates:
         rules = Spread(number=number)
         space = RankSpace(model, images[:1], mac_table(model, images[:1], rules), rules, decomposition="hosvd")
-        times = _measure(model, space, data, batch, precision, stock)
+        times = _measure(model, space, data, batch, precision, stock, budget)
         record = {
             "network": network, "batch": batch, "threads": threads, "precision": precision, "memory_format": memory_format,
-            "candidates": number, "most": max(map(len, space.candidates.values())), "machine": platform.processor() or platform.machine(),
+            "candidates": number, "budget": budget, "most": max(map(len, space.candidates.values())), "machine": platform.processor() or platform.machine(),
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "seconds": times,
         }  # fmt: skip
         if out:
@@ -136,7 +137,7 @@ def main(
     Console(width=140).print(table)
 
 
-def _measure(model, space, data, batch, precision, stock) -> dict[str, list[float]]:
+def _measure(model, space, data, batch, precision, stock, budget) -> dict[str, list[float]]:
     options = {"precision": precision, "enable_progress_bar": False}
     recipe = Recipe(1, lr=0.01, schedule="constant")
 
@@ -146,7 +147,7 @@ def _measure(model, space, data, batch, precision, stock) -> dict[str, list[floa
     def evaluator(clock: Clock):
         return classification(loader(), loader(), recipe, callbacks=[clock], **options)
 
-    strategy = Haloc(space.costs, 0.9 * space.costs.original)
+    strategy = Haloc(space.costs, budget * space.costs.original)
     jobs = {
         "ordinary": lambda clock: finetune(copy.deepcopy(model), loader(), recipe, callbacks=[clock], **options),
         "search": lambda clock: run_search(space, evaluator(clock), strategy),
