@@ -222,6 +222,26 @@ def test_by_default_the_expected_cost_is_the_budget_from_the_first_step_on(net, 
     assert strategy.plan().chosen_by["cost"] <= strategy.budget
 
 
+def test_scores_are_alphas_path_without_the_prices(net, images, loaders):
+    """With the prices taken back, alpha is where its optimizer's steps alone have led: here plain gradient steps, added up by hand."""
+
+    class Steps(pl.Callback):
+        def on_fit_start(self, trainer, module):
+            self.total = {name: torch.zeros(len(layer.names), dtype=torch.float64) for name, layer in module._strategy.mixed_layers.items()}
+
+            def add(optimizer, *_):
+                for layer, size in zip(module._strategy.mixed_layers.values(), self.total.values(), strict=True):
+                    size -= 0.5 * layer.alpha.grad.double()
+
+            module.architecture_optimizers().optimizer.register_step_pre_hook(add)
+
+    watch = Steps()
+    strategy = search(net, images, loaders, 0.4, epochs=2, callbacks=[watch], alpha_optimizer="sgd", alpha_lr=0.5, temperature=2.0)
+    for name, row in strategy.scores().items():
+        assert list(row.values()) == pytest.approx((watch.total[name] / 2).sub(watch.total[name].mean() / 2).tolist(), abs=1e-4)
+        assert max(row.values()) > min(row.values())
+
+
 def limits_of(net, images, macs, params):
     tables = mac_table(net, images[:1]), param_table(net, images[:1])
     return [Limit(table, fraction * table.original) for table, fraction in zip(tables, (macs, params), strict=True)]

@@ -106,6 +106,7 @@ class Haloc(DARTS):
             for name, child in parent._modules.items():
                 if type(child) is LayerChoice:
                     parent._modules[name] = mixed[child.label]
+        supernet.register_buffer("prices", torch.zeros(len(self.limits), dtype=torch.float64))  # a checkpoint must have them
         for layer in self._layers(supernet):
             with torch.no_grad():
                 layer.alpha.zero_()
@@ -156,26 +157,42 @@ class Haloc(DARTS):
         """With ``objective="settle"``, move alpha so that the expected cost of the limit that binds is its budget: `objective.settle`."""
         if self.objective != "settle":
             return
-        layers = list(self.mixed_layers.values())
-        restricted = [(limit.budget, *limit.costs.restrict(self.supernet.candidates)) for limit in self.limits]
-        costs = np.array([[rows[x.label][c] / budget for x in layers for c in x.names] for budget, rows, _ in restricted])
-        fixed = np.array([fixed / budget for budget, _, fixed in restricted])
+        layers, costs, fixed = self._in_budgets()
         sizes = [len(x.names) for x in layers]
         with torch.no_grad():
             logits = torch.cat([x.alpha.detach().double().cpu() for x in layers]).numpy() / self.temperature
-            settled = torch.from_numpy(settle(logits, sizes, costs, fixed) * self.temperature)
-            for layer, alpha in zip(layers, settled.split(sizes), strict=True):
+            settled, prices = settle(logits, sizes, costs, fixed)
+            self.supernet.prices += torch.from_numpy(prices).to(self.supernet.prices)
+            for layer, alpha in zip(layers, torch.from_numpy(settled * self.temperature).split(sizes), strict=True):
                 layer.alpha.copy_(alpha)
+
+    def _in_budgets(self) -> tuple[list[MixedRankLayer], np.ndarray, np.ndarray]:
+        """The mixed layers, the costs of all their candidates ``(limits, n)``, and the fixed costs: in units of each limit's budget."""
+        layers = list(self.mixed_layers.values())
+        restricted = [(limit.budget, *limit.costs.restrict(self.supernet.candidates)) for limit in self.limits]
+        costs = np.array([[rows[x.label][c] / budget for x in layers for c in x.names] for budget, rows, _ in restricted])
+        return layers, costs, np.array([fixed / budget for budget, _, fixed in restricted])
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Layer to candidate to what the task alone says of it, free of cost: the higher the better, on one scale for all layers.
+
+        The logits that the cross-entropy has led to, with every price taken back that `settle` put on them; with ``objective="paper"``,
+        where price and task are one in alpha, the mean of the centred gate gradients.
+        """
+        layers, costs, _ = self._in_budgets()
+        if self.objective != "settle":
+            return {x.label: dict(zip(x.names, (-x.task_gradient.mean).tolist(), strict=True)) for x in layers}
+        paid = torch.from_numpy(self.supernet.prices.cpu().numpy() @ costs).split([len(x.names) for x in layers])
+        free = [x.alpha.detach().double().cpu() / self.temperature + price for x, price in zip(layers, paid, strict=True)]
+        return {x.label: dict(zip(x.names, (z - z.mean()).tolist(), strict=True)) for x, z in zip(layers, free, strict=True)}
 
     def plan(self, budget: float | None = None) -> RankPlan:
         """The chosen ranks, within every limit with ``knapsack``; ``budget``: another budget in the place of the first limit's."""
         limits = [Limit(self.costs, self.budget if budget is None else budget), *self.limits[1:]]
-        layers = self.mixed_layers
         if self.select == "argmax":
-            choice = {name: layer.export({})[name] for name, layer in layers.items()}
+            choice = {name: layer.export({})[name] for name, layer in self.mixed_layers.items()}
         else:
-            scores = {n: dict(zip(x.names, (-x.task_gradient.mean).tolist(), strict=True)) for n, x in layers.items()}
-            choice = choose(scores, limits, self.min_use)
+            choice = choose(self.scores(), limits, self.min_use)
         first, *others = (
             {
                 "metric": limit.costs.metric,
