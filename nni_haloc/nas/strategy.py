@@ -29,6 +29,9 @@ Objective = Literal["settle", "paper"]
 Selection = Literal["knapsack", "argmax"]
 AlphaOptimizer = Literal["adam", "sgd"]
 
+ARRIVAL = 0.4
+"""Share of the search, after the warm-up, in which the expected cost goes to the budget. Until then dearer candidates learn, too."""
+
 
 class Haloc(DARTS):
     """HALOC's search (AAAI 2023, step 2) on a `RankSpace`, for `NasExperiment` or `run_search`.
@@ -39,7 +42,7 @@ class Haloc(DARTS):
         costs: table of what each candidate costs; or several limits, ``[Limit(table, budget), ...]``, all of which hold.
         budget: epsilon, the limit on the whole network's cost, in the table's unit; where ``costs`` is one table.
         lam: Eq. (9)'s lambda, weight of the feature-map term; 0 leaves it and the original's forward pass out.
-        objective: ``settle`` (after each step on the cross-entropy the expected cost is put back to the budget: `objective.settle`) or
+        objective: ``settle`` (after each step on the cross-entropy the expected cost is put where it should be: see `settle`) or
             ``paper`` (Eq. (7): multiplies by ``eta * (E / budget)^theta``, of several limits the one that E exceeds most).
         eta, theta: see `objective.probability_loss_paper`.
         alpha_lr, alpha_optimizer: learning rate of alpha, and its optimizer, ``adam`` or ``sgd``. ``eta`` matters under SGD alone.
@@ -153,16 +156,21 @@ class Haloc(DARTS):
         binding = max(range(len(expected)), key=lambda k: float(expected[k].detach()) / self.limits[k].budget)
         return probability_loss_paper(ce, expected[binding], self.limits[binding].budget, self.eta, self.theta)
 
-    def settle(self) -> None:
-        """With ``objective="settle"``, move alpha so that the expected cost of the limit that binds is its budget: `objective.settle`."""
+    def settle(self, progress: float = 1.0) -> None:
+        """With ``objective="settle"``, put the expected cost of the limit that binds to its budget: see `objective.settle`.
+
+        ``progress``: the share of the search that is over. Up to `ARRIVAL` the way from the cost of uniform probabilities is gone evenly.
+        """
         if self.objective != "settle":
             return
         layers, costs, fixed = self._in_budgets()
         sizes = [len(x.names) for x in layers]
+        start = fixed + costs @ np.repeat(1 / np.array(sizes), sizes)
+        target = start + min(1.0, progress / ARRIVAL) * (1 - start)
         with torch.no_grad():
             logits = torch.cat([x.alpha.detach().double().cpu() for x in layers]).numpy() / self.temperature
-            settled, prices = settle(logits, sizes, costs, fixed)
-            self.supernet.prices += torch.from_numpy(prices).to(self.supernet.prices)
+            settled, prices = settle(logits, sizes, costs / target[:, None], fixed / target)
+            self.supernet.prices += torch.from_numpy(prices / target).to(self.supernet.prices)
             for layer, alpha in zip(layers, torch.from_numpy(settled * self.temperature).split(sizes), strict=True):
                 layer.alpha.copy_(alpha)
 
