@@ -63,18 +63,24 @@ def check_feasible(candidates: Candidates, limits: Sequence[Limit]) -> Choice:
 def choose(scores: Scores, limits: Sequence[Limit], use: float = 0.0) -> Choice:
     """Eq. (5): the choice of highest total score that no limit forbids: a multiple-choice knapsack, with one constraint a limit.
 
-    ``scores``: layer to candidate to a finite number; the candidates are those that it names. ``use``: of the choices that use at least
-    this fraction of one of the budgets the best is taken, or the best of all where there are none. Solved by HiGHS; because its constraints
-    hold only to a tolerance, costs are recomputed exactly and a choice that does not fit is cut off. Raises `InfeasibleBudget`.
+    ``scores``: layer to candidate to a finite number; the candidates are those that it names. ``use``: the best of the choices that use at
+    least this fraction of one of the budgets is taken; where there are none, twice as much may be left unused, and so on. Solved by HiGHS;
+    because its constraints hold only to a tolerance, costs are recomputed exactly and a choice that does not fit is cut off. Raises
+    `InfeasibleBudget`.
     """
     for layer, row in scores.items():
         for candidate, score in row.items():
             if not math.isfinite(score):
                 raise ValueError(f"score of layer {layer!r}, candidate {candidate!r}: expected a finite number, found {score}")
     fitting = check_feasible(scores, limits)
-    found = [_best(scores, limits, (limit, use)) for limit in limits] if use else []
-    usable = [choice for choice in found if choice is not None] or [_best(scores, limits) or fitting]
-    return max(usable, key=lambda choice: math.fsum(scores[layer][candidate] for layer, candidate in choice.items()))
+    found: list[Choice] = []
+    while use > 0 and not found:
+        found = [choice for limit in limits if (choice := _best(scores, limits, (limit, use)))]
+        use = min(2 * use - 1, use - 0.01)
+    return max(
+        found or [_best(scores, limits) or fitting],
+        key=lambda choice: math.fsum(scores[layer][candidate] for layer, candidate in choice.items()),
+    )
 
 
 def _best(scores: Scores, limits: Sequence[Limit], floor: tuple[Limit, float] | None = None) -> Choice | None:

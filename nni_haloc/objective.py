@@ -38,8 +38,8 @@ def probability_loss_paper(ce: Tensor, expected: Tensor, budget: float, eta: flo
     return ce * eta * (expected / budget) ** theta
 
 
-def settle(logits: np.ndarray, sizes: Sequence[int], costs: np.ndarray, fixed: np.ndarray) -> np.ndarray:
-    """Logits ``z - mu c`` whose expected cost, Eq. (6), is the budget: what makes the default search end where it should.
+def settle(logits: np.ndarray, sizes: Sequence[int], costs: np.ndarray, fixed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits ``z - mu c`` whose expected cost, Eq. (6), is the budget, and the prices ``mu (limits,)``: the default search settles by it.
 
     ``logits (n,)``: those of all layers in a row, ``sizes`` of them a layer. ``costs (limits, n)`` and ``fixed (limits,)`` are in units of
     each limit's budget, so that the largest expected cost comes out as 1. ``mu``, the price of a unit of cost, is the same in every layer:
@@ -47,7 +47,7 @@ def settle(logits: np.ndarray, sizes: Sequence[int], costs: np.ndarray, fixed: n
     limits, prices are set one after the other until none is exceeded. Where even the dearest network is within all of them, the logits are
     returned as they are.
 
-    >>> z = settle(np.zeros(2), [2], np.array([[0.5, 1.5]]), np.array([0.25]))
+    >>> z, mu = settle(np.zeros(2), [2], np.array([[0.5, 1.5]]), np.array([0.25]))
     >>> p = np.exp(z) / np.exp(z).sum()
     >>> round(float(p @ [0.5, 1.5]) + 0.25, 6)
     1.0
@@ -58,7 +58,7 @@ def settle(logits: np.ndarray, sizes: Sequence[int], costs: np.ndarray, fixed: n
         e = np.exp(z - np.repeat(np.maximum.reduceat(z, starts), sizes))
         return fixed + costs @ (e / np.repeat(np.add.reduceat(e, starts), sizes))
 
-    z = np.asarray(logits, dtype=float)
+    z, prices = np.asarray(logits, dtype=float), np.zeros(len(costs))
     for _ in range(_ROUNDS):
         now = ratios(z)
         k = int(np.argmax(now))
@@ -76,8 +76,9 @@ def settle(logits: np.ndarray, sizes: Sequence[int], costs: np.ndarray, fixed: n
             far *= 4
         if not above and excess(far) < 1e-6:  # the dearest network is within every limit
             break
-        z = z - (far if excess(far) > 0 and above else brentq(excess, 0, far)) * direction
-    return z
+        price = far if excess(far) > 0 and above else brentq(excess, 0, far)
+        z, prices[k] = z - price * direction, prices[k] + price
+    return z, prices
 
 
 def approach_loss(outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> Tensor:

@@ -57,7 +57,9 @@ def settlings(draw):
 @given(settlings())
 def test_settled_logits_meet_every_limit_and_use_one(problem):
     logits, sizes, costs, fixed = problem
-    after = expected_costs(settle(*problem), sizes, costs, fixed)
+    settled, prices = settle(*problem)
+    after = expected_costs(settled, sizes, costs, fixed)
+    assert expected_costs(logits - prices @ costs, sizes, costs, fixed) == pytest.approx(after, abs=1e-6)
     assert after.max() <= 1 + 1e-7
     if after.max() < 1 - 1e-7:  # nowhere to go: the limit that binds most can't be reached by paying for cost
         k = int(np.argmax(expected_costs(logits, sizes, costs, fixed)))
@@ -68,7 +70,7 @@ def test_settling_takes_the_nearest_probabilities_at_the_budget():
     """Against a general-purpose optimizer: of all probabilities with that expected cost, the least Kullback-Leibler divergence."""
     rng = np.random.default_rng(0)
     logits, costs, fixed = rng.normal(0, 1, 7), rng.uniform(0.05, 0.8, (1, 7)), np.array([0.1])
-    ours = [scipy.special.softmax(z) for z in np.split(settle(logits, [3, 4], costs, fixed), [3])]
+    ours = [scipy.special.softmax(z) for z in np.split(settle(logits, [3, 4], costs, fixed)[0], [3])]
     before = [scipy.special.softmax(z) for z in np.split(logits, [3])]
 
     def divergence(p):
@@ -85,11 +87,13 @@ def test_settling_takes_the_nearest_probabilities_at_the_budget():
 
 def test_settling_leaves_alone_what_no_network_can_use():
     logits = np.array([0.3, -0.2])
-    np.testing.assert_array_equal(settle(logits, [2], np.array([[0.5, 1.0]]), np.array([0.0])), logits)  # the dearest just meets it
+    settled, prices = settle(logits, [2], np.array([[0.5, 1.0]]), np.array([0.0]))  # the dearest just meets it
+    np.testing.assert_array_equal(settled, logits)
+    assert not prices.any()
 
 
 def test_a_budget_of_the_cheapest_network_settles_there():
-    after = settle(np.zeros(4), [2, 2], np.array([[0.5, 3.0, 0.25, 0.26]]), np.array([0.25]))
+    after, _ = settle(np.zeros(4), [2, 2], np.array([[0.5, 3.0, 0.25, 0.26]]), np.array([0.25]))
     assert expected_costs(after, [2, 2], np.array([[0.5, 3.0, 0.25, 0.26]]), [0.25]) == pytest.approx(1.0)
 
 

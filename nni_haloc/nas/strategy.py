@@ -30,6 +30,9 @@ Selection = Literal["knapsack", "argmax"]
 AlphaOptimizer = Literal["adam", "sgd"]
 Approach = Literal["features", "weights"]
 
+ARRIVAL = 0.4
+"""Share of the search, after the warm-up, in which the expected cost goes to the budget. Until then dearer candidates learn, too."""
+
 
 class Haloc(DARTS):
     """HALOC's search (AAAI 2023, step 2) on a `RankSpace`, for `NasExperiment` or `run_search`.
@@ -42,7 +45,7 @@ class Haloc(DARTS):
         lam: Eq. (9)'s lambda, weight of the feature-map term; 0 leaves it and the original's forward pass out.
         lam_schedule: ``constant``, or ``linear`` or ``cosine`` to fall to 0 over the search.
         approach: what lambda weighs, ``features`` (Eq. 8) or ``weights`` (the paper's rejected alternative).
-        objective: ``settle`` (after each step on the cross-entropy the expected cost is put back to the budget: `objective.settle`) or
+        objective: ``settle`` (after each step on the cross-entropy the expected cost is put where it should be: see `settle`) or
             ``paper`` (Eq. (7): multiplies by ``eta * (E / budget)^theta``, of several limits the one that E exceeds most).
         eta, theta: see `objective.probability_loss_paper`.
         alpha_lr, alpha_optimizer: learning rate of alpha, and its optimizer, ``adam`` or ``sgd``. ``eta`` matters under SGD alone.
@@ -114,6 +117,7 @@ class Haloc(DARTS):
             for name, child in parent._modules.items():
                 if type(child) is LayerChoice:
                     parent._modules[name] = mixed[child.label]
+        supernet.register_buffer("prices", torch.zeros(len(self.limits), dtype=torch.float64))  # a checkpoint must have them
         for layer in self._layers(supernet):
             with torch.no_grad():
                 layer.alpha.zero_()
@@ -160,30 +164,51 @@ class Haloc(DARTS):
         binding = max(range(len(expected)), key=lambda k: float(expected[k].detach()) / self.limits[k].budget)
         return probability_loss_paper(ce, expected[binding], self.limits[binding].budget, self.eta, self.theta)
 
-    def settle(self) -> None:
-        """With ``objective="settle"``, move alpha so that the expected cost of the limit that binds is its budget: `objective.settle`."""
+    def settle(self, progress: float = 1.0) -> None:
+        """With ``objective="settle"``, put the expected cost of the limit that binds to its budget: see `objective.settle`.
+
+        ``progress``: the share of the search that is over. Up to `ARRIVAL` the way from the cost of uniform probabilities is gone evenly.
+        """
         if self.objective != "settle":
             return
+        layers, costs, fixed = self._in_budgets()
+        sizes = [len(x.names) for x in layers]
+        start = fixed + costs @ np.repeat(1 / np.array(sizes), sizes)
+        target = start + min(1.0, progress / ARRIVAL) * (1 - start)
+        with torch.no_grad():
+            logits = torch.cat([x.alpha.detach().double().cpu() for x in layers]).numpy() / self.temperature
+            settled, prices = settle(logits, sizes, costs / target[:, None], fixed / target)
+            self.supernet.prices += torch.from_numpy(prices / target).to(self.supernet.prices)
+            for layer, alpha in zip(layers, torch.from_numpy(settled * self.temperature).split(sizes), strict=True):
+                layer.alpha.copy_(alpha)
+
+    def _in_budgets(self) -> tuple[list[MixedRankLayer], np.ndarray, np.ndarray]:
+        """The mixed layers, the costs of all their candidates ``(limits, n)``, and the fixed costs: in units of each limit's budget."""
         layers = list(self.mixed_layers.values())
         restricted = [(limit.budget, *limit.costs.restrict(self.supernet.candidates)) for limit in self.limits]
         costs = np.array([[rows[x.label][c] / budget for x in layers for c in x.names] for budget, rows, _ in restricted])
-        fixed = np.array([fixed / budget for budget, _, fixed in restricted])
-        sizes = [len(x.names) for x in layers]
-        with torch.no_grad():
-            logits = torch.cat([x.alpha.detach().double().cpu() for x in layers]).numpy() / self.temperature
-            settled = torch.from_numpy(settle(logits, sizes, costs, fixed) * self.temperature)
-            for layer, alpha in zip(layers, settled.split(sizes), strict=True):
-                layer.alpha.copy_(alpha)
+        return layers, costs, np.array([fixed / budget for budget, _, fixed in restricted])
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Layer to candidate to what the task alone says of it, free of cost: the higher the better, on one scale for all layers.
+
+        The logits that the cross-entropy has led to, with every price taken back that `settle` put on them; with ``objective="paper"``,
+        where price and task are one in alpha, the mean of the centred gate gradients.
+        """
+        layers, costs, _ = self._in_budgets()
+        if self.objective != "settle":
+            return {x.label: dict(zip(x.names, (-x.task_gradient.mean).tolist(), strict=True)) for x in layers}
+        paid = torch.from_numpy(self.supernet.prices.cpu().numpy() @ costs).split([len(x.names) for x in layers])
+        free = [x.alpha.detach().double().cpu() / self.temperature + price for x, price in zip(layers, paid, strict=True)]
+        return {x.label: dict(zip(x.names, (z - z.mean()).tolist(), strict=True)) for x, z in zip(layers, free, strict=True)}
 
     def plan(self, budget: float | None = None) -> RankPlan:
         """The chosen ranks, within every limit with ``knapsack``; ``budget``: another budget in the place of the first limit's."""
         limits = [Limit(self.costs, self.budget if budget is None else budget), *self.limits[1:]]
-        layers = self.mixed_layers
         if self.select == "argmax":
-            choice = {name: layer.export({})[name] for name, layer in layers.items()}
+            choice = {name: layer.export({})[name] for name, layer in self.mixed_layers.items()}
         else:
-            scores = {n: dict(zip(x.names, (-x.task_gradient.mean).tolist(), strict=True)) for n, x in layers.items()}
-            choice = choose(scores, limits, self.min_use)
+            choice = choose(self.scores(), limits, self.min_use)
         first, *others = (
             {
                 "metric": limit.costs.metric,

@@ -48,11 +48,11 @@ class HalocModule(DartsLightningModule):
         s, alphas = self._strategy, [layer.alpha for layer in self._mixed]
         self._draw(searching=True)
         ce = self._task_loss(batch, 2 * batch_idx, "val")
-        if not torch.isfinite(ce):
+        task = torch.autograd.grad(ce, alphas, allow_unused=True)
+        if not all(torch.isfinite(t).all() for t in (ce, *task) if t is not None):
             raise SearchDiverged(
                 f"the search diverged: loss {float(ce.detach())} in epoch {self.trainer.current_epoch + 1}; lower its learning rate"
             )
-        task = torch.autograd.grad(ce, alphas, allow_unused=True)
         loss_of_ce = ce.detach().clone().requires_grad_()
         loss = s.probability_loss(loss_of_ce)
         by_ce, *by_cost = torch.autograd.grad(loss, [loss_of_ce, *alphas], materialize_grads=True)
@@ -62,7 +62,8 @@ class HalocModule(DartsLightningModule):
         optimizer = self.architecture_optimizers()
         optimizer.step()
         optimizer.zero_grad()
-        s.settle()
+        searched, epochs = self.trainer.current_epoch - self.warmup_epochs, self.trainer.max_epochs - self.warmup_epochs
+        s.settle((searched + (batch_idx + 1) / self.trainer.num_training_batches) / epochs)
         self.log("search/expected_cost", s.expected_cost().detach(), on_step=True, on_epoch=True)
         self.log("search/probability_loss", loss.detach(), on_step=False, on_epoch=True)
 

@@ -24,14 +24,24 @@ from nni_haloc.run import _prepare, _quiet, _recipe, _splits
 from nni_haloc.yaml_files import parse_yaml
 
 
+class AtOnce(Haloc):
+    """The expected cost is the budget from the first step on."""
+
+    def settle(self, progress=1.0):
+        super().settle()
+
+
 class Penalty(Haloc):
-    """Adds ``2 |E / budget - 1|`` to the cross-entropy."""
+    """Adds ``2 |E / budget - 1|`` to the cross-entropy; plans are scored by the mean gate gradients, alpha holding the price too."""
 
     def probability_loss(self, ce):
         return ce + 2 * (self.expected_cost() / self.budget - 1).abs()
 
-    def settle(self):
+    def settle(self, progress=1.0):
         pass
+
+    def scores(self):
+        return {n: dict(zip(x.names, (-x.task_gradient.mean).tolist(), strict=True)) for n, x in self.mixed_layers.items()}
 
 
 class Multiplier(Penalty):
@@ -45,7 +55,7 @@ class Multiplier(Penalty):
         return ce + self.multiplier * excess + 5 * excess**2
 
 
-MODES = {"settle": Haloc, "penalty": Penalty, "multiplier": Multiplier}
+MODES = {"settle": Haloc, "at-once": AtOnce, "penalty": Penalty, "multiplier": Multiplier}
 
 
 class Trace(pl.Callback):
