@@ -62,15 +62,17 @@ def val():
 
 def test_each_plan_is_the_best_of_all_networks_that_use_its_budget(folder, content):
     """Every network of the space counted out: the best score of those that cost at least 95 % of the budget, or of all where none does."""
-    saved = torch.load(folder / "search" / "checkpoint.ckpt", weights_only=True)
-    table = CostTable.load(folder / "costs.json")
+    saved = torch.load(folder / "search" / "checkpoint.ckpt", weights_only=True)["state_dict"]
+    table, space = CostTable.load(folder / "costs.json"), "training_module._model."
     rows = {}
-    for layer, state in saved["haloc_search"]["scores"].items():
-        prefix = f"training_module._model.model.{layer}."
-        names = list(dict.fromkeys(key.removeprefix(prefix).split(".")[0] for key in saved["state_dict"] if key.startswith(prefix)))
-        names.remove("alpha")
-        assert len(names) == len(state["total"])
-        rows[layer] = dict(zip(names, (-state["total"] / state["count"]).tolist(), strict=True))
+    for layer, costs in table.costs.items():
+        prefix = f"{space}model.{layer}."
+        names = list(dict.fromkeys(key.removeprefix(prefix).split(".")[0] for key in saved if key.startswith(prefix)))
+        if "alpha" in names:
+            names.remove("alpha")
+            paid = float(saved[f"{space}prices"]) / (0.3 * ORIGINAL)  # for a unit of cost, in units of the budget
+            free = {name: float(a) + paid * costs[name] for name, a in zip(names, saved[f"{prefix}alpha"], strict=True)}
+            rows[layer] = {name: score - sum(free.values()) / len(free) for name, score in free.items()}
     networks = [dict(zip(rows, names, strict=True)) for names in itertools.product(*rows.values())]
     counted = [(table.total(n), sum(rows[layer][name] for layer, name in n.items()), n) for n in networks]
     assert len(counted) == 576

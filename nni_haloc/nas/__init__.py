@@ -7,9 +7,10 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", ".*is found to be not a nn.Module.*", RuntimeWarning)
     import nni.nas.nn.pytorch  # noqa: F401
 
+from .engine import run_search
 from .evaluator import classification
 from .space import RankSpace
-from .strategy import Haloc, run_search
+from .strategy import Haloc
 from .updates import SearchDiverged
 
 __all__ = ["Haloc", "RankSpace", "SearchDiverged", "classification", "run_search"]

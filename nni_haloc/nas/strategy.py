@@ -9,11 +9,10 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import torch
 from nni.nas.evaluator.pytorch import Lightning, LightningModule
-from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.nn.pytorch import LayerChoice
 from nni.nas.oneshot.pytorch.strategy import DARTS, no_default_hook
 from nni.nas.oneshot.pytorch.supermodule.proxyless import suppress_already_mutated
-from nni.nas.space import ExecutableModelSpace, RawFormatModelSpace
+from nni.nas.space import RawFormatModelSpace
 from torch import Tensor, nn
 
 from ..budget import Limit, check_feasible, choose
@@ -233,19 +232,6 @@ class Haloc(DARTS):
     @staticmethod
     def _layers(supernet: nn.Module) -> list[MixedRankLayer]:
         return [module for module in supernet.modules() if isinstance(module, MixedRankLayer)]
-
-
-class _InProcess(SequentialExecutionEngine):
-    """NNI's sequential engine, less its habit of swallowing what a trial reports: results go on to the experiment manager."""
-
-    def _run_single_model(self, model: ExecutableModelSpace) -> None:
-        model.execute()
-
-
-def run_search(space: RankSpace, evaluator: Lightning, strategy: Haloc) -> Haloc:
-    """Run a search in this process, registering no experiment of its own, so that a trial of an NNI experiment can report while it runs."""
-    strategy(RawFormatModelSpace.from_model(space, evaluator), _InProcess())
-    return strategy
 
 
 def _suppress_mixed_rank_layers(module: nn.Module, name: str, memo: dict[str, Any], mutate_kwargs: dict[str, Any]) -> bool | None:

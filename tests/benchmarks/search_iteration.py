@@ -27,6 +27,7 @@ from typing import Annotated
 import pytorch_lightning as pl
 import torch
 import typer
+from nni.nas.space import RawFormatModelSpace
 from nni.nas.strategy import Proxyless
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +35,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nni_haloc import Haloc, RankRules, RankSpace, Recipe, classification, finetune, mac_table
 from nni_haloc.models import build_model
-from nni_haloc.nas.strategy import RawFormatModelSpace, _InProcess, run_search
+from nni_haloc.nas.engine import InProcess, run_search
 from nni_haloc.ranks import macs
 
 WARM_UP = 3
@@ -127,7 +128,8 @@ def main(
         times = _measure(model, space, data, batch, precision, stock, budget)
         record = {
             "network": network, "batch": batch, "threads": threads, "precision": precision, "memory_format": memory_format,
-            "candidates": number, "budget": budget, "most": max(map(len, space.candidates.values())), "machine": platform.processor() or platform.machine(),
+            "candidates": number, "budget": budget,
+            "most": max(map(len, space.candidates.values())), "machine": platform.processor() or platform.machine(),
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "seconds": times,
         }  # fmt: skip
         if out:
@@ -153,7 +155,7 @@ def _measure(model, space, data, batch, precision, stock, budget) -> dict[str, l
         "search": lambda clock: run_search(space, evaluator(clock), strategy),
     }
     if stock:
-        jobs["stock"] = lambda clock: Proxyless()(RawFormatModelSpace.from_model(copy.deepcopy(space), evaluator(clock)), _InProcess())
+        jobs["stock"] = lambda clock: Proxyless()(RawFormatModelSpace.from_model(copy.deepcopy(space), evaluator(clock)), InProcess())
     return race(jobs)
 
 
