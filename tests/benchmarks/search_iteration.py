@@ -11,8 +11,12 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import platform
+import re
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -21,7 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import quantiles
 from typing import Annotated
 
 import pytorch_lightning as pl
@@ -31,14 +35,15 @@ from nni.nas.space import RawFormatModelSpace
 from nni.nas.strategy import Proxyless
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
-from nni_haloc import Haloc, RankRules, RankSpace, Recipe, classification, finetune, mac_table
+from nni_haloc import Haloc, RankRules, RankSpace, Recipe, classification, finetune
+from nni_haloc.execution import contraction_work, contracts, runs_dense, work
 from nni_haloc.models import build_model
 from nni_haloc.nas.engine import InProcess, run_search
-from nni_haloc.ranks import macs
+from nni_haloc.nas.strategy import ARRIVAL
+from nni_haloc.ranks import find_layers, macs
 
-WARM_UP = 3
 SIZES = {"resnet20": (32, 10), "torchvision:resnet18": (224, 1000)}
 
 
@@ -73,104 +78,154 @@ class Clock(pl.Callback):
         self.next.turn.release()
 
 
-def race(jobs: dict[str, Callable[[Clock], object]]) -> dict[str, list[float]]:
-    """Run jobs that train with a `Clock`, a batch of each in turn; seconds of every batch after the warm-up."""
+def race(jobs: dict[str, Callable[[Clock], object]], names: list[str], last: int) -> dict[str, list[float]]:
+    """Run jobs that train with a `Clock`, a batch of each in turn; seconds of the ``last`` batches."""
 
-    def guarded(job: Callable[[Clock], object], clock: Clock) -> None:
+    def guarded(name: str) -> None:
         try:
-            job(clock)
+            jobs[name](clocks[name])
         except BaseException:  # the others would wait for their turn for ever
             traceback.print_exc()
             os._exit(1)
 
-    clocks = {name: Clock() for name in jobs}
-    for clock, following in zip(clocks.values(), [*list(clocks.values())[1:], next(iter(clocks.values()))], strict=True):
+    clocks = {name: Clock() for name in names}
+    for clock, following in zip(clocks.values(), [*list(clocks.values())[1:], clocks[names[0]]], strict=True):
         clock.next = following
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        for name, job in jobs.items():  # set up one at a time: NNI's contexts are global
-            pool.submit(guarded, job, clocks[name])
+    with ThreadPoolExecutor(len(names)) as pool:
+        for name in names:  # set up one at a time: NNI's contexts are global
+            pool.submit(guarded, name)
             clocks[name].ready.wait()
-        next(iter(clocks.values())).turn.release()
-    return {name: clock.seconds[WARM_UP:] for name, clock in clocks.items()}
+        clocks[names[0]].turn.release()
+    return {name: clock.seconds[-last:] for name, clock in clocks.items()}
 
 
 def main(
     network: Annotated[str, typer.Option(help="resnet20 or torchvision:resnet18")] = "resnet20",
     batch: int = 128,
     candidates: Annotated[list[int], typer.Option()] = [2, 4, 8],  # noqa: B006
-    iterations: Annotated[int, typer.Option(help="measured ones, after three to warm up")] = 15,
+    iterations: Annotated[int, typer.Option(help="measured ones, after the expected cost has arrived at the budget")] = 15,
     threads: int = 1,
     precision: str = "32-true",
     memory_format: str = "contiguous",
-    budget: Annotated[float, typer.Option(help="of the original's MACs, which the sampled networks cost on average")] = 0.5,
+    budget: Annotated[float, typer.Option(help="of the original's MACs: what the sampled networks cost on average")] = 0.5,
     stock: Annotated[bool, typer.Option(help="run NNI's own Proxyless too")] = True,
+    memory: Annotated[bool, typer.Option(help="then measure peak memory, each contender in a process of its own")] = True,
+    only: Annotated[str | None, typer.Option(help="run one contender alone and print its peak memory in MiB")] = None,
     out: Annotated[Path | None, typer.Option(help="append raw results to this file, a JSON line each")] = None,
 ) -> None:
     torch.set_num_threads(threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    size, classes = SIZES[network]
-    generator = torch.Generator().manual_seed(0)
-    count = batch * (iterations + WARM_UP)
-    images = torch.randn(2 * batch, 3, size, size, generator=generator).repeat(-(-count // (2 * batch)), 1, 1, 1)[:count]
-    data = TensorDataset(images, torch.randint(0, classes, (count,), generator=generator))
-    torch.manual_seed(0)
-    layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
-    model, images = build_model(network).to(memory_format=layout), images.to(memory_format=layout)
-    table = Table(
-        title=f"{network}, batch {batch}, {threads} threads, {precision}, {memory_format}: ms an iteration, median of {iterations}"
-    )
-    for column in ("candidates", "ordinary step", "search iteration", "ratio", "stock Proxyless", "stock / ours"):
+    table = Table(title=f"{network}, batch {batch}, {threads} threads, {precision}, {memory_format}, {budget:g} of the MACs")
+    columns = ["candidates", "ordinary step, ms", "search iteration", "ratio", "bound", "stock Proxyless", "stock / ours"]
+    for column in [*columns, "peak MiB: ordinary, search, stock"]:
         table.add_column(column, justify="right")
     for number in candidates:
-        rules = Spread(number=number)
-        space = RankSpace(model, images[:1], mac_table(model, images[:1], rules), rules, decomposition="hosvd")
-        times = _measure(model, space, data, batch, precision, stock, budget)
+        setting = Setting(network, batch, number, 3 if only else iterations, precision, memory_format, budget)
+        if only:
+            setting.jobs()[only](Free())
+            print(_status("VmHWM"))
+            return
+        times = race(setting.jobs(), ["ordinary", "search", *(["stock"] if stock else [])], iterations)
+        peaks = {name: _peak(name, setting, threads) for name in times} if memory else {}
         record = {
-            "network": network, "batch": batch, "threads": threads, "precision": precision, "memory_format": memory_format,
-            "candidates": number, "budget": budget,
-            "most": max(map(len, space.candidates.values())), "machine": platform.processor() or platform.machine(),
-            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "seconds": times,
+            **vars(setting), "threads": threads, "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"), "seconds": times, "peak_mib": peaks, "bound": setting.bound(),
         }  # fmt: skip
         if out:
             with out.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-        table.add_row(*_row(number, times))
-    Console(width=140).print(table)
+        table.add_row(*_row(record))
+    Console(width=170).print(table)
 
 
-def _measure(model, space, data, batch, precision, stock, budget) -> dict[str, list[float]]:
-    options = {"precision": precision, "enable_progress_bar": False}
-    recipe = Recipe(1, lr=0.01, schedule="constant")
+@dataclass
+class Setting:
+    """What is trained: a network, its space, batches of random images."""
 
-    def loader() -> DataLoader:
-        return DataLoader(data, batch)
+    network: str
+    batch: int
+    candidates: int
+    iterations: int
+    precision: str
+    memory_format: str
+    budget: float
 
-    def evaluator(clock: Clock):
-        return classification(loader(), loader(), recipe, callbacks=[clock], **options)
+    def jobs(self) -> dict[str, Callable[[pl.Callback], object]]:
+        size, classes = SIZES[self.network]
+        layout = torch.channels_last if self.memory_format == "channels_last" else torch.contiguous_format
+        torch.manual_seed(0)
+        model = build_model(self.network).to(memory_format=layout)
+        batches = [(torch.randn(self.batch, 3, size, size), torch.randint(0, classes, (self.batch,))) for _ in range(2)]
+        batches = [(images.to(memory_format=layout), labels) for images, labels in batches]
+        count = math.ceil(self.iterations / (1 - ARRIVAL))
+        rules = Spread(number=self.candidates)
+        space = RankSpace(model, batches[0][0][:1], rules=rules, decomposition="hosvd")
+        options = {"precision": self.precision, "enable_progress_bar": False}
+        recipe = Recipe(1, lr=0.01, schedule="constant")
 
-    strategy = Haloc(space.costs, budget * space.costs.original)
-    jobs = {
-        "ordinary": lambda clock: finetune(copy.deepcopy(model), loader(), recipe, callbacks=[clock], **options),
-        "search": lambda clock: run_search(space, evaluator(clock), strategy),
-    }
-    if stock:
-        jobs["stock"] = lambda clock: Proxyless()(RawFormatModelSpace.from_model(copy.deepcopy(space), evaluator(clock)), InProcess())
-    return race(jobs)
+        def loader() -> DataLoader:
+            return DataLoader([batches[i % 2] for i in range(count)], batch_size=None)
+
+        def evaluator(clock: pl.Callback):
+            return classification(loader(), loader(), recipe, callbacks=[clock], **options)
+
+        strategy = Haloc(space.costs, self.budget * space.costs.original)
+        return {
+            "ordinary": lambda clock: finetune(copy.deepcopy(model), loader(), recipe, callbacks=[clock], **options),
+            "search": lambda clock: run_search(space, evaluator(clock), strategy),
+            "stock": lambda clock: Proxyless()(RawFormatModelSpace.from_model(copy.deepcopy(space), evaluator(clock)), InProcess()),
+        }
+
+    def bound(self) -> float:
+        """Search iteration over ordinary step by counted work alone, for uniformly sampled candidates."""
+        size, _ = SIZES[self.network]
+        model = build_model(self.network)
+        rules = Spread(number=self.candidates)
+        layers = find_layers(model, torch.zeros(1, 3, size, size), rules)
+        alpha = weights = forward = 0.0
+        for spec in layers.specs.values():
+            shape = (self.batch, *spec.input_shapes[0][1:])
+            ranks = rules.candidates(spec)
+            dense = work(spec, None, shape)
+            build = [0 if r is None else contraction_work(spec, r) for r in ranks]
+            runs = [dense + b if runs_dense(spec, r, shape) else work(spec, r, shape) for r, b in zip(ranks, build, strict=True)]
+            sampled = sum(runs) / len(runs)
+            contraction = dense + sum(contraction_work(spec, r) for r in ranks)
+            gates = contraction if contracts(spec, ranks, shape) else sum(work(spec, r, shape) for r in ranks)
+            alpha, weights, forward = alpha + 2 * sampled + gates, weights + 3 * sampled, forward + dense
+        return (alpha + weights + forward) / (3 * forward)
 
 
-def _row(number: int, times: dict[str, list[float]]) -> list[str]:
+class Free(pl.Callback):
+    """A contender that runs alone waits for nobody."""
+
+
+def _peak(name: str, setting: Setting, threads: int) -> float:
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in vars(setting).items()]
+    command = [sys.executable, "-W", "ignore", __file__, *options, f"--threads={threads}", f"--only={name}"]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def _status(key: str) -> float:
+    """Of this process, in MiB; getrusage would count the parent's memory before exec."""
+    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def _row(record: dict) -> list[str]:
+    times, peaks = record["seconds"], record["peak_mib"]
+
     def ms(name: str) -> str:
-        low, _, high = quantiles(times[name], n=4)
-        return f"{1e3 * median(times[name]):.0f} ({1e3 * low:.0f}-{1e3 * high:.0f})"
+        low, middle, high = quantiles(times[name], n=4)
+        return f"{1e3 * middle:.0f} ({1e3 * low:.0f}-{1e3 * high:.0f})"
 
     def ratio(a: str, b: str) -> str:
-        values = [x / y for x, y in zip(times[a], times[b], strict=True)]
-        low, middle, high = quantiles(values, n=4)
+        low, middle, high = quantiles([x / y for x, y in zip(times[a], times[b], strict=True)], n=4)
         return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
-    row = [str(number), ms("ordinary"), ms("search"), ratio("search", "ordinary")]
-    return row + ([ms("stock"), ratio("stock", "search")] if "stock" in times else ["", ""])
+    row = [str(record["candidates"]), ms("ordinary"), ms("search"), ratio("search", "ordinary"), f"{record['bound']:.2f}"]
+    row += [ms("stock"), ratio("stock", "search")] if "stock" in times else ["", ""]
+    return [*row, ", ".join(f"{peak:.0f}" for peak in peaks.values())]
 
 
 if __name__ == "__main__":
