@@ -63,7 +63,8 @@ class HalocModule(DartsLightningModule):
         optimizer.step()
         optimizer.zero_grad()
         searched, epochs = self.trainer.current_epoch - self.warmup_epochs, self.trainer.max_epochs - self.warmup_epochs
-        s.settle((searched + (batch_idx + 1) / self.trainer.num_training_batches) / epochs)
+        progress = (searched + (batch_idx + 1) / self.trainer.num_training_batches) / epochs
+        s.settle(progress if epochs > 0 else 1.0)  # a trainer without a number of epochs has -1
         self.log("search/expected_cost", s.expected_cost().detach(), on_step=True, on_epoch=True)
         self.log("search/probability_loss", loss.detach(), on_step=False, on_epoch=True)
 
