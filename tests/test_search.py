@@ -514,6 +514,13 @@ def test_the_plan_keeps_dense_where_the_task_needs_it(images):
     assert strategy.plan().names == {"1": "r2", "2": "dense"}
 
 
+def test_a_pinned_layer_takes_no_gate_gradient(net, images, loaders, monkeypatch):
+    calls = []
+    monkeypatch.setattr(MixedRankLayer, "_gate_gradients", lambda self, x, grad_y: calls.append(self.label) or torch.zeros(len(self)))
+    search(net, images, loaders, fraction=0.8, rules=RankRules(pin={"stem": 2}))
+    assert set(calls) == {"body.0", "point"}
+
+
 def test_a_search_that_diverges_says_so(net, images, loaders):
     from nni_haloc.nas import SearchDiverged
 

@@ -40,7 +40,7 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
         return torch.softmax(self.alpha / self.temperature, dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.searching and torch.is_grad_enabled():
+        if self.searching and len(self) > 1 and torch.is_grad_enabled():  # a pinned layer has nothing to choose
             with torch.no_grad():  # alpha alone learns in this step
                 kernel = self._cheaper_kernel(x)
             y = gate(self._run(x, kernel), self.probs, x, self._gate_gradients)
