@@ -88,15 +88,15 @@ def warm_hooi(weight: Tensor, ranks: Sequence[tuple[int, int]]) -> list[Tucker2]
     """
     w = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     f, c, k1, k2 = w.shape
-    slices = w.flatten(2).permute(2, 0, 1).contiguous()  # (k1 k2, F, C)
-    gram_out = w.flatten(1) @ w.flatten(1).T
-    u0, v0, core0 = (t.to(w) for t in _hosvd_bases(w.double()))
-    hosvd_energy = core0.double().reshape(f, c, -1).square().sum(-1).cumsum(0).cumsum(1)
+    by_position = w.flatten(2).permute(2, 0, 1).contiguous()  # (k1 k2, F, C)
+    sides = _Sides(by_position, by_position.transpose(1, 2).contiguous(), *_grams(w))
+    u0, v0, core0 = _hosvd_bases(w, (sides.gram_out, sides.gram_in))
+    hosvd_energy = core0.square().reshape(f, c, -1).sum(-1, dtype=torch.float64).cumsum(0).cumsum(1)
     found = {}
     v = v0
     for r1, r2 in sorted(set(ranks), key=lambda r: (r[0] + r[1], r), reverse=True):
         starts = [v, v0] if min(f, c) <= 64 else [v]  # with few channels, optima differ
-        energy, u, core, v = max((_sweeps(slices, gram_out, start, r1, r2) for start in starts), key=lambda result: result[0])
+        energy, u, core, v = max((_sweeps(sides, start, r1, r2) for start in starts), key=lambda result: result[0])
         if energy > hosvd_energy[r1 - 1, r2 - 1]:
             found[r1, r2] = Tucker2(u, core.reshape(k1, k2, r1, r2).permute(2, 3, 0, 1), v[:, :r2].T)
         else:
@@ -104,22 +104,34 @@ def warm_hooi(weight: Tensor, ranks: Sequence[tuple[int, int]]) -> list[Tucker2]
     return [found[rank] for rank in ranks]
 
 
-def _sweeps(slices: Tensor, gram_out: Tensor, v: Tensor, r1: int, r2: int) -> tuple[float, Tensor, Tensor, Tensor]:
+class _Sides(NamedTuple):
+    """A kernel's slices by kernel position, ``(k1 k2, F, C)`` and transposed, and its Gram matrices ``(F, F)`` and ``(C, C)``."""
+
+    slices: Tensor
+    transposed: Tensor
+    gram_out: Tensor
+    gram_in: Tensor
+
+
+def _projected_gram(slices: Tensor, whole: Tensor, vectors: Tensor, r: int) -> Tensor:
+    """Gram matrix of a kernel projected on the leading ``r`` of orthonormal vectors; by the others, where they are fewer."""
+    fewer, sign = (vectors[:, :r], 1) if 2 * r <= len(vectors) else (vectors[:, r:], -1)
+    q = (slices @ fewer).transpose(1, 2).flatten(0, 1)
+    return q.T @ q if sign > 0 else whole - q.T @ q
+
+
+def _sweeps(sides: _Sides, v: Tensor, r1: int, r2: int) -> tuple[float, Tensor, Tensor, Tensor]:
     """Sweeps of HOOI from the input vectors ``v (C, C)``: the core's energy, ``u (F, r1)``, the core ``(k1 k2 r1, r2)``, the next ``v``."""
-    f, c = len(gram_out), len(v)
-    total, tolerance = float(gram_out.trace()), 1e-5 * min(f, c)
+    total, tolerance = float(sides.gram_out.trace()), 1e-5 * min(len(sides.gram_out), len(v))
     for _ in range(10):
-        kept, sign = (v[:, :r2], 1) if 2 * r2 <= c else (v[:, r2:], -1)  # by the smaller of the space and its complement
-        q = (slices @ kept).transpose(1, 2).flatten(0, 1)  # (k1 k2 r, F)
-        values, vectors = falling(q.T @ q if sign > 0 else gram_out - q.T @ q)
-        u, half_way = vectors[:, :r1], float(values[:r1].sum())
-        p = (u.T @ slices).flatten(0, 1)  # (k1 k2 r1, C)
-        values, v = falling(p.T @ p)
+        values, u = falling(_projected_gram(sides.slices, sides.gram_out, v, r2))
+        half_way = float(values[:r1].sum())
+        values, v = falling(_projected_gram(sides.transposed, sides.gram_in, u, r1))
         energy = float(values[:r2].sum())
         if total - energy > (total - half_way) * (1 - tolerance) ** 2 or total - energy < 1e-6 * total:
             break
-    core = p @ v[:, :r2]
-    return float(core.double().square().sum()), u, core, v
+    core = (u[:, :r1].T @ sides.slices).flatten(0, 1) @ v[:, :r2]
+    return float(core.square().sum(dtype=torch.float64)), u[:, :r1], core, v
 
 
 def hooi(weight: Tensor, ranks: Sequence[tuple[int, int]]) -> list[Tucker2]:
@@ -216,7 +228,13 @@ def decompose(
     return list({"warm_hooi": warm_hooi, "hosvd": hosvd, "hooi": hooi}[method](weight, pairs))
 
 
-def _hosvd_bases(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _grams(w: Tensor) -> tuple[Tensor, Tensor]:
+    """``(F, F)`` and ``(C, C)``."""
+    out, inn = (m.flatten(1) @ m.flatten(1).T for m in (w, w.transpose(0, 1)))
+    return out, inn
+
+
+def _hosvd_bases(w: Tensor, grams: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvectors ``u (F, F)`` and ``v (C, C)`` of the two Gram matrices, and the kernel in these bases, ``(F, C k1 k2)``."""
-    u, v = (falling(m.flatten(1) @ m.flatten(1).T)[1] for m in (w, w.transpose(0, 1)))
+    u, v = (falling(gram)[1] for gram in grams or _grams(w))
     return u, v, rotate(u.T @ w.flatten(1), v)

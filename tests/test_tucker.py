@@ -167,7 +167,7 @@ def test_with_few_channels_a_chain_does_not_follow_a_worse_optimum():
 
 def test_hosvd_stands_where_the_sweeps_end_worse(monkeypatch):
     w = kernel()
-    monkeypatch.setattr(tucker, "_sweeps", lambda slices, gram_out, v, r1, r2: (0.0, None, None, v))
+    monkeypatch.setattr(tucker, "_sweeps", lambda sides, v, r1, r2: (0.0, None, None, v))
     for ours, plain in zip(warm_hooi(w, RANKS), hosvd(w, RANKS), strict=True):
         torch.testing.assert_close(reconstruct(ours), reconstruct(plain))
 
