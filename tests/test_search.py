@@ -34,10 +34,12 @@ from nni_haloc.config import load_config
 from nni_haloc.models import build_model
 from nni_haloc.nas import run_search
 from nni_haloc.nas import supernet as supernet_module
+from nni_haloc.nas.approach import FeatureMaps, Kernels
 from nni_haloc.nas.supernet import MixedRankLayer
 from nni_haloc.predictors import count_macs
 from nni_haloc.predictors.analytic import count_params
 from nni_haloc.run import run
+from nni_haloc.tucker import reconstruct
 from nni_haloc.yaml_files import ConfigError
 
 QUIET = {"enable_progress_bar": False}
@@ -170,8 +172,6 @@ def test_without_the_feature_map_term_the_original_never_runs(net, images, loade
 
 
 def test_the_feature_map_term_is_eq_8_on_the_same_batch(net, images, loaders):
-    from nni_haloc.nas.approach import FeatureMaps
-
     strategy = search(net, images, loaders)
     supernet, layers = strategy.supernet.eval(), list(strategy.mixed_layers.values())
     for layer in layers:
@@ -189,17 +189,39 @@ def test_the_feature_map_term_is_eq_8_on_the_same_batch(net, images, loaders):
     assert all(layer.observe is None for layer in layers)
 
 
-def test_weight_approaching_compares_kernels_and_runs_no_original(net, images, loaders):
-    from nni_haloc.nas.approach import Kernels
-    from nni_haloc.tucker import reconstruct
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.01])
+def test_the_feature_map_term_and_its_gradient_are_those_of_the_mean_square(net, images, loaders, share):
+    """Over the first images of the batch where a share of it is compared; against autograd's own mean square on copies."""
+    strategy = search(net, images, loaders)
+    supernet, layers = strategy.supernet.double().eval(), list(strategy.mixed_layers.values())
+    supernet.original.double()
+    x, n = images.double(), max(1, round(share * len(images)))
+    for layer in layers:
+        layer.searching, layer.sampled = False, len(layer.names) - 1
+    with FeatureMaps(supernet, layers, supernet.original, share).compared() as terms:
+        logits = supernet(x)
+    weights = [p for layer in layers for p in layer[layer.names[-1]].parameters()]
+    found = torch.autograd.grad(logits.square().sum() + 0.3 * sum(terms), weights)
+    ours, theirs = [], []
+    hooks = [layer.register_forward_hook(lambda _, __, y: ours.append(y.clone())) for layer in layers]
+    hooks += [supernet.original.get_submodule(x.label).register_forward_hook(lambda _, __, y: theirs.append(y.clone())) for x in layers]
+    supernet.original(x)
+    plain = supernet(x).square().sum()
+    expected = [nn.functional.mse_loss(y[:n], t[:n]) for y, t in zip(ours, theirs, strict=True)]
+    torch.testing.assert_close(torch.stack(terms), torch.stack(expected))
+    torch.testing.assert_close(found, torch.autograd.grad(plain + 0.3 * sum(expected), weights))
+    for hook in hooks:
+        hook.remove()
 
+
+def test_weight_approaching_compares_kernels_and_runs_no_original(net, images, loaders):
     watch = Watch()
     strategy = search(net, images, loaders, callbacks=[watch], lam=1.0, approach="weights")
     assert watch.original == 0
     layers = list(strategy.mixed_layers.values())
     for layer in layers:
         layer.sampled = len(layer.names) - 1
-    with Kernels(strategy.supernet, layers, strategy.supernet.original).compared() as terms:
+    with Kernels(layers, strategy.supernet.original).compared() as terms:
         found = [float(term.detach()) for term in terms]
     for layer, term in zip(layers, found, strict=True):
         weight, kernel = net.get_submodule(layer.label).weight, reconstruct(layer[layer.names[-1]].factors())

@@ -15,27 +15,32 @@ from .supernet import MixedRankLayer
 
 
 class _Compare(torch.autograd.Function):
-    """Hands ``y`` through beside its mean squared distance from ``target``, in whose memory the difference then lives.
+    """Hands ``y`` through beside the mean squared distance of its first images from ``target``, in whose memory the difference then lives.
 
     One pass over the feature map each to subtract, to sum the squares, and to add the gradient to the one that comes from above.
     """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.difference = target.sub_(y)
+        ctx.difference = target.sub_(y[: len(target)])
         ctx.mark_dirty(y)  # handed through, not as a view: what follows may write into it in place
         return y, torch.linalg.vector_norm(target, dtype=torch.promote_types(y.dtype, torch.float32)).square() / target.numel()
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_term: Tensor) -> tuple[Tensor, None]:
         difference, ctx.difference = ctx.difference, None
-        return torch.addcmul(grad_y, difference, grad_term.to(grad_y), value=-2 / difference.numel(), out=difference), None
+        n, value = len(difference), -2 / difference.numel()
+        if n == len(grad_y):
+            return torch.addcmul(grad_y, difference, grad_term.to(grad_y), value=value, out=difference), None
+        total = grad_y.clone()
+        total[:n].addcmul_(difference, grad_term.to(grad_y), value=value)
+        return total, None
 
 
 class Kernels:
     """The paper's rejected alternative to Eq. (8), for ablation: each sampled candidate's kernel is compared with the original weight."""
 
-    def __init__(self, supernet: nn.Module, layers: Iterable[MixedRankLayer], original: nn.Module) -> None:
+    def __init__(self, layers: Iterable[MixedRankLayer], original: nn.Module) -> None:
         modules = dict(original.named_modules())
         self.pairs = [(layer, cast(Tensor, modules[layer.label].weight)) for layer in layers]
 
@@ -50,11 +55,17 @@ class FeatureMaps:
 
     A target lives until the supernet's layer has been compared with it. It is a copy only where the original network writes into it in
     place (an activation, say): the first such batch is run twice, because by then it is too late.
+    ``share``: the part of the batch that is compared, its first images: in expectation the same mean, and a cheaper pass. For a share below
+    1, layers must keep the images in their order.
     """
 
-    def __init__(self, supernet: nn.Module, layers: Iterable[MixedRankLayer], original: nn.Module) -> None:
-        self.supernet, self.layers, self.original = supernet, list(layers), original
+    def __init__(self, supernet: nn.Module, layers: Iterable[MixedRankLayer], original: nn.Module, share: float = 1.0) -> None:
+        self.supernet, self.layers, self.original, self.share = supernet, list(layers), original, share
         self._copied: set[str] = set()
+
+    def _first(self, value: Any) -> Any:
+        """The share of the batch that is compared, of a tensor; anything else as it is."""
+        return value[: max(1, round(self.share * len(value)))] if isinstance(value, Tensor) and value.dim() else value
 
     def _targets(self, *args: Any, **kwargs: Any) -> dict[str, deque[Tensor]]:
         """The original layers' outputs, a queue a layer: one entry a call."""
@@ -70,7 +81,7 @@ class FeatureMaps:
         hooks = [modules[name].register_forward_hook(lambda _, __, y, name=name: keep(name, y)) for name in targets]
         try:
             with torch.no_grad():
-                self.original(*args, **kwargs)
+                self.original(*map(self._first, args), **{key: self._first(value) for key, value in kwargs.items()})
         finally:
             for hook in hooks:
                 hook.remove()

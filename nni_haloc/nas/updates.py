@@ -33,8 +33,11 @@ class HalocModule(DartsLightningModule):
         supernet = self._strategy.supernet
         self._mixed = list(self._strategy.mixed_layers.values())
         if self._strategy.lam:
-            kind = FeatureMaps if self._strategy.approach == "features" else Kernels
-            self._approach = kind(supernet, self._mixed, supernet.original.to(self.device))
+            original = supernet.original.to(self.device)
+            if self._strategy.approach == "features":
+                self._approach = FeatureMaps(supernet, self._mixed, original, self._strategy.approach_share)
+            else:
+                self._approach = Kernels(self._mixed, original)
         super().on_fit_start()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -18,9 +18,10 @@ from pytorch_lightning import seed_everything
 from nni_haloc.compression import load_weights
 from nni_haloc.config import load_config
 from nni_haloc.finetuning import accuracy, recalibrate
+from nni_haloc.job import _quiet, _splits
 from nni_haloc.models import build_model
 from nni_haloc.nas import Haloc, classification, run_search
-from nni_haloc.run import _prepare, _quiet, _recipe, _splits
+from nni_haloc.run import _prepare, _recipe
 from nni_haloc.yaml_files import parse_yaml
 
 
