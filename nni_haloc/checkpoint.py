@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from .config import Config
 from .yaml_files import ConfigError
 
-VERSION = 1
+VERSION = 2
 _KEY = "nni_haloc"
 _NO_PART = {  # settings that the state of a search does not depend on
     "finetune": None, "recalibration_batches": None, "threads": None, "data": {"workers", "score", "download"}, "search": {"tensorboard"},
@@ -42,6 +42,9 @@ def identity(config: Config) -> dict[str, Any]:
     for key in ("weights", "data.val_list", "cost.table"):
         if content[key] is not None:
             content[key] = f"sha256 {hashlib.sha256(Path(content[key]).read_bytes()).hexdigest()[:16]}"
+    for limit in content["budget.also"]:
+        if limit["table"] is not None:
+            limit["table"] = f"sha256 {hashlib.sha256(Path(limit['table']).read_bytes()).hexdigest()[:16]}"
     if content["data.root"] is not None:
         content["data.root"] = str(Path(content["data.root"]).resolve())
     return content

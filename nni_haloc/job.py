@@ -42,9 +42,9 @@ class Job:
             self.splits = _splits(config)
             self.model = build_model(config.model.name, config.model.arguments, factories=factories)
             load_weights(self.model, config.weights)
+            self.example = self.splits.images("test", 1)
         except (OSError, ValueError) as error:
             raise ConfigError(str(error)) from None
-        self.example = self.splits.images("test", 1)
 
     def loader(self, split: str, *, shuffle: bool = False, seed: int = 0) -> DataLoader:
         d = self.config.data

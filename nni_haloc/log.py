@@ -5,14 +5,20 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from .yaml_files import ConfigError
+
 logger = logging.getLogger("nni_haloc")
 
 
 def log_to(path: Path) -> None:
-    """Send the run's log to ``path`` (its folder is made) and to standard error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Send the run's log to ``path`` (its folder is made) and to standard error. `ConfigError` where nothing can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path.parent}: expected a folder that can be written to, found: {error.strerror}") from None
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    for handler in (logging.FileHandler(path, encoding="utf-8"), logging.StreamHandler()):
+    for handler in (to_file, logging.StreamHandler()):
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize, root
 from torch import Tensor
 
-_ROUNDS = 100
+_DEAREST = 1e4
+"""The largest price of a budget's worth of cost: it leaves a candidate that costs 1 % of the budget more a probability of nothing."""
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -41,54 +42,58 @@ def probability_loss_paper(ce: Tensor, expected: Tensor, budget: float, eta: flo
 def settle(logits: np.ndarray, sizes: Sequence[int], costs: np.ndarray, fixed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Logits ``z - mu c`` whose expected cost, Eq. (6), is the budget, and the prices ``mu (limits,)``: the default search settles by it.
 
-    ``logits (n,)``: those of all layers in a row, ``sizes`` of them a layer. ``costs (limits, n)`` and ``fixed (limits,)`` are in units of
-    each limit's budget, so that the largest expected cost comes out as 1. ``mu``, the price of a unit of cost, is the same in every layer:
-    of all probabilities with that expected cost these are nearest to the present ones (in Kullback-Leibler divergence). With several
-    limits, prices are set one after the other until none is exceeded. Where even the dearest network is within all of them, the logits are
-    returned as they are.
+    ``logits (n,)``: those of all layers in a row, free of any price, ``sizes`` of them a layer. ``costs (limits, n)`` and ``fixed
+    (limits,)`` are in units of each limit's budget, so that the largest expected cost comes out as 1. ``mu``, the price of a unit of cost,
+    is the same in every layer: of all probabilities within the limits these are nearest to those of ``logits`` (in Kullback-Leibler
+    divergence), and the prices are the multipliers: none for a limit with room to spare. Where no limit binds, the one nearest to it is
+    given a negative price, until it does; where even the dearest network is within all of them, the logits are returned as they are.
 
     >>> z, mu = settle(np.zeros(2), [2], np.array([[0.5, 1.5]]), np.array([0.25]))
     >>> p = np.exp(z) / np.exp(z).sum()
     >>> round(float(p @ [0.5, 1.5]) + 0.25, 6)
     1.0
     """
-    starts = np.cumsum([0, *sizes[:-1]])
+    logits, starts = np.asarray(logits, dtype=float), np.cumsum([0, *sizes[:-1]])
+    means = np.add.reduceat(costs, starts, axis=1) / sizes
+    centred, least = costs - np.repeat(means, sizes, axis=1), fixed + means.sum(1)
 
-    def ratios(z: np.ndarray) -> np.ndarray:
-        e = np.exp(z - np.repeat(np.maximum.reduceat(z, starts), sizes))
-        return fixed + costs @ (e / np.repeat(np.add.reduceat(e, starts), sizes))
+    def dual(mu: np.ndarray) -> tuple[float, np.ndarray]:
+        """Convex in the prices; its gradient is the room that each limit has."""
+        z = logits - mu @ centred
+        top = np.maximum.reduceat(z, starts)
+        e = np.exp(z - np.repeat(top, sizes))
+        sums = np.add.reduceat(e, starts)
+        room = 1 - least - centred @ (e / np.repeat(sums, sizes))
+        return float((np.log(sums) + top).sum() + mu @ (1 - least)), room
 
-    z, prices = np.asarray(logits, dtype=float), np.zeros(len(costs))
-    for _ in range(_ROUNDS):
-        now = ratios(z)
-        k = int(np.argmax(now))
-        if abs(now[k] - 1) < 1e-9:
-            break
-        above = now[k] > 1
-        direction = costs[k] - np.repeat(np.add.reduceat(costs[k], starts) / sizes, sizes)
+    def along(ray: np.ndarray) -> np.ndarray:
+        """The prices on the way to ``ray`` at which a limit is just met, or the end of it."""
+        here, there = (float(dual(mu)[1].min()) for mu in (none, ray))
+        return ray * (brentq(lambda t: float(dual(t * ray)[1].min()), 0, 1, xtol=1e-14, rtol=1e-14) if here * there < 0 else 1.0)
 
-        def excess(mu: float, z: np.ndarray = z, k: int = k, direction: np.ndarray = direction, above: bool = above) -> float:
-            moved = ratios(z - mu * direction)
-            return float(moved[k] if above else moved.max()) - 1
+    none = np.zeros(len(costs))
+    room = dual(none)[1]
+    if room.min() > 0:
+        ray = np.eye(len(costs))[int(np.argmin(room))] * -_DEAREST
+        if dual(ray)[1].min() > -1e-6:  # the dearest network is within every limit
+            return logits, none
+        prices = along(ray)
+    elif len(costs) == 1:
+        prices = along(none + _DEAREST)
+    else:
+        prices = minimize(dual, none, jac=True, bounds=[(0, _DEAREST)] * len(costs), options={"gtol": 1e-9, "ftol": 1e-15, "maxls": 50}).x
+        paid = np.flatnonzero((prices > 1e-6) & (prices < _DEAREST))
+        exact = root(lambda some: dual(_with(prices, paid, some))[1][paid], prices[paid])
+        refined = _with(prices, paid, exact.x)
+        if exact.success and refined.min() >= 0 and dual(refined)[1].min() > dual(prices)[1].min():
+            prices = refined
+    return logits - prices @ centred, prices
 
-        far = 1.0 if above else -1.0
-        while (excess(far) > 0) == above and abs(far) < 1e9:
-            far *= 4
-        if not above and excess(far) < 1e-6:  # the dearest network is within every limit
-            break
-        price = far if excess(far) > 0 and above else brentq(excess, 0, far)
-        z, prices[k] = z - price * direction, prices[k] + price
-    return z, prices
 
-
-def approach_loss(outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> Tensor:
-    """Eq. (8): mean squared error between feature maps of the sampled candidates and of the original layers, summed over the layers.
-
-    >>> float(approach_loss([torch.zeros(2, 2)], [torch.full((2, 2), 3.0)]))
-    9.0
-    """
-    terms = [torch.nn.functional.mse_loss(y, t) for y, t in zip(outputs, targets, strict=True)]
-    return torch.stack(terms).sum()
+def _with(values: np.ndarray, index: np.ndarray, some: np.ndarray) -> np.ndarray:
+    result = values.copy()
+    result[index] = some
+    return result
 
 
 def schedule(kind: Schedule, progress: float) -> float:

@@ -89,7 +89,7 @@ def searched(job: Job, report: Report = lambda metrics: None, *, resume: bool) -
     tensorboard = _tensorboard(job.folder) if config.search.tensorboard and unfinished else None
     try:
         strategy, space = _prepare(config, job.splits, job.model, job.example, job.folder)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from None
     if saved is None:
         _clear(job.folder)  # of an earlier run; not before this one's settings have proved good

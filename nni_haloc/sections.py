@@ -69,6 +69,8 @@ class Data(Section):
             raise ValueError(f"root: data {self.name!r} needs a folder")
         if self.name == "folder" and self.size is None:
             raise ValueError("size: data 'folder' needs the image size in pixels")
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ValueError(f"std: expected as many numbers as mean has, {len(self.mean)}, found {len(self.std)}")
         return self
 
 

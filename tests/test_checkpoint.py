@@ -177,6 +177,13 @@ def test_a_state_depends_on_the_settings_of_the_search_and_on_what_its_files_hol
     weights.write_bytes(weights.read_bytes() + b" ")
     with pytest.raises(UnusableCheckpoint, match=r"made with other settings: weights: 'sha256 .*' there, 'sha256 .*' here$"):
         checkpoint.check_same(tmp_path, identity(), identity(weights=str(weights)))
+    table = tmp_path / "also.json"
+    table.write_text('{"version": 1, "metric": "params", "fixed": 1, "costs": {}}')
+    limits = [{"metric": "params", "fraction": 0.5, "table": str(table)}]
+    before = identity(budget__also=limits)
+    assert identity(budget__also=limits) == before
+    table.write_text('{"version": 1, "metric": "params", "fixed": 2, "costs": {}}')
+    assert identity(budget__also=limits) != before
 
 
 def test_random_states_of_torch_numpy_and_python_come_back():

@@ -32,6 +32,11 @@ def haloc(*arguments, cwd=ROOT, module="-c"):
         (["front", "none", "--budgets", "0.5"], "haloc: none/search/checkpoint.ckpt: no such file; expected the folder of a search"),
         (["front", "none", "--budgets", "half"], "haloc: --budgets: expected fractions separated by commas, found 'half'"),
         (["frobnicate"], "No such command"),
+        (["run", DIGITS, "--out", DIGITS], "haloc: .*run.yml: expected a folder that can be written to, found: File exists"),
+        (
+            ["run", DIGITS, "--set", "data.mean=[0.1, 0.2]", "--set", "data.std=[1.0]"],
+            "haloc: .*std: expected as many numbers as mean",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(arguments, message):

@@ -115,6 +115,19 @@ def test_no_unsampled_candidate_runs(searching, channels):
     assert calls == (["c1"] if channels == 64 else [])
 
 
+def test_gate_gradients_under_bf16_are_those_of_float64_to_its_precision(way):
+    torch.manual_seed(0)
+    x = torch.randn(16, 16, 12, 12, dtype=torch.float64)
+    layer = mixed(nn.Conv2d(16, 16, 3, padding=1), x, [None, (4, 4), (8, 8), (12, 12)])
+    layer.searching, layer.sampled = True, 2
+    target = torch.randn(16, 16, 12, 12)
+    (expected,) = torch.autograd.grad((layer(x) * target).sum(), layer.alpha)
+    layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad((layer(x.float()) * target).sum(), layer.alpha)
+    assert float((found.double() - expected).norm() / expected.norm()) < 0.02
+
+
 def test_without_searching_alpha_takes_no_part():
     x = torch.randn(3, 4, 9, 10, dtype=torch.float64)
     layer = mixed(convolution({"kernel_size": 3}), x, [None, (2, 2)])

@@ -214,6 +214,35 @@ def test_the_feature_map_term_and_its_gradient_are_those_of_the_mean_square(net,
         hook.remove()
 
 
+def test_a_layer_that_the_original_does_not_call_as_often_is_named(images, loaders):
+    class Moody(nn.Module):
+        """Calls a layer twice in training and once in evaluation."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.stem(x)
+            for _ in range(2 if self.training else 1):
+                x = torch.relu(self.body(x))
+            return self.head(x.mean((2, 3)))
+
+    with pytest.raises(ValueError, match="layer 'body': the original network has no call to compare with one of shape"):
+        search(Moody(), images, loaders, lam=1.0)
+
+
+@pytest.mark.parametrize("options", [{"rules": RankRules(equal=False)}, {"rules": RankRules(kinds=("conv", "pointwise", "linear"))}])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_unequal_ranks_linear_layers_and_channels_last_are_searched(net, images, loaders, options, precision):
+    net = net.to(memory_format=torch.channels_last)
+    strategy = search(net, images, loaders, lam=1.0, precision=precision, **options)
+    plan = strategy.plan()
+    assert 0.9 * plan.chosen_by["budget"] < count_macs(strategy.network(plan), images[:1]) <= plan.chosen_by["budget"]
+    for layer in strategy.mixed_layers.values():
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in layer.parameters() if p.dim() == 4)
+
+
 def test_weight_approaching_compares_kernels_and_runs_no_original(net, images, loaders):
     watch = Watch()
     strategy = search(net, images, loaders, callbacks=[watch], lam=1.0, approach="weights")

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..objective import approach_loss
 from .supernet import MixedRankLayer
 
 
@@ -47,11 +47,11 @@ class Kernels:
     @contextmanager
     def compared(self) -> Iterator[list[Tensor]]:
         """A list with one mean squared error a mixed layer."""
-        yield [approach_loss([layer.kernel().reshape(weight.shape)], [weight]) for layer, weight in self.pairs]
+        yield [F.mse_loss(layer.kernel().reshape(weight.shape), weight) for layer, weight in self.pairs]
 
 
 class FeatureMaps:
-    """Compares each mixed layer's output with the original layer's, in one pass of the frozen ``original`` a batch and no gradient.
+    """Eq. (8): each mixed layer's output compared with the original layer's, in one pass of the frozen ``original`` a batch, no gradient.
 
     A target lives until the supernet's layer has been compared with it. It is a copy only where the original network writes into it in
     place (an activation, say): the first such batch is run twice, because by then it is too late.
@@ -63,9 +63,10 @@ class FeatureMaps:
         self.supernet, self.layers, self.original, self.share = supernet, list(layers), original, share
         self._copied: set[str] = set()
 
-    def _first(self, value: Any) -> Any:
-        """The share of the batch that is compared, of a tensor; anything else as it is."""
-        return value[: max(1, round(self.share * len(value)))] if isinstance(value, Tensor) and value.dim() else value
+    def _first(self, value: Any, batch: int) -> Any:
+        """The images that are compared, of a tensor that holds the batch; anything else as it is."""
+        holds = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
+        return value[: max(1, round(self.share * batch))] if holds else value
 
     def _targets(self, *args: Any, **kwargs: Any) -> dict[str, deque[Tensor]]:
         """The original layers' outputs, a queue a layer: one entry a call."""
@@ -81,7 +82,8 @@ class FeatureMaps:
         hooks = [modules[name].register_forward_hook(lambda _, __, y, name=name: keep(name, y)) for name in targets]
         try:
             with torch.no_grad():
-                self.original(*map(self._first, args), **{key: self._first(value) for key, value in kwargs.items()})
+                batch = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim())
+                self.original(*(self._first(v, batch) for v in args), **{key: self._first(v, batch) for key, v in kwargs.items()})
         finally:
             for hook in hooks:
                 hook.remove()
@@ -98,7 +100,11 @@ class FeatureMaps:
         terms: list[Tensor] = []
 
         def compare(name: str, y: Tensor) -> Tensor:
-            y, term = _Compare.apply(y, targets[name].popleft())
+            target = targets[name].popleft() if targets[name] else None
+            if target is None or target.shape[1:] != y.shape[1:]:
+                found = "no call" if target is None else f"an output of shape {tuple(target.shape)}"
+                raise ValueError(f"layer {name!r}: the original network has {found} to compare with one of shape {tuple(y.shape)}")
+            y, term = _Compare.apply(y, target)
             terms.append(term)
             return y
 

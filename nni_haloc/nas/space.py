@@ -56,7 +56,6 @@ class RankSpace(ModelSpace):
             raise ValueError(f"nothing to search in {type(model).__name__} ({reasons})")
         built = build_candidates(model, layers.specs, self.candidates, calibration, decomposition)
         self.specs = {name: layers.specs[name] for name in self.candidates}
-        self.example_shape = tuple(example_input.shape)
         # Kept out of the module tree: it is neither mutable nor trained, and must not show among the parameters.
         object.__setattr__(self, "original", copy.deepcopy(model).eval().requires_grad_(False))
         self.model = copy.deepcopy(model)

@@ -179,9 +179,8 @@ class Haloc(DARTS):
         start = fixed + costs @ np.repeat(1 / np.array(sizes), sizes)
         target = start + min(1.0, progress / ARRIVAL) * (1 - start)
         with torch.no_grad():
-            logits = torch.cat([x.alpha.detach().double().cpu() for x in layers]).numpy() / self.temperature
-            settled, prices = settle(logits, sizes, costs / target[:, None], fixed / target)
-            self.supernet.prices += torch.from_numpy(prices / target).to(self.supernet.prices)
+            settled, prices = settle(np.concatenate(self._price_free(layers, costs)), sizes, costs / target[:, None], fixed / target)
+            self.supernet.prices.copy_(torch.from_numpy(prices / target))
             for layer, alpha in zip(layers, torch.from_numpy(settled * self.temperature).split(sizes), strict=True):
                 layer.alpha.copy_(alpha)
 
@@ -201,9 +200,13 @@ class Haloc(DARTS):
         layers, costs, _ = self._in_budgets()
         if self.objective != "settle":
             return {x.label: dict(zip(x.names, (-x.task_gradient.mean).tolist(), strict=True)) for x in layers}
-        paid = torch.from_numpy(self.supernet.prices.cpu().numpy() @ costs).split([len(x.names) for x in layers])
-        free = [x.alpha.detach().double().cpu() / self.temperature + price for x, price in zip(layers, paid, strict=True)]
-        return {x.label: dict(zip(x.names, (z - z.mean()).tolist(), strict=True)) for x, z in zip(layers, free, strict=True)}
+        return {x.label: dict(zip(x.names, z.tolist(), strict=True)) for x, z in zip(layers, self._price_free(layers, costs), strict=True)}
+
+    def _price_free(self, layers: list[MixedRankLayer], costs: np.ndarray) -> list[np.ndarray]:
+        """Each layer's logits with the prices taken back, centred."""
+        paid = np.split(self.supernet.prices.cpu().numpy() @ costs, np.cumsum([len(x.names) for x in layers])[:-1])
+        free = [x.alpha.detach().double().cpu().numpy() / self.temperature + price for x, price in zip(layers, paid, strict=True)]
+        return [z - z.mean() for z in free]
 
     def plan(self, budget: float | None = None) -> RankPlan:
         """The chosen ranks, within every limit with ``knapsack``; ``budget``: another budget in the place of the first limit's."""

@@ -52,10 +52,7 @@ class HalocModule(DartsLightningModule):
         self._draw(searching=True)
         ce = self._task_loss(batch, 2 * batch_idx, "val")
         task = torch.autograd.grad(ce, alphas, allow_unused=True)
-        if not all(torch.isfinite(t).all() for t in (ce, *task) if t is not None):
-            raise SearchDiverged(
-                f"the search diverged: loss {float(ce.detach())} in epoch {self.trainer.current_epoch + 1}; lower its learning rate"
-            )
+        self._check_finite(ce, *(t for t in task if t is not None))
         loss_of_ce = ce.detach().clone().requires_grad_()
         loss = s.probability_loss(loss_of_ce)
         by_ce, *by_cost = torch.autograd.grad(loss, [loss_of_ce, *alphas], materialize_grads=True)
@@ -65,9 +62,7 @@ class HalocModule(DartsLightningModule):
         optimizer = self.architecture_optimizers()
         optimizer.step()
         optimizer.zero_grad()
-        searched, epochs = self.trainer.current_epoch - self.warmup_epochs, self.trainer.max_epochs - self.warmup_epochs
-        progress = (searched + (batch_idx + 1) / self.trainer.num_training_batches) / epochs
-        s.settle(progress if epochs > 0 else 1.0)  # a trainer without a number of epochs has -1
+        s.settle(self._progress(batch_idx + 1, after=self.warmup_epochs))
         self.log("search/expected_cost", s.expected_cost().detach(), on_step=True, on_epoch=True)
         self.log("search/probability_loss", loss.detach(), on_step=False, on_epoch=True)
 
@@ -83,13 +78,19 @@ class HalocModule(DartsLightningModule):
             approach = torch.stack(terms).sum()
             loss = weight_loss(ce, approach, lam)
             self.log("search/approach_loss", approach.detach(), on_step=False, on_epoch=True)
+        self._check_finite(loss)
         self.log("search/weight_loss", loss.detach(), on_step=False, on_epoch=True)
         self.advance_optimization(loss, batch_idx, self.gradient_clip_val)
 
-    def _progress(self, batch_idx: int) -> float:
-        """Share of the search's iterations that are done, from 0 to below 1."""
-        of = self.trainer.num_training_batches
-        return (self.trainer.current_epoch * of + batch_idx) / ((self.trainer.max_epochs or 1) * of)
+    def _progress(self, batch_idx: int, after: int = 0) -> float:
+        """The share of the epochs that follow the first ``after`` ones which is over; 1 for a trainer without a number of epochs."""
+        epochs = (self.trainer.max_epochs or 0) - after
+        return (self.trainer.current_epoch - after + batch_idx / self.trainer.num_training_batches) / epochs if epochs > 0 else 1.0
+
+    def _check_finite(self, loss: Tensor, *gradients: Tensor) -> None:
+        if not all(torch.isfinite(t).all() for t in (loss, *gradients)):
+            found, epoch = float(loss.detach()), self.trainer.current_epoch + 1
+            raise SearchDiverged(f"the search diverged: loss {found} in epoch {epoch}; lower its learning rate")
 
     def _draw(self, searching: bool) -> None:
         for layer in self._mixed:
@@ -125,9 +126,10 @@ class HalocModule(DartsLightningModule):
     def configure_architecture_optimizers(self) -> torch.optim.Optimizer:
         """Without weight decay: decay would pull the probabilities towards uniform, and so the cost away from the budget.
 
-        Adam divides by the gradients' size: its epsilon keeps it from making a preference of what is rounding alone, where candidates are
-        equally good. Gradients that mean something are above 1e-3 (ResNet-20, CIFAR-10); rounding makes 1e-8 to 1e-6.
+        Adam divides by the gradients' size: by default its epsilon keeps it from making a preference of what is rounding alone, where
+        candidates are equally good. Gradients that mean something are above 1e-3 (ResNet-20, CIFAR-10); rounding makes 1e-8 to 1e-6.
         """
         if self._strategy.alpha_optimizer == "sgd":
             return torch.optim.SGD(self.arch_parameters(), self.arc_learning_rate)
-        return torch.optim.Adam(self.arch_parameters(), self.arc_learning_rate, betas=(0.5, 0.999), eps=1e-4)
+        epsilon = 1e-4 if self._strategy.objective == "settle" else 1e-8
+        return torch.optim.Adam(self.arch_parameters(), self.arc_learning_rate, betas=(0.5, 0.999), eps=epsilon)
