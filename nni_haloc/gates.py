@@ -1,4 +1,4 @@
-"""Step 2: ProxylessNAS's gradient of the path probabilities, without running any path that was not sampled.
+"""Step 2: ProxylessNAS's gradient of the path probabilities, from one weight gradient instead of running every path.
 
 Let a layer be ``y = sum_j z_j tau_j(x)`` with one-hot gates ``z``. ProxylessNAS takes ``g_j = dL/dz_j = <dL/dy, tau_j(x)>`` and from it
 ``dL/dalpha = p * (g - <p, g>)``. Every candidate here is linear with a dense kernel ``W_j`` and bias ``b_j``, so that
