@@ -82,7 +82,7 @@ def plot(content: dict[str, Any], path: str | Path) -> None:
     axes.plot(content["original"]["cost"] / unit, 100 * content["original"]["top1"], "k*", markersize=11, label="original")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
     axes.set_title(f"One search at {content['searched_at']:.3g} of the original's cost, plans for other budgets", fontsize=10)
     figure.savefig(path, dpi=150)
 

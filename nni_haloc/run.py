@@ -143,11 +143,8 @@ def _prepare(config: Config, splits: datasets.Splits, model: nn.Module, example:
     for limit in limits:
         least = limit.costs.total(cheapest(space.candidates, limit.costs))
         logger.info("cheapest network: %.6g %s; budget %.6g, original %.6g", least, limit.costs.metric, limit.budget, limit.costs.original)
-    strategy = Haloc(
-        limits, lam=s.lam, lam_schedule=s.lam_schedule, approach=s.approach, approach_share=s.approach_share, objective=s.objective,
-        eta=s.eta, theta=s.theta, alpha_lr=s.alpha_lr, alpha_optimizer=s.alpha_optimizer, warmup_epochs=s.warmup_epochs,
-        temperature=s.temperature, select=s.select, min_use=s.min_use, seed=config.seed,
-    )  # fmt: skip
+    options = set(type(s).model_fields) - set(Training.model_fields) - {"tensorboard"}
+    strategy = Haloc(limits, seed=config.seed, **s.model_dump(include=options))
     return strategy, space
 
 

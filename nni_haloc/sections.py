@@ -151,6 +151,7 @@ class Search(Training):
     lam_schedule: Literal["constant", "linear", "cosine"] = "constant"
     approach: Literal["features", "weights"] = "features"
     approach_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    clip: Positive | None = 10.0
     objective: Literal["settle", "paper"] = "settle"
     eta: Positive = 1.0
     theta: NonNegative = 1.0

@@ -581,6 +581,19 @@ def test_a_search_that_diverges_says_so(net, images, loaders):
         search(net, images, loaders)
 
 
+@pytest.mark.parametrize("clip", [1e-3, None])
+def test_the_gradients_of_the_weights_are_clipped_by_their_norm(net, images, loaders, clip):
+    norms = []
+
+    class Norm(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            held = [p.grad for n, p in module.named_parameters() if p.grad is not None and "alpha" not in n]
+            norms.append(float(torch.stack([g.norm() for g in held]).norm()))
+
+    search(net, images, loaders, callbacks=[Norm()], lam=1.0, clip=clip)
+    assert all(norm == pytest.approx(1e-3, rel=1e-3) if clip else norm > 0.1 for norm in norms)
+
+
 def test_gate_gradients_that_are_not_finite_are_a_divergence_too(net, images, loaders, monkeypatch):
     """The loss may still be finite: half precision overflows in the backward pass first."""
     from nni_haloc.nas import SearchDiverged

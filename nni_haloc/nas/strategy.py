@@ -45,6 +45,7 @@ class Haloc(DARTS):
         lam_schedule: ``constant``, or ``linear`` or ``cosine`` to fall to 0 over the search.
         approach: what lambda weighs, ``features`` (Eq. 8) or ``weights`` (the paper's rejected alternative).
         approach_share: the part of each batch that Eq. (8) is taken over, above 0 to 1.
+        clip: the norm that the weights' gradients are cut to (None: not); small ranks that are rarely sampled would diverge now and then.
         objective: ``settle`` (after each step on the cross-entropy the expected cost is put where it should be: see `settle`) or
             ``paper`` (Eq. (7): multiplies by ``eta * (E / budget)^theta``, of several limits the one that E exceeds most).
         eta, theta: see `objective.probability_loss_paper`.
@@ -68,6 +69,7 @@ class Haloc(DARTS):
         lam_schedule: Schedule = "constant",
         approach: Approach = "features",
         approach_share: float = 1.0,
+        clip: float | None = 10.0,
         objective: Objective = "settle",
         eta: float = 1.0,
         theta: float = 1.0,
@@ -94,7 +96,7 @@ class Haloc(DARTS):
         self.limits = [Limit(costs, cast(float, budget))] if isinstance(costs, CostTable) else list(costs)
         if not 0 < approach_share <= 1:
             raise ValueError(f"approach_share: expected a number above 0 to 1, found {approach_share}")
-        self.lam, self.lam_schedule, self.approach, self.approach_share = lam, lam_schedule, approach, approach_share
+        self.lam, self.lam_schedule, self.approach, self.approach_share, self.clip = lam, lam_schedule, approach, approach_share, clip
         self.objective, self.eta, self.theta = objective, eta, theta
         self.alpha_optimizer, self.temperature, self.select, self.min_use, self.seed = alpha_optimizer, temperature, select, min_use, seed
 

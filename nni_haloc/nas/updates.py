@@ -80,7 +80,7 @@ class HalocModule(DartsLightningModule):
             self.log("search/approach_loss", approach.detach(), on_step=False, on_epoch=True)
         self._check_finite(loss)
         self.log("search/weight_loss", loss.detach(), on_step=False, on_epoch=True)
-        self.advance_optimization(loss, batch_idx, self.gradient_clip_val)
+        self.advance_optimization(loss, batch_idx, self._strategy.clip, "norm")
 
     def _progress(self, batch_idx: int, after: int = 0) -> float:
         """The share of the epochs that follow the first ``after`` ones which is over; 1 for a trainer without a number of epochs."""
