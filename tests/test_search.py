@@ -627,3 +627,9 @@ def test_alpha_takes_no_part_in_the_weight_step(net, images, loaders, monkeypatc
     assert len(calls) == iterations * len(strategy.mixed_layers)
     assert all(layer.task_gradient.count == iterations for layer in strategy.mixed_layers.values())
     assert left == [None] * len(calls)
+
+
+def test_a_plans_layers_are_plain_strings(net, images, loaders):
+    """NNI's labels are of a class of its own, which a checkpoint that is loaded safely may not hold."""
+    for options in ({}, {"objective": "paper"}, {"select": "argmax"}):
+        assert {type(name) for name in search(net, images, loaders, **options).plan().ranks} == {str}

@@ -201,8 +201,10 @@ class Haloc(DARTS):
         """
         layers, costs, _ = self._in_budgets()
         if self.objective != "settle":
-            return {x.label: dict(zip(x.names, (-x.task_gradient.mean).tolist(), strict=True)) for x in layers}
-        return {x.label: dict(zip(x.names, z.tolist(), strict=True)) for x, z in zip(layers, self._price_free(layers, costs), strict=True)}
+            return {str(x.label): dict(zip(x.names, (-x.task_gradient.mean).tolist(), strict=True)) for x in layers}
+        return {
+            str(x.label): dict(zip(x.names, z.tolist(), strict=True)) for x, z in zip(layers, self._price_free(layers, costs), strict=True)
+        }
 
     def _price_free(self, layers: list[MixedRankLayer], costs: np.ndarray) -> list[np.ndarray]:
         """Each layer's logits with the prices taken back, centred."""
