@@ -41,7 +41,7 @@ def test_the_stock_latency_penalty_has_no_gradient_and_ours_has(net, images, loa
             self.expression = MutableExpression.switch_case(choice, row)
 
     label = layers[0].label
-    stock = ExpectationProfilerPenalty(Cost(label, strategy._row_costs[label]), baseline=1.0)
+    stock = ExpectationProfilerPenalty(Cost(label, strategy.costs.restrict(strategy.supernet.candidates)[0][label]), baseline=1.0)
     loss, _ = stock(torch.ones((), requires_grad=True) * 1.0, {label: layers[0].export_probs({})[label]})
     assert torch.autograd.grad(loss, layers[0].alpha, allow_unused=True) == (None,)
 
