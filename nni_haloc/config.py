@@ -38,7 +38,7 @@ class Config(Section):
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "rank_space": {"dense": False, "equal": True, "decomposition": "hosvd"},
-        "search": {"objective": "paper", "select": "argmax"},
+        "search": {"objective": "paper", "select": "argmax", "clip": None},
     }
 }
 

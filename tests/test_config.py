@@ -120,6 +120,7 @@ def test_the_rank_space_may_have_a_file_of_its_own(write, tmp_path):
 def test_the_papers_preset_is_the_paper_and_nothing_else(write):
     config = load_config(write(merged("preset", "paper")))
     assert (config.rank_space.dense, config.rank_space.equal, config.rank_space.decomposition) == (False, True, "hosvd")
+    assert config.search.clip is None
     assert (config.search.objective, config.search.select) == ("paper", "argmax")
     with pytest.raises(ConfigError, match="rank_space.dense: preset 'paper' sets it to False, found True"):
         load_config(write({**merged("preset", "paper"), "rank_space": {"dense": True}}))

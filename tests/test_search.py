@@ -633,3 +633,16 @@ def test_a_plans_layers_are_plain_strings(net, images, loaders):
     """NNI's labels are of a class of its own, which a checkpoint that is loaded safely may not hold."""
     for options in ({}, {"objective": "paper"}, {"select": "argmax"}):
         assert {type(name) for name in search(net, images, loaders, **options).plan().ranks} == {str}
+
+
+def test_without_a_number_of_epochs_lambda_stays_and_the_cost_is_at_the_budget(net, images, loaders, monkeypatch):
+    from nni_haloc.nas import updates
+
+    used = []
+    monkeypatch.setattr(updates, "weight_loss", lambda ce, approach, lam: used.append(lam) or ce + lam * approach)
+    costs = mac_table(net, images[:1])
+    strategy = Haloc(costs, 0.5 * costs.original, lam_schedule="linear")
+    evaluator = classification(*loaders, Recipe(-1, 0.01, schedule="constant"), max_steps=6, **QUIET)
+    run_search(RankSpace(net, images[:1], costs), evaluator, strategy)
+    assert set(used) == {1.0}
+    assert float(strategy.expected_cost().detach()) == pytest.approx(strategy.budget, rel=1e-4)

@@ -69,7 +69,7 @@ class HalocModule(DartsLightningModule):
     def _weight_step(self, batch: Any, batch_idx: int) -> None:
         """Update the sampled candidates and the shared rest; a parameter without gradient is not touched by the optimizer."""
         self._draw(searching=False)
-        lam = self._strategy.lam * schedule(self._strategy.lam_schedule, self._progress(batch_idx))
+        lam = self._strategy.lam * schedule(self._strategy.lam_schedule, self._progress(batch_idx, endless=0.0))
         if self._approach is None:
             loss = self._task_loss(batch, 2 * batch_idx + 1, "train")
         else:
@@ -82,10 +82,10 @@ class HalocModule(DartsLightningModule):
         self.log("search/weight_loss", loss.detach(), on_step=False, on_epoch=True)
         self.advance_optimization(loss, batch_idx, self._strategy.clip, "norm")
 
-    def _progress(self, batch_idx: int, after: int = 0) -> float:
-        """The share of the epochs that follow the first ``after`` ones which is over; 1 for a trainer without a number of epochs."""
+    def _progress(self, batch_idx: int, after: int = 0, endless: float = 1.0) -> float:
+        """The share of the epochs after the first ``after`` ones that is over; ``endless`` for a trainer without a number of epochs."""
         epochs = (self.trainer.max_epochs or 0) - after
-        return (self.trainer.current_epoch - after + batch_idx / self.trainer.num_training_batches) / epochs if epochs > 0 else 1.0
+        return (self.trainer.current_epoch - after + batch_idx / self.trainer.num_training_batches) / epochs if epochs > 0 else endless
 
     def _check_finite(self, loss: Tensor, *gradients: Tensor) -> None:
         if not all(torch.isfinite(t).all() for t in (loss, *gradients)):

@@ -44,6 +44,7 @@ from nni_haloc.nas.engine import InProcess, run_search
 from nni_haloc.nas.strategy import ARRIVAL
 from nni_haloc.ranks import find_layers, macs
 
+CANDIDATES = [2, 4, 8]
 SIZES = {"resnet20": (32, 10), "torchvision:resnet18": (224, 1000)}
 
 
@@ -102,7 +103,7 @@ def race(jobs: dict[str, Callable[[Clock], object]], names: list[str], last: int
 def main(
     network: Annotated[str, typer.Option(help="resnet20 or torchvision:resnet18")] = "resnet20",
     batch: int = 128,
-    candidates: Annotated[list[int], typer.Option()] = [2, 4, 8],  # noqa: B006
+    candidates: Annotated[list[int], typer.Option()] = CANDIDATES,
     iterations: Annotated[int, typer.Option(help="measured ones, after the expected cost has arrived at the budget")] = 15,
     threads: int = 1,
     precision: str = "32-true",
