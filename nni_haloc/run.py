@@ -153,7 +153,10 @@ def _cost_table(
 ) -> CostTable:
     """One limit's table: from its file, measured or counted; ``key`` names its section in messages."""
     if file is not None:
-        costs = CostTable.load(file)
+        try:
+            costs = CostTable.load(file)
+        except OSError as error:
+            raise ConfigError(f"{key}.table: expected a file of costs, found {file}: {error.strerror}") from None
         if costs.metric != metric:
             raise ConfigError(f"{key}.table: expected a table of {metric}, found {costs.metric} in {file}")
         return costs

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from .strategy import Haloc
 
 
+_ROUNDING = 3e-4
+"""Gradients of alpha below this share of the largest layer's say nothing: float32 decompositions of a kernel differ by about 1e-4."""
+
+
 class SearchDiverged(ArithmeticError):
     """The loss of a sampled network is no longer finite."""
 
@@ -56,8 +60,12 @@ class HalocModule(DartsLightningModule):
         loss_of_ce = ce.detach().clone().requires_grad_()
         loss = s.probability_loss(loss_of_ce)
         by_ce, *by_cost = torch.autograd.grad(loss, [loss_of_ce, *alphas], materialize_grads=True)
+        # Adam divides by the gradients' size: where a layer's candidates are equally good, it would make a preference of rounding.
+        rounding = _ROUNDING * max((float(t.abs().max()) for t in task if t is not None), default=0.0)
         for layer, from_task, from_cost in zip(self._mixed, task, by_cost, strict=True):
             layer.record()
+            if from_task is not None and float(from_task.abs().max()) < rounding:
+                from_task = torch.zeros_like(from_task)
             layer.alpha.grad = from_cost if from_task is None else by_ce * from_task + from_cost
         optimizer = self.architecture_optimizers()
         optimizer.step()
@@ -124,12 +132,7 @@ class HalocModule(DartsLightningModule):
         return [layer.alpha for layer in self._strategy.mixed_layers.values()]
 
     def configure_architecture_optimizers(self) -> torch.optim.Optimizer:
-        """Without weight decay: decay would pull the probabilities towards uniform, and so the cost away from the budget.
-
-        Adam divides by the gradients' size: by default its epsilon keeps it from making a preference of what is rounding alone, where
-        candidates are equally good. Gradients that mean something are above 1e-3 (ResNet-20, CIFAR-10); rounding makes 1e-8 to 1e-6.
-        """
+        """Without weight decay: decay would pull the probabilities towards uniform, and so the cost away from the budget."""
         if self._strategy.alpha_optimizer == "sgd":
             return torch.optim.SGD(self.arch_parameters(), self.arc_learning_rate)
-        epsilon = 1e-4 if self._strategy.objective == "settle" else 1e-8
-        return torch.optim.Adam(self.arch_parameters(), self.arc_learning_rate, betas=(0.5, 0.999), eps=epsilon)
+        return torch.optim.Adam(self.arch_parameters(), self.arc_learning_rate, betas=(0.5, 0.999))
