@@ -25,6 +25,7 @@ ALLOWED = {  # what each file may import of ours; a folder stands for all its fi
     "candidates": {"layers", "log", "ranks", "tucker"},
     "predictors": {"layers", "ranks"},
     "compression": {"candidates", "layers", "models", "ranks", "tucker"},
+    "rules": {"budget", "candidates", "layers", "ranks", "tucker"},
     "finetuning": {"ranks", "recipe"},
     "experiment": {"config", "yaml_files"},
     "nas": {"budget", "candidates", "execution", "gates", "layers", "objective", "predictors", "ranks", "recipe", "tucker"},

@@ -10,8 +10,8 @@ from nni.nas.nn.pytorch import LayerChoice, ModelSpace
 from torch import Tensor, nn
 
 from ..candidates import build_candidates, replace_modules
-from ..predictors import CostTable, mac_table
-from ..ranks import DENSE, Rank, RankRules, find_layers
+from ..predictors import CostTable, mac_table, worthwhile
+from ..ranks import RankRules, find_layers
 from ..tucker import Method
 
 
@@ -41,16 +41,9 @@ class RankSpace(ModelSpace):
         costs = costs or mac_table(model, example_input, rules)
         tables = [costs] if isinstance(costs, CostTable) else list(costs)
         self.costs = tables[0]
-        self.left_alone = dict(layers.left_alone)
-        self.candidates: dict[str, dict[str, Rank]] = {}
-        for name, row in layers.candidates(rules).items():
-            rows = [table.restrict({name: dict.fromkeys([DENSE, *row])})[0][name] for table in tables]
-            pinned = bool(rules.pins(name))
-            kept = {c: rank for c, rank in row.items() if rank is None or pinned or any(cost[c] < cost[DENSE] for cost in rows)}
-            if pinned or any(kept.values()):
-                self.candidates[name] = kept
-            else:
-                self.left_alone[name] = f"no rank is cheaper than the dense layer in {' or '.join(table.metric for table in tables)}"
+        found = layers.candidates(rules)
+        self.candidates, dropped = worthwhile(found, tables, [name for name in found if rules.pins(name)])
+        self.left_alone = {**layers.left_alone, **dropped}
         if not self.candidates:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_alone.items()) or "no convolution or linear layer"
             raise ValueError(f"nothing to search in {type(model).__name__} ({reasons})")

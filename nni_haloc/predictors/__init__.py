@@ -2,6 +2,6 @@
 
 from .analytic import count_macs, mac_table, param_table
 from .measured import latency_table, measure_latency
-from .table import CostTable
+from .table import CostTable, worthwhile
 
-__all__ = ["CostTable", "count_macs", "latency_table", "mac_table", "measure_latency", "param_table"]
+__all__ = ["CostTable", "count_macs", "latency_table", "mac_table", "measure_latency", "param_table", "worthwhile"]

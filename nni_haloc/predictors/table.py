@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..ranks import DENSE
+from ..ranks import DENSE, Rank
 
 COSTS_VERSION = 1
 Metric = Literal["macs", "params", "latency_ms"]
@@ -95,3 +95,21 @@ class CostTable:
             return cls(content["metric"], costs, float(content["fixed"]), content.get("identity", {}))
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def worthwhile(
+    candidates: Mapping[str, Mapping[str, Rank]], tables: Sequence[CostTable], pinned: Collection[str] = ()
+) -> tuple[dict[str, dict[str, Rank]], dict[str, str]]:
+    """The candidates that cost less than the dense layer in any of the tables, and why the other layers are left alone.
+
+    ``candidates``: layer to candidate name to rank; layers in ``pinned`` stay as they are. ValueError names what a table does not know.
+    """
+    kept, left_alone = {}, {}
+    for layer, row in candidates.items():
+        costs = [table.restrict({layer: dict.fromkeys([DENSE, *row])})[0][layer] for table in tables]
+        few = {c: r for c, r in row.items() if r is None or layer in pinned or any(cost[c] < cost[DENSE] for cost in costs)}
+        if layer in pinned or any(few.values()):
+            kept[layer] = few
+        else:
+            left_alone[layer] = f"no rank is cheaper than the dense layer in {' or '.join(table.metric for table in tables)}"
+    return kept, left_alone

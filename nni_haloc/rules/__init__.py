@@ -1,0 +1,39 @@
+"""Rules of thumb that choose ranks without a search, to compare with: each maps a `Problem` to one candidate a layer."""
+
+from collections.abc import Callable
+
+from ..budget import Choice
+from ..ranks import RankPlan
+from .knapsacks import error_knapsack, sensitivity_knapsack
+from .problem import Problem
+from .thresholds import alds, energy, uniform
+
+RULES: dict[str, Callable[[Problem], Choice]] = {
+    "uniform": uniform,
+    "energy": energy,
+    "alds": alds,
+    "error-knapsack": error_knapsack,
+    "sensitivity-knapsack": sensitivity_knapsack,
+}
+"""Name to rule."""
+
+
+def plan(problem: Problem, rule: str) -> RankPlan:
+    """The ranks that a rule chooses, within every limit; ValueError for an unknown rule."""
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, found {rule!r}")
+    choice = RULES[rule](problem)
+    first, *others = (
+        {
+            "metric": limit.costs.metric,
+            "budget": limit.budget,
+            "cost": limit.costs.total(choice),
+            "original_cost": limit.costs.original,
+        }
+        for limit in problem.limits
+    )
+    facts = {"rule": rule, **first, "also": others, "seed": problem.seed}
+    return RankPlan({layer: problem.candidates[layer][name] for layer, name in choice.items()}, facts)
+
+
+__all__ = ["RULES", "Problem", "plan"]

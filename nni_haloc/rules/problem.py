@@ -1,0 +1,89 @@
+"""What a rank rule chooses from, and what it may ask of the trained network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..budget import Limit, check_feasible
+from ..candidates import build_candidates, patch_covariances, replace_modules
+from ..layers import LayerSpec, kernel_factors
+from ..ranks import Rank, evaluating
+from ..tucker import LowRank, Method, Tucker2, output_error, reconstruct
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A trained network, its rank candidates, and the limits that a rule's choice must keep.
+
+    ``images (N, ...)`` and ``labels (N,)``: training images without augmentation, all that a rule may look at. ``candidates``: layer to
+    candidate name to rank. ``decomposition``: None is by the data. Raises `InfeasibleBudget` where no choice keeps the limits.
+    """
+
+    model: nn.Module
+    specs: Mapping[str, LayerSpec]
+    candidates: Mapping[str, Mapping[str, Rank]]
+    limits: Sequence[Limit]
+    images: Tensor
+    labels: Tensor
+    decomposition: Method | None = None
+    seed: int = 0
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        check_feasible(self.candidates, self.limits)
+
+    def holds(self, choice: Mapping[str, str]) -> bool:
+        """Whether a choice keeps every limit."""
+        return all(limit.holds(choice) for limit in self.limits)
+
+    def cost(self, layer: str, candidate: str) -> float:
+        """What a candidate costs, in budgets: where there are several limits, by the one that it uses most of."""
+        return max(limit.costs.costs[layer][candidate] / limit.budget for limit in self.limits)
+
+    @cached_property
+    def modules(self) -> dict[str, dict[str, nn.Module]]:
+        """A trained layer for every candidate."""
+        return build_candidates(self.model, self.specs, self.candidates, self.images, self.decomposition)
+
+    def kernels(self, layer: str) -> dict[str, Tensor]:
+        """The dense kernel that each candidate stands for, ``(F, C, k1, k2)`` or ``(F, C)``."""
+        found = {}
+        for name, module in self.modules[layer].items():
+            factors = kernel_factors(module)
+            found[name] = (factors[0] if len(factors) == 1 else reconstruct((LowRank if len(factors) == 2 else Tucker2)(*factors))).detach()
+        return found
+
+    @cached_property
+    def errors(self) -> dict[str, dict[str, float]]:
+        """Each candidate's relative output error on the images, ``||y - y'|| / ||y||``; 0 for the dense layer."""
+        found: dict[str, dict[str, float]] = {}
+        weights = dict(self.model.named_modules())
+        covariances = patch_covariances(self.model, {name: self.specs[name] for name in self.candidates}, self.images)
+        for layer, row in self.candidates.items():
+            (weight,) = kernel_factors(weights[layer])
+            kernels = self.kernels(layer)
+            found[layer] = {
+                name: 0.0 if rank is None else output_error(weight, kernels[name], covariances[layer]) for name, rank in row.items()
+            }
+        return found
+
+    def network(self, choice: Mapping[str, str]) -> nn.Module:
+        """The compressed network of a choice, with the candidates' own weights."""
+        network = copy.deepcopy(self.model)
+        replace_modules(network, {layer: copy.deepcopy(self.modules[layer][name]) for layer, name in choice.items()})
+        return network
+
+    def loss(self, network: nn.Module) -> float:
+        """Mean cross-entropy on the images, in evaluation mode."""
+        total = 0.0
+        with evaluating(network), torch.inference_mode():
+            for x, y in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+                total += float(F.cross_entropy(network(x), y, reduction="sum"))
+        return total / len(self.labels)

@@ -1,0 +1,96 @@
+"""Rules that set one number for the whole network: the least that keeps the limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..budget import Choice, check_feasible, choose
+from ..layers import LayerSpec, kernel_factors
+from ..ranks import Rank
+from .problem import Problem
+
+
+def uniform(problem: Problem) -> Choice:
+    """One fraction of the channels in every layer ("Std. Tucker"): of each layer the largest candidate with no larger a fraction.
+
+    What the fraction leaves of the budget goes to as many layers as can have their next candidate.
+    """
+    shares = {layer: {name: _share(problem.specs[layer], rank) for name, rank in row.items()} for layer, row in problem.candidates.items()}
+
+    def choice(limit: float) -> Choice:
+        found = {}
+        for layer, row in shares.items():
+            within = [name for name in row if max(row[name]) <= limit] or [min(row, key=lambda name: max(row[name]))]
+            found[layer] = max(within, key=lambda name: sum(row[name]))
+        return found
+
+    fractions = sorted({max(share) for row in shares.values() for share in row.values()}, reverse=True)
+    low = _first(problem, choice, fractions)
+    above = [more for more in map(choice, reversed(fractions)) if all(sum(shares[n][more[n]]) >= sum(shares[n][low[n]]) for n in low)]
+    high = next((more for more in above if more != low), low)
+    steps = {layer: {low[layer]: 0.0, high[layer]: sum(shares[layer][high[layer]]) - sum(shares[layer][low[layer]])} for layer in low}
+    return choose(steps, problem.limits)
+
+
+def energy(problem: Problem) -> Choice:
+    """One threshold on the relative output error: of each layer the lowest rank that keeps it, the dense layer where none does.
+
+    Costs have no say in which candidate a layer gets, only in the threshold.
+    """
+    sizes = {
+        layer: {name: sum(_share(problem.specs[layer], rank)) for name, rank in row.items()} for layer, row in problem.candidates.items()
+    }
+    return _threshold(problem, problem.errors, lambda layer, name: sizes[layer][name])
+
+
+def alds(problem: Problem) -> Choice:
+    """As ALDS (Liebenwein et al., 2021) allots ranks: the largest relative error of any layer, in the spectral norm, is minimised.
+
+    Of each layer the candidate that costs least and keeps the error. ALDS's own layers are grouped, and its search among group numbers has
+    no counterpart here.
+    """
+    weights = dict(problem.model.named_modules())
+    errors = {}
+    for layer in problem.candidates:
+        (weight,) = kernel_factors(weights[layer])
+        errors[layer] = {name: _spectral(weight - kernel) / _spectral(weight) for name, kernel in problem.kernels(layer).items()}
+    return _threshold(problem, errors, problem.cost)
+
+
+def _threshold(problem: Problem, errors: Mapping[str, Mapping[str, float]], price: Callable[[str, str], float]) -> Choice:
+    """Of each layer the candidate of the lowest price among those whose error is within one bound, the least that keeps the limits."""
+
+    def choice(bound: float) -> Choice:
+        found = {}
+        for layer, row in errors.items():
+            within = [name for name in row if row[name] <= bound] or [min(row, key=row.__getitem__)]
+            found[layer] = min(within, key=lambda name: (price(layer, name), row[name]))
+        return found
+
+    return _first(problem, choice, sorted({error for row in errors.values() for error in row.values()}))
+
+
+def _first(problem: Problem, choice: Callable[[float], Choice], numbers: list[float]) -> Choice:
+    """The choice for the first of ``numbers``, best first, that keeps the limits; where none does, because low ranks are not always the
+    cheapest by a measured table, the cheapest."""
+    for number in numbers:
+        found = choice(number)
+        if problem.holds(found):
+            return found
+    return check_feasible(problem.candidates, problem.limits)
+
+
+def _share(spec: LayerSpec, rank: Rank) -> tuple[float, ...]:
+    """A rank's fractions of the output and the input channels; of a matrix's smaller side."""
+    if rank is None:
+        return (1.0, 1.0)
+    if len(rank) == 1:
+        return (rank[0] / min(spec.out_channels, spec.in_channels),) * 2
+    return (rank[0] / spec.out_channels, rank[1] / spec.in_channels)
+
+
+def _spectral(kernel: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(kernel.detach().double().flatten(1), 2))
