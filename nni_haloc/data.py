@@ -44,11 +44,16 @@ class Splits:
 
     def images(self, split: str, number: int, seed: int = 0) -> Tensor:
         """``number`` images ``(N, C, H, W)`` of a split, drawn without replacement."""
+        return self.labelled(split, number, seed)[0]
+
+    def labelled(self, split: str, number: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """The images that `images` draws, and their labels ``(N,)``."""
         data: Any = getattr(self, split)
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:number]
         if _batched(data):
-            return data.__getitems__(order.tolist())[0]
-        return torch.stack([data[int(i)][0] for i in order])
+            return data.__getitems__(order.tolist())
+        images, labels = zip(*(data[int(i)] for i in order), strict=True)
+        return torch.stack(images), torch.tensor(labels)
 
 
 class TensorImages(Dataset):

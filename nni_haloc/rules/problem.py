@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..budget import Limit, check_feasible
 from ..candidates import build_candidates, patch_covariances, replace_modules
 from ..layers import LayerSpec, kernel_factors
-from ..ranks import Rank, evaluating
+from ..ranks import Rank
+from ..sensitivity import loss
 from ..tucker import LowRank, Method, Tucker2, output_error, reconstruct
 
 
@@ -34,7 +33,6 @@ class Problem:
     labels: Tensor
     decomposition: Method | None = None
     seed: int = 0
-    batch_size: int = 128
 
     def __post_init__(self) -> None:
         check_feasible(self.candidates, self.limits)
@@ -82,8 +80,4 @@ class Problem:
 
     def loss(self, network: nn.Module) -> float:
         """Mean cross-entropy on the images, in evaluation mode."""
-        total = 0.0
-        with evaluating(network), torch.inference_mode():
-            for x, y in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
-                total += float(F.cross_entropy(network(x), y, reduction="sum"))
-        return total / len(self.labels)
+        return loss(network, self.images, self.labels)
