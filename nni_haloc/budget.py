@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -37,6 +38,15 @@ class Limit:
     def holds(self, choice: Mapping[str, str]) -> bool:
         """Whether a choice is within the limit, by its exact cost."""
         return self.costs.total(choice) <= self.budget
+
+    def facts(self, choice: Mapping[str, str]) -> dict[str, Any]:
+        """What a choice costs, for the reader of a plan."""
+        return {
+            "metric": self.costs.metric,
+            "budget": self.budget,
+            "cost": self.costs.total(choice),
+            "original_cost": self.costs.original,
+        }
 
     def __str__(self) -> str:
         return f"{self.budget:.6g} {self.costs.metric}"

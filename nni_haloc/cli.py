@@ -1,4 +1,4 @@
-"""The command line: ``haloc run``, ``search``, ``front``, ``check``, ``results``."""
+"""The command line: ``haloc run``, ``baseline``, ``search``, ``front``, ``check``, ``results``."""
 
 from __future__ import annotations
 
@@ -38,6 +38,20 @@ def run_command(run_file: RunFile, out: Out = Path("haloc-run"), set_: Changes =
 
     log_to(out / "log.txt")
     run(config, out, parameters=changes, resume=resume)
+
+
+@app.command("baseline")
+def baseline_command(
+    run_file: RunFile,
+    rule: Annotated[str, typer.Option(help="how ranks are chosen: uniform, energy, alds, error-knapsack, sensitivity-knapsack")],
+    budget: Annotated[float | None, typer.Option(help="fraction of the original's cost (default: the file's budget)")] = None,
+    out: Out = Path("haloc-baseline"),
+    set_: Changes = None,
+    resume: Resume = False,
+) -> None:
+    """As `run`, with ranks by a rule of thumb in the place of the search: something to compare with."""
+    fraction = [] if budget is None else [f"budget.fraction={budget}"]
+    run_command(run_file, out, [*(set_ or []), f"rule={rule}", *fraction], resume)
 
 
 @app.command("search")

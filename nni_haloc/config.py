@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from .sections import Budget, Cost, Count, Data, ExistingPath, Model, Search, Section, Seed, Space, Training
+from .sections import Budget, Cost, Count, Data, ExistingPath, Model, Rule, Search, Section, Seed, Space, Training
 from .yaml_files import ConfigError, read_yaml
 
 
@@ -21,6 +21,7 @@ class Config(Section):
     rank_space: Space = Space()
     cost: Cost = Cost()
     budget: Budget
+    rule: Rule = "search"
     search: Search = Search()
     finetune: Training = Training(epochs=10)
     recalibration_batches: Annotated[int, Field(ge=0)] = 50

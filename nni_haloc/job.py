@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from pytorch_lightning import seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from . import checkpoint
 from . import data as datasets
-from .compression import load_weights, save
+from .compression import METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE, load_weights, save
 from .config import Config
 from .finetuning import accuracy
 from .models import build_model
@@ -108,3 +110,20 @@ def _quiet() -> None:
     for message in (".*does not have many workers.*", ".*number of training batches.*", ".*`isinstance.treespec.*", ".*LeafSpec.*"):
         warnings.filterwarnings("ignore", message)
     torch.set_float32_matmul_precision("high")
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left in ``folder``."""
+    for file in (RANKS_FILE, WEIGHTS_FILE, METRICS_FILE, MODEL_FILE):
+        (folder / file).unlink(missing_ok=True)
+    for part in (SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER):
+        shutil.rmtree(folder / part, ignore_errors=True)
+
+
+def finetuning_identity(config: Config) -> dict[str, Any]:
+    """What the state of a fine-tuning depends on, beside the ranks."""
+    return {
+        **checkpoint.identity(config),
+        "finetune": config.finetune.model_dump(),
+        "recalibration_batches": config.recalibration_batches,
+    }

@@ -1,10 +1,9 @@
-"""The main job: search, compression and fine-tuning of one trained network, from settings to a folder of results."""
+"""The main job: ranks by the search or by a rule, compression and fine-tuning of one trained network, from settings to a folder."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,20 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from . import data as datasets
-from .budget import Limit, cheapest, check_feasible
+from .baselines import by_rule
+from .budget import cheapest, check_feasible
 from .checkpoint import EpochCheckpoint
-from .compression import COSTS_FILE, METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE
+from .compression import METRICS_FILE
 from .config import Config
 from .finetuning import EpochEnd, accuracy, finetune, recalibrate
-from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, FRONT_FOLDER, SEARCH_FOLDER, Job
+from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, SEARCH_FOLDER, Job, clear, finetuning_identity
 from .log import logger
 from .nas import Haloc, RankSpace, SearchDiverged, classification, run_search
-from .predictors import CostTable, latency_table, mac_table, param_table
-from .ranks import RankRules
+from .ranks import RankPlan
 from .recipe import Recipe
-from .sections import Metric, Training
+from .sections import Training
+from .sensitivity import sensitivities
+from .tables import latency_input, limits_of, rank_rules, table_files, with_tables
 from .yaml_files import ConfigError
 
 Report = Callable[[dict[str, float]], None]
@@ -49,16 +50,22 @@ def run(
     test = job.loader(config.data.score)
     baseline = job.accuracy(job.model, test)
     logger.info("original: %.2f %% top-1, %d MACs, %d parameters", 100 * baseline[0], *job.size(job.model))
-    strategy = search(job, report, resume=resume)
-    network = _finish(job, strategy, report, resume)
+    plan, network = _by_search(job, report, resume) if config.rule == "search" else by_rule(job, resume)
+    network = _finish(job, plan, network, report, resume)
 
-    metrics = job.metrics(network, job.accuracy(network, test), baseline, _latency_input(config, job.example))
-    job.save(network, strategy.plan())
+    metrics = job.metrics(network, job.accuracy(network, test), baseline, latency_input(config, job.example))
+    job.save(network, plan)
     content = {"metrics": metrics, "parameters": dict(parameters or {}), "config": config.model_dump(mode="json")}
     (job.folder / METRICS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name, value in metrics.items():
         logger.info("%s: %.6g", name, value)
     return metrics
+
+
+def _by_search(job: Job, report: Report, resume: bool) -> tuple[RankPlan, nn.Module]:
+    strategy = search(job, report, resume=resume)
+    plan = strategy.plan()
+    return plan, strategy.network(plan)
 
 
 def search(job: Job, report: Report = lambda metrics: None, *, resume: bool = False) -> Haloc:
@@ -81,7 +88,7 @@ def searched(job: Job, report: Report = lambda metrics: None, *, resume: bool) -
     if resume and state.exists():
         saved = checkpoint.read(state)
         checkpoint.check_same(state, saved["identity"], checkpoint.identity(config))
-        config = _with_tables(config, job.folder, saved["costs"])
+        config = with_tables(config, job.folder, saved["costs"])
         logger.info("search: %d of %d epochs are done: %s", saved["epochs"], config.search.epochs, state)
     elif resume:
         logger.info("no state of an earlier run in %s: starting from the beginning", job.folder)
@@ -92,79 +99,34 @@ def searched(job: Job, report: Report = lambda metrics: None, *, resume: bool) -
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from None
     if saved is None:
-        _clear(job.folder)  # of an earlier run; not before this one's settings have proved good
+        clear(job.folder)  # of an earlier run; not before this one's settings have proved good
     facts = {
         "identity": checkpoint.identity(job.config),
         "config": job.config.model_dump(mode="json"),
-        "costs": [path.read_text(encoding="utf-8") for path in _table_files(job.folder, config)],
+        "costs": [path.read_text(encoding="utf-8") for path in table_files(job.folder, config)],
     }
     _search(job, strategy, space, report, facts, tensorboard, saved is not None)
     return strategy
 
 
-def _table_files(folder: Path, config: Config) -> list[Path]:
-    """Where the cost tables of a run's limits lie."""
-    return [folder / COSTS_FILE, *(folder / f"costs-also{i}.json" for i in range(len(config.budget.also)))]
-
-
-def _with_tables(config: Config, folder: Path, tables: list[str]) -> Config:
-    """The settings with the cost tables of an earlier start of the run: a latency measured again is never quite the same."""
-    files = _table_files(folder, config)
-    for path, content in zip(files, tables, strict=True):
-        path.write_text(content, encoding="utf-8")
-    cost = config.cost.model_copy(update={"table": str(files[0])})
-    also = [limit.model_copy(update={"table": str(path)}) for limit, path in zip(config.budget.also, files[1:], strict=True)]
-    return config.model_copy(update={"cost": cost, "budget": config.budget.model_copy(update={"also": also})})
-
-
-def _clear(folder: Path) -> None:
-    for file in (RANKS_FILE, WEIGHTS_FILE, METRICS_FILE, MODEL_FILE):
-        (folder / file).unlink(missing_ok=True)
-    for part in (SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER):
-        shutil.rmtree(folder / part, ignore_errors=True)
-
-
 def _prepare(config: Config, splits: datasets.Splits, model: nn.Module, example: Tensor, folder: Path) -> tuple[Haloc, RankSpace]:
-    """The cost table, the rank space and the strategy; an impossible budget is refused here, before any training."""
-    r, s = config.rank_space, config.search
-    rules = RankRules(r.step, r.dense, r.equal, tuple(r.kinds), tuple(r.exclude), r.pin)
-    main = _cost_table(config, "cost", config.cost.metric, config.cost.table, model, example, rules)
-    limits = [Limit(main, config.budget.of(main.original))]
-    for i, also in enumerate(config.budget.also):
-        table = _cost_table(config, f"budget.also.{i}", also.metric, also.table, model, example, rules)
-        limits.append(Limit(table, also.of(table.original)))
+    """The cost tables, the rank space and the strategy; an impossible budget is refused here, before any training."""
+    r, s, rules = config.rank_space, config.search, rank_rules(config)
+    limits = limits_of(config, model, example, rules, folder)
     calibration = splits.images("plain", r.calibration_images, config.seed) if r.decomposition in ("auto", "data") else None
-    tables = [limit.costs for limit in limits]
-    for table, path in zip(tables, _table_files(folder, config), strict=True):
-        table.save(path)
-    space = RankSpace(model, example, tables, rules, calibration, None if r.decomposition == "auto" else r.decomposition)
+    costs = [limit.costs for limit in limits]
+    space = RankSpace(model, example, costs, rules, calibration, None if r.decomposition == "auto" else r.decomposition)
     check_feasible(space.candidates, limits)
     logger.info("%d layers to search, %.3g networks; left alone: %s", len(space.candidates), space.size(), space.left_alone)
     for limit in limits:
         least = limit.costs.total(cheapest(space.candidates, limit.costs))
         logger.info("cheapest network: %.6g %s; budget %.6g, original %.6g", least, limit.costs.metric, limit.budget, limit.costs.original)
-    options = set(type(s).model_fields) - set(Training.model_fields) - {"tensorboard"}
-    strategy = Haloc(limits, seed=config.seed, **s.model_dump(include=options))
-    return strategy, space
-
-
-def _cost_table(
-    config: Config, key: str, metric: Metric, file: str | None, model: nn.Module, example: Tensor, rules: RankRules
-) -> CostTable:
-    """One limit's table: from its file, measured or counted; ``key`` names its section in messages."""
-    if file is not None:
-        try:
-            costs = CostTable.load(file)
-        except OSError as error:
-            raise ConfigError(f"{key}.table: expected a file of costs, found {file}: {error.strerror}") from None
-        if costs.metric != metric:
-            raise ConfigError(f"{key}.table: expected a table of {metric}, found {costs.metric} in {file}")
-        return costs
-    if metric == "latency_ms":
-        logger.info("measuring the latency of every candidate")
-        shape = _latency_input(config, example)
-        return latency_table(model, shape, rules, memory_format=config.cost.memory_format, threads=config.cost.threads)
-    return (mac_table if metric == "macs" else param_table)(model, example, rules)
+    options = set(type(s).model_fields) - set(Training.model_fields) - {"tensorboard", "start", "start_scale"}
+    start = None
+    if s.start == "sensitivity":
+        found = sensitivities(model, space.modules_by_layer, *splits.labelled("plain", r.calibration_images, config.seed))
+        start = {layer: {name: -loss / s.start_scale for name, loss in row.items()} for layer, row in found.items()}
+    return Haloc(limits, seed=config.seed, start=start, **s.model_dump(include=options)), space
 
 
 def _search(job: Job, strategy: Haloc, space: RankSpace, report: Report, facts: dict[str, Any], tensorboard: Any, resume: bool) -> None:
@@ -198,13 +160,12 @@ def _search(job: Job, strategy: Haloc, space: RankSpace, report: Report, facts: 
         raise ConfigError(f"search: {error}") from None
 
 
-def _finish(job: Job, strategy: Haloc, report: Report, resume: bool) -> nn.Module:
+def _finish(job: Job, plan: RankPlan, network: nn.Module, report: Report, resume: bool) -> nn.Module:
     """Recalibration and fine-tuning, from the folder's checkpoint where ``resume`` says so and the settings are still the same."""
-    config, plan = job.config, strategy.plan()
-    seed_everything(config.seed, verbose=False)  # the same whether or not the search was just made
-    network = strategy.network(plan)
+    config = job.config
+    seed_everything(config.seed, verbose=False)  # the same whether or not the ranks were just chosen
     train, val = job.loader("train", shuffle=True), job.loader("val")
-    same = {"finetune": config.finetune.model_dump(), "recalibration_batches": config.recalibration_batches, "ranks": plan.names}
+    same = {**finetuning_identity(config), "ranks": plan.names}
     state = EpochCheckpoint(job.folder / FINETUNING_FOLDER / CHECKPOINT_FILE, {"identity": same}, train, val)
     if resume := resume and state.path.exists():
         try:
@@ -235,10 +196,6 @@ def _tensorboard(folder: Path) -> Any:
         return TensorBoardLogger(folder, name=SEARCH_FOLDER, version="")
     except ModuleNotFoundError:
         raise ConfigError("search.tensorboard: needs the package tensorboard (pip install 'nni-haloc[tensorboard]')") from None
-
-
-def _latency_input(config: Config, example: Tensor) -> Tensor:
-    return example.repeat(config.cost.batch_size, *[1] * (example.dim() - 1))
 
 
 def _recipe(training: Training) -> Recipe:

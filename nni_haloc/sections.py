@@ -33,6 +33,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Metric = Literal["macs", "params", "latency_ms"]
+Rule = Literal["search", "uniform", "energy", "alds", "error-knapsack", "sensitivity-knapsack"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -156,6 +157,9 @@ class Search(Training):
     eta: Positive = 1.0
     theta: NonNegative = 1.0
     alpha_lr: Positive = 0.03
+    alpha_every: Count = 1
+    start: Literal["uniform", "sensitivity"] = "uniform"
+    start_scale: Positive = 0.02
     alpha_optimizer: Literal["adam", "sgd"] = "adam"
     temperature: Positive = 1.0
     select: Literal["knapsack", "argmax"] = "knapsack"

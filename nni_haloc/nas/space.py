@@ -79,6 +79,12 @@ class RankSpace(ModelSpace):
                 vars(module)["inplace"] = True
         return frozen.requires_grad_(True)
 
+    @property
+    def modules_by_layer(self) -> dict[str, dict[str, nn.Module]]:
+        """Layer to candidate name to its trained module."""
+        choices = [module for module in self.model.modules() if isinstance(module, LayerChoice)]
+        return {str(choice.label): {name: choice[name] for name in choice.names} for choice in choices}
+
     def size(self) -> int:
         """Number of networks in the space."""
         result = 1

@@ -15,7 +15,7 @@ from nni.nas.oneshot.pytorch.supermodule.proxyless import suppress_already_mutat
 from nni.nas.space import RawFormatModelSpace
 from torch import Tensor, nn
 
-from ..budget import Limit, check_feasible, choose
+from ..budget import Limit, Scores, check_feasible, choose
 from ..objective import Schedule, expected_cost, probability_loss_paper, settle
 from ..predictors import CostTable
 from ..ranks import RankPlan
@@ -50,11 +50,13 @@ class Haloc(DARTS):
             ``paper`` (Eq. (7): multiplies by ``eta * (E / budget)^theta``, of several limits the one that E exceeds most).
         eta, theta: see `objective.probability_loss_paper`.
         alpha_lr, alpha_optimizer: learning rate of alpha, and its optimizer, ``adam`` or ``sgd``. ``eta`` matters under SGD alone.
+        alpha_every: iterations from one of alpha's updates to the next; the weights are updated in each.
+        start: layer to candidate to a score free of cost that alpha starts from, at the budget at once (None: all alike).
         warmup_epochs: epochs in which the weights alone are trained.
         temperature: of the softmax over alpha.
         select: ``knapsack`` (best score within the budget) or ``argmax`` (the paper's; may exceed the budget).
         min_use: fraction of a budget that the knapsack's plan uses, where any does: scores are noisy, and rank left unused is lost.
-        seed: of the path sampling, and of alpha's start, which is uniform.
+        seed: of the path sampling.
 
     The evaluator must be NNI's `Lightning` with a training and a validation loader; its ``training_step`` returns the cross-entropy, or a
     dict with it under ``loss`` whose other entries are logged. The space is copied: neither it nor the user's model is changed.
@@ -75,6 +77,8 @@ class Haloc(DARTS):
         theta: float = 1.0,
         alpha_lr: float = 0.03,
         alpha_optimizer: AlphaOptimizer = "adam",
+        alpha_every: int = 1,
+        start: Scores | None = None,
         warmup_epochs: int = 0,
         temperature: float = 1.0,
         select: Selection = "knapsack",
@@ -98,6 +102,7 @@ class Haloc(DARTS):
             raise ValueError(f"approach_share: expected a number above 0 to 1, found {approach_share}")
         self.lam, self.lam_schedule, self.approach, self.approach_share, self.clip = lam, lam_schedule, approach, approach_share, clip
         self.objective, self.eta, self.theta = objective, eta, theta
+        self.alpha_every, self.start = alpha_every, start
         self.alpha_optimizer, self.temperature, self.select, self.min_use, self.seed = alpha_optimizer, temperature, select, min_use, seed
 
     @property
@@ -124,8 +129,8 @@ class Haloc(DARTS):
                     parent._modules[name] = mixed[child.label]
         supernet.register_buffer("prices", torch.zeros(len(self.limits), dtype=torch.float64))  # a checkpoint must have them
         for layer in self._layers(supernet):
-            with torch.no_grad():
-                layer.alpha.zero_()
+            scores = [self.start[str(layer.label)][name] if self.start else 0.0 for name in layer.names]
+            layer.alpha.data.copy_(torch.tensor(scores) * self.temperature)
             layer.temperature = self.temperature
         return supernet
 
@@ -147,7 +152,7 @@ class Haloc(DARTS):
     @property
     def mixed_layers(self) -> dict[str, MixedRankLayer]:
         """The supernet's mixed layers by layer name."""
-        return {str(layer.label): layer for layer in self._layers(self.supernet)}  # NNI has a class of its own for labels
+        return {str(layer.label): layer for layer in self._layers(self.supernet)}  # NNI's labels are of a class of their own
 
     @property
     def probabilities(self) -> dict[str, dict[str, float]]:
@@ -158,8 +163,8 @@ class Haloc(DARTS):
         """Eq. (6): expected cost of the whole network under the present probabilities, by the table of a limit (None: the first)."""
         rows, fixed = (limit or self.limits[0]).costs.restrict(self.supernet.candidates)
         layers = self.mixed_layers.values()
-        tensors = [torch.tensor([rows[x.label][c] for c in x.names], device=x.alpha.device) for x in layers]
-        return expected_cost([x.probs for x in layers], tensors, fixed)
+        costs = [torch.tensor([rows[x.label][c] for c in x.names], device=x.alpha.device) for x in layers]
+        return expected_cost([x.probs for x in layers], costs, fixed)
 
     def probability_loss(self, ce: Tensor) -> Tensor:
         """What alpha's step descends: the cross-entropy or, with ``objective="paper"``, Eq. (7) at the limit that binds most."""
@@ -179,7 +184,8 @@ class Haloc(DARTS):
         layers, costs, fixed = self._in_budgets()
         sizes = [len(x.names) for x in layers]
         start = fixed + costs @ np.repeat(1 / np.array(sizes), sizes)
-        target = start + min(1.0, progress / ARRIVAL) * (1 - start)
+        arrived = min(1.0, progress / ARRIVAL) if self.start is None else 1.0
+        target = start + arrived * (1 - start)
         with torch.no_grad():
             settled, prices = settle(np.concatenate(self._price_free(layers, costs)), sizes, costs / target[:, None], fixed / target)
             self.supernet.prices.copy_(torch.from_numpy(prices / target))
@@ -200,11 +206,8 @@ class Haloc(DARTS):
         where price and task are one in alpha, the mean of the centred gate gradients.
         """
         layers, costs, _ = self._in_budgets()
-        if self.objective != "settle":
-            return {str(x.label): dict(zip(x.names, (-x.task_gradient.mean).tolist(), strict=True)) for x in layers}
-        return {
-            str(x.label): dict(zip(x.names, z.tolist(), strict=True)) for x, z in zip(layers, self._price_free(layers, costs), strict=True)
-        }
+        free = self._price_free(layers, costs) if self.objective == "settle" else [-x.task_gradient.mean.numpy() for x in layers]
+        return {str(x.label): dict(zip(x.names, z.tolist(), strict=True)) for x, z in zip(layers, free, strict=True)}
 
     def _price_free(self, layers: list[MixedRankLayer], costs: np.ndarray) -> list[np.ndarray]:
         """Each layer's logits with the prices taken back, centred."""
@@ -219,16 +222,7 @@ class Haloc(DARTS):
             choice = {name: layer.export({})[name] for name, layer in self.mixed_layers.items()}
         else:
             choice = choose(self.scores(), limits, self.min_use)
-        first, *others = (
-            {
-                "metric": limit.costs.metric,
-                "budget": limit.budget,
-                "cost": limit.costs.total(choice),
-                "expected_cost": float(self.expected_cost(limit).detach()),
-                "original_cost": limit.costs.original,
-            }
-            for limit in limits
-        )
+        first, *others = ({**limit.facts(choice), "expected_cost": float(self.expected_cost(limit).detach())} for limit in limits)
         facts = {"rule": "haloc", "select": self.select, "objective": self.objective, **first, "also": others, "seed": self.seed}
         return RankPlan({name: self.supernet.candidates[name][c] for name, c in choice.items()}, facts)
 

@@ -42,10 +42,12 @@ class HalocModule(DartsLightningModule):
                 self._approach = FeatureMaps(supernet, self._mixed, original, self._strategy.approach_share)
             else:
                 self._approach = Kernels(self._mixed, original)
+        if self._strategy.start is not None:
+            self._strategy.settle()
         super().on_fit_start()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        if self.trainer.current_epoch >= self.warmup_epochs:
+        if self.trainer.current_epoch >= self.warmup_epochs and batch_idx % self._strategy.alpha_every == 0:
             self._probability_step(batch["val"], batch_idx)
         self._weight_step(batch["train"], batch_idx)
         self.advance_lr_schedulers(batch_idx)

@@ -23,15 +23,7 @@ def plan(problem: Problem, rule: str) -> RankPlan:
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, found {rule!r}")
     choice = RULES[rule](problem)
-    first, *others = (
-        {
-            "metric": limit.costs.metric,
-            "budget": limit.budget,
-            "cost": limit.costs.total(choice),
-            "original_cost": limit.costs.original,
-        }
-        for limit in problem.limits
-    )
+    first, *others = (limit.facts(choice) for limit in problem.limits)
     facts = {"rule": rule, **first, "also": others, "seed": problem.seed}
     return RankPlan({layer: problem.candidates[layer][name] for layer, name in choice.items()}, facts)
 

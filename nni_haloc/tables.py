@@ -1,0 +1,73 @@
+"""The cost tables of a run's limits, counted, measured or read, and where they lie in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .budget import Limit
+from .compression import COSTS_FILE
+from .config import Config
+from .log import logger
+from .predictors import CostTable, latency_table, mac_table, param_table
+from .ranks import RankRules
+from .sections import Metric
+from .yaml_files import ConfigError
+
+
+def rank_rules(config: Config, step: int | None = None) -> RankRules:
+    """The rank space's rules; ``step`` where the settings leave it open."""
+    r = config.rank_space
+    return RankRules(r.step or step, r.dense, r.equal, tuple(r.kinds), tuple(r.exclude), r.pin)
+
+
+def limits_of(config: Config, model: nn.Module, example: Tensor, rules: RankRules, folder: Path) -> list[Limit]:
+    """The limits of a run; their tables are left in ``folder``."""
+    main = _cost_table(config, "cost", config.cost.metric, config.cost.table, model, example, rules)
+    limits = [Limit(main, config.budget.of(main.original))]
+    for i, also in enumerate(config.budget.also):
+        table = _cost_table(config, f"budget.also.{i}", also.metric, also.table, model, example, rules)
+        limits.append(Limit(table, also.of(table.original)))
+    for limit, path in zip(limits, table_files(folder, config), strict=True):
+        limit.costs.save(path)
+    return limits
+
+
+def table_files(folder: Path, config: Config) -> list[Path]:
+    """Where the cost tables of a run's limits lie."""
+    return [folder / COSTS_FILE, *(folder / f"costs-also{i}.json" for i in range(len(config.budget.also)))]
+
+
+def with_tables(config: Config, folder: Path, tables: list[str]) -> Config:
+    """The settings with the cost tables of an earlier start of the run: a latency measured again is never quite the same."""
+    files = table_files(folder, config)
+    for path, content in zip(files, tables, strict=True):
+        path.write_text(content, encoding="utf-8")
+    cost = config.cost.model_copy(update={"table": str(files[0])})
+    also = [limit.model_copy(update={"table": str(path)}) for limit, path in zip(config.budget.also, files[1:], strict=True)]
+    return config.model_copy(update={"cost": cost, "budget": config.budget.model_copy(update={"also": also})})
+
+
+def _cost_table(
+    config: Config, key: str, metric: Metric, file: str | None, model: nn.Module, example: Tensor, rules: RankRules
+) -> CostTable:
+    """One limit's table: from its file, measured or counted; ``key`` names its section in messages."""
+    if file is not None:
+        try:
+            costs = CostTable.load(file)
+        except OSError as error:
+            raise ConfigError(f"{key}.table: expected a file of costs, found {file}: {error.strerror}") from None
+        if costs.metric != metric:
+            raise ConfigError(f"{key}.table: expected a table of {metric}, found {costs.metric} in {file}")
+        return costs
+    if metric == "latency_ms":
+        logger.info("measuring the latency of every candidate")
+        shape = latency_input(config, example)
+        return latency_table(model, shape, rules, memory_format=config.cost.memory_format, threads=config.cost.threads)
+    return (mac_table if metric == "macs" else param_table)(model, example, rules)
+
+
+def latency_input(config: Config, example: Tensor) -> Tensor:
+    """The batch that latency is measured with."""
+    return example.repeat(config.cost.batch_size, *[1] * (example.dim() - 1))
