@@ -50,8 +50,8 @@ def run(
     test = job.loader(config.data.score)
     baseline = job.accuracy(job.model, test)
     logger.info("original: %.2f %% top-1, %d MACs, %d parameters", 100 * baseline[0], *job.size(job.model))
-    plan, network = _by_search(job, report, resume) if config.rule == "search" else by_rule(job, resume)
-    network = _finish(job, plan, network, report, resume)
+    plan, network = choose_ranks(job, report, resume=resume)
+    network = train(job, plan, network, report, resume=resume)
 
     metrics = job.metrics(network, job.accuracy(network, test), baseline, latency_input(config, job.example))
     job.save(network, plan)
@@ -62,7 +62,10 @@ def run(
     return metrics
 
 
-def _by_search(job: Job, report: Report, resume: bool) -> tuple[RankPlan, nn.Module]:
+def choose_ranks(job: Job, report: Report = lambda metrics: None, *, resume: bool = False) -> tuple[RankPlan, nn.Module]:
+    """The plan, by the search or by the settings' rule, and its network, not fine-tuned; ``report`` and ``resume`` as for `run`."""
+    if job.config.rule != "search":
+        return by_rule(job, resume)
     strategy = search(job, report, resume=resume)
     plan = strategy.plan()
     return plan, strategy.network(plan)
@@ -160,7 +163,7 @@ def _search(job: Job, strategy: Haloc, space: RankSpace, report: Report, facts: 
         raise ConfigError(f"search: {error}") from None
 
 
-def _finish(job: Job, plan: RankPlan, network: nn.Module, report: Report, resume: bool) -> nn.Module:
+def train(job: Job, plan: RankPlan, network: nn.Module, report: Report = lambda metrics: None, *, resume: bool = False) -> nn.Module:
     """Recalibration and fine-tuning, from the folder's checkpoint where ``resume`` says so and the settings are still the same."""
     config = job.config
     seed_everything(config.seed, verbose=False)  # the same whether or not the ranks were just chosen

@@ -1,0 +1,129 @@
+"""Tables and plots of a study's rows: python tests/benchmarks/quality/report.py docs/raw/quality.jsonl --plots docs/images"""
+
+import itertools
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from matplotlib.figure import Figure
+from rows import EQUAL_COMPUTE, EQUAL_TUNING, HERE, read
+from scipy import stats
+
+from nni_haloc.models import build_model
+from nni_haloc.ranks import parse_rank
+
+TIED = 0.7
+"""Half-width, in points, below which an interval that contains 0 means a tie."""
+
+Lines = list[dict[str, Any]]
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval (Student's t); infinite for one."""
+    n = len(differences)
+    half = float("inf") if n < 2 else float(stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / n**0.5)
+    return mean(differences), half
+
+
+def verdict(centre: float, half: float) -> str:
+    if abs(centre) > half:
+        return "ahead" if centre > 0 else "behind"
+    return "tied" if half < TIED else "not told apart"
+
+
+def table(lines: Lines, metric: str, fraction: float, kind: str) -> str:
+    """One budget and kind of equality: haloc's first row, then each method with haloc's difference to it, paired by seed."""
+    cell = [line for line in lines if (line["metric"], line["fraction"]) == (metric, fraction)]
+    ours = {line["seed"]: line for line in cell if line["method"] == "haloc"}
+    rows = defaultdict(dict)
+    for line in cell:
+        if line["method"] == "haloc" or (line["table"] == kind and line["decomposition"] == "auto"):
+            rows[line["method"]][line["seed"]] = line
+    result = [
+        "| method | top-1 | haloc's lead, points (95 %) | | epochs | processor minutes: ranks + tuning | of the budget | MACs | parameters |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for method, found in sorted(rows.items(), key=lambda item: item[0] != "haloc"):
+        paired = [100 * (ours[seed]["top1"] - line["top1"]) for seed, line in found.items() if seed in ours]
+        lead = "" if method == "haloc" or not paired else "{:+.2f} ± {:.2f} | {}".format(*interval(paired), verdict(*interval(paired)))
+        of = {key: mean(line[key] for line in found.values()) for key in ("top1", "choose_s", "finetune_s", "cost_fraction")}
+        share = {key: mean(line[key] for line in found.values()) for key in ("macs_fraction", "params_fraction")}
+        epochs = "/".join(sorted({str(line["epochs"]) for line in found.values()}))
+        result.append(
+            f"| {method} | {100 * of['top1']:.2f} ({len(found)}) | {lead or '|'} | {epochs} | {of['choose_s'] / 60:.1f} + "
+            f"{of['finetune_s'] / 60:.1f} | {100 * of['cost_fraction'] / fraction:.1f} % | {100 * share['macs_fraction']:.1f} % | "
+            f"{100 * share['params_fraction']:.1f} % |"
+        )
+    return "\n".join(result)
+
+
+def plot_accuracy(lines: Lines, path: Path) -> None:
+    """Accuracy over the share of the MACs: mean over the seeds, with their range."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="MACs, % of the original's", ylabel=f"top-1, % ({lines[0]['score']})")
+    for (method, marker), style in zip(_marked(lines), itertools.cycle(["-", "--", ":", "-."]), strict=False):
+        points = defaultdict(list)
+        for line in lines:
+            if line["method"] == method and line["metric"] == "macs" and line["table"] == EQUAL_TUNING and line["decomposition"] == "auto":
+                points[line["fraction"]].append(100 * line["top1"])
+        x = sorted(points)
+        y = np.array([mean(points[f]) for f in x])
+        spread = [y - [min(points[f]) for f in x], [max(points[f]) for f in x] - y] if x else None
+        axes.errorbar([100 * f for f in x], y, spread, marker=marker, linestyle=style, capsize=3, label=method)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_ranks(lines: Lines, metric: str, fraction: float, path: Path) -> None:
+    """Which share of its full rank each layer keeps, one row a method (seed 0)."""
+    chosen = {
+        line["method"]: line["ranks"]
+        for line in lines
+        if (line["metric"], line["fraction"], line["seed"], line["table"]) == (metric, fraction, 0, EQUAL_TUNING)
+        and line["decomposition"] == "auto"
+    }
+    modules = dict(build_model("resnet20", {}).named_modules())
+    layers = list(next(iter(chosen.values())))
+    full = [min(modules[layer].weight.shape[:2]) for layer in layers]
+    shares = np.array([[(parse_rank(r[n], "conv") or (f,))[0] / f for n, f in zip(layers, full, strict=True)] for r in chosen.values()])
+    figure = Figure(figsize=(9, 1.6 + 0.42 * len(chosen)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for i, names in enumerate(chosen.values()):
+        for j, layer in enumerate(layers):
+            text = "D" if names[layer] == "dense" else names[layer].removeprefix("r")
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, color="black" if shares[i, j] > 0.55 else "white")
+    axes.set_yticks(range(len(chosen)), list(chosen))
+    axes.set_xticks(range(len(layers)), [n.removeprefix("layer") for n in layers], rotation=60, ha="right", fontsize=8)
+    axes.set_title(f"ranks at {100 * fraction:g} % of the {metric.replace('_ms', '')} (D: dense)", fontsize=10)
+    figure.colorbar(image, label="share of the full rank")
+    figure.savefig(path, dpi=150)
+
+
+def _marked(lines: Lines) -> list[tuple[str, str]]:
+    return list(zip(dict.fromkeys(line["method"] for line in lines), itertools.cycle("o^svDPX*<>"), strict=False))
+
+
+def main(
+    raw: Annotated[Path, typer.Argument()] = HERE.parents[2] / "docs" / "raw" / "quality.jsonl",
+    plots: Annotated[Path | None, typer.Option(help="folder for the plots")] = None,
+) -> None:
+    lines = read(raw)
+    cells = sorted({(line["metric"], line["fraction"]) for line in lines}, reverse=True)
+    for metric, fraction in cells:
+        for kind in (EQUAL_TUNING, EQUAL_COMPUTE):
+            if any((line["metric"], line["fraction"], line["table"]) == (metric, fraction, kind) for line in lines):
+                print(f"\n{100 * fraction:g} % of the {metric}, {kind}\n\n{table(lines, metric, fraction, kind)}")
+    if plots is not None:
+        plots.mkdir(parents=True, exist_ok=True)
+        plot_accuracy(lines, plots / "quality.png")
+        for metric, fraction in cells:
+            plot_ranks(lines, metric, fraction, plots / f"ranks-{metric}-{fraction:g}.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)

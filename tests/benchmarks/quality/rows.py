@@ -1,0 +1,143 @@
+"""Accuracy at equal cost, one row after another: python tests/benchmarks/quality/rows.py --help
+
+A row is one method, budget, seed and number of fine-tuning epochs: what `haloc run` and `haloc baseline` do, timed in processor seconds.
+Rows that the file has already are not made again, so that a study goes on where it stopped; several processes share one (`--part 0/4`).
+"""
+
+import json
+import math
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+
+from nni_haloc.config import load_config
+from nni_haloc.job import Job
+from nni_haloc.predictors import count_macs
+from nni_haloc.predictors.analytic import count_params
+from nni_haloc.run import choose_ranks, train
+
+HERE = Path(__file__).parent
+METHODS: dict[str, dict[str, Any]] = {  # settings of each; any other name is a rule's
+    "haloc": {},
+    "paper": {"preset": "paper"},
+}
+MAIN = ["haloc", "uniform", "energy", "alds", "sensitivity-knapsack"]
+EQUAL_TUNING, EQUAL_COMPUTE = "equal fine-tuning", "equal compute"
+
+
+@dataclass(frozen=True)
+class Row:
+    method: str
+    metric: str
+    fraction: float
+    seed: int
+    table: str = EQUAL_TUNING
+    decomposition: str = "auto"
+
+
+def tier_a(seeds: int) -> list[Row]:
+    cells = [(seed, metric, fraction) for seed in range(seeds) for metric, fraction in (("macs", 0.28), ("latency_ms", 0.7))]
+    tuned = [Row(method, metric, fraction, seed) for seed, metric, fraction in cells for method in MAIN]
+    return tuned + [Row(method, metric, fraction, seed, EQUAL_COMPUTE) for seed, metric, fraction in cells for method in MAIN[1:]]
+
+
+def tier_b() -> list[Row]:
+    others = ["paper", "error-knapsack"]
+    return [Row(method, "macs", 0.28, 0) for method in others] + [
+        Row(method, "macs", fraction, 0) for fraction in (0.45, 0.2) for method in [*MAIN, *others]
+    ]
+
+
+def tier_c() -> list[Row]:
+    return [Row(method, "macs", 0.28, 0, decomposition="hosvd") for method in ("uniform", "energy", "sensitivity-knapsack")]
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="folder with train/CLASS/* and test/CLASS/*")],
+    weights: Annotated[Path, typer.Option(help="the trained network's")],
+    val_list: Annotated[Path, typer.Option(help="file that lists the validation images")],
+    out: Annotated[Path, typer.Option(help="JSON lines, appended to")] = HERE.parents[2] / "docs" / "raw" / "quality.jsonl",
+    work: Annotated[Path, typer.Option(help="folder for the runs")] = Path("quality-runs"),
+    tier: str = "A",
+    seeds: int = 3,
+    part: Annotated[str, typer.Option(help="which rows, 0/4 to 3/4 in four processes")] = "0/1",
+    score: Annotated[str, typer.Option(help="val while settings are being chosen; test once, at the end")] = "val",
+    method: Annotated[list[str] | None, typer.Option(help="these alone")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="a setting of the search, as of haloc run")] = None,
+) -> None:
+    files = {"data.root": str(data.absolute()), "weights": str(weights.absolute()), "data.val_list": str(val_list.absolute())}
+    rows = {"A": tier_a(seeds), "B": tier_b(), "C": tier_c()}[tier]
+    first, of = map(int, part.split("/"))
+    for index, row in enumerate(rows):
+        if index % of == first and (not method or row.method in method) and not _known(out, row):
+            _make(row, files | dict(_pair(text) for text in set_ or []), out, work, score)
+
+
+def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) -> None:
+    changes = changes | {"budget.fraction": row.fraction, "cost.metric": row.metric, "seed": row.seed, "data.score": score}
+    changes |= {"rank_space.decomposition": row.decomposition} if row.decomposition != "auto" else {}
+    changes |= METHODS.get(row.method, {"rule": row.method})
+    if row.metric == "latency_ms":
+        changes["cost.table"] = str(HERE / "costs.json")
+    extra = _extra_epochs(out, row) if row.table == EQUAL_COMPUTE else 0
+    if extra is None:
+        print(f"{row}: waits for the other table's rows")
+        return
+    config = load_config(HERE / "run.yml", changes)
+    config = load_config(HERE / "run.yml", changes | {"finetune.epochs": config.finetune.epochs + extra})
+    job = Job(config, work / "-".join(str(value).replace(" ", "-") for value in asdict(row).values()))
+    curve: list[float] = []
+    started = time.process_time()
+    plan, network = choose_ranks(job)
+    chosen = time.process_time()
+    network = train(job, plan, network, lambda metrics: curve.append(metrics["default"]))
+    trained = time.process_time()
+    line = asdict(row) | {
+        "score": score,
+        "top1": job.accuracy(network, job.loader(score))[0],
+        "val": curve,
+        "epochs": config.finetune.epochs,
+        "choose_s": chosen - started,
+        "finetune_s": trained - chosen,
+        "cost_fraction": plan.chosen_by["cost"] / plan.chosen_by["original_cost"],
+        "macs_fraction": count_macs(network, job.example) / count_macs(job.model, job.example),
+        "params_fraction": count_params(network) / count_params(job.model),
+        "ranks": plan.names,
+        "search": config.search.model_dump() if config.rule == "search" else None,
+        "commit": subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout.strip(),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+
+
+def _known(out: Path, row: Row) -> bool:
+    return any({key: line[key] for key in asdict(row)} == asdict(row) for line in read(out))
+
+
+def _extra_epochs(out: Path, row: Row) -> int | None:
+    """Epochs of fine-tuning that cost as much as the search does beyond the rule, rounded up; None while there is nothing to tell by."""
+    rows = [line for line in read(out) if (line["metric"], line["fraction"], line["table"]) == (row.metric, row.fraction, EQUAL_TUNING)]
+    ours, theirs = ([line for line in rows if line["method"] == method] for method in ("haloc", row.method))
+    if not ours or not theirs:
+        return None
+    more = median(line["choose_s"] for line in ours) - median(line["choose_s"] for line in theirs)
+    return max(0, math.ceil(more / median(line["finetune_s"] / line["epochs"] for line in theirs)))
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    return key, json.loads(value)
+
+
+if __name__ == "__main__":
+    typer.run(main)
