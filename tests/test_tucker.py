@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorly as tl
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nni_haloc import tucker
@@ -213,6 +213,7 @@ def test_data_aware_error_is_never_above_hosvds(case, rank):
 
 
 @settings(max_examples=60, deadline=None)
+@example(1, 5, (1, 3), torch.float32, 5, 1)  # a single patch that the kernel nearly cancels
 @given(
     st.integers(1, 6), st.integers(1, 6), st.sampled_from([(1, 3), (3, 1), (2, 2)]), st.sampled_from([torch.float32, torch.float64]),
     st.integers(0, 1000), st.integers(1, 60),
@@ -220,7 +221,10 @@ def test_data_aware_error_is_never_above_hosvds(case, rank):
 def test_data_aware_error_is_never_above_hosvds_at_random(f, c, k, dtype, seed, n):
     w = kernel(f, c, *k, seed=seed)
     s = covariance(patches(c, k[0] * k[1], n, seed + 1)).to(dtype)
-    rounding = 1e-3 if dtype == torch.float32 else 0
+    # Energies are told apart to |W|^2 tr(S) eps, which is much of the output's where the kernel cancels its input.
+    output = (w.flatten(1) @ s.double() * w.flatten(1)).sum()
+    cancelled = w.square().sum() * s.double().trace() / output
+    rounding = (16 * torch.finfo(dtype).eps * cancelled).sqrt() if dtype == torch.float32 else 0
     ranks = [(r1, r2) for r1 in range(1, f + 1) for r2 in range(1, c + 1)]
     for plain, ours in zip(hosvd(w, ranks), data_aware(w, ranks, s), strict=True):
         assert output_error(w, reconstruct(ours), s) <= output_error(w, reconstruct(plain), s) + rounding
