@@ -14,6 +14,7 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from nni_haloc.config import load_config
 from nni_haloc.job import Job
@@ -136,7 +137,7 @@ def _extra_epochs(out: Path, row: Row) -> int | None:
 
 def _pair(text: str) -> tuple[str, Any]:
     key, _, value = text.partition("=")
-    return key, json.loads(value)
+    return key, yaml.safe_load(value)
 
 
 if __name__ == "__main__":
