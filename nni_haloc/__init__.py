@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .predictors import CostTable, latency_table, mac_table, measure_latency, param_table
     from .ranks import RankPlan, RankRules
     from .recipe import Recipe
+    from .sensitivity import sensitivities
 
 _HOMES = {
     "budget": ("Limit",),
@@ -27,6 +28,7 @@ _HOMES = {
     "predictors": ("CostTable", "latency_table", "mac_table", "measure_latency", "param_table"),
     "ranks": ("RankPlan", "RankRules"),
     "recipe": ("Recipe",),
+    "sensitivity": ("sensitivities",),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)
 

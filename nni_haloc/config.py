@@ -39,7 +39,7 @@ class Config(Section):
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "rank_space": {"dense": False, "equal": True, "decomposition": "hosvd"},
-        "search": {"objective": "paper", "select": "argmax", "clip": None},
+        "search": {"objective": "paper", "select": "argmax", "clip": None, "start": "uniform", "alpha_every": 1, "approach_share": 1.0},
     }
 }
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning import seed_everything
 from torch import Tensor, nn
 
@@ -124,11 +125,12 @@ def _prepare(config: Config, splits: datasets.Splits, model: nn.Module, example:
     for limit in limits:
         least = limit.costs.total(cheapest(space.candidates, limit.costs))
         logger.info("cheapest network: %.6g %s; budget %.6g, original %.6g", least, limit.costs.metric, limit.budget, limit.costs.original)
-    options = set(type(s).model_fields) - set(Training.model_fields) - {"tensorboard", "start", "start_scale"}
+    options = set(type(s).model_fields) - set(Training.model_fields) - {"tensorboard", "start"}
     start = None
     if s.start == "sensitivity":
-        found = sensitivities(model, space.modules_by_layer, *splits.labelled("plain", r.calibration_images, config.seed))
-        start = {layer: {name: -loss / s.start_scale for name, loss in row.items()} for layer, row in found.items()}
+        images, labels = splits.labelled("plain", r.calibration_images, config.seed)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=s.precision == "bf16-mixed"):
+            start = sensitivities(model, space.modules_by_layer, images, labels)
     return Haloc(limits, seed=config.seed, start=start, **s.model_dump(include=options)), space
 
 

@@ -144,22 +144,22 @@ class Search(Training):
     """The search: the weights' training, and `nni_haloc.nas.Haloc`'s options."""
 
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    epochs: Count = 10
+    epochs: Count = 1
     lr: Positive = 0.02
     schedule: Literal["step", "onecycle", "constant"] = "constant"
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
     lam: NonNegative = 1.0
     lam_schedule: Literal["constant", "linear", "cosine"] = "constant"
     approach: Literal["features", "weights"] = "features"
-    approach_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    approach_share: Annotated[float, Field(gt=0, le=1)] = 0.25
     clip: Positive | None = 10.0
     objective: Literal["settle", "paper"] = "settle"
     eta: Positive = 1.0
     theta: NonNegative = 1.0
     alpha_lr: Positive = 0.03
-    alpha_every: Count = 1
-    start: Literal["uniform", "sensitivity"] = "uniform"
-    start_scale: Positive = 0.02
+    alpha_every: Count = 4
+    start: Literal["uniform", "sensitivity"] = "sensitivity"
+    start_scale: Positive = 0.005
     alpha_optimizer: Literal["adam", "sgd"] = "adam"
     temperature: Positive = 1.0
     select: Literal["knapsack", "argmax"] = "knapsack"

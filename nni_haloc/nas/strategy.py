@@ -44,14 +44,16 @@ class Haloc(DARTS):
         lam: Eq. (9)'s lambda, weight of the feature-map term; 0 leaves it and the original's forward pass out.
         lam_schedule: ``constant``, or ``linear`` or ``cosine`` to fall to 0 over the search.
         approach: what lambda weighs, ``features`` (Eq. 8) or ``weights`` (the paper's rejected alternative).
-        approach_share: the part of each batch that Eq. (8) is taken over, above 0 to 1.
+        approach_share: the part of each batch that Eq. (8) is taken over, above 0 to 1; a quarter does as well as all.
         clip: the norm that the weights' gradients are cut to (None: not); small ranks that are rarely sampled would diverge now and then.
         objective: ``settle`` (after each step on the cross-entropy the expected cost is put where it should be: see `settle`) or
             ``paper`` (Eq. (7): multiplies by ``eta * (E / budget)^theta``, of several limits the one that E exceeds most).
         eta, theta: see `objective.probability_loss_paper`.
         alpha_lr, alpha_optimizer: learning rate of alpha, and its optimizer, ``adam`` or ``sgd``. ``eta`` matters under SGD alone.
         alpha_every: iterations from one of alpha's updates to the next; the weights are updated in each.
-        start: layer to candidate to a score free of cost that alpha starts from, at the budget at once (None: all alike).
+        start: `nni_haloc.sensitivities`, layer to candidate to the loss that it adds: alpha starts from them, at the budget at once
+            (None: all candidates alike, and the expected cost goes to the budget by and by).
+        start_scale: the loss that makes a candidate 1/e as probable.
         warmup_epochs: epochs in which the weights alone are trained.
         temperature: of the softmax over alpha.
         select: ``knapsack`` (best score within the budget) or ``argmax`` (the paper's; may exceed the budget).
@@ -70,15 +72,16 @@ class Haloc(DARTS):
         lam: float = 1.0,
         lam_schedule: Schedule = "constant",
         approach: Approach = "features",
-        approach_share: float = 1.0,
+        approach_share: float = 0.25,
         clip: float | None = 10.0,
         objective: Objective = "settle",
         eta: float = 1.0,
         theta: float = 1.0,
         alpha_lr: float = 0.03,
         alpha_optimizer: AlphaOptimizer = "adam",
-        alpha_every: int = 1,
+        alpha_every: int = 4,
         start: Scores | None = None,
+        start_scale: float = 0.005,
         warmup_epochs: int = 0,
         temperature: float = 1.0,
         select: Selection = "knapsack",
@@ -102,7 +105,7 @@ class Haloc(DARTS):
             raise ValueError(f"approach_share: expected a number above 0 to 1, found {approach_share}")
         self.lam, self.lam_schedule, self.approach, self.approach_share, self.clip = lam, lam_schedule, approach, approach_share, clip
         self.objective, self.eta, self.theta = objective, eta, theta
-        self.alpha_every, self.start = alpha_every, start
+        self.alpha_every, self.start, self.start_scale = alpha_every, start, start_scale
         self.alpha_optimizer, self.temperature, self.select, self.min_use, self.seed = alpha_optimizer, temperature, select, min_use, seed
 
     @property
@@ -129,8 +132,8 @@ class Haloc(DARTS):
                     parent._modules[name] = mixed[child.label]
         supernet.register_buffer("prices", torch.zeros(len(self.limits), dtype=torch.float64))  # a checkpoint must have them
         for layer in self._layers(supernet):
-            scores = [self.start[str(layer.label)][name] if self.start else 0.0 for name in layer.names]
-            layer.alpha.data.copy_(torch.tensor(scores) * self.temperature)
+            added = [self.start[str(layer.label)][name] if self.start else 0.0 for name in layer.names]
+            layer.alpha.data.copy_(torch.tensor(added) * (-self.temperature / self.start_scale))
             layer.temperature = self.temperature
         return supernet
 

@@ -42,7 +42,7 @@ class HalocModule(DartsLightningModule):
                 self._approach = FeatureMaps(supernet, self._mixed, original, self._strategy.approach_share)
             else:
                 self._approach = Kernels(self._mixed, original)
-        if self._strategy.start is not None:
+        if self._strategy.start is not None and not supernet.prices.any():  # a search that is resumed has settled
             self._strategy.settle()
         super().on_fit_start()
 

@@ -1,31 +1,35 @@
 """Accuracy at equal cost, one row after another: python tests/benchmarks/quality/rows.py --help
 
-A row is one method, budget, seed and number of fine-tuning epochs: what `haloc run` and `haloc baseline` do, timed in processor seconds.
+A row is one method, budget and seed: what `haloc run` and `haloc baseline` do, timed in processor seconds. A searched row gives two lines,
+one for each kind of equality: fine-tuned for as many epochs as the rules' networks, and for fewer, by as many as the search costs.
 Rows that the file has already are not made again, so that a study goes on where it stopped; several processes share one (`--part 0/4`).
 """
 
+import copy
 import json
 import math
 import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import typer
 import yaml
+from torch import nn
 
 from nni_haloc.config import load_config
 from nni_haloc.job import Job
+from nni_haloc.log import log_to, logger
 from nni_haloc.predictors import count_macs
 from nni_haloc.predictors.analytic import count_params
+from nni_haloc.ranks import RankPlan
 from nni_haloc.run import choose_ranks, train
 
 HERE = Path(__file__).parent
 METHODS: dict[str, dict[str, Any]] = {  # settings of each; any other name is a rule's
     "haloc": {},
-    "paper": {"preset": "paper"},
+    "paper": {"preset": "paper", "search.epochs": 3},  # from uniform probabilities one is too few
 }
 MAIN = ["haloc", "uniform", "energy", "alds", "sensitivity-knapsack"]
 EQUAL_TUNING, EQUAL_COMPUTE = "equal fine-tuning", "equal compute"
@@ -37,14 +41,12 @@ class Row:
     metric: str
     fraction: float
     seed: int
-    table: str = EQUAL_TUNING
     decomposition: str = "auto"
 
 
 def tier_a(seeds: int) -> list[Row]:
     cells = [(seed, metric, fraction) for seed in range(seeds) for metric, fraction in (("macs", 0.28), ("latency_ms", 0.7))]
-    tuned = [Row(method, metric, fraction, seed) for seed, metric, fraction in cells for method in MAIN]
-    return tuned + [Row(method, metric, fraction, seed, EQUAL_COMPUTE) for seed, metric, fraction in cells for method in MAIN[1:]]
+    return [Row(method, metric, fraction, seed) for seed, metric, fraction in cells for method in MAIN]
 
 
 def tier_b() -> list[Row]:
@@ -74,6 +76,7 @@ def main(
     files = {"data.root": str(data.absolute()), "weights": str(weights.absolute()), "data.val_list": str(val_list.absolute())}
     rows = {"A": tier_a(seeds), "B": tier_b(), "C": tier_c()}[tier]
     first, of = map(int, part.split("/"))
+    log_to(work / f"log-{first}.txt")
     for index, row in enumerate(rows):
         if index % of == first and (not method or row.method in method) and not _known(out, row):
             _make(row, files | dict(_pair(text) for text in set_ or []), out, work, score)
@@ -85,36 +88,40 @@ def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) 
     changes |= METHODS.get(row.method, {"rule": row.method})
     if row.metric == "latency_ms":
         changes["cost.table"] = str(HERE / "costs.json")
-    extra = _extra_epochs(out, row) if row.table == EQUAL_COMPUTE else 0
-    if extra is None:
-        print(f"{row}: waits for the other table's rows")
-        return
     config = load_config(HERE / "run.yml", changes)
-    config = load_config(HERE / "run.yml", changes | {"finetune.epochs": config.finetune.epochs + extra})
-    job = Job(config, work / "-".join(str(value).replace(" ", "-") for value in asdict(row).values()))
-    curve: list[float] = []
+    job = Job(config, work / "-".join(str(value) for value in asdict(row).values()))
     started = time.process_time()
-    plan, network = choose_ranks(job)
-    chosen = time.process_time()
-    network = train(job, plan, network, lambda metrics: curve.append(metrics["default"]))
-    trained = time.process_time()
-    line = asdict(row) | {
+    plan, chosen = choose_ranks(job)
+    choose_s = time.process_time() - started
+    shared = asdict(row) | {
         "score": score,
-        "top1": job.accuracy(network, job.loader(score))[0],
-        "val": curve,
-        "epochs": config.finetune.epochs,
-        "choose_s": chosen - started,
-        "finetune_s": trained - chosen,
+        "choose_s": choose_s,
         "cost_fraction": plan.chosen_by["cost"] / plan.chosen_by["original_cost"],
-        "macs_fraction": count_macs(network, job.example) / count_macs(job.model, job.example),
-        "params_fraction": count_params(network) / count_params(job.model),
+        "macs_fraction": count_macs(chosen, job.example) / count_macs(job.model, job.example),
+        "params_fraction": count_params(chosen) / count_params(job.model),
         "ranks": plan.names,
         "search": config.search.model_dump() if config.rule == "search" else None,
         "commit": subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout.strip(),
     }
+    lines = [shared | {"table": EQUAL_TUNING} | _trained(job, plan, chosen)]
+    fewer = config.finetune.epochs - math.ceil(choose_s / (lines[0]["finetune_s"] / config.finetune.epochs))
+    if config.rule == "search" and fewer > 0:
+        job.config = load_config(HERE / "run.yml", changes | {"finetune.epochs": fewer})
+        lines.append(shared | {"table": EQUAL_COMPUTE} | _trained(job, plan, chosen))
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _trained(job: Job, plan: RankPlan, chosen: nn.Module) -> dict[str, Any]:
+    """One line's share: a copy of the network is fine-tuned; ``val``: its accuracies, the first one after recalibration alone."""
+    curve: list[float] = []
+    logger.info("%s", job.folder.name)
+    started = time.process_time()
+    network = train(job, plan, copy.deepcopy(chosen), lambda metrics: curve.append(metrics["default"]))
+    finetune_s = time.process_time() - started
+    (top1,) = job.accuracy(network, job.loader(job.config.data.score))
+    return {"top1": top1, "val": curve, "epochs": job.config.finetune.epochs, "finetune_s": finetune_s}
 
 
 def read(out: Path) -> list[dict[str, Any]]:
@@ -123,16 +130,6 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 def _known(out: Path, row: Row) -> bool:
     return any({key: line[key] for key in asdict(row)} == asdict(row) for line in read(out))
-
-
-def _extra_epochs(out: Path, row: Row) -> int | None:
-    """Epochs of fine-tuning that cost as much as the search does beyond the rule, rounded up; None while there is nothing to tell by."""
-    rows = [line for line in read(out) if (line["metric"], line["fraction"], line["table"]) == (row.metric, row.fraction, EQUAL_TUNING)]
-    ours, theirs = ([line for line in rows if line["method"] == method] for method in ("haloc", row.method))
-    if not ours or not theirs:
-        return None
-    more = median(line["choose_s"] for line in ours) - median(line["choose_s"] for line in theirs)
-    return max(0, math.ceil(more / median(line["finetune_s"] / line["epochs"] for line in theirs)))
 
 
 def _pair(text: str) -> tuple[str, Any]:
