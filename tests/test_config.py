@@ -122,6 +122,7 @@ def test_the_papers_preset_is_the_paper_and_nothing_else(write):
     assert (config.rank_space.dense, config.rank_space.equal, config.rank_space.decomposition) == (False, True, "hosvd")
     assert config.search.clip is None
     assert (config.search.objective, config.search.select) == ("paper", "argmax")
+    assert (config.search.start, config.search.alpha_every, config.search.approach_share) == ("uniform", 1, 1.0)
     with pytest.raises(ConfigError, match="rank_space.dense: preset 'paper' sets it to False, found True"):
         load_config(write({**merged("preset", "paper"), "rank_space": {"dense": True}}))
 

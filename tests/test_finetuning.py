@@ -1,6 +1,7 @@
 """Recalibration, fine-tuning and accuracy against what they should compute."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nni_haloc import Recipe, accuracy, finetune, recalibrate
+from nni_haloc.config import load_config
+from nni_haloc.job import Job
+from nni_haloc.run import choose_ranks
 
 
 def test_recalibration_is_the_plain_mean_over_the_batches(net, loaders):
@@ -68,3 +72,12 @@ def test_the_papers_recipe_is_scaled_to_the_epochs():
         scheduler.step()
     assert rates[::20] == pytest.approx([0.1, 0.02, 0.004, 0.0008])
     assert rates[19] == pytest.approx(0.1)
+
+
+def test_a_network_that_is_measured_in_channels_last_is_trained_in_it(tmp_path):
+    example = Path(__file__).parents[1] / "examples" / "digits" / "run.yml"
+    job = Job(load_config(example, {"cost.memory_format": "channels_last", "rule": "uniform"}), tmp_path)
+    _, network = choose_ranks(job)
+    kernels = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d) and m.weight.shape[1] > 1 and m.kernel_size > (1, 1)]
+    assert len(kernels) == 3  # the fourth has one input channel
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)

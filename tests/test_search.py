@@ -12,7 +12,7 @@ from nni.nas.experiment import NasExperiment
 from nni.nas.nn.pytorch import LayerChoice, ModelSpace
 from pytorch_lightning import seed_everything
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from nni_haloc import (
     CostTable,
@@ -52,7 +52,7 @@ def search(net, images, loaders, fraction=0.5, epochs=1, callbacks=(), space=Non
     costs = mac_table(net, images[:1], rules)
     limits = limits or [Limit(costs, fraction * costs.original)]
     space = space or RankSpace(net, images[:1], [limit.costs for limit in limits], rules, images)
-    strategy = Haloc(limits, seed=seed, **options)
+    strategy = Haloc(limits, seed=seed, **{"alpha_every": 1, "approach_share": 1.0, **options})
     evaluator = classification(
         train, val, Recipe(epochs, 0.01, schedule="constant"), callbacks=list(callbacks), precision=precision, **QUIET
     )
@@ -309,6 +309,38 @@ def test_by_default_the_expected_cost_goes_evenly_to_the_budget_and_stays(net, i
     assert [ratio for (ratio,) in watch.ratios] == pytest.approx(expected, abs=1e-5)
     assert expected[-1] == 1.0
     assert strategy.plan().chosen_by["cost"] <= strategy.budget
+
+
+def test_a_search_from_sensitivities_starts_at_the_budget_and_keeps_their_order(net, images, loaders):
+    """Alpha that hardly moves: its scores are what it started from, and the probabilities the tilted softmax in closed form."""
+    watch = Costs()
+    space = RankSpace(net, images[:1], mac_table(net, images[:1]), calibration=images)
+    added = {layer: {name: 0.01 * i for i, name in enumerate(row)} for layer, row in space.candidates.items()}
+    still = {"alpha_optimizer": "sgd", "alpha_lr": 1e-9, "lam": 0.0, "temperature": 2.0}
+    strategy = search(net, images, loaders, 0.5, callbacks=[watch], space=space, start=added, start_scale=0.02, **still)
+    assert [ratio for (ratio,) in watch.ratios] == pytest.approx([1.0] * len(loaders[0]), abs=1e-5)
+    price = float(strategy.supernet.prices[0])
+    assert price > 0
+    for layer, row in strategy.scores().items():
+        losses = torch.tensor(list(added[layer].values()), dtype=torch.float64)
+        assert list(row.values()) == pytest.approx((-(losses - losses.mean()) / 0.02).tolist(), abs=1e-4)
+        costs = torch.tensor([strategy.costs.costs[layer][name] for name in row], dtype=torch.float64) / strategy.budget
+        assert list(strategy.probabilities[layer].values()) == pytest.approx((-losses / 0.02 - price * costs).softmax(0).tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("options", "steps"), [({}, 2), ({"alpha_every": 1}, 6), ({"alpha_every": 3, "warmup_epochs": 1}, 1)])
+def test_alpha_is_updated_as_often_as_asked(net, images, loaders, options, steps):
+    counted = []
+
+    class Steps(pl.Callback):
+        def on_fit_start(self, trainer, module):
+            module.architecture_optimizers().optimizer.register_step_pre_hook(lambda *_: counted.append(1))
+
+    train, val = (DataLoader(Subset(x.dataset, range(48)), 16) for x in loaders)  # three iterations an epoch
+    costs = mac_table(net, images[:1])
+    evaluator = classification(train, val, Recipe(2, 0.01, schedule="constant"), callbacks=[Steps()], **QUIET)
+    run_search(RankSpace(net, images[:1], costs, calibration=images), evaluator, Haloc(costs, 0.5 * costs.original, **options))
+    assert len(counted) == steps
 
 
 def test_scores_are_alphas_path_without_the_prices(net, images, loaders):
