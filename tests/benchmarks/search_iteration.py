@@ -171,7 +171,7 @@ class Setting:
         def evaluator(clock: pl.Callback):
             return classification(loader(), loader(), recipe, callbacks=[clock], **options)
 
-        strategy = Haloc(space.costs, self.budget * space.costs.original)
+        strategy = Haloc(space.costs, self.budget * space.costs.original, alpha_every=1, approach_share=1.0)  # the dearest iteration
         return {
             "ordinary": lambda clock: finetune(copy.deepcopy(model), loader(), recipe, callbacks=[clock], **options),
             "search": lambda clock: run_search(space, evaluator(clock), strategy),

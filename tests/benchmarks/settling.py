@@ -103,7 +103,8 @@ if __name__ == "__main__":
     ARGS = parser.parse_args()
     warnings.filterwarnings("ignore")
     _quiet()
-    changes = {key: parse_yaml(value) for key, _, value in (change.partition("=") for change in ARGS.changes)}
+    changes = {"search.start": "uniform", "search.alpha_every": 1, "search.approach_share": 1.0}  # from far away from the budget
+    changes |= {key: parse_yaml(value) for key, _, value in (change.partition("=") for change in ARGS.changes)}
     print("| budget | way | from 2 % on | furthest, 2nd half | least use | top-1 | seeds |\n| --- | --- | --- | --- | --- | --- | --- |")
     cut = {}
     for fraction in ARGS.fractions:
