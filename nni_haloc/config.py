@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from .sections import Budget, Cost, Count, Data, ExistingPath, Model, Rule, Search, Section, Seed, Space, Training
+from .sections import Budget, Cost, Count, Data, ExistingPath, Finetune, Model, Rule, Search, Section, Seed, Space
 from .yaml_files import ConfigError, read_yaml
 
 
@@ -23,7 +23,7 @@ class Config(Section):
     budget: Budget
     rule: Rule = "search"
     search: Search = Search()
-    finetune: Training = Training(epochs=10)
+    finetune: Finetune = Finetune()
     recalibration_batches: Annotated[int, Field(ge=0)] = 50
     threads: Count | None = None
     seed: Seed = 0

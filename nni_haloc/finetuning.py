@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from itertools import islice
@@ -17,6 +18,9 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from .ranks import evaluating
 from .recipe import Recipe
+
+TEMPERATURE = 4.0
+"""Of distillation: divides both networks' logits."""
 
 
 def recalibrate(model: nn.Module, loader: DataLoader, batches: int = 50) -> None:
@@ -54,12 +58,16 @@ def finetune(
     val: DataLoader | None = None,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
     ckpt_path: str | Path | None = None,
+    teacher: nn.Module | None = None,
+    distill: float = 0.5,
     **trainer: Any,
 ) -> nn.Module:
     """Train ``model`` in place by the recipe, with a progress bar, and return it in evaluation mode.
 
     ``on_epoch(epoch, metrics)`` is called after each epoch with ``train_loss`` and, where ``val`` is given, ``val_top1``. ``ckpt_path``:
-    a Lightning checkpoint to go on from. ``trainer`` goes to Lightning's Trainer (devices, precision, loggers, ...).
+    a Lightning checkpoint to go on from. ``teacher``: the original network; ``distill``, 0 to 1, is then the share of the loss that is the
+    Kullback-Leibler divergence from it at temperature 4 (Hinton et al., 2015), the rest being the cross-entropy. ``trainer`` goes to
+    Lightning's Trainer (devices, precision, loggers, ...).
     """
     if recipe.epochs:
         callbacks = [*trainer.pop("callbacks", []), *([EpochEnd(on_epoch)] if on_epoch else [])]
@@ -67,18 +75,27 @@ def finetune(
         fit = pl.Trainer(max_epochs=recipe.epochs, callbacks=callbacks, **{**defaults, **trainer})
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
-            fit.fit(_Training(model, recipe, len(train)), train, val, ckpt_path=ckpt_path, weights_only=True)
+            fit.fit(_Training(model, recipe, len(train), teacher, distill), train, val, ckpt_path=ckpt_path, weights_only=True)
     return model.eval()
 
 
 class _Training(pl.LightningModule):
-    def __init__(self, model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher: nn.Module | None, distill: float) -> None:
         super().__init__()
         self.model, self.recipe, self.steps_per_epoch = model.train(), recipe, steps_per_epoch
+        self.teacher = [copy.deepcopy(teacher).eval()] if teacher else []  # in a list: no part of what is trained and kept
+        self.distill = distill
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        loss = F.cross_entropy(self.model(x), y)
+        logits = self.model(x)
+        loss = F.cross_entropy(logits, y)
+        for teacher in self.teacher:
+            with torch.no_grad():
+                target = teacher.to(x.device)(x)
+            log_q, log_p = (F.log_softmax(z / TEMPERATURE, 1) for z in (logits, target))
+            distance = TEMPERATURE**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+            loss = (1 - self.distill) * loss + self.distill * distance
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
         return loss
 

@@ -191,6 +191,8 @@ def train(job: Job, plan: RankPlan, network: nn.Module, report: Report = lambda 
         report({"default": metrics["val_top1"], "train_loss": metrics["train_loss"]})
 
     options = {**state.options, "callbacks": [state], "precision": config.finetune.precision}
+    if config.finetune.distill:
+        options |= {"teacher": job.model, "distill": config.finetune.distill}
     return finetune(network, train, _recipe(config.finetune), val, on_epoch, state.path if resume else None, **options)
 
 

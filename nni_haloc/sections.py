@@ -140,6 +140,13 @@ class Training(Section):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 
 
+class Finetune(Training):
+    """``distill``: the share of the loss that is distance from the original network's outputs, see `nni_haloc.finetune`."""
+
+    epochs: Annotated[int, Field(ge=0)] = 10
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
 class Search(Training):
     """The search: the weights' training, and `nni_haloc.nas.Haloc`'s options."""
 

@@ -74,6 +74,26 @@ def test_the_papers_recipe_is_scaled_to_the_epochs():
     assert rates[19] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_distillation_descends_the_softened_divergence_from_the_original(share):
+    """One step of plain gradient descent, against the definition written out in float64."""
+    torch.manual_seed(0)
+    student, teacher = nn.Linear(6, 4).double(), nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 4)).double()
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 4, (8,))
+    w = student.weight.detach().clone().requires_grad_()
+    logits, target = x @ w.T + student.bias.detach(), teacher[1](x).detach()
+    p, q = (torch.exp(z / 4) / torch.exp(z / 4).sum(1, keepdim=True) for z in (target, logits))
+    entropy = -torch.log(torch.exp(logits)[range(8), y] / torch.exp(logits).sum(1)).mean()
+    ((1 - share) * entropy + share * 16 * (p * torch.log(p / q)).sum(1).mean()).backward()
+    recipe = Recipe(1, 0.1, momentum=0.0, weight_decay=0.0, schedule="constant")
+    before = copy.deepcopy(teacher.state_dict())
+    data = DataLoader(TensorDataset(x, y), 8)
+    finetune(student, data, recipe, teacher=teacher, distill=share, precision="64-true", enable_progress_bar=False)
+    torch.testing.assert_close(student.weight.detach(), (w - 0.1 * w.grad).detach())
+    assert teacher.training
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), teacher.state_dict().values(), strict=True))
+
+
 def test_a_network_that_is_measured_in_channels_last_is_trained_in_it(tmp_path):
     example = Path(__file__).parents[1] / "examples" / "digits" / "run.yml"
     job = Job(load_config(example, {"cost.memory_format": "channels_last", "rule": "uniform"}), tmp_path)
