@@ -1,13 +1,13 @@
 """Accuracy at equal cost, one row after another: python tests/benchmarks/quality/rows.py --help
 
 A row is one method, budget and seed: what `haloc run` and `haloc baseline` do, timed in processor seconds. A searched row gives two lines,
-one for each kind of equality: fine-tuned for as many epochs as the rules' networks, and for fewer, by as many as the search costs.
+one for each kind of equality: fine-tuned for as many epochs as the rules' networks, and for fewer, by as many whole epochs as
+the search costs, to the nearest.
 Rows that the file has already are not made again, so that a study goes on where it stopped; several processes share one (`--part 0/4`).
 """
 
 import copy
 import json
-import math
 import subprocess
 import time
 from dataclasses import asdict, dataclass
@@ -104,7 +104,7 @@ def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) 
         "commit": subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout.strip(),
     }
     lines = [shared | {"table": EQUAL_TUNING} | _trained(job, plan, chosen)]
-    fewer = config.finetune.epochs - math.ceil(choose_s / (lines[0]["finetune_s"] / config.finetune.epochs))
+    fewer = config.finetune.epochs - round(choose_s / (lines[0]["finetune_s"] / config.finetune.epochs))
     if config.rule == "search" and fewer > 0:
         job.config = load_config(HERE / "run.yml", changes | {"finetune.epochs": fewer})
         lines.append(shared | {"table": EQUAL_COMPUTE} | _trained(job, plan, chosen))
