@@ -13,19 +13,24 @@ from rows import EQUAL_COMPUTE, EQUAL_TUNING, HERE, read
 from scipy import stats
 
 from nni_haloc.models import build_model
-from nni_haloc.ranks import parse_rank
+from nni_haloc.ranks import DENSE, parse_rank
 
+BLIND = {"uniform", "energy", "vbmf"}
+"""Rules whose ranks follow one number for all layers: they keep the budget, but do not see what each candidate costs."""
 TIED = 0.7
 """Half-width, in points, below which an interval that contains 0 means a tie."""
 
+COLUMNS = (
+    *("method", "sees costs", "top-1, % (seeds)", "haloc's lead, points (95 %)", "", "epochs", "minutes: ranks + tuning"),
+    *("cost, %", "MACs, %", "parameters, %", "dense layers"),
+)
 Lines = list[dict[str, Any]]
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval (Student's t); infinite for one."""
+    """Mean and half-width of its 95 % interval (Student's t)."""
     n = len(differences)
-    half = float("inf") if n < 2 else float(stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / n**0.5)
-    return mean(differences), half
+    return mean(differences), float(stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / n**0.5)
 
 
 def verdict(centre: float, half: float) -> str:
@@ -43,22 +48,29 @@ def table(lines: Lines, metric: str, fraction: float, kind: str) -> str:
         ):
             rows[line["method"]][line["seed"]] = line
     ours = rows["haloc"]
-    result = [
-        "| method | top-1 | haloc's lead, points (95 %) | | epochs | minutes: ranks + tuning | of the budget | MACs | parameters |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    result = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
     for method, found in sorted(rows.items(), key=lambda item: item[0] != "haloc"):
-        paired = [100 * (ours[seed]["top1"] - line["top1"]) for seed, line in found.items() if seed in ours]
-        lead = "" if method == "haloc" or not paired else "{:+.2f} ± {:.2f} | {}".format(*interval(paired), verdict(*interval(paired)))
-        of = {key: mean(line[key] for line in found.values()) for key in ("top1", "choose_s", "finetune_s", "cost_fraction")}
-        share = {key: mean(line[key] for line in found.values()) for key in ("macs_fraction", "params_fraction")}
-        epochs = "/".join(sorted({str(line["epochs"]) for line in found.values()}))
-        result.append(
-            f"| {method} | {100 * of['top1']:.2f} ({len(found)}) | {lead or '|'} | {epochs} | {of['choose_s'] / 60:.1f} + "
-            f"{of['finetune_s'] / 60:.1f} | {100 * of['cost_fraction'] / fraction:.1f} % | {100 * share['macs_fraction']:.1f} % | "
-            f"{100 * share['params_fraction']:.1f} % |"
+        cells = [method, "no" if method in BLIND else "yes", f"{_percent(found, 'top1', 2)} ({len(found)})"]
+        cells += _lead(
+            [100 * (ours[seed]["top1"] - line["top1"]) for seed, line in found.items() if seed in ours] if method != "haloc" else []
         )
+        cells.append("/".join(sorted({str(line["epochs"]) for line in found.values()})))
+        cells.append(" + ".join(f"{mean(line[key] for line in found.values()) / 60:.1f}" for key in ("choose_s", "finetune_s")))
+        cells += [_percent(found, key) for key in ("cost_fraction", "macs_fraction", "params_fraction")]
+        cells.append(f"{mean(list(line['ranks'].values()).count(DENSE) for line in found.values()):.1f}")
+        result.append("| " + " | ".join(cells) + " |")
     return "\n".join(result)
+
+
+def _percent(found: dict[int, dict[str, Any]], key: str, digits: int = 1) -> str:
+    return f"{100 * mean(line[key] for line in found.values()):.{digits}f}"
+
+
+def _lead(paired: list[float]) -> list[str]:
+    if len(paired) < 2:
+        return [f"{paired[0]:+.2f}" if paired else "", ""]
+    centre, half = interval(paired)
+    return [f"{centre:+.2f} ± {half:.2f}", verdict(centre, half)]
 
 
 def plot_accuracy(lines: Lines, path: Path) -> None:
@@ -96,7 +108,7 @@ def plot_ranks(lines: Lines, metric: str, fraction: float, path: Path) -> None:
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for i, names in enumerate(chosen.values()):
         for j, layer in enumerate(layers):
-            text = "D" if names[layer] == "dense" else names[layer].removeprefix("r")
+            text = "D" if names[layer] == DENSE else names[layer].removeprefix("r")
             axes.text(j, i, text, ha="center", va="center", fontsize=8, color="black" if shares[i, j] > 0.55 else "white")
     axes.set_yticks(range(len(chosen)), list(chosen))
     axes.set_xticks(range(len(layers)), [n.removeprefix("layer") for n in layers], rotation=60, ha="right", fontsize=8)
