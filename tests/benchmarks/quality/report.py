@@ -17,6 +17,7 @@ from nni_haloc.ranks import DENSE, parse_rank
 
 BLIND = {"uniform", "energy", "vbmf"}
 """Rules whose ranks follow one number for all layers: they keep the budget, but do not see what each candidate costs."""
+NAMES = {"macs": "MACs", "latency_ms": "latency", "params": "parameters"}
 TIED = 0.7
 """Half-width, in points, below which an interval that contains 0 means a tie."""
 
@@ -51,9 +52,8 @@ def table(lines: Lines, metric: str, fraction: float, kind: str) -> str:
     result = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
     for method, found in sorted(rows.items(), key=lambda item: item[0] != "haloc"):
         cells = [method, "no" if method in BLIND else "yes", f"{_percent(found, 'top1', 2)} ({len(found)})"]
-        cells += _lead(
-            [100 * (ours[seed]["top1"] - line["top1"]) for seed, line in found.items() if seed in ours] if method != "haloc" else []
-        )
+        others = found if method != "haloc" else {}
+        cells += _lead([100 * (ours[seed]["top1"] - line["top1"]) for seed, line in others.items() if seed in ours])
         cells.append("/".join(sorted({str(line["epochs"]) for line in found.values()})))
         cells.append(" + ".join(f"{mean(line[key] for line in found.values()) / 60:.1f}" for key in ("choose_s", "finetune_s")))
         cells += [_percent(found, key) for key in ("cost_fraction", "macs_fraction", "params_fraction")]
@@ -77,7 +77,7 @@ def plot_accuracy(lines: Lines, path: Path) -> None:
     """Accuracy over the share of the MACs: mean over the seeds, with their range."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="MACs, % of the original's", ylabel=f"top-1, % ({lines[0]['score']})")
-    for (method, marker), style in zip(_marked(lines), itertools.cycle(["-", "--", ":", "-."]), strict=False):
+    for i, ((method, marker), style) in enumerate(zip(_marked(lines), itertools.cycle(["-", "--", ":", "-."]), strict=False)):
         points = defaultdict(list)
         for line in lines:
             if line["method"] == method and line["metric"] == "macs" and line["table"] == EQUAL_TUNING and line["decomposition"] == "auto":
@@ -85,7 +85,8 @@ def plot_accuracy(lines: Lines, path: Path) -> None:
         x = sorted(points)
         y = np.array([mean(points[f]) for f in x])
         spread = [y - [min(points[f]) for f in x], [max(points[f]) for f in x] - y] if x else None
-        axes.errorbar([100 * f for f in x], y, spread, marker=marker, linestyle=style, capsize=3, label=method)
+        shifted = [100 * f + 0.12 * i for f in x]  # that error bars do not hide each other
+        axes.errorbar(shifted, y, spread, marker=marker, linestyle=style, capsize=3, label=method)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
@@ -112,7 +113,7 @@ def plot_ranks(lines: Lines, metric: str, fraction: float, path: Path) -> None:
             axes.text(j, i, text, ha="center", va="center", fontsize=8, color="black" if shares[i, j] > 0.55 else "white")
     axes.set_yticks(range(len(chosen)), list(chosen))
     axes.set_xticks(range(len(layers)), [n.removeprefix("layer") for n in layers], rotation=60, ha="right", fontsize=8)
-    axes.set_title(f"ranks at {100 * fraction:g} % of the {metric.replace('_ms', '')} (D: dense)", fontsize=10)
+    axes.set_title(f"ranks at {100 * fraction:g} % of the {NAMES[metric]} (D: dense)", fontsize=10)
     figure.colorbar(image, label="share of the full rank")
     figure.savefig(path, dpi=150)
 
@@ -132,7 +133,7 @@ def main(
             if any(
                 (line["metric"], line["fraction"], line["table"], line["method"]) == (metric, fraction, kind, "haloc") for line in lines
             ):
-                print(f"\n{100 * fraction:g} % of the {metric}, {kind}\n\n{table(lines, metric, fraction, kind)}")
+                print(f"\n{100 * fraction:g} % of the {NAMES[metric]}, {kind}\n\n{table(lines, metric, fraction, kind)}")
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
         plot_accuracy(lines, plots / "quality.png")
