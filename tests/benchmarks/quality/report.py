@@ -1,6 +1,7 @@
 """Tables and plots of a study's rows: python tests/benchmarks/quality/report.py docs/raw/quality.jsonl --plots docs/images"""
 
 import itertools
+import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -23,7 +24,7 @@ TIED = 0.7
 
 COLUMNS = (
     *("method", "sees costs", "top-1, % (seeds)", "haloc's lead, points (95 %)", "", "epochs", "minutes: ranks + tuning"),
-    *("cost, %", "MACs, %", "parameters, %", "dense layers"),
+    *("cost, %", "MACs, %", "parameters, %", "latency, %", "dense layers"),
 )
 Lines = list[dict[str, Any]]
 
@@ -40,7 +41,7 @@ def verdict(centre: float, half: float) -> str:
     return "tied" if half < TIED else "not told apart"
 
 
-def table(lines: Lines, metric: str, fraction: float, kind: str) -> str:
+def table(lines: Lines, ms: dict[str, float], metric: str, fraction: float, kind: str) -> str:
     """One budget and kind of equality: each method with haloc's lead over it, paired by seed. A rule has one line for both kinds."""
     rows: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in lines:
@@ -57,6 +58,8 @@ def table(lines: Lines, metric: str, fraction: float, kind: str) -> str:
         cells.append("/".join(sorted({str(line["epochs"]) for line in found.values()})))
         cells.append(" + ".join(f"{mean(line[key] for line in found.values()) / 60:.1f}" for key in ("choose_s", "finetune_s")))
         cells += [_percent(found, key) for key in ("cost_fraction", "macs_fraction", "params_fraction")]
+        measured = [ms.get(json.dumps(line["ranks"])) for line in found.values()]
+        cells.append("" if None in measured else f"{100 * mean(m / ms['original'] for m in measured if m):.0f}")
         cells.append(f"{mean(list(line['ranks'].values()).count(DENSE) for line in found.values()):.1f}")
         result.append("| " + " | ".join(cells) + " |")
     return "\n".join(result)
@@ -126,14 +129,15 @@ def main(
     raw: Annotated[Path, typer.Argument()] = HERE.parents[2] / "docs" / "raw" / "quality.jsonl",
     plots: Annotated[Path | None, typer.Option(help="folder for the plots")] = None,
 ) -> None:
-    lines = read(raw)
+    lines, latencies = read(raw), raw.with_name(f"{raw.stem}-latency.json")
+    ms = json.loads(latencies.read_text(encoding="utf-8")) if latencies.exists() else {}
     cells = sorted({(line["metric"], line["fraction"]) for line in lines}, reverse=True)
     for metric, fraction in cells:
         for kind in (EQUAL_TUNING, EQUAL_COMPUTE):
             if any(
                 (line["metric"], line["fraction"], line["table"], line["method"]) == (metric, fraction, kind, "haloc") for line in lines
             ):
-                print(f"\n{100 * fraction:g} % of the {NAMES[metric]}, {kind}\n\n{table(lines, metric, fraction, kind)}")
+                print(f"\n{100 * fraction:g} % of the {NAMES[metric]}, {kind}\n\n{table(lines, ms, metric, fraction, kind)}")
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
         plot_accuracy(lines, plots / "quality.png")
