@@ -8,6 +8,8 @@ from . import checkpoint
 from .compression import RANKS_FILE, restructure
 from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, Job, clear, finetuning_identity
 from .log import logger
+from .nas import RankSpace
+from .nas.multitrial import MultiTrial, run_multitrial
 from .predictors import worthwhile
 from .ranks import RankPlan, find_layers
 from .rules import Problem, plan
@@ -16,6 +18,12 @@ from .yaml_files import ConfigError
 
 EVERY_RANK = {"uniform", "energy", "alds", "error-knapsack"}
 """Rules that run no candidate: they see every rank where the settings leave the step open, so that they can use the whole budget."""
+
+NNI_STRATEGIES: dict[str, MultiTrial] = {"nni-evolution": "regularized-evolution", "nni-random": "random"}
+"""Rules that are strategies of NNI's, to its name for them."""
+
+TRIALS = 400
+"""Networks that these try: in time about the sensitivities of all candidates (some 150 passes) and one epoch of the search, ResNet-20."""
 
 
 def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
@@ -34,7 +42,7 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
         logger.info("%s was made with other settings: starting anew", state)
     try:
         problem = _problem(job)
-        found = plan(problem, config.rule)
+        found, network = _by_nni(job, problem) if config.rule in NNI_STRATEGIES else _by_thumb(problem, config.rule)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from None
     clear(job.folder)
@@ -42,9 +50,23 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
     logger.info(
         "plan of rule %s: cost %.6g of %.6g %s, budget %.6g", *(fact[k] for k in ("rule", "cost", "original_cost", "metric", "budget"))
     )
-    network = problem.network(found.names)
     job.save(network, found)
     return found, network
+
+
+def _by_thumb(problem: Problem, rule: str) -> tuple[RankPlan, nn.Module]:
+    found = plan(problem, rule)
+    return found, problem.network(found.names)
+
+
+def _by_nni(job: Job, problem: Problem) -> tuple[RankPlan, nn.Module]:
+    """The network of least cross-entropy on the calibration images that a strategy of NNI's found in the search's rank space."""
+    rule, costs = job.config.rule, [limit.costs for limit in problem.limits]
+    space = RankSpace(job.model, job.example, costs, rank_rules(job.config), problem.images, problem.decomposition)
+    choice = run_multitrial(space, problem.limits, lambda network: -problem.loss(network), NNI_STRATEGIES[rule], TRIALS, problem.seed)
+    first, *others = (limit.facts(choice) for limit in problem.limits)
+    facts = {"rule": rule, **first, "also": others, "seed": problem.seed}
+    return RankPlan({layer: problem.candidates[layer][name] for layer, name in choice.items()}, facts), space.freeze(choice)
 
 
 def _problem(job: Job) -> Problem:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 import yaml
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .config import load_config
+from .sections import Rule
 from .yaml_files import ConfigError, parse_yaml
 
 app = typer.Typer(
@@ -43,13 +44,13 @@ def run_command(run_file: RunFile, out: Out = Path("haloc-run"), set_: Changes =
 @app.command("baseline")
 def baseline_command(
     run_file: RunFile,
-    rule: Annotated[str, typer.Option(help="how ranks are chosen: uniform, energy, alds, error-knapsack, sensitivity-knapsack")],
+    rule: Annotated[str, typer.Option(help=f"how ranks are chosen: {', '.join(get_args(Rule)[1:])}")],
     budget: Annotated[float | None, typer.Option(help="fraction of the original's cost (default: the file's budget)")] = None,
     out: Out = Path("haloc-baseline"),
     set_: Changes = None,
     resume: Resume = False,
 ) -> None:
-    """As `run`, with ranks by a rule of thumb in the place of the search: something to compare with."""
+    """As `run`, with ranks by a rule of thumb or a strategy of NNI's in the place of the search: something to compare with."""
     fraction = [] if budget is None else [f"budget.fraction={budget}"]
     run_command(run_file, out, [*(set_ or []), f"rule={rule}", *fraction], resume)
 

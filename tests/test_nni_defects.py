@@ -10,16 +10,24 @@ from pathlib import Path
 import nni
 import pytest
 import torch
+from nni.nas.evaluator import FunctionalEvaluator
 from nni.nas.evaluator.pytorch import Lightning
+from nni.nas.execution import SequentialExecutionEngine
+from nni.nas.experiment import NasExperiment, NasExperimentConfig
 from nni.nas.nn.pytorch import LayerChoice
 from nni.nas.oneshot.pytorch.profiler import ExpectationProfilerPenalty
 from nni.nas.oneshot.pytorch.supermodule.proxyless import ProxylessMixedLayer
 from nni.nas.profiler import ExpressionProfiler
+from nni.nas.space import RawFormatModelSpace, SimplifiedModelSpace
+from nni.nas.strategy import Random
+from nni.nas.strategy.middleware import Chain, Filter
 from test_search import search, state
 from torch import nn
 
-from nni_haloc import RankSpace
+from nni_haloc import Limit, RankSpace
+from nni_haloc.budget import cheapest
 from nni_haloc.experiment import check_experiment, trial_results, warm_up_manager
+from nni_haloc.nas.multitrial import run_multitrial
 from nni_haloc.yaml_files import ConfigError
 
 PACKAGE = Path(__file__).parents[1] / "nni_haloc"
@@ -131,6 +139,72 @@ def test_the_evaluator_is_lightning_with_both_loaders(net, images, loaders):
     evaluator = search(net, images, loaders)._mutated_model_space.evaluator
     assert isinstance(evaluator, Lightning)
     assert set(evaluator.train_dataloaders) == {"train", "val"}
+
+
+def stock_experiment(space, evaluate, folder, strategy=None):
+    config = NasExperimentConfig("sequential", "raw", "local", max_trial_number=3, experiment_working_directory=str(folder))
+    return NasExperiment(space, FunctionalEvaluator(evaluate), strategy or Random(seed=0), config)
+
+
+def test_an_experiment_in_a_trial_takes_the_trials_parameters_and_ours_gives_them_back(net, images, monkeypatch):
+    """Whatever the trial reports afterwards would count as another's."""
+    space, own = RankSpace(net, images[:1]), {"parameter_id": 7, "parameters": {"seed": 1}}
+    monkeypatch.setattr(nni.trial, "_params", own)
+    model = RawFormatModelSpace.from_model(space, FunctionalEvaluator(lambda network: nni.report_final_result(0.0))).random()
+    SequentialExecutionEngine().submit_models(model)
+    assert nni.trial._params == {"parameter_id": 0, "parameters": model}
+    nni.trial._params = own
+    run_multitrial(space, [Limit(space.costs, space.costs.original)], lambda network: 0.0, "random", 2)
+    assert nni.trial._params is own
+
+
+def test_an_experiment_swallows_ctrl_c_and_enters_itself_in_a_list_and_ours_does_neither(net, images, monkeypatch, tmp_path):
+    entered = []
+
+    class List:
+        def add_experiment(self, *args, **kwargs):
+            entered.append(args[0])
+
+        def update_experiment(self, *args):
+            pass
+
+    def interrupted(network):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nni.nas.experiment.experiment.Experiments", List)
+    space = RankSpace(net, images[:1])
+    stock = stock_experiment(space, interrupted, tmp_path)
+    assert stock.run() is None
+    assert entered == [stock.id]
+    with pytest.raises(KeyboardInterrupt):
+        run_multitrial(space, [Limit(space.costs, space.costs.original)], interrupted, "random", 2)
+    assert entered == [stock.id]
+
+
+def test_a_filter_that_nothing_passes_ends_the_search_in_silence_and_ours_finds_the_one_network(net, images, monkeypatch, tmp_path):
+    space = RankSpace(net, images[:1])
+    only = cheapest(space.candidates, space.costs)
+    limit = Limit(space.costs, space.costs.total(only))
+    monkeypatch.setattr("nni.nas.experiment.experiment.Experiments", type("List", (), {"__getattr__": lambda *_: lambda *a, **k: None}))
+    filtered = Chain(Random(seed=0), Filter(lambda model: False, patience=20))
+    stock = stock_experiment(space, lambda network: nni.report_final_result(0.0), tmp_path, filtered)
+    assert stock.run() is True
+    assert stock.export_top_models() == []
+    stock.stop()
+    for strategy in ("random", "regularized-evolution"):
+        assert run_multitrial(space, [limit], lambda network: 0.0, strategy, 3) == only
+
+
+def test_a_multi_trial_experiment_would_make_each_network_anew_from_arguments_unless_told_not_to(net, images):
+    space = RankSpace(net, images[:1])
+    config = NasExperimentConfig.default(space, FunctionalEvaluator(print), Random())
+    assert (config.execution_engine.name, config.model_format.name) == ("ts", "simplified")
+    with pytest.raises(TypeError, match="missing"):
+        SimplifiedModelSpace.from_model(space).random().executable_model()
+    seen = []
+    run_multitrial(space, [Limit(space.costs, space.costs.original)], lambda network: seen.append(network.head.weight) or 0.0, "random", 2)
+    assert all(torch.equal(weight, net.head.weight) for weight in seen)
+    assert len(seen) == 2
 
 
 def test_a_trial_asks_for_its_parameters_before_any_heavy_import():
