@@ -42,7 +42,11 @@ def images():
 
 
 @pytest.fixture
-def loaders(images):
-    labels = torch.randint(0, 4, (64,), generator=torch.Generator().manual_seed(2))
+def labels():
+    return torch.randint(0, 4, (64,), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def loaders(images, labels):
     data = TensorDataset(images, labels)
     return tuple(DataLoader(data, 16, shuffle=True, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
