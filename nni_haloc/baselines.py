@@ -16,7 +16,7 @@ from .rules import Problem, plan
 from .tables import limits_of, rank_rules
 from .yaml_files import ConfigError
 
-EVERY_RANK = {"uniform", "energy", "alds", "error-knapsack"}
+EVERY_RANK = {"uniform", "energy", "alds", "vbmf", "error-knapsack", "learned"}
 """Rules that run no candidate: they see every rank where the settings leave the step open, so that they can use the whole budget."""
 
 NNI_STRATEGIES: dict[str, MultiTrial] = {"nni-evolution": "regularized-evolution", "nni-random": "random"}
@@ -78,4 +78,4 @@ def _problem(job: Job) -> Problem:
     candidates, _ = worthwhile(found, [limit.costs for limit in limits], [name for name in found if rules.pins(name)])
     images, labels = job.splits.labelled("plain", r.calibration_images, config.seed)
     method = None if r.decomposition == "auto" else r.decomposition
-    return Problem(job.model, layers.specs, candidates, limits, images, labels, method, config.seed)
+    return Problem(job.model, layers.specs, candidates, limits, images, labels, method, config.seed, job.loader("train", shuffle=True))

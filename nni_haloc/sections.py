@@ -33,7 +33,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Metric = Literal["macs", "params", "latency_ms"]
-Rule = Literal["search", "uniform", "energy", "alds", "error-knapsack", "sensitivity-knapsack", "nni-evolution", "nni-random"]
+Rule = Literal[
+    "search", "uniform", "energy", "alds", "vbmf", "error-knapsack", "sensitivity-knapsack", "random", "learned",
+    "nni-evolution", "nni-random",
+]  # fmt: skip
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 

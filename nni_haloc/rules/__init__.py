@@ -4,16 +4,22 @@ from collections.abc import Callable
 
 from ..budget import Choice
 from ..ranks import RankPlan
+from .draws import random
 from .knapsacks import error_knapsack, sensitivity_knapsack
+from .learned import learned
 from .problem import Problem
 from .thresholds import alds, energy, uniform
+from .vbmf import vbmf
 
 RULES: dict[str, Callable[[Problem], Choice]] = {
     "uniform": uniform,
     "energy": energy,
     "alds": alds,
+    "vbmf": vbmf,
     "error-knapsack": error_knapsack,
     "sensitivity-knapsack": sensitivity_knapsack,
+    "random": random,
+    "learned": learned,
 }
 """Name to rule."""
 

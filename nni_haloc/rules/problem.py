@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ..budget import Limit, check_feasible
 from ..candidates import build_candidates, patch_covariances, replace_modules
@@ -21,8 +22,9 @@ from ..tucker import LowRank, Method, Tucker2, output_error, reconstruct
 class Problem:
     """A trained network, its rank candidates, and the limits that a rule's choice must keep.
 
-    ``images (N, ...)`` and ``labels (N,)``: training images without augmentation, all that a rule may look at. ``candidates``: layer to
-    candidate name to rank. ``decomposition``: None is by the data. Raises `InfeasibleBudget` where no choice keeps the limits.
+    ``images (N, ...)`` and ``labels (N,)``: some training images without augmentation; ``train``: batches of all of them, augmented, for
+    rules that train. ``candidates``: layer to candidate name to rank. ``decomposition``: None is by the data. Raises `InfeasibleBudget`
+    where no choice keeps the limits.
     """
 
     model: nn.Module
@@ -33,6 +35,7 @@ class Problem:
     labels: Tensor
     decomposition: Method | None = None
     seed: int = 0
+    train: DataLoader | None = None
 
     def __post_init__(self) -> None:
         check_feasible(self.candidates, self.limits)

@@ -16,7 +16,7 @@ from .problem import Problem
 def uniform(problem: Problem) -> Choice:
     """One fraction of the channels in every layer ("Std. Tucker"): of each layer the largest candidate with no larger a fraction.
 
-    What the fraction leaves of the budget goes to as many layers as can have their next candidate.
+    What the fraction leaves of the budget goes to layers that the next larger one gives more.
     """
     shares = {layer: {name: _share(problem.specs[layer], rank) for name, rank in row.items()} for layer, row in problem.candidates.items()}
 
@@ -28,11 +28,7 @@ def uniform(problem: Problem) -> Choice:
         return found
 
     fractions = sorted({max(share) for row in shares.values() for share in row.values()}, reverse=True)
-    low = _first(problem, choice, fractions)
-    above = [more for more in map(choice, reversed(fractions)) if all(sum(shares[n][more[n]]) >= sum(shares[n][low[n]]) for n in low)]
-    high = next((more for more in above if more != low), low)
-    steps = {layer: {low[layer]: 0.0, high[layer]: sum(shares[layer][high[layer]]) - sum(shares[layer][low[layer]])} for layer in low}
-    return choose(steps, problem.limits)
+    return filled(problem, choice, fractions)
 
 
 def energy(problem: Problem) -> Choice:
@@ -40,10 +36,7 @@ def energy(problem: Problem) -> Choice:
 
     Costs have no say in which candidate a layer gets, only in the threshold.
     """
-    sizes = {
-        layer: {name: sum(_share(problem.specs[layer], rank)) for name, rank in row.items()} for layer, row in problem.candidates.items()
-    }
-    return _threshold(problem, problem.errors, lambda layer, name: sizes[layer][name])
+    return _threshold(problem, problem.errors, lambda layer, name: _size(problem, layer, name))
 
 
 def alds(problem: Problem) -> Choice:
@@ -81,6 +74,20 @@ def _first(problem: Problem, choice: Callable[[float], Choice], numbers: list[fl
         if problem.holds(found):
             return found
     return check_feasible(problem.candidates, problem.limits)
+
+
+def filled(problem: Problem, choice: Callable[[float], Choice], numbers: list[float]) -> Choice:
+    """The choice for the first of ``numbers``, best first, that keeps the limits; what it leaves of the budget goes to layers that the next
+    better number gives a larger rank, as much rank as fits."""
+    low = _first(problem, choice, numbers)
+    size = {layer: _size(problem, layer, name) for layer, name in low.items()}
+    larger = (more for more in map(choice, reversed(numbers)) if more != low and all(_size(problem, n, more[n]) >= size[n] for n in low))
+    high = next(larger, low)
+    return choose({n: {low[n]: 0.0, high[n]: _size(problem, n, high[n]) - size[n]} for n in low}, problem.limits)
+
+
+def _size(problem: Problem, layer: str, name: str) -> float:
+    return sum(_share(problem.specs[layer], problem.candidates[layer][name]))
 
 
 def _share(spec: LayerSpec, rank: Rank) -> tuple[float, ...]:
