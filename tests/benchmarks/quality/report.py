@@ -99,7 +99,7 @@ def plot_ranks(lines: Lines, metric: str, fraction: float, path: Path) -> None:
     """Which share of its full rank each layer keeps, one row a method (seed 0)."""
     chosen = {
         line["method"]: line["ranks"]
-        for line in lines
+        for line in sorted(lines, key=lambda line: line["method"] != "haloc")
         if (line["metric"], line["fraction"], line["seed"], line["table"]) == (metric, fraction, 0, EQUAL_TUNING)
         and line["decomposition"] == "auto"
     }
@@ -128,16 +128,22 @@ def _marked(lines: Lines) -> list[tuple[str, str]]:
 def main(
     raw: Annotated[Path, typer.Argument()] = HERE.parents[2] / "docs" / "raw" / "quality.jsonl",
     plots: Annotated[Path | None, typer.Option(help="folder for the plots")] = None,
+    into: Annotated[Path | None, typer.Option(help="a page whose tables are replaced; else they are printed")] = None,
 ) -> None:
     lines, latencies = read(raw), raw.with_name(f"{raw.stem}-latency.json")
     ms = json.loads(latencies.read_text(encoding="utf-8")) if latencies.exists() else {}
-    cells = sorted({(line["metric"], line["fraction"]) for line in lines}, reverse=True)
-    for metric, fraction in cells:
-        for kind in (EQUAL_TUNING, EQUAL_COMPUTE):
-            if any(
-                (line["metric"], line["fraction"], line["table"], line["method"]) == (metric, fraction, kind, "haloc") for line in lines
-            ):
-                print(f"\n{100 * fraction:g} % of the {NAMES[metric]}, {kind}\n\n{table(lines, ms, metric, fraction, kind)}")
+    cells = sorted({(line["metric"], line["fraction"]) for line in lines if line["method"] == "haloc"}, reverse=True)
+    tables = [
+        f"\n**{100 * fraction:g} % of the {NAMES[metric]}, {kind}**\n\n{table(lines, ms, metric, fraction, kind)}\n"
+        for metric, fraction in cells
+        for kind in (EQUAL_TUNING, EQUAL_COMPUTE)
+    ]
+    if into is None:
+        print("".join(tables))
+    else:
+        before, mark, rest = into.read_text(encoding="utf-8").partition("<!-- tables -->\n")
+        end = rest.index("<!-- end of tables -->")
+        into.write_text(before + mark + "".join(tables) + "\n" + rest[end:], encoding="utf-8")
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
         plot_accuracy(lines, plots / "quality.png")
