@@ -15,6 +15,9 @@ from .predictors import CostTable
 _ROOM = 1e4
 """A limit's room in the solver's terms: its tolerance is an absolute 1e-6, so 1e-10 of the room. The scores are spread as wide."""
 
+_NEARLY = 1e-8
+"""Share of a budget by which a choice may miss the floor: costs are sums, and a budget may be the very cost of a choice."""
+
 _CUTS = 8
 """Choices just above a limit that are cut off one by one; after them the room is tightened, which may cut off what just fits, too."""
 
@@ -122,7 +125,7 @@ def _best(scores: Scores, limits: Sequence[Limit], floor: tuple[Limit, float] | 
         excess[k] = [limit.costs.costs[layer][name] - limit.costs.costs[layer][choice[layer]] for layer, name in flat]
         room[k], low[k] = _ROOM, -np.inf
         if floor and limit is floor[0]:
-            low[k] = _ROOM - (1 - floor[1]) * limit.budget / scale[k]
+            low[k] = _ROOM - (1 - floor[1] + _NEARLY) * limit.budget / scale[k]
     excess /= scale[:, None]
     attempt = 0
     while True:

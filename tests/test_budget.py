@@ -5,7 +5,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nni_haloc.budget import InfeasibleBudget, Limit, cheapest, check_feasible, choose
@@ -79,7 +79,14 @@ def test_no_limit_of_several_is_exceeded_and_the_score_is_the_best(problem):
     check(*problem)
 
 
+def hardly_anything_to_choose():
+    """All but a millionth of the cost is fixed."""
+    costs = {"l0": {"dense": 2.0, "r1": 1.0}}
+    return {"l0": {"dense": 0.0, "r1": 0.0}}, [Limit(CostTable("macs", costs, 1048574.0), 1048576.0)]
+
+
 @settings(max_examples=200, deadline=None)
+@example(hardly_anything_to_choose(), 1.0)
 @given(problems(most_limits=2), st.sampled_from([0.5, 0.9, 0.95, 1.0]))
 def test_a_budget_is_used_wherever_it_can_be(problem, use):
     scores, limits = problem
