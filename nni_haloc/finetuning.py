@@ -83,7 +83,7 @@ class _Training(pl.LightningModule):
     def __init__(self, model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher: nn.Module | None, distill: float) -> None:
         super().__init__()
         self.model, self.recipe, self.steps_per_epoch = model.train(), recipe, steps_per_epoch
-        self.teacher = [copy.deepcopy(teacher).eval()] if teacher else []  # in a list: no part of what is trained and kept
+        self.teacher = [] if teacher is None else [copy.deepcopy(teacher).eval()]  # in a list: no part of what is trained and kept
         self.distill = distill
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
