@@ -12,7 +12,7 @@ from .nas import RankSpace
 from .nas.multitrial import MultiTrial, run_multitrial
 from .predictors import worthwhile
 from .ranks import RankPlan, find_layers
-from .rules import Problem, plan
+from .rules import Problem, described, plan
 from .tables import limits_of, rank_rules
 from .yaml_files import ConfigError
 
@@ -64,9 +64,7 @@ def _by_nni(job: Job, problem: Problem) -> tuple[RankPlan, nn.Module]:
     rule, costs = job.config.rule, [limit.costs for limit in problem.limits]
     space = RankSpace(job.model, job.example, costs, rank_rules(job.config), problem.images, problem.decomposition)
     choice = run_multitrial(space, problem.limits, lambda network: -problem.loss(network), NNI_STRATEGIES[rule], TRIALS, problem.seed)
-    first, *others = (limit.facts(choice) for limit in problem.limits)
-    facts = {"rule": rule, **first, "also": others, "seed": problem.seed}
-    return RankPlan({layer: problem.candidates[layer][name] for layer, name in choice.items()}, facts), space.freeze(choice)
+    return described(problem, choice, rule), space.freeze(choice)
 
 
 def _problem(job: Job) -> Problem:

@@ -28,10 +28,14 @@ def plan(problem: Problem, rule: str) -> RankPlan:
     """The ranks that a rule chooses, within every limit; ValueError for an unknown rule."""
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, found {rule!r}")
-    choice = RULES[rule](problem)
+    return described(problem, RULES[rule](problem), rule)
+
+
+def described(problem: Problem, choice: Choice, rule: str) -> RankPlan:
+    """The plan of a choice, with the facts of how it was made."""
     first, *others = (limit.facts(choice) for limit in problem.limits)
     facts = {"rule": rule, **first, "also": others, "seed": problem.seed}
     return RankPlan({layer: problem.candidates[layer][name] for layer, name in choice.items()}, facts)
 
 
-__all__ = ["RULES", "Problem", "plan"]
+__all__ = ["RULES", "Problem", "described", "plan"]
