@@ -21,6 +21,8 @@ BLIND = {"uniform", "energy", "vbmf"}
 NAMES = {"macs": "MACs", "latency_ms": "latency", "params": "parameters"}
 TIED = 0.7
 """Half-width, in points, below which an interval that contains 0 means a tie."""
+HOW = ("hosvd", "auto")
+"""``rank_space.decomposition``: by the weights alone, and the default, by the data."""
 
 COLUMNS = (
     *("method", "sees costs", "top-1, % (seeds)", "haloc's lead, points (95 %)", "", "epochs", "minutes: ranks + tuning"),
@@ -62,6 +64,20 @@ def table(lines: Lines, ms: dict[str, float], metric: str, fraction: float, kind
         cells.append("" if None in measured else f"{100 * mean(m / ms['original'] for m in measured if m):.0f}")
         cells.append(f"{mean(list(line['ranks'].values()).count(DENSE) for line in found.values()):.1f}")
         result.append("| " + " | ".join(cells) + " |")
+    return "\n".join(result)
+
+
+def decompositions(lines: Lines) -> str:
+    """Same ranks, factors by the weights alone and by the data: validation top-1 before fine-tuning, and the score after it."""
+    rows: dict[tuple[str, float, int], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for line in lines:
+        if line["metric"] == "macs" and line["table"] == EQUAL_TUNING:
+            rows[line["method"], line["fraction"], line["seed"]][line["decomposition"]] = line
+    result = ["| ranks by | before fine-tuning: weights alone | data | after: weights alone | data |", "| --- " * 5 + "|"]
+    for (method, _, _), found in rows.items():
+        if set(HOW) <= set(found):
+            cells = [f"{100 * found[how]['val'][0]:.1f}" for how in HOW] + [f"{100 * found[how]['top1']:.2f}" for how in HOW]
+            result.append("| " + " | ".join([method, *cells]) + " |")
     return "\n".join(result)
 
 
@@ -138,6 +154,8 @@ def main(
         for metric, fraction in cells
         for kind in (EQUAL_TUNING, EQUAL_COMPUTE)
     ]
+    if any(line["decomposition"] == HOW[0] for line in lines):
+        tables.append(f"\n**Decomposition by the weights alone, and by the data**\n\n{decompositions(lines)}\n")
     if into is None:
         print("".join(tables))
     else:
