@@ -3,6 +3,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 NNI_PLATFORMS = "platform_machine == 'x86_64' or platform_machine == 'AMD64'"  # nni has wheels for these alone
+TENSORBOARD = ["tensorboard>=2.18"]
+ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 
 setup(
     name="nni-haloc",
@@ -33,8 +35,9 @@ setup(
         "rich>=13.0",
     ],
     extras_require={
-        "tensorboard": ["tensorboard>=2.18"],
-        "test": ["tensorboard>=2.18", "pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.15", "types-PyYAML", "types-requests"],
+        "tensorboard": TENSORBOARD,
+        "onnx": ONNX,
+        "test": [*TENSORBOARD, *ONNX, "pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.15", "types-PyYAML", "types-requests"],
         "docs": ["mkdocs>=1.6"],
     },
     entry_points={"console_scripts": ["haloc=nni_haloc.cli:main"]},

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .finetuning import accuracy, finetune, recalibrate
     from .fronts import front
     from .nas import Haloc, RankSpace, classification
-    from .predictors import CostTable, latency_table, mac_table, measure_latency, param_table
+    from .predictors import CostTable, Timing, TorchRuntime, latency_table, mac_table, measure_latency, param_table
     from .ranks import RankPlan, RankRules
     from .recipe import Recipe
     from .sensitivity import sensitivities
@@ -25,7 +25,7 @@ _HOMES = {
     "finetuning": ("accuracy", "finetune", "recalibrate"),
     "fronts": ("front",),
     "nas": ("Haloc", "RankSpace", "classification"),
-    "predictors": ("CostTable", "latency_table", "mac_table", "measure_latency", "param_table"),
+    "predictors": ("CostTable", "Timing", "TorchRuntime", "latency_table", "mac_table", "measure_latency", "param_table"),
     "ranks": ("RankPlan", "RankRules"),
     "recipe": ("Recipe",),
     "sensitivity": ("sensitivities",),

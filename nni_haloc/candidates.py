@@ -111,16 +111,6 @@ def build_candidates(
     return built
 
 
-def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
-    """Put each named module in the place of the old one, under every name that the old one has."""
-    named = dict(model.named_modules())
-    replacements = {named[name]: module for name, module in new.items()}
-    for parent in list(model.modules()):
-        for child_name, child in parent._modules.items():
-            if child in replacements:
-                parent._modules[child_name] = replacements[child]
-
-
 def _patch_size(spec: LayerSpec) -> int:
     return spec.in_channels * spec.kernel_size[0] * spec.kernel_size[1]
 

@@ -1,8 +1,9 @@
-"""The command line: ``haloc run``, ``baseline``, ``search``, ``front``, ``check``, ``results``."""
+"""The command line: ``haloc run``, ``baseline``, ``search``, ``front``, ``check``, ``results``, ``measure``, ``spec``."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -137,6 +138,33 @@ def results_command(
     for row in rows:
         table.add_row(*(_shown(row.get(column)) for column in columns))
     _print(table)
+
+
+_FORWARDED = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.command("measure", context_settings=_FORWARDED)
+def measure_command(context: typer.Context) -> None:
+    """Measure what every candidate of every layer costs on this device (--help: the options)."""
+    from .measure import measure_main
+
+    _forward(measure_main, context.args)
+
+
+@app.command("spec", context_settings=_FORWARDED)
+def spec_command(context: typer.Context) -> None:
+    """Write what another device has to measure, without model or weights (--help: the options)."""
+    from .measure import spec_main
+
+    _forward(spec_main, context.args)
+
+
+def _forward(program: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Their options stand where a device without typer finds them."""
+    try:
+        program(arguments)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
 
 
 def _print(table: Table) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .candidates import build_candidates, replace_modules
-from .layers import LayerSpec
+from .candidates import build_candidates
+from .layers import LayerSpec, replace_modules
 from .models import build_model
 from .ranks import RankPlan, rank_name
 from .tucker import Method

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
 from .sections import Budget, Cost, Count, Data, ExistingPath, Finetune, Model, Rule, Search, Section, Seed, Space
 from .yaml_files import ConfigError, read_yaml
+
+Validated = TypeVar("Validated", bound=Section)
 
 
 class Config(Section):
@@ -69,8 +71,17 @@ def load_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> C
 
 def parse_config(content: Mapping[str, Any], source: str | Path, folder: Path = Path()) -> Config:
     """The validated settings, paths relative to ``folder``; `ConfigError` names their ``source``."""
+    return _validated(Config, content, source, folder)
+
+
+def load_space(path: str | Path) -> Space:
+    """Read and validate a rank space's own file; `ConfigError` names the file and the key."""
+    return _validated(Space, read_yaml(Path(path)), path, Path())
+
+
+def _validated(section: type[Validated], content: Mapping[str, Any], source: str | Path, folder: Path) -> Validated:
     try:
-        return Config.model_validate(content, context={"folder": folder})
+        return section.model_validate(content, context={"folder": folder})
     except ValidationError as error:
         raise ConfigError(f"{source}: {_explain(error)}") from None
 

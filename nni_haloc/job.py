@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import seed_everything
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from . import checkpoint
@@ -22,6 +22,7 @@ from .models import build_model
 from .predictors import count_macs, measure_latency
 from .predictors.analytic import count_params
 from .ranks import RankPlan
+from .tables import latency_input, runtime_of
 from .yaml_files import ConfigError
 
 SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER, CHECKPOINT_FILE = "search", "finetuning", "front", "checkpoint.ckpt"
@@ -62,10 +63,10 @@ class Job:
             name, reason = self.config.model.name, str(error).splitlines()[0]
             raise ConfigError(f"model: {name} does not take the data's images or classes ({reason})") from None
 
-    def metrics(self, network: nn.Module, result: tuple[float, ...], baseline: tuple[float, ...], batch: Tensor) -> dict[str, float]:
-        """The final figures of a compressed network, a flat dict; latencies are of ``batch``, the two networks timed in alternation."""
-        nets, cost = {"original": self.model, "compressed": network}, self.config.cost
-        latency = measure_latency(nets, batch, memory_format=cost.memory_format, threads=cost.threads)
+    def metrics(self, network: nn.Module, result: tuple[float, ...], baseline: tuple[float, ...]) -> dict[str, float]:
+        """The final figures of a compressed network, a flat dict; latencies are of the settings' batch, the two timed in alternation."""
+        nets, batch = {"original": self.model, "compressed": network}, latency_input(self.config, self.example)
+        latency = measure_latency(nets, batch, runtime_of(self.config))
         (macs_before, params_before), (macs, params) = (self.size(net) for net in nets.values())
         metrics = {"default": result[0], "baseline_top1": baseline[0]}
         if len(result) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -138,17 +139,22 @@ class LayerSpec:
                 cast(Tensor, last_bias(layer)).copy_(bias)
         return layer
 
+    @property
+    def padded(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows added above and below, columns added left and right."""
+        if self.padding == "valid":
+            return (0, 0), (0, 0)
+        if self.padding == "same":
+            rows, columns = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
+            return (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2)
+        assert not isinstance(self.padding, str)
+        return (self.padding[0],) * 2, (self.padding[1],) * 2
+
     def pad(self, x: Tensor) -> Tensor:
         """The convolution's input with its padding made explicit, so that what follows needs no padding of its own."""
-        if self.kind == "linear" or self.padding in ("valid", (0, 0)):
+        (top, bottom), (left, right) = self.padded
+        if self.kind == "linear" or not any((top, bottom, left, right)):
             return x
-        if self.padding == "same":
-            totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            sides = [(t // 2, t - t // 2) for t in totals]
-        else:
-            assert not isinstance(self.padding, str)
-            sides = [(p, p) for p in self.padding]
-        (top, bottom), (left, right) = sides
         return F.pad(x, (left, right, top, bottom), mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def run(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
@@ -168,6 +174,16 @@ class LayerSpec:
             size = self.pad(torch.empty(1, 1, *input_shape[2:])).shape[2:]
         spatial = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(size, self.dilation, self.kernel_size, self.stride, strict=True)]
         return (input_shape[0], self.out_channels, *spatial)
+
+
+def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Put each named module in the place of the old one, under every name that the old one has."""
+    named = dict(model.named_modules())
+    replacements = {named[name]: module for name, module in new.items()}
+    for parent in list(model.modules()):
+        for child_name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[child_name] = replacements[child]
 
 
 def layout_of(weight: Tensor) -> torch.memory_format:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .device.files import DENSE
 from .layers import Kind, LayerSpec
 
-DENSE = "dense"
 PLAN_VERSION = 1
 
 Rank = tuple[int, ...] | None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .candidates import replace_modules
+from .layers import replace_modules
 from .ranks import evaluating
 
 

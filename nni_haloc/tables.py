@@ -10,16 +10,15 @@ from .budget import Limit
 from .compression import COSTS_FILE
 from .config import Config
 from .log import logger
-from .predictors import CostTable, latency_table, mac_table, param_table
+from .predictors import CostTable, TorchRuntime, latency_table, mac_table, param_table
 from .ranks import RankRules
-from .sections import Metric
+from .sections import Metric, Space
 from .yaml_files import ConfigError
 
 
-def rank_rules(config: Config, step: int | None = None) -> RankRules:
+def rank_rules(space: Space, step: int | None = None) -> RankRules:
     """The rank space's rules; ``step`` where the settings leave it open."""
-    r = config.rank_space
-    return RankRules(r.step or step, r.dense, r.equal, tuple(r.kinds), tuple(r.exclude), r.pin)
+    return RankRules(space.step or step, space.dense, space.equal, tuple(space.kinds), tuple(space.exclude), space.pin)
 
 
 def limits_of(config: Config, model: nn.Module, example: Tensor, rules: RankRules, folder: Path) -> list[Limit]:
@@ -64,8 +63,13 @@ def _cost_table(
     if metric == "latency_ms":
         logger.info("measuring the latency of every candidate")
         shape = latency_input(config, example)
-        return latency_table(model, shape, rules, memory_format=config.cost.memory_format, threads=config.cost.threads)
+        return latency_table(model, shape, rules, runtime_of(config))
     return (mac_table if metric == "macs" else param_table)(model, example, rules)
+
+
+def runtime_of(config: Config) -> TorchRuntime:
+    """What latency is measured with."""
+    return TorchRuntime(memory_format=config.cost.memory_format, threads=config.cost.threads)
 
 
 def latency_input(config: Config, example: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from nni_haloc import candidates
-from nni_haloc.candidates import _draw_patches, build_candidates, patch_covariances, replace_modules
-from nni_haloc.layers import LayerSpec, TuckerConv2d
+from nni_haloc.candidates import _draw_patches, build_candidates, patch_covariances
+from nni_haloc.layers import LayerSpec, TuckerConv2d, replace_modules
 from nni_haloc.ranks import RankRules, find_layers
 from nni_haloc.tucker import data_aware, hosvd, output_error, reconstruct, warm_hooi
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from nni_haloc.compression import restructure
+from nni_haloc.device import measuring
 from nni_haloc.models import build_model
-from nni_haloc.predictors import CostTable, count_macs, latency_table, mac_table, measure_latency, measured, param_table
+from nni_haloc.predictors import CostTable, Timing, TorchRuntime, count_macs, latency_table, mac_table, measure_latency, param_table
 from nni_haloc.predictors.analytic import count_params
 from nni_haloc.ranks import RankPlan, RankRules, parse_rank
 
@@ -45,24 +46,26 @@ class Twins(nn.Module):
 def test_each_distinct_shape_and_rank_is_timed_once_a_round(monkeypatch):
     calls = []
 
-    def timed(model, x, *_):
-        calls.append((type(model).__name__, tuple(x.shape)))
-        return 1e-3 * len(calls)
+    def timed(runs, *_):
+        calls.append(runs)
+        return dict.fromkeys(runs, 1e-3 * len(calls))
 
-    monkeypatch.setattr(measured, "_time", timed)
-    table = latency_table(Twins(), torch.randn(2, 8, 8, 8), RankRules(step=2), rounds=2)
+    monkeypatch.setattr(measuring, "time_together", timed)
+    table = latency_table(Twins(), torch.randn(2, 8, 8, 8), RankRules(step=2), timing=Timing(rounds=2))
     distinct = 2 * len(table.costs["a"])  # a and b are alike, c sees another shape
     assert len(calls) == 2 * (distinct + 1)
     assert table.costs["a"] == table.costs["b"] != table.costs["c"]
     assert table.metric == "latency_ms"
-    assert {"memory_format", "dtype", "threads", "input", "torch"} <= set(table.identity)
+    assert {"memory_format", "dtype", "threads", "input", "runtime", "device", "date", "runs"} <= set(table.identity)
+    assert table.spread["a"].keys() == table.costs["a"].keys()
 
 
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 def test_latency_is_measured_on_copies(memory_format):
     model, x = Twins().train(), torch.randn(2, 8, 8, 8)
-    table = latency_table(model, x, RankRules(step=4), memory_format=memory_format, min_run_time=1e-4, rounds=1, threads=1)
-    times = measure_latency({"original": model}, x, memory_format=memory_format, min_run_time=1e-4, rounds=1)
+    runtime = TorchRuntime(memory_format=memory_format, threads=1)
+    table = latency_table(model, x, RankRules(step=4), runtime, Timing(rounds=1, min_run_time=1e-4))
+    times = measure_latency({"original": model}, x, runtime, min_run_time=1e-4, rounds=1)
     assert all(cost > 0 for row in table.costs.values() for cost in row.values())
     assert times["original"] > 0
     assert model.training
@@ -70,11 +73,11 @@ def test_latency_is_measured_on_copies(memory_format):
     assert table.identity["memory_format"] == memory_format
 
 
-def test_layers_are_timed_in_the_inputs_precision(monkeypatch):
-    seen = []
-    monkeypatch.setattr(measured, "_time", lambda model, x, *_: seen.append((next(model.parameters()).dtype, x.dtype)) or 1.0)
-    table = latency_table(Twins().double(), torch.randn(2, 8, 8, 8, dtype=torch.float64), RankRules(step=4), rounds=1)
-    assert set(seen) == {(torch.float64, torch.float64)}
+def test_everything_is_timed_in_the_runtimes_precision(monkeypatch):
+    seen = set()
+    monkeypatch.setattr(TorchRuntime, "once", lambda self, run: seen.update(y.dtype for y in run()) or 1.0)
+    table = latency_table(Twins(), torch.randn(2, 8, 8, 8), RankRules(step=4), TorchRuntime(dtype="float64"), Timing(rounds=1))
+    assert seen == {torch.float64}
     assert table.identity["dtype"] == "float64"
 
 
@@ -105,7 +108,11 @@ def test_totals_and_restrictions_keep_the_rest_dense():
         (lambda c: c["costs"]["a"].update(r2=-1), "layer 'a', candidate 'r2': expected a positive cost, found -1"),
         (lambda c: c["costs"]["a"].update(r2=0), "found 0"),
         (lambda c: c["costs"]["a"].update(r2=float("nan")), "found nan"),
+        (lambda c: c["costs"]["a"].update(r2="3"), "candidate 'r2': expected a positive cost, found '3'"),
+        (lambda c: c["costs"]["a"].update(r2=None), "found None"),
         (lambda c: c["costs"]["b"].clear(), "layer 'b'.*no 'dense'"),
+        (lambda c: c.update(unit="seconds"), "unit: expected 'multiply-accumulates' for macs, found 'seconds'"),
+        (lambda c: c.pop("fixed"), "fixed: missing"),
         (lambda c: c.update(fixed=-1), "fixed cost.*-1"),
         (lambda c: c.update(costs=None), "costs.json"),
     ],
@@ -133,7 +140,8 @@ def test_a_device_without_nni_can_measure_and_load():
         "for name in ('nni', 'pytorch_lightning', 'torchmetrics', 'torchvision', 'sklearn', 'tensorly'): sys.modules[name] = None\n"
         "import torch, nni_haloc\n"
         "from nni_haloc.models import build_model\n"
-        "t = nni_haloc.latency_table(build_model('digits_cnn'), torch.randn(1, 1, 8, 8), min_run_time=1e-4, rounds=1)\n"
+        "x = torch.randn(1, 1, 8, 8)\n"
+        "t = nni_haloc.latency_table(build_model('digits_cnn'), x, timing=nni_haloc.Timing(rounds=1, min_run_time=1e-4))\n"
         "nni_haloc.load\n"
         "print(t.metric)\n"
     )

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import LayerSpec
 from ..ranks import Rank, RankRules, evaluating, find_layers, macs, params
-from .table import CostTable, Metric
+from .table import CostTable
 
 
 def count_macs(model: nn.Module, example_input: Tensor) -> int:
@@ -39,7 +39,7 @@ def param_table(model: nn.Module, example_input: Tensor, rules: RankRules = Rank
 
 
 def _table(
-    metric: Metric,
+    metric: str,
     model: nn.Module,
     example_input: Tensor,
     rules: RankRules,

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+from ..device.files import UNITS, costs_content, is_number, read_costs, write_json
 from ..ranks import DENSE, Rank
-
-COSTS_VERSION = 1
-Metric = Literal["macs", "params", "latency_ms"]
 
 
 @dataclass(frozen=True)
 class CostTable:
     """Cost of every candidate of every layer, in the metric's unit, and ``fixed``, that of everything else in the network.
 
-    ``costs``: layer to candidate name to cost; every layer has ``dense``. ``identity``: what the numbers hold for (device, batch, memory
-    format, dtype, threads, versions, ...); two tables are comparable only where it agrees.
+    ``metric``: one of `UNITS`. ``costs``: layer to candidate name to cost; every layer has ``dense``. ``identity``: what the numbers hold
+    for (device, batch, memory format, dtype, threads, versions, ...); two tables are comparable only where it agrees. ``spread``: for what
+    was measured, how far its runs lie apart (interquartile range over median).
     """
 
-    metric: Metric
+    metric: str
     costs: Mapping[str, Mapping[str, float]]
     fixed: float
     identity: Mapping[str, Any] = field(default_factory=dict)
+    spread: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.metric not in UNITS:
+            raise ValueError(f"metric: expected one of {', '.join(UNITS)}, found {self.metric!r}")
         for layer, row in self.costs.items():
             if DENSE not in row:
                 raise ValueError(f"layer {layer!r}: the table has no {DENSE!r} entry")
             for candidate, cost in row.items():
-                if not (math.isfinite(cost) and cost > 0):
-                    raise ValueError(f"layer {layer!r}, candidate {candidate!r}: expected a positive cost, found {cost}")
-        if not (math.isfinite(self.fixed) and self.fixed >= 0):
-            raise ValueError(f"fixed cost: expected a number >= 0, found {self.fixed}")
+                if not (is_number(cost) and cost > 0):
+                    raise ValueError(f"layer {layer!r}, candidate {candidate!r}: expected a positive cost, found {cost!r}")
+        if not (is_number(self.fixed) and self.fixed >= 0):
+            raise ValueError(f"fixed cost: expected a number >= 0, found {self.fixed!r}")
 
     @property
     def original(self) -> float:
@@ -68,32 +69,20 @@ class CostTable:
 
     def save(self, path: str | Path) -> None:
         """Write ``costs.json``."""
-        content = {
-            "version": COSTS_VERSION,
-            "metric": self.metric,
-            "identity": dict(self.identity),
-            "fixed": self.fixed,
-            "original": self.original,
-            "costs": {layer: dict(row) for layer, row in self.costs.items()},
-        }
-        Path(path).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(path, costs_content(self.metric, self.identity, self.fixed, self.costs, self.spread))
 
     @classmethod
     def load(cls, path: str | Path) -> CostTable:
         """Read ``costs.json``; ValueError names the file and what is wrong in it."""
+        content = read_costs(path)
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from None
-        version = content.get("version") if isinstance(content, dict) else None
-        if version != COSTS_VERSION:
-            raise ValueError(f"{path}: expected a cost table of version {COSTS_VERSION}, found version {version!r}")
-        if content.get("metric") not in get_args(Metric):
-            raise ValueError(f"{path}: metric: expected one of {', '.join(get_args(Metric))}, found {content.get('metric')!r}")
-        try:
-            costs = {layer: {name: float(c) for name, c in row.items()} for layer, row in content["costs"].items()}
-            return cls(content["metric"], costs, float(content["fixed"]), content.get("identity", {}))
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            if "costs" not in content and "runs" in content:
+                raise ValueError("not finished: `haloc measure` with the same options goes on where it stopped")
+            rows = {layer: dict(row) for layer, row in content["costs"].items()}
+            return cls(content["metric"], rows, content["fixed"], content.get("identity", {}), content.get("spread", {}))
+        except KeyError as error:
+            raise ValueError(f"{path}: {error.args[0]}: missing") from None
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
 

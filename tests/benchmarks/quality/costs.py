@@ -9,17 +9,17 @@ from typing import Annotated
 
 import torch
 import typer
-from rows import HERE
+from rows import HERE, RUNTIME
 
 from nni_haloc.models import build_model
-from nni_haloc.predictors import CostTable, latency_table
+from nni_haloc.predictors import CostTable, Timing, latency_table
 from nni_haloc.ranks import RankRules
 
 
 def measured(_: int) -> CostTable:
     example = torch.randn(128, 3, 32, 32)
     rules = RankRules(kinds=("conv",), exclude=("conv1",), step=1)
-    return latency_table(build_model("resnet20", {}).eval(), example, rules, memory_format="channels_last", threads=1, rounds=2)
+    return latency_table(build_model("resnet20", {}).eval(), example, rules, RUNTIME, Timing(rounds=2))
 
 
 def main(processes: Annotated[int, typer.Option(help="one after another")] = 5) -> None:

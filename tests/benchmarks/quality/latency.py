@@ -9,7 +9,7 @@ from typing import Annotated
 
 import torch
 import typer
-from rows import HERE, read
+from rows import HERE, RUNTIME, read
 
 from nni_haloc.compression import restructure
 from nni_haloc.models import build_model
@@ -29,7 +29,7 @@ def main(
     for line in read(raw):
         plan = RankPlan({layer: parse_rank(name, "conv") for layer, name in line["ranks"].items()})
         networks.setdefault(json.dumps(line["ranks"]), restructure(model, plan))
-    found = measure_latency(networks, torch.randn(128, 3, 32, 32), memory_format="channels_last", threads=1, rounds=rounds)
+    found = measure_latency(networks, torch.randn(128, 3, 32, 32), RUNTIME, rounds=rounds)
     out.write_text(json.dumps({name: round(value, 2) for name, value in found.items()}, indent=0) + "\n", encoding="utf-8")
     print(f"{len(found) - 1} networks; original {found['original']:.1f} ms")
 

@@ -21,12 +21,14 @@ from torch import nn
 from nni_haloc.config import load_config
 from nni_haloc.job import Job
 from nni_haloc.log import log_to, logger
-from nni_haloc.predictors import count_macs
+from nni_haloc.predictors import TorchRuntime, count_macs
 from nni_haloc.predictors.analytic import count_params
 from nni_haloc.ranks import RankPlan
 from nni_haloc.run import choose_ranks, train
 
 HERE = Path(__file__).parent
+RUNTIME = TorchRuntime(memory_format="channels_last", threads=1)
+"""What the latency of the study is measured with."""
 METHODS: dict[str, dict[str, Any]] = {  # settings of each; any other name is a rule's
     "haloc": {},
     "paper": {"preset": "paper", "search.epochs": 3},  # from uniform probabilities one is too few

@@ -1,0 +1,86 @@
+"""The two files of a device: ``costs.json``'s form, and how files are written and read here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+DENSE = "dense"
+COSTS_VERSION = 1
+UNITS = {
+    "macs": "multiply-accumulates",
+    "params": "parameters",
+    "activation_bytes": "bytes",
+    "latency_ms": "milliseconds",
+    "cycles": "cycles",
+    "energy_pj": "picojoules",
+}
+"""What can be counted, measured or modelled, and its unit in ``costs.json``."""
+
+
+def costs_content(
+    metric: str,
+    identity: Mapping[str, Any],
+    fixed: float,
+    costs: Mapping[str, Mapping[str, float]],
+    spread: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    """What ``costs.json`` says of a finished table."""
+    return {
+        "version": COSTS_VERSION,
+        "metric": metric,
+        "unit": UNITS[metric],
+        "identity": dict(identity),
+        "fixed": fixed,
+        "original": math.fsum([fixed, *(row[DENSE] for row in costs.values())]),
+        "costs": {layer: dict(row) for layer, row in costs.items()},
+        **({"spread": {layer: dict(row) for layer, row in spread.items()}} if spread else {}),
+    }
+
+
+def read_costs(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a ``costs.json`` of this version, in the unit that its metric has; ValueError names the file."""
+    content = read_json(path, "cost table", COSTS_VERSION)
+    metric = content.get("metric")
+    if not isinstance(metric, str) or metric not in UNITS:
+        raise ValueError(f"{path}: metric: expected one of {', '.join(UNITS)}, found {metric!r}")
+    if content.get("unit", UNITS[metric]) != UNITS[metric]:
+        raise ValueError(f"{path}: unit: expected {UNITS[metric]!r} for {metric}, found {content['unit']!r}")
+    return content
+
+
+def read_json(path: str | Path, what: str, version: int) -> dict[str, Any]:
+    """The keys and values of a JSON file of this version; ValueError names the file."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from None
+    found = content.get("version") if isinstance(content, dict) else None
+    if isinstance(found, bool) or found != version:
+        raise ValueError(f"{path}: expected a {what} of version {version}, found version {found!r}")
+    return content
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file at once, so that none is ever half written."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
+    return next(iter(names), "") or platform.processor() or platform.machine()

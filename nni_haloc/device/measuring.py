@@ -1,0 +1,196 @@
+"""The loop that times every entry of a specification and keeps what it found in ``costs.json``, entry by entry."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, Literal, Protocol
+
+from .files import COSTS_VERSION, DENSE, UNITS, costs_content, is_number, read_costs, write_json
+from .spec import Specification
+
+Run = Callable[[], Any]
+"""A forward pass, ready to be timed."""
+Where = Literal["alone", "in-place"]
+NETWORK = "network"
+METRIC = "latency_ms"
+_FEWEST = 5
+"""Passes that are timed at least, however long each takes."""
+_LEAST = 0.01
+"""Share of the dense layer's cost below which no candidate's is put: differences of two measurements may be negative."""
+_SAME = ("model", "input", "runtime", "device", "dtype", "memory_format", "threads", "where")
+"""What must agree where measuring goes on in an existing file."""
+
+
+class Runtime(Protocol):
+    """Something that runs the entries of a specification and can be timed."""
+
+    def identity(self) -> dict[str, Any]:
+        """What its times hold for: device, versions, precision, layout, threads."""
+
+    def entry(self, spec: Specification, index: int) -> Run:
+        """A forward pass of an entry, on random inputs, warmed up."""
+
+    def network(self, spec: Specification, choice: Mapping[str, str]) -> Run:
+        """A forward pass of the whole network, the layers that ``choice`` names at their candidates; warmed up."""
+
+    def once(self, run: Run) -> float:
+        """Seconds of one pass."""
+
+    def pinned(self) -> AbstractContextManager[None]:
+        """A context in which the runtime's number of threads holds."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How to measure. ``where``: entries ``alone``, or ``in-place``, the network with the candidate swapped in against the network as it
+    was, in alternation. Each of ``rounds`` passes over all entries times each of them for ``min_run_time`` seconds."""
+
+    where: Where = "alone"
+    rounds: int = 5
+    min_run_time: float = 0.05
+
+
+Progress = Callable[[int, int], None]
+
+
+def time_together(runs: Mapping[str, Run], runtime: Runtime, min_run_time: float) -> dict[str, float]:
+    """Median seconds of each, passes in alternation, so that a disturbance falls on all of them."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + min_run_time * len(runs)
+    while len(next(iter(times.values()))) < _FEWEST or time.perf_counter() < end:
+        for name, run in runs.items():
+            times[name].append(runtime.once(run))
+    return {name: median(values) for name, values in times.items()}
+
+
+def measure(
+    spec: Specification,
+    runtime: Runtime,
+    out: str | Path | None = None,
+    timing: Timing = Timing(),
+    progress: Progress = lambda done, of: None,
+    part: tuple[int, int] = (0, 1),
+) -> dict[str, Any]:
+    """Measure what ``out`` does not have yet, and leave it there after each entry; returns the content of ``costs.json``.
+
+    ``part``: (0, 4) measures each fourth entry alone, for four workers whose files `merge` puts together; the network's own time is in
+    all of them. Raises ValueError where ``out`` holds measurements of something else.
+    """
+    identity = {"model": spec.model, "input": list(spec.input), **runtime.identity(), "where": timing.where}
+    homes = spec.homes()
+    mine = [index for i, index in enumerate(homes) if i % part[1] == part[0] or homes[index][1] == DENSE]
+    state = _read(out, identity) or {"version": COSTS_VERSION, "metric": METRIC, "unit": UNITS[METRIC], "identity": identity}
+    runs: dict[str, dict[str, list[float]]] = state.setdefault("runs", {})
+    whole: list[float] = state.setdefault(NETWORK, [])
+    missing = [(r, i) for r in range(timing.rounds) for i in [*mine, None] if len(_kept(runs, whole, homes, i)) <= r]
+    with runtime.pinned():
+        for done, (_, index) in enumerate(missing):
+            progress(done, len(missing))
+            kept = _kept(runs, whole, homes, index)
+            if index is None or homes[index][1] == DENSE or timing.where == "alone":
+                run = runtime.network(spec, {}) if index is None else runtime.entry(spec, index)
+                kept.append(1e3 * time_together({"": run}, runtime, timing.min_run_time)[""])
+            else:
+                kept.append(_swapped(spec, runtime, index, homes[index][1], timing.min_run_time))
+            state["identity"] |= {"date": time.strftime("%Y-%m-%d"), "runs": timing.rounds}
+            if out is not None and done + 1 < len(missing):
+                _write(out, state)
+    progress(len(missing), len(missing))
+    state |= finished(spec, state, timing.where) if part[1] == 1 else {}
+    if out is not None:
+        _write(out, state)
+    return state
+
+
+def _swapped(spec: Specification, runtime: Runtime, index: int, candidate: str, min_run_time: float) -> float:
+    """Milliseconds that one layer gains (negative) or loses: all layers alike swapped at once, shared out among them."""
+    layers = spec.alike(index)
+    runs = {"before": runtime.network(spec, {}), "after": runtime.network(spec, dict.fromkeys(layers, candidate))}
+    seconds = time_together(runs, runtime, min_run_time)
+    return 1e3 * (seconds["after"] - seconds["before"]) / len(layers)
+
+
+def finished(spec: Specification, state: Mapping[str, Any], where: Where) -> dict[str, Any]:
+    """The table that the runs make: medians; ``fixed`` is the network's time less that of its dense layers, and not below zero."""
+    centre = {home: median(values) for home, values in _by_home(state["runs"])}
+    wide = {home: _spread(values) for home, values in _by_home(state["runs"])}
+    homes = spec.homes()
+    costs: dict[str, dict[str, float]] = {}
+    spread: dict[str, dict[str, float]] = {}
+    for layer, row in spec.layers.items():
+        dense = centre[homes[row[DENSE]]]
+        costs[layer], spread[layer] = {}, {}
+        for candidate, index in row.items():
+            value = centre[homes[index]]
+            if where == "in-place" and candidate != DENSE:
+                value = max(_LEAST * dense, dense + value)
+            costs[layer][candidate] = value
+            spread[layer][candidate] = wide[homes[index]] / value
+    fixed = max(0.0, median(state[NETWORK]) - sum(row[DENSE] for row in costs.values()))
+    return costs_content(METRIC, state["identity"], fixed, costs, spread)
+
+
+def merge(spec: Specification, paths: list[str | Path]) -> dict[str, Any]:
+    """The content of one ``costs.json`` from the workers' files; ValueError where they differ or an entry is in none of them."""
+    first: dict[str, Any] = {}
+    for path in paths:
+        state = _read(path, first.get("identity"))
+        if state is None:
+            raise ValueError(f"{path}: no such file")
+        if not first:
+            first = state
+            continue
+        first[NETWORK] += state[NETWORK]
+        for layer, row in state["runs"].items():
+            for candidate, values in row.items():
+                first["runs"].setdefault(layer, {}).setdefault(candidate, []).extend(values)
+    for layer, candidate in spec.homes().values():
+        if not first["runs"].get(layer, {}).get(candidate):
+            raise ValueError(f"layer {layer!r}, candidate {candidate!r}: measured in none of {', '.join(map(str, paths))}")
+    return first | finished(spec, first, first["identity"]["where"])
+
+
+def _read(path: str | Path | None, identity: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """An earlier state, if there is one; ValueError names the file and what differs."""
+    if path is None or not Path(path).exists():
+        return None
+    content = read_costs(path)
+    if "runs" not in content:
+        raise ValueError(f"{path}: a table without the runs that it was made of cannot be gone on with; choose another file")
+    found = content.get("identity", {})
+    for key in _SAME if identity else ():
+        if found.get(key) != (identity or {}).get(key):
+            raise ValueError(f"{path}: measured for another {key}: {found.get(key)!r}, now {(identity or {}).get(key)!r}")
+    try:
+        for (layer, candidate), values in [*_by_home(content["runs"]), ((NETWORK, ""), content[NETWORK])]:
+            if not isinstance(values, list) or not all(is_number(v) for v in values):
+                raise ValueError(f"layer {layer!r}, candidate {candidate!r}: expected numbers, found {values!r}")
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: runs: {error}") from None
+    return {key: content[key] for key in ("version", "metric", "unit", "identity", "runs", NETWORK)}
+
+
+def _write(path: str | Path, state: Mapping[str, Any]) -> None:
+    write_json(path, state)
+
+
+def _kept(runs: dict[str, dict[str, list[float]]], whole: list[float], homes: Mapping[int, tuple[str, str]], index: int | None) -> list:
+    """The measurements of an entry, of the network for None."""
+    return whole if index is None else runs.setdefault(homes[index][0], {}).setdefault(homes[index][1], [])
+
+
+def _by_home(runs: Mapping[str, Mapping[str, list[float]]]) -> list[tuple[tuple[str, str], list[float]]]:
+    return [((layer, candidate), values) for layer, row in runs.items() for candidate, values in row.items() if values]
+
+
+def _spread(values: list[float]) -> float:
+    """Interquartile range."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return high - low

@@ -1,0 +1,74 @@
+"""Timing with ONNX Runtime on the processor; needs numpy and onnxruntime, and no PyTorch where the specification carries ONNX models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from .files import DENSE, processor
+from .measuring import Run
+from .spec import Specification
+
+
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """ONNX Runtime's CPU provider with ``threads`` threads (its own choice where None), float32."""
+
+    threads: int | None = None
+
+    def identity(self) -> dict[str, Any]:
+        import onnxruntime
+
+        return {
+            "runtime": f"onnxruntime {onnxruntime.__version__}",
+            "device": processor(),
+            "dtype": "float32",
+            "memory_format": "contiguous",
+            "threads": self.threads or "default",
+        }
+
+    def entry(self, spec: Specification, index: int) -> Run:
+        model = spec.entries[index].onnx
+        if model is None:
+            raise ValueError("the specification carries no ONNX models: make it with `haloc spec --onnx`")
+        return self.ready(model)
+
+    def network(self, spec: Specification, choice: Mapping[str, str]) -> Run:
+        if spec.onnx is None:
+            raise ValueError("the specification carries no ONNX model of the network: make it with `haloc spec --onnx`")
+        if all(name == DENSE for name in choice.values()):
+            return self.ready(spec.onnx)
+        from .onnx_models import with_layers
+
+        return self.ready(with_layers(spec, choice))
+
+    def ready(self, model: bytes) -> Run:
+        """A forward pass of an ONNX model on random inputs of the shapes that it states, warmed up."""
+        import numpy as np
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads or 0
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        generator = np.random.default_rng(0)
+        feeds = {x.name: generator.standard_normal(x.shape, dtype=np.float32) for x in session.get_inputs()}
+
+        def run() -> Any:
+            return session.run(None, feeds)
+
+        for _ in range(2):
+            run()
+        return run
+
+    def once(self, run: Run) -> float:
+        start = perf_counter()
+        run()
+        return perf_counter() - start
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        yield

@@ -1,0 +1,134 @@
+"""Timing with PyTorch, on any of its devices."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import LayerSpec, replace_modules
+from .files import DENSE, processor
+from .measuring import Run
+from .replay import Replay
+from .spec import Specification
+
+MemoryFormat = Literal["contiguous", "channels_last"]
+
+
+@dataclass(frozen=True)
+class TorchRuntime:
+    """PyTorch. ``device``: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...; ``threads``: torch's setting where None (processor alone).
+
+    ``model``: the network itself where it is at hand; else the specification's program is run. ValueError where the device is not there.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    memory_format: MemoryFormat = "contiguous"
+    threads: int | None = None
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        try:
+            torch.empty(1, device=self.device, dtype=self._dtype)
+        except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"device {self.device!r}, dtype {self.dtype!r}: torch cannot use it here ({reason})") from None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise AttributeError("not a floating-point type of torch's")
+        return dtype
+
+    def identity(self) -> dict[str, Any]:
+        cpu = self.device == "cpu"
+        return {
+            "runtime": f"torch {torch.__version__}",
+            "device": torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else processor(),
+            "dtype": self.dtype,
+            "memory_format": self.memory_format,
+            "threads": (self.threads or torch.get_num_threads()) if cpu else self.device,
+        }
+
+    def entry(self, spec: Specification, index: int) -> Run:
+        entry = spec.entries[index]
+        layer = layer_spec("", entry.layer)
+        layer.check_rank(entry.rank)
+        return self.ready(layer.build(entry.rank), *layer.input_shapes)
+
+    def network(self, spec: Specification, choice: Mapping[str, str]) -> Run:
+        entries = {layer: spec.entries[row[choice.get(layer, DENSE)]] for layer, row in spec.layers.items()}
+        specs = {layer: layer_spec(layer, entry.layer) for layer, entry in entries.items()}
+        if self.model is not None:
+            model = copy.deepcopy(self.model)
+        elif spec.program is not None:
+            model = Replay(spec.program, specs)
+        else:
+            raise ValueError("the specification has no program of the network")
+        replace_modules(model, {layer: specs[layer].build(entries[layer].rank) for layer, name in choice.items() if name != DENSE})
+        return self.ready(model, spec.input, copied=True)
+
+    def ready(self, module: nn.Module, *shapes: tuple[int, ...], copied: bool = True) -> Run:
+        """Forward passes of a module (of a copy of it unless ``copied``) on random inputs of these shapes, warmed up."""
+        model = (module if copied else copy.deepcopy(module)).eval().to(self.device, self._dtype)
+        inputs = [torch.randn(shape).to(self.device, self._dtype) for shape in shapes]
+        if self.memory_format == "channels_last":
+            model = model.to(memory_format=torch.channels_last)
+            inputs = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs]
+
+        def run() -> list[Tensor]:
+            with torch.inference_mode():
+                return [model(x) for x in inputs]
+
+        for _ in range(2):  # allocation, and the library's choice of algorithm
+            run()
+        self._wait()
+        return run
+
+    def once(self, run: Run) -> float:
+        if self.device.startswith("cuda"):  # the device's own time, without the host's launches
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            run()
+            after.record()
+            after.synchronize()
+            return 1e-3 * before.elapsed_time(after)
+        start = perf_counter()
+        run()
+        self._wait()
+        return perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.startswith("mps"):
+            torch.mps.synchronize()
+        elif self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def layer_spec(name: str, fields: Mapping[str, Any]) -> LayerSpec:
+    """A layer's geometry from a specification's fields; ValueError says what does not fit."""
+
+    def pairs(value: Any) -> Any:
+        return tuple(pairs(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+    try:
+        return LayerSpec(name=name, **{key: pairs(value) for key, value in fields.items()})
+    except TypeError as error:
+        raise ValueError(f"layer {name!r}: {error}") from None

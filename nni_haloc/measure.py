@@ -1,0 +1,165 @@
+"""`haloc spec` and `haloc measure`; on a device without NNI: ``python -m nni_haloc.measure --spec spec.json --out costs.json``.
+
+What a device needs is numpy and pyyaml, and PyTorch or ONNX Runtime; everything else is imported where a model is at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .device.measuring import Progress, Runtime, Timing, measure, merge
+from .device.spec import Specification
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def spec_main(arguments: Sequence[str] | None = None) -> None:
+    """Write a specification from a model: what another machine measures without it."""
+    parser = _parser("haloc spec", "Write what a device has to measure, without model or weights, for `haloc measure --spec`.")
+    _model_options(parser)
+    parser.add_argument("--onnx", action="store_true", help="carry ONNX models too, for devices with ONNX Runtime")
+    parser.add_argument("--out", type=Path, default=Path("spec.json"), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    spec, model = _specified(options)
+    if options.onnx:
+        assert model is not None
+        from .device.onnx_models import with_onnx
+
+        spec = with_onnx(spec, model)
+    spec.save(options.out)
+    print(f"{options.out}: {len(spec.layers)} layers, {len(spec.entries)} entries to measure")
+
+
+def measure_main(arguments: Sequence[str] | None = None) -> None:
+    """Measure every entry of a model's rank space, or of a specification, on this device."""
+    parser = _parser("haloc measure", "Measure what every candidate of every layer costs on this device. Goes on where it was stopped.")
+    parser.add_argument("--spec", type=Path, help="what to measure, as `haloc spec` wrote it, in the place of --model")
+    _model_options(parser)
+    parser.add_argument("--out", type=Path, default=Path("costs.json"), help="default: %(default)s")
+    parser.add_argument("--runtime", choices=("torch", "onnxruntime"), default="torch")
+    parser.add_argument("--device", default="cpu", help="torch's name of it: cpu, cuda, cuda:1, mps (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="default: %(default)s")
+    parser.add_argument("--memory-format", choices=("contiguous", "channels_last"), default="contiguous")
+    parser.add_argument("--threads", type=int, help="processor threads (default: the runtime's)")
+    parser.add_argument("--where", choices=("alone", "in-place"), default=Timing.where, help="a layer by itself, or in the network")
+    parser.add_argument("--rounds", type=int, default=Timing.rounds, help="passes over all entries (default: %(default)s)")
+    parser.add_argument("--min-run-time", type=float, default=Timing.min_run_time, help="seconds for an entry in a pass (%(default)s)")
+    parser.add_argument("--part", default="0/1", help="the share of one of several workers: 0/4 to 3/4")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="put the workers' files together, measure nothing")
+    options = parser.parse_args(arguments)
+    spec, model = _specified(options)
+    if options.merge:
+        from .device.files import write_json
+
+        content = merge(spec, options.merge)
+        write_json(options.out, content)
+    else:
+        timing = Timing(options.where, options.rounds, options.min_run_time)
+        content = measure(spec, _runtime(options, spec, model), options.out, timing, _progress(), _part(options.part))
+    print(f"{options.out}: {_summary(content)}")
+
+
+def _parser(name: str, text: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(name, description=text, allow_abbrev=False)
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="resnet20, torchvision:resnet18, your_package.models:make_net, ...")
+    parser.add_argument("--input", help="shape of one image, 3x224x224")
+    parser.add_argument("--batch", type=int, default=1, help="images in a batch (default: %(default)s)")
+    parser.add_argument("--rank-space", type=Path, help="which layers and ranks: a file as in search_spaces/")
+
+
+def _specified(options: argparse.Namespace) -> tuple[Specification, nn.Module | None]:
+    """The specification that the options name, and the model where they name one."""
+    if getattr(options, "spec", None) is not None:
+        if options.model is not None:
+            raise ValueError("--spec and --model: expected one of the two")
+        if not options.spec.exists():
+            raise ValueError(f"--spec: no such file: {options.spec}")
+        return Specification.load(options.spec), None
+    if options.model is None or options.input is None:
+        raise ValueError("--model and --input: expected both, such as --model torchvision:resnet18 --input 3x224x224")
+    import torch
+
+    from .models import build_model
+    from .predictors import specify
+    from .ranks import RankRules
+
+    try:
+        shape = [int(n) for n in options.input.split("x")]
+    except ValueError:
+        shape = []
+    if len(shape) != 3 or min(shape) < 1 or options.batch < 1:
+        raise ValueError(f"--input, --batch: expected 3x224x224 and a number above 0, found {options.input!r} and {options.batch}")
+    rules = RankRules()
+    if options.rank_space is not None:
+        from .config import load_space
+        from .tables import rank_rules
+
+        rules = rank_rules(load_space(options.rank_space))
+    sys.path.insert(0, "")
+    model = build_model(options.model).eval()
+    return specify(model, torch.randn(options.batch, *shape), rules, options.model), model
+
+
+def _runtime(options: argparse.Namespace, spec: Specification, model: nn.Module | None) -> Runtime:
+    if options.threads is not None and options.threads < 1:
+        raise ValueError(f"--threads: expected a number above 0, found {options.threads}")
+    if options.runtime == "torch":
+        from .device.torch_runtime import TorchRuntime
+
+        return TorchRuntime(options.device, options.dtype, options.memory_format, options.threads, model)
+    from .device.onnx_runtime import OnnxRuntime
+
+    return OnnxRuntime(options.threads)
+
+
+def _part(text: str) -> tuple[int, int]:
+    first, _, of = text.partition("/")
+    if not (first.isdecimal() and of.isdecimal() and int(first) < int(of)):
+        raise ValueError(f"--part: expected 0/4 to 3/4 or the like, found {text!r}")
+    return int(first), int(of)
+
+
+def _progress() -> Progress:
+    """A line with the time left, rewritten on a terminal, now and then elsewhere."""
+    start, shown = time.monotonic(), [float("-inf")]
+    terminal = sys.stderr.isatty()
+
+    def report(done: int, of: int) -> None:
+        now = time.monotonic()
+        if now - shown[0] < (0.2 if terminal else 30) and done < of:
+            return
+        shown[0] = now
+        left = f", {round((now - start) / done * (of - done))} s left" if 0 < done < of else ""
+        end = "\r" if terminal and done < of else "\n"
+        print(f"measured {done} of {of}{left}".ljust(50), end=end, file=sys.stderr, flush=True)
+
+    return report
+
+
+def _summary(content: dict[str, Any]) -> str:
+    if "costs" not in content:
+        return "this worker's share is measured; `haloc measure --merge` makes the table"
+    spread = sorted(value for row in content["spread"].values() for value in row.values())
+    return f"the network takes {content['original']:.4g} ms; median spread of an entry {100 * spread[len(spread) // 2]:.1f} %"
+
+
+def main() -> None:
+    """Entry point on a device: an error that the user can mend is one line, with exit status 2."""
+    try:
+        measure_main()
+    except (ValueError, OSError) as error:
+        print(f"haloc measure: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The `Specification` of a model and its rank space: what a device measures without either."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from torch import Tensor, nn
+
+from ..device.replay import record
+from ..device.spec import Entry, Specification
+from ..ranks import DENSE, Rank, RankRules, find_layers
+
+
+def specify(
+    model: nn.Module, example_input: Tensor, rules: RankRules = RankRules(), name: str = "", *, program: bool = True
+) -> Specification:
+    """Every distinct (layer shape, rank) of the rank space; ``name``: the model's, by default its class's.
+
+    ``example_input (N, ...)``: the batch that is timed. ``program``: whether the network's operations are recorded, for a device without
+    the model.
+    """
+    layers = find_layers(model, example_input, rules)
+    numbers: dict[tuple[str, Rank], int] = {}
+    entries: list[Entry] = []
+    rows: dict[str, dict[str, int]] = {}
+    for layer, candidates in layers.candidates(rules).items():
+        fields = json.loads(json.dumps(asdict(layers.specs[layer])))  # as it will be read back
+        del fields["name"]
+        rows[layer] = {}
+        for candidate, rank in {DENSE: None, **candidates}.items():
+            key = (json.dumps(fields), rank)
+            if key not in numbers:
+                numbers[key] = len(entries)
+                entries.append(Entry(fields, rank))
+            rows[layer][candidate] = numbers[key]
+    recorded = record(model, example_input, rows) if program else None
+    return Specification(name or type(model).__name__, tuple(example_input.shape), rows, tuple(entries), recorded)

@@ -1,0 +1,319 @@
+"""Measuring on a device: what is timed, what is kept, and that neither NNI nor, for ONNX Runtime, PyTorch is needed."""
+
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nni_haloc.compression import restructure
+from nni_haloc.device.files import DENSE
+from nni_haloc.device.measuring import NETWORK, Timing, measure, merge
+from nni_haloc.device.onnx_models import with_layers, with_onnx
+from nni_haloc.device.replay import Replay, record
+from nni_haloc.device.spec import Specification
+from nni_haloc.device.torch_runtime import TorchRuntime, layer_spec
+from nni_haloc.layers import LayerSpec
+from nni_haloc.measure import measure_main
+from nni_haloc.models import build_model
+from nni_haloc.predictors import CostTable, specify
+from nni_haloc.ranks import RankPlan, RankRules
+
+
+class Forked(nn.Module):
+    """Two convolutions alike, one of them called twice, functional calls, and control flow."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.norm = nn.BatchNorm2d(8)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.a(x)))
+        x = nn.functional.gelu(self.b(x)) + x
+        x = self.b(x)
+        return self.last(x.mean((2, 3)) if x.shape[0] > 1 else x.amax((2, 3)))
+
+
+def spec_of(model, shape, **kwargs):
+    return specify(model, torch.randn(shape), RankRules(step=2, **kwargs))
+
+
+class Clock:
+    """A runtime whose passes take what a table of costs says, and that counts them."""
+
+    def __init__(self, spec, cost, fixed=0.5):
+        self.spec, self.cost, self.fixed, self.timed, self.stop = spec, cost, fixed, [], None
+
+    def identity(self):
+        return {"runtime": "clock", "device": "none", "dtype": "-", "memory_format": "-", "threads": 1}
+
+    def entry(self, spec, index):
+        return lambda: (index, self.cost[index])
+
+    def network(self, spec, choice):
+        seconds = self.fixed + sum(self.cost[row[choice.get(layer, DENSE)]] for layer, row in spec.layers.items())
+        return lambda: (NETWORK, seconds)
+
+    def once(self, run):
+        what, seconds = run()
+        if not self.timed or self.timed[-1] != what:
+            if self.stop is not None and len(self.timed) >= self.stop:
+                raise KeyboardInterrupt
+            self.timed.append(what)
+        return 1e-3 * seconds
+
+    def pinned(self):
+        return nullcontext()
+
+
+@pytest.fixture
+def spec():
+    return spec_of(Forked(), (2, 8, 6, 6))
+
+
+@pytest.fixture
+def clock(spec):
+    return Clock(spec, {i: 1.0 + i / 8 for i in range(len(spec.entries))})
+
+
+def test_a_replayed_network_is_the_network():
+    model = build_model("resnet20", {}).eval()
+    x = torch.randn(2, 3, 32, 32)
+    layers = specify(model, x, RankRules()).layers
+    tensors: dict[int, torch.Tensor] = {}
+    replay = Replay(record(model, x, layers, tensors), {n: LayerSpec.of(n, m) for n, m in model.named_modules() if n in layers}).eval()
+    for number in replay.constants:
+        setattr(replay, f"constant{number}", tensors[number])
+    for name in layers:
+        replay.get_submodule(name).load_state_dict(model.get_submodule(name).state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(replay(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_replayed_network_does_the_same_work_whatever_its_layers_become(memory_format):
+    model, shape = Forked(), (2, 8, 6, 6)
+    spec = spec_of(model, shape)
+    replay = Replay(spec.program, {n: layer_spec(n, spec.entries[row[DENSE]].layer) for n, row in spec.layers.items()})
+    plan = RankPlan({"a": (2, 2), "b": (4, 4)})
+    counts = []
+    for network in (model, replay, restructure(model, plan), restructure(replay, plan)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            y = network.eval().to(memory_format=memory_format)(torch.randn(shape).contiguous(memory_format=memory_format))
+        assert y.shape == (2, 3)
+        assert y.isfinite().all()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > counts[2] == counts[3]
+
+
+def test_recording_leaves_the_model_as_it_was():
+    model = Forked().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    record(model, torch.randn(2, 8, 6, 6), ["a"])
+    assert model.training
+    assert not model.a._forward_hooks
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("op", ["aten.from_file.default", "os.system.default", "aten.no_such_thing.default", "prim.device.default"])
+def test_a_program_runs_no_more_than_torchs_operations_on_tensors(op):
+    with pytest.raises(ValueError, match=op):
+        Replay([{"input": [1], "out": 0}, {"op": op, "args": ["/tmp/file"], "out": [1]}], {})
+
+
+def test_a_specification_round_trips(tmp_path, spec):
+    full = with_onnx(spec, Forked())
+    full.save(tmp_path / "spec.json")
+    assert Specification.load(tmp_path / "spec.json") == full
+    assert len(spec.entries) == len({id(e) for e in spec.entries}) == 2 * len(spec.layers["a"])  # b is called twice, so is not like a
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(version=7), "version 7"),
+        (lambda c: c["layers"]["a"].update(r4=99), "layer 'a'"),
+        (lambda c: c["layers"]["a"].pop("dense"), "layer 'a'"),
+        (lambda c: c.pop("entries"), "entries: missing"),
+        (lambda c: c.update(onnx="!"), "spec.json"),
+        (lambda c: c.update(input=None), "spec.json"),
+    ],
+)
+def test_a_bad_specification_is_one_line_that_names_the_file(tmp_path, spec, change, message):
+    path = tmp_path / "spec.json"
+    spec.save(path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        Specification.load(path)
+    assert "spec.json" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["alone", "in-place"])
+def test_a_table_has_what_each_entry_takes_and_the_rest_of_the_network(tmp_path, spec, clock, where):
+    measure(spec, clock, tmp_path / "costs.json", Timing(where, rounds=3, min_run_time=0))
+    table = CostTable.load(tmp_path / "costs.json")
+    for layer, row in spec.layers.items():
+        assert table.costs[layer] == pytest.approx({name: clock.cost[index] for name, index in row.items()})
+    assert table.fixed == pytest.approx(clock.fixed)
+    assert all(value == pytest.approx(0, abs=1e-9) for row in table.spread.values() for value in row.values())
+    assert table.identity["where"] == where
+
+
+def test_layers_alike_share_an_entry_and_what_they_gain_in_place(tmp_path):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+    spec = spec_of(model, (1, 8, 6, 6))
+    assert spec.layers["0"] == spec.layers["1"]
+    clock = Clock(spec, {i: 2.0 + i for i in range(len(spec.entries))})
+    content = measure(spec, clock, None, Timing("in-place", rounds=1, min_run_time=0))
+    assert content["costs"]["0"] == pytest.approx({name: clock.cost[index] for name, index in spec.layers["0"].items()})
+    assert content["costs"]["1"] == content["costs"]["0"]
+
+
+def test_measuring_goes_on_where_it_stopped_and_measures_nothing_twice(tmp_path, spec, clock):
+    out, timing = tmp_path / "costs.json", Timing(rounds=2, min_run_time=0)
+    clock.stop = 5
+    with pytest.raises(KeyboardInterrupt):
+        measure(spec, clock, out, timing)
+    with pytest.raises(ValueError, match="not finished"):
+        CostTable.load(out)
+    before = json.loads(out.read_text())["runs"]
+    assert sum(len(values) for row in before.values() for values in row.values()) == 5
+    clock.stop, first = None, clock.timed
+    clock.timed = []
+    measure(spec, clock, out, timing)
+    assert sorted(map(str, first + clock.timed)) == sorted(map(str, 2 * [*range(len(spec.entries)), NETWORK]))
+    after = json.loads(out.read_text())["runs"]
+    assert all(after[layer][name][: len(values)] == values for layer, row in before.items() for name, values in row.items())
+    clock.timed = []
+    content = measure(spec, clock, out, timing)
+    assert not clock.timed
+    assert content == json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model", "another"), ("input", (4, 8, 6, 6)), ("device", "other"), ("memory_format", "x"), ("where", "in-place")]
+)
+def test_another_things_measurements_are_refused(tmp_path, spec, clock, key, value):
+    out = tmp_path / "costs.json"
+    measure(spec, clock, out, Timing(rounds=1, min_run_time=0))
+    before = out.read_bytes()
+    timing = Timing(value if key == "where" else "alone", rounds=2, min_run_time=0)
+    if key in ("model", "input"):
+        spec = Specification(**{**vars(spec), key: value})
+    elif key != "where":
+        identity = clock.identity() | {key: value}
+        clock.identity = lambda: identity
+    with pytest.raises(ValueError, match=f"costs.json: measured for another {key}: "):
+        measure(spec, clock, out, timing)
+    assert out.read_bytes() == before
+
+
+def test_workers_share_the_entries_and_their_files_are_put_together(tmp_path, spec, clock):
+    files = [tmp_path / f"{i}.json" for i in range(3)]
+    for i, file in enumerate(files):
+        measure(spec, clock, file, Timing(rounds=1, min_run_time=0), part=(i, 3))
+        with pytest.raises(ValueError, match="not finished"):
+            CostTable.load(file)
+    candidates = [what for what in clock.timed if what != NETWORK and spec.homes()[what][1] != DENSE]
+    assert sorted(candidates) == sorted(set(candidates))  # each by one worker
+    content = merge(spec, files)
+    assert content["costs"] == pytest.approx(
+        {layer: pytest.approx({name: clock.cost[index] for name, index in row.items()}) for layer, row in spec.layers.items()}
+    )
+    with pytest.raises(ValueError, match="measured in none of"):
+        merge(spec, files[:2])
+
+
+def uniform_weights(module, value=0.01):
+    for tensor in [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]:
+        tensor.data.fill_(value)
+    return module.eval()
+
+
+def run_onnx(model, x):
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 8, 3, stride=2, padding=1),
+        nn.Conv2d(6, 8, (3, 5), padding="same", dilation=2, bias=False),
+        nn.Conv2d(6, 8, 1, stride=2),
+        nn.Linear(6, 8),
+        nn.Linear(6, 8, bias=False),
+    ],
+)
+def test_an_entrys_onnx_model_is_the_layer(layer):
+    shape = (2, 6) if isinstance(layer, nn.Linear) else (2, 6, 9, 11)
+    model = nn.Sequential(layer)
+    spec = with_onnx(specify(model, torch.randn(shape), RankRules(step=2, kinds=("conv", "pointwise", "linear"))), model)
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
+    for entry in spec.entries:
+        built = uniform_weights(layer_spec("", entry.layer).build(entry.rank))
+        torch.testing.assert_close(run_onnx(entry.onnx, x), built(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("choice", [{}, {"a": "r2"}, {"a": "r4", "b": "r2"}])
+def test_a_networks_onnx_model_is_the_network_whatever_its_layers_become(choice):
+    network, shape = Forked(), (2, 8, 6, 6)
+    spec = with_onnx(spec_of(network, shape), network)
+    plan = RankPlan({layer: spec.entries[spec.layers[layer][name]].rank for layer, name in choice.items()})
+    x = torch.randn(shape)
+    expected = uniform_weights(restructure(network, plan))(x).detach()
+    torch.testing.assert_close(run_onnx(with_layers(spec, choice), x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_device_needs_onnx_runtime_or_pytorch_and_nothing_of_nni(tmp_path):
+    spec = with_onnx(spec_of(build_model("digits_cnn"), (1, 1, 8, 8)), build_model("digits_cnn"))
+    spec.save(tmp_path / "spec.json")
+    common = {"nni", "pytorch_lightning", "torchmetrics", "torchvision", "sklearn", "tensorly", "scipy", "pydantic", "typer", "rich"}
+    for runtime, missing in (("torch", common | {"onnx", "onnxruntime"}), ("onnxruntime", common | {"torch", "onnx"})):
+        out = tmp_path / f"{runtime}.json"
+        program = (
+            f"import sys\nfor name in {sorted(missing)}: sys.modules[name] = None\n"
+            "from nni_haloc.measure import main\n"
+            f"sys.argv = ['measure', '--spec', {str(tmp_path / 'spec.json')!r}, '--out', {str(out)!r}, '--runtime', {runtime!r},"
+            " '--rounds', '1', '--min-run-time', '0.0001', '--threads', '1']\nmain()\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        table = CostTable.load(out)
+        assert table.identity["runtime"].startswith(runtime)
+        assert {layer: set(row) for layer, row in table.costs.items()} == {layer: set(row) for layer, row in spec.layers.items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--spec", "nowhere.json"], "no such file"),
+        (["--model", "resnet20"], "--model and --input"),
+        (["--model", "resnet20", "--input", "3x32"], "3x32"),
+        (["--model", "resnet20", "--input", "3x32x32", "--device", "cuda:77"], "cuda:77"),
+        (["--model", "resnet20", "--input", "3x32x32", "--dtype", "int8"], "int8"),
+        (["--model", "resnet20", "--input", "3x32x32", "--part", "4/4"], "--part"),
+        (["--model", "resnet20", "--input", "3x32x32", "--threads", "0"], "--threads"),
+        (["--model", "resnet21", "--input", "3x32x32"], "resnet21"),
+    ],
+)
+def test_bad_options_are_one_line(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        measure_main(arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_what_was_measured_in_one_precision_is_timed_in_it(spec):
+    run = TorchRuntime(dtype="bfloat16", model=Forked()).network(spec, {"a": "r2"})
+    assert [y.dtype for y in run()] == [torch.bfloat16]
