@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .compression import compress, load, save
     from .finetuning import accuracy, finetune, recalibrate
     from .fronts import front
-    from .nas import Haloc, RankSpace, classification
+    from .nas import Haloc, RankSpace, TableProfiler, classification
     from .predictors import CostTable, Timing, TorchRuntime, latency_table, mac_table, measure_latency, param_table
     from .ranks import RankPlan, RankRules
     from .recipe import Recipe
@@ -24,7 +24,7 @@ _HOMES = {
     "compression": ("compress", "load", "save"),
     "finetuning": ("accuracy", "finetune", "recalibrate"),
     "fronts": ("front",),
-    "nas": ("Haloc", "RankSpace", "classification"),
+    "nas": ("Haloc", "RankSpace", "TableProfiler", "classification"),
     "predictors": ("CostTable", "Timing", "TorchRuntime", "latency_table", "mac_table", "measure_latency", "param_table"),
     "ranks": ("RankPlan", "RankRules"),
     "recipe": ("Recipe",),

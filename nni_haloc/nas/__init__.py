@@ -9,8 +9,9 @@ with warnings.catch_warnings():
 
 from .engine import run_search
 from .evaluator import classification
+from .profiler import TableProfiler
 from .space import RankSpace
 from .strategy import Haloc
 from .updates import SearchDiverged
 
-__all__ = ["Haloc", "RankSpace", "SearchDiverged", "classification", "run_search"]
+__all__ = ["Haloc", "RankSpace", "SearchDiverged", "TableProfiler", "classification", "run_search"]
