@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .device.measuring import Progress, Runtime, Timing, measure, merge
+from .device.files import write_json
+from .device.measuring import Progress, Runtime, Timing, draw, measure, merge, share
 from .device.spec import Specification
 
 if TYPE_CHECKING:
@@ -50,18 +51,24 @@ def measure_main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--where", choices=("alone", "in-place"), default=Timing.where, help="a layer by itself, or in the network")
     parser.add_argument("--rounds", type=int, default=Timing.rounds, help="passes over all entries (default: %(default)s)")
     parser.add_argument("--min-run-time", type=float, default=Timing.min_run_time, help="seconds for an entry in a pass (%(default)s)")
-    parser.add_argument("--part", default="0/1", help="the share of one of several workers: 0/4 to 3/4")
+    parser.add_argument("--sample", type=float, default=1.0, metavar="SHARE", help="measure a share of the entries, predict the others")
+    parser.add_argument("--part", default="0/1", help="what one of several workers measures: 0/4 to 3/4")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="put the workers' files together, measure nothing")
     options = parser.parse_args(arguments)
     spec, model = _specified(options)
     if options.merge:
-        from .device.files import write_json
-
         content = merge(spec, options.merge)
         write_json(options.out, content)
     else:
         timing = Timing(options.where, options.rounds, options.min_run_time)
-        content = measure(spec, _runtime(options, spec, model), options.out, timing, _progress(), _part(options.part))
+        part, of = _part(options.part)
+        indices = draw(spec, options.sample) if options.sample < 1 else share(spec, part, of)
+        content = measure(spec, _runtime(options, model), options.out, timing, _progress(), indices)
+        if options.sample < 1:
+            from .predictors.regression import complete
+
+            content = complete(spec, content)
+            write_json(options.out, content)
     print(f"{options.out}: {_summary(content)}")
 
 
@@ -109,7 +116,7 @@ def _specified(options: argparse.Namespace) -> tuple[Specification, nn.Module | 
     return specify(model, torch.randn(options.batch, *shape), rules, options.model), model
 
 
-def _runtime(options: argparse.Namespace, spec: Specification, model: nn.Module | None) -> Runtime:
+def _runtime(options: argparse.Namespace, model: nn.Module | None) -> Runtime:
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"--threads: expected a number above 0, found {options.threads}")
     if options.runtime == "torch":

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nni_haloc.compression import restructure
 from nni_haloc.device.files import DENSE
-from nni_haloc.device.measuring import NETWORK, Timing, measure, merge
+from nni_haloc.device.measuring import NETWORK, Timing, measure, merge, share
 from nni_haloc.device.onnx_models import with_layers, with_onnx
 from nni_haloc.device.replay import Replay, record
 from nni_haloc.device.spec import Specification
@@ -222,7 +222,7 @@ def test_another_things_measurements_are_refused(tmp_path, spec, clock, key, val
 def test_workers_share_the_entries_and_their_files_are_put_together(tmp_path, spec, clock):
     files = [tmp_path / f"{i}.json" for i in range(3)]
     for i, file in enumerate(files):
-        measure(spec, clock, file, Timing(rounds=1, min_run_time=0), part=(i, 3))
+        measure(spec, clock, file, Timing(rounds=1, min_run_time=0), indices=share(spec, i, 3))
         with pytest.raises(ValueError, match="not finished"):
             CostTable.load(file)
     candidates = [what for what in clock.timed if what != NETWORK and spec.homes()[what][1] != DENSE]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,17 +76,18 @@ def measure(
     out: str | Path | None = None,
     timing: Timing = Timing(),
     progress: Progress = lambda done, of: None,
-    part: tuple[int, int] = (0, 1),
+    indices: Collection[int] | None = None,
 ) -> dict[str, Any]:
     """Measure what ``out`` does not have yet, and leave it there after each entry; returns the content of ``costs.json``.
 
-    ``part``: (0, 4) measures each fourth entry alone, for four workers whose files `merge` puts together; the network's own time is in
-    all of them. Raises ValueError where ``out`` holds measurements of something else.
+    ``indices``: the entries to measure (None: all); the network is measured in any case. The table is in the content once no entry is
+    missing, until then the runs alone. Raises ValueError where ``out`` holds measurements of something else.
     """
     identity = {"model": spec.model, "input": list(spec.input), **runtime.identity(), "where": timing.where}
     homes = spec.homes()
-    mine = [index for i, index in enumerate(homes) if i % part[1] == part[0] or homes[index][1] == DENSE]
-    state = _read(out, identity) or {"version": COSTS_VERSION, "metric": METRIC, "unit": UNITS[METRIC], "identity": identity}
+    mine = [index for index in homes if indices is None or index in indices]
+    state = _read(out, identity) or {"version": COSTS_VERSION, "metric": METRIC, "unit": UNITS[METRIC], "identity": {}}
+    state["identity"] = identity | {key: state["identity"][key] for key in ("date", "runs") if key in state["identity"]}
     runs: dict[str, dict[str, list[float]]] = state.setdefault("runs", {})
     whole: list[float] = state.setdefault(NETWORK, [])
     missing = [(r, i) for r in range(timing.rounds) for i in [*mine, None] if len(_kept(runs, whole, homes, i)) <= r]
@@ -101,7 +104,7 @@ def measure(
             if out is not None and done + 1 < len(missing):
                 _write(out, state)
     progress(len(missing), len(missing))
-    state |= finished(spec, state, timing.where) if part[1] == 1 else {}
+    state |= {} if unmeasured(spec, state) else finished(spec, state)
     if out is not None:
         _write(out, state)
     return state
@@ -115,11 +118,42 @@ def _swapped(spec: Specification, runtime: Runtime, index: int, candidate: str, 
     return 1e3 * (seconds["after"] - seconds["before"]) / len(layers)
 
 
-def finished(spec: Specification, state: Mapping[str, Any], where: Where) -> dict[str, Any]:
-    """The table that the runs make: medians; ``fixed`` is the network's time less that of its dense layers, and not below zero."""
+def share(spec: Specification, part: int, of: int) -> list[int]:
+    """The entries that one of several workers measures; all of them measure the dense layers, to be compared by."""
+    return [index for i, (index, home) in enumerate(spec.homes().items()) if i % of == part or home[1] == DENSE]
+
+
+def draw(spec: Specification, fraction: float, seed: int = 0) -> list[int]:
+    """A sample of the entries: the dense layers, and of the others a ``fraction`` of each shape's, spread over its ranks.
+
+    ValueError unless the fraction is above 0 and at most 1.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"sample: expected a share above 0 and at most 1, found {fraction}")
+    generator, found = random.Random(seed), []
+    rows = dict.fromkeys(tuple(row.values()) for row in spec.layers.values())
+    for dense, *others in rows:
+        count = max(1, round(fraction * len(others)))
+        cuts = [round(i * len(others) / count) for i in range(count + 1)]
+        found += [dense, *(others[generator.randrange(low, high)] for low, high in itertools.pairwise(cuts) if high > low)]
+    return found
+
+
+def unmeasured(spec: Specification, state: Mapping[str, Any]) -> list[int]:
+    """The entries without a run."""
+    return [index for index, (layer, candidate) in spec.homes().items() if not state["runs"].get(layer, {}).get(candidate)]
+
+
+def finished(spec: Specification, state: Mapping[str, Any], predicted: Mapping[int, tuple[float, float]] | None = None) -> dict[str, Any]:
+    """The table that the runs make: medians; ``fixed`` is the network's time less that of its dense layers, and not below zero.
+
+    ``predicted``: milliseconds and relative error of entries without a run.
+    """
+    homes, where = spec.homes(), state["identity"]["where"]
     centre = {home: median(values) for home, values in _by_home(state["runs"])}
     wide = {home: _spread(values) for home, values in _by_home(state["runs"])}
-    homes = spec.homes()
+    for index, (value, error) in (predicted or {}).items():
+        centre[homes[index]], wide[homes[index]] = value, error * value
     costs: dict[str, dict[str, float]] = {}
     spread: dict[str, dict[str, float]] = {}
     for layer, row in spec.layers.items():
@@ -135,7 +169,7 @@ def finished(spec: Specification, state: Mapping[str, Any], where: Where) -> dic
     return costs_content(METRIC, state["identity"], fixed, costs, spread)
 
 
-def merge(spec: Specification, paths: list[str | Path]) -> dict[str, Any]:
+def merge(spec: Specification, paths: Sequence[str | Path]) -> dict[str, Any]:
     """The content of one ``costs.json`` from the workers' files; ValueError where they differ or an entry is in none of them."""
     first: dict[str, Any] = {}
     for path in paths:
@@ -149,10 +183,11 @@ def merge(spec: Specification, paths: list[str | Path]) -> dict[str, Any]:
         for layer, row in state["runs"].items():
             for candidate, values in row.items():
                 first["runs"].setdefault(layer, {}).setdefault(candidate, []).extend(values)
-    for layer, candidate in spec.homes().values():
-        if not first["runs"].get(layer, {}).get(candidate):
-            raise ValueError(f"layer {layer!r}, candidate {candidate!r}: measured in none of {', '.join(map(str, paths))}")
-    return first | finished(spec, first, first["identity"]["where"])
+    missing = unmeasured(spec, first)
+    if missing:
+        layer, candidate = spec.homes()[missing[0]]
+        raise ValueError(f"layer {layer!r}, candidate {candidate!r}: measured in none of {', '.join(map(str, paths))}")
+    return first | finished(spec, first)
 
 
 def _read(path: str | Path | None, identity: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -1,0 +1,96 @@
+"""Latency of the entries that were not measured, from those that were."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+from sklearn.model_selection import KFold, cross_val_predict
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from ..device.measuring import finished, unmeasured
+from ..device.spec import Entry, Specification
+from ..device.torch_runtime import layer_spec
+from ..layers import LayerSpec
+from ..ranks import Rank
+
+_BLOCKS = (8, 16, 32)
+"""Channels are computed in blocks: a rank of 17 may cost what 32 does."""
+
+
+def complete(spec: Specification, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of ``costs.json`` with the entries that have no run predicted from those that have.
+
+    A Gaussian process on the logarithms (scikit-learn). Its median relative error, cross-validated on what was measured, stands in the
+    table's identity and as the spread of each predicted entry. ValueError where fewer than ten entries were measured.
+    """
+    missing = set(unmeasured(spec, state))
+    homes = spec.homes()
+    known = [index for index in homes if index not in missing]
+    if state["identity"]["where"] != "alone":
+        raise ValueError("layers measured in place are not predicted: measure a sample of them alone")
+    if len(known) < 10:
+        raise ValueError(f"expected at least 10 measured entries to predict the others from, found {len(known)}")
+    if not missing:
+        return {**state, **finished(spec, state)}
+    x = np.array([_features(spec.entries[index]) for index in known])
+    y = np.log([float(np.median(state["runs"][homes[index][0]][homes[index][1]])) for index in known])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound: a feature that says nothing
+        guessed = cross_val_predict(_model(x.shape[1]), x, y, cv=KFold(min(10, len(known)), shuffle=True, random_state=0))
+        error = float(np.median(np.abs(np.exp(guessed - y) - 1)))
+        found = np.exp(_model(x.shape[1]).fit(x, y).predict(np.array([_features(spec.entries[index]) for index in sorted(missing)])))
+    identity = {**state["identity"], "predicted": len(missing), "measured": len(known), "median_error": round(error, 4)}
+    predicted = {index: (float(value), error) for index, value in zip(sorted(missing), found, strict=True)}
+    return {**state, **finished(spec, {**state, "identity": identity}, predicted)}
+
+
+def _model(features: int) -> Pipeline:
+    kernel = ConstantKernel() * Matern(np.ones(features), (1e-1, 1e3), nu=1.5) + WhiteKernel(1e-3)
+    return make_pipeline(StandardScaler(), GaussianProcessRegressor(kernel, normalize_y=True, random_state=0))
+
+
+def _features(entry: Entry) -> list[float]:
+    """Work and traffic of a layer's factors, exact and rounded up to blocks of channels; the rank, and what it is a multiple of."""
+    layer = layer_spec("", entry.layer)
+    parts = [part for shape in layer.input_shapes for part in _parts(layer, shape, entry.rank)]
+    rank = min(entry.rank) if entry.rank else 0
+
+    def up(channels: int, block: int) -> int:
+        return -(-channels // block) * block
+
+    return [
+        *(math.log(sum(up(c, b) * up(f, b) * k * positions for c, f, k, _, positions in parts)) for b in (1, *_BLOCKS)),
+        math.log(sum(up(c, 16) * f * k * positions for c, f, k, _, positions in parts)),
+        math.log(sum(c * up(f, 16) * k * positions for c, f, k, _, positions in parts)),
+        *(math.log(sum(up(c, b) * before + up(f, b) * positions for c, f, _, before, positions in parts)) for b in (1, 16)),
+        len(parts),
+        rank,
+        up(rank, 16),
+        *(bool(rank) and rank % b == 0 for b in _BLOCKS),
+        math.log(layer.in_channels),
+        math.log(layer.out_channels),
+        math.log(parts[-1][4]),
+        math.prod(layer.stride),
+        math.prod(layer.kernel_size),
+    ]
+
+
+def _parts(layer: LayerSpec, shape: tuple[int, ...], rank: Rank) -> list[tuple[int, int, int, int, int]]:
+    """Of each factor: channels in and out, kernel size, positions in and out, the batch included."""
+    spatial = slice(1, -1) if layer.kind == "linear" else slice(2, None)
+    before = shape[0] * math.prod(shape[spatial])
+    after = shape[0] * math.prod(layer.output_shape(shape)[spatial])
+    c, f, k = layer.in_channels, layer.out_channels, math.prod(layer.kernel_size)
+    if rank is None:
+        return [(c, f, k, before, after)]
+    if layer.kind == "conv":
+        return [(c, rank[1], 1, before, before), (rank[1], rank[0], k, before, after), (rank[0], f, 1, after, after)]
+    return [(c, rank[0], 1, before, after), (rank[0], f, 1, after, after)]
