@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -174,6 +175,35 @@ class LayerSpec:
             size = self.pad(torch.empty(1, 1, *input_shape[2:])).shape[2:]
         spatial = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(size, self.dilation, self.kernel_size, self.stride, strict=True)]
         return (input_shape[0], self.out_channels, *spatial)
+
+    def parts(self, rank: tuple[int, ...] | None) -> list[tuple[int, int, int]]:
+        """Of each layer that it becomes at a rank, in their order: channels in, channels out, kernel elements."""
+        c, f, k = self.in_channels, self.out_channels, math.prod(self.kernel_size)
+        if rank is None:
+            return [(c, f, k)]
+        return [(c, rank[1], 1), (rank[1], rank[0], k), (rank[0], f, 1)] if self.kind == "conv" else [(c, rank[0], 1), (rank[0], f, 1)]
+
+    def work(self, rank: tuple[int, ...] | None) -> list[Work]:
+        """What each of `parts` does for one image, one entry for each call of the layer."""
+        parts = self.parts(rank)
+        spatial = slice(1, -1) if self.kind == "linear" else slice(2, None)
+        strided = 1 if len(parts) == 3 else 0  # the part that carries the geometry
+        found = []
+        for shape in self.input_shapes:
+            before, after = math.prod(shape[spatial]), math.prod(self.output_shape(shape)[spatial])
+            for i, part in enumerate(parts):
+                found.append(Work(*part, after if i > strided else before, before if i < strided else after))
+        return found
+
+
+class Work(NamedTuple):
+    """One convolution or matrix product: channels, kernel elements, and positions of the input and of the output."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    before: int
+    after: int
 
 
 def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:

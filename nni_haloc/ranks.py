@@ -103,31 +103,12 @@ def macs(spec: LayerSpec, rank: Rank) -> int:
     >>> macs(conv, None) == 56 * 56 * 64 * 64 * 9
     True
     """
-    total = 0
-    spatial = slice(1, -1) if spec.kind == "linear" else slice(2, None)
-    for shape in spec.input_shapes:
-        positions_in, positions = math.prod(shape[spatial]), math.prod(spec.output_shape(shape)[spatial])
-        c, f, k = spec.in_channels, spec.out_channels, math.prod(spec.kernel_size)
-        if rank is None:
-            total += positions * c * f * k
-        elif spec.kind == "conv":
-            r1, r2 = rank
-            total += positions_in * c * r2 + positions * (r2 * r1 * k + r1 * f)
-        else:
-            total += positions * rank[0] * (c + f)
-    return total
+    return sum(w.inputs * w.outputs * w.kernel * w.after for w in spec.work(rank))
 
 
 def params(spec: LayerSpec, rank: Rank) -> int:
     """Number of parameters of one layer at one rank, its bias included."""
-    c, f, k = spec.in_channels, spec.out_channels, math.prod(spec.kernel_size)
-    bias = f if spec.bias else 0
-    if rank is None:
-        return c * f * k + bias
-    if spec.kind == "conv":
-        r1, r2 = rank
-        return c * r2 + r2 * r1 * k + r1 * f + bias
-    return rank[0] * (c + f) + bias
+    return sum(math.prod(part) for part in spec.parts(rank)) + (spec.out_channels if spec.bias else 0)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ from sklearn.preprocessing import StandardScaler
 from ..device.measuring import finished, unmeasured
 from ..device.spec import Entry, Specification
 from ..device.torch_runtime import layer_spec
-from ..layers import LayerSpec
-from ..ranks import Rank
 
 _BLOCKS = (8, 16, 32)
 """Channels are computed in blocks: a rank of 17 may cost what 32 does."""
@@ -60,37 +58,33 @@ def _model(features: int) -> Pipeline:
 def _features(entry: Entry) -> list[float]:
     """Work and traffic of a layer's factors, exact and rounded up to blocks of channels; the rank, and what it is a multiple of."""
     layer = layer_spec("", entry.layer)
-    parts = [part for shape in layer.input_shapes for part in _parts(layer, shape, entry.rank)]
+    images = layer.input_shapes[0][0]
+    work = layer.work(entry.rank)
     rank = min(entry.rank) if entry.rank else 0
 
-    def up(channels: int, block: int) -> int:
-        return -(-channels // block) * block
+    def macs(inputs: int, outputs: int) -> float:
+        return math.log(images * sum(_up(w.inputs, inputs) * _up(w.outputs, outputs) * w.kernel * w.after for w in work))
+
+    def traffic(block: int) -> float:
+        return math.log(images * sum(_up(w.inputs, block) * w.before + _up(w.outputs, block) * w.after for w in work))
 
     return [
-        *(math.log(sum(up(c, b) * up(f, b) * k * positions for c, f, k, _, positions in parts)) for b in (1, *_BLOCKS)),
-        math.log(sum(up(c, 16) * f * k * positions for c, f, k, _, positions in parts)),
-        math.log(sum(c * up(f, 16) * k * positions for c, f, k, _, positions in parts)),
-        *(math.log(sum(up(c, b) * before + up(f, b) * positions for c, f, _, before, positions in parts)) for b in (1, 16)),
-        len(parts),
+        *(macs(block, block) for block in (1, *_BLOCKS)),
+        macs(16, 1),
+        macs(1, 16),
+        traffic(1),
+        traffic(16),
+        len(work),
         rank,
-        up(rank, 16),
-        *(bool(rank) and rank % b == 0 for b in _BLOCKS),
+        _up(rank, 16),
+        *(bool(rank) and rank % block == 0 for block in _BLOCKS),
         math.log(layer.in_channels),
         math.log(layer.out_channels),
-        math.log(parts[-1][4]),
+        math.log(images * work[-1].after),
         math.prod(layer.stride),
         math.prod(layer.kernel_size),
     ]
 
 
-def _parts(layer: LayerSpec, shape: tuple[int, ...], rank: Rank) -> list[tuple[int, int, int, int, int]]:
-    """Of each factor: channels in and out, kernel size, positions in and out, the batch included."""
-    spatial = slice(1, -1) if layer.kind == "linear" else slice(2, None)
-    before = shape[0] * math.prod(shape[spatial])
-    after = shape[0] * math.prod(layer.output_shape(shape)[spatial])
-    c, f, k = layer.in_channels, layer.out_channels, math.prod(layer.kernel_size)
-    if rank is None:
-        return [(c, f, k, before, after)]
-    if layer.kind == "conv":
-        return [(c, rank[1], 1, before, before), (rank[1], rank[0], k, before, after), (rank[0], f, 1, after, after)]
-    return [(c, rank[0], 1, before, after), (rank[0], f, 1, after, after)]
+def _up(channels: int, block: int) -> int:
+    return -(-channels // block) * block
