@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 NNI_PLATFORMS = "platform_machine == 'x86_64' or platform_machine == 'AMD64'"  # nni has wheels for these alone
 TENSORBOARD = ["tensorboard>=2.18"]
+ACCELERATOR = ["zigzag-dse>=3.9,<4", "six"]  # six: needed and not declared
 ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 
 setup(
@@ -37,7 +38,18 @@ setup(
     extras_require={
         "tensorboard": TENSORBOARD,
         "onnx": ONNX,
-        "test": [*TENSORBOARD, *ONNX, "pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.15", "types-PyYAML", "types-requests"],
+        "accelerator": ACCELERATOR,
+        "test": [
+            *TENSORBOARD,
+            *ONNX,
+            *ACCELERATOR,
+            "pytest>=8.0",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.15",
+            "types-PyYAML",
+            "types-requests",
+        ],
         "docs": ["mkdocs>=1.6"],
     },
     entry_points={"console_scripts": ["haloc=nni_haloc.cli:main"]},

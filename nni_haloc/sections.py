@@ -32,7 +32,7 @@ Pin = Annotated[Any, AfterValidator(_pin)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-Metric = Literal["macs", "params", "latency_ms"]
+Metric = Literal["macs", "params", "activation_bytes", "latency_ms", "cycles", "energy_pj"]
 Rule = Literal[
     "search", "uniform", "energy", "alds", "vbmf", "error-knapsack", "sensitivity-knapsack", "random", "learned",
     "nni-evolution", "nni-random",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -10,10 +11,13 @@ from .budget import Limit
 from .compression import COSTS_FILE
 from .config import Config
 from .log import logger
-from .predictors import CostTable, TorchRuntime, latency_table, mac_table, param_table
+from .predictors import CostTable, TorchRuntime, activation_table, latency_table, mac_table, param_table
+from .predictors.accelerator import accelerator_table
 from .ranks import RankRules
 from .sections import Metric, Space
 from .yaml_files import ConfigError
+
+ACCELERATOR_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nni-haloc" / "accelerator.json"
 
 
 def rank_rules(space: Space, step: int | None = None) -> RankRules:
@@ -62,9 +66,15 @@ def _cost_table(
         return costs
     if metric == "latency_ms":
         logger.info("measuring the latency of every candidate")
-        shape = latency_input(config, example)
-        return latency_table(model, shape, rules, runtime_of(config))
-    return (mac_table if metric == "macs" else param_table)(model, example, rules)
+        return latency_table(model, latency_input(config, example), rules, runtime_of(config))
+    if metric == "cycles" or metric == "energy_pj":
+        logger.info("modelling every candidate on an Eyeriss-like array")
+        try:
+            return accelerator_table(model, example, rules, metric, cache=ACCELERATOR_CACHE)
+        except ValueError as error:
+            raise ConfigError(f"{key}.metric: {error}") from None
+    counted = {"macs": mac_table, "params": param_table, "activation_bytes": activation_table}
+    return counted[metric](model, example, rules)
 
 
 def runtime_of(config: Config) -> TorchRuntime:

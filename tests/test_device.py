@@ -1,11 +1,13 @@
 """Measuring on a device: what is timed, what is kept, and that neither NNI nor, for ONNX Runtime, PyTorch is needed."""
 
 import json
+import math
 import subprocess
 import sys
 from contextlib import nullcontext
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -22,7 +24,8 @@ from nni_haloc.device.torch_runtime import TorchRuntime, layer_spec
 from nni_haloc.layers import LayerSpec
 from nni_haloc.measure import measure_main
 from nni_haloc.models import build_model
-from nni_haloc.predictors import CostTable, specify
+from nni_haloc.predictors import CostTable, param_table, specify
+from nni_haloc.predictors.nn_meter import predicted_table
 from nni_haloc.ranks import RankPlan, RankRules
 
 
@@ -274,6 +277,31 @@ def test_a_networks_onnx_model_is_the_network_whatever_its_layers_become(choice)
     x = torch.randn(shape)
     expected = uniform_weights(restructure(network, plan))(x).detach()
     torch.testing.assert_close(run_onnx(with_layers(spec, choice), x), expected, rtol=1e-4, atol=1e-5)
+
+
+class ByWork:
+    """In the place of an nn-Meter predictor, whose own are fetched when they are used: milliseconds by the weights of an ONNX model."""
+
+    def __init__(self, lost=()):
+        self.lost = lost
+
+    def predict(self, model, model_type):
+        assert model_type == "onnx"
+        onnx.checker.check_model(model)
+        sizes = [math.prod(t.dims) for t in model.graph.initializer]
+        return 0 if len(sizes) in self.lost else 1e-3 * sum(sizes)
+
+
+def test_a_predictor_of_onnx_models_is_given_whole_candidates_and_a_zero_is_an_error():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    table = predicted_table(model, torch.randn(2, 8, 6, 6), ByWork(), RankRules(step=2), "phone")
+    params = param_table(model, torch.randn(2, 8, 6, 6), RankRules(step=2))
+    for layer, row in params.costs.items():
+        assert table.costs[layer] == pytest.approx({name: 1e-3 * cost for name, cost in row.items()})
+    assert table.original == pytest.approx(1e-3 * params.original)
+    assert (table.metric, table.identity["device"]) == ("latency_ms", "phone")
+    with pytest.raises(ValueError, match="layer '0', candidate 'r6': expected a latency above 0 from ByWork, found 0"):
+        predicted_table(model, torch.randn(2, 8, 6, 6), ByWork(lost={3}), RankRules(step=2))
 
 
 def test_a_device_needs_onnx_runtime_or_pytorch_and_nothing_of_nni(tmp_path):

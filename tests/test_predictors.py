@@ -9,7 +9,20 @@ from torch import nn
 from nni_haloc.compression import restructure
 from nni_haloc.device import measuring
 from nni_haloc.models import build_model
-from nni_haloc.predictors import CostTable, Timing, TorchRuntime, count_macs, latency_table, mac_table, measure_latency, param_table
+from nni_haloc.predictors import (
+    CostTable,
+    Timing,
+    TorchRuntime,
+    activation_table,
+    analytic,
+    count_macs,
+    latency_table,
+    mac_table,
+    measure_latency,
+    measure_peaks,
+    param_table,
+    roofline_table,
+)  # fmt: skip
 from nni_haloc.predictors.analytic import count_params
 from nni_haloc.ranks import RankPlan, RankRules, parse_rank
 
@@ -147,3 +160,77 @@ def test_a_device_without_nni_can_measure_and_load():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "latency_ms", done.stderr
+
+
+def outputs(network, x):
+    """Bytes for one image of what each module without children gives."""
+    seen = []
+    for module in network.eval().modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda m, a, y: seen.append(y.numel() * y.element_size() // len(y)))
+    network(x)
+    return sum(seen)
+
+
+@pytest.mark.parametrize("pick", [lambda row: row[0], lambda row: row[-1]])
+def test_activations_take_what_hooks_see_on_the_networks_that_plans_make(pick):
+    model, x = build_model("resnet20"), torch.randn(2, 3, 32, 32)
+    table = activation_table(model, x, RankRules(exclude=("conv1",)))
+    names, plan = plan_of(table, pick)
+    assert table.total(names) == outputs(restructure(model, plan), x)
+
+
+def test_a_roofline_is_the_longer_of_work_and_traffic():
+    model, x = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU()), torch.randn(4, 8, 10, 10)
+    work, weights = 4 * 100 * 16 * 8 * 9, 16 * 8 * 9
+    traffic = 4 * (4 * 100 * (8 + 16) + weights)
+    relu = 2 * 4 * 4 * 100 * 16
+    for flops, bandwidth in ((1e9, 1e15), (1e15, 1e9)):
+        table = roofline_table(model, x, RankRules(step=4), flops=flops, bandwidth=bandwidth)
+        assert table.metric == "latency_ms"
+        assert table.costs["0"]["dense"] == pytest.approx(1e3 * max(2 * work / flops, traffic / bandwidth))
+        assert table.fixed == pytest.approx(1e3 * relu / bandwidth)
+    assert table.costs["0"]["r4"] == pytest.approx(  # three convolutions, each by its traffic
+        1e3 * 4 * (4 * 100 * (8 + 4) + 8 * 4 + 4 * 100 * (4 + 4) + 4 * 4 * 9 + 4 * 100 * (4 + 16) + 4 * 16) / bandwidth
+    )
+
+
+def test_a_devices_peaks_are_rates(monkeypatch):
+    monkeypatch.setattr(analytic, "time_together", lambda runs, *_: dict.fromkeys(runs, 0.5))
+    assert measure_peaks(size=32) == (2 * 32**3 / 0.5, 2 * 4 * 32 * 32**2 / 0.5)
+
+
+CSV = "layer,candidate,latency_ms\na,dense,8\na, r2 ,3.5\nb,dense,6\nnetwork,,15.5\n"
+
+
+def test_measurements_of_ones_own_come_from_a_csv_file(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text(CSV)
+    found = CostTable.load(path)
+    assert (found.metric, found.costs, found.fixed) == ("latency_ms", {"a": {"dense": 8.0, "r2": 3.5}, "b": {"dense": 6.0}}, 1.5)
+    path.write_text(CSV.replace("network,,15.5", "fixed,,2"))
+    assert CostTable.load(path).original == 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("latency_ms", "seconds"), "line 1: expected layer,candidate"),
+        ((CSV, ""), "line 1"),
+        (("3.5", "fast"), "line 3: expected .*found 'a, r2 ,fast'"),
+        (("b,dense,6", "b,dense"), "line 4"),
+        (("b,dense,6", "a,dense,6"), "line 4: .*once each"),
+        (("3.5", "-3.5"), "candidate 'r2': expected a positive cost"),
+        (("3.5", "nan"), "candidate 'r2': expected a positive cost"),
+        (("a,dense,8\n", ""), "layer 'a'.*no 'dense'"),
+        (("network,,15.5", "fixed,,-1"), "fixed cost"),
+        (("network,,15.5\n", ""), "expected one line network"),
+    ],
+)
+def test_a_bad_csv_file_is_one_line_that_names_it(tmp_path, change, message):
+    path = tmp_path / "mine.csv"
+    path.write_text(CSV.replace(*change))
+    with pytest.raises(ValueError, match=message) as error:
+        CostTable.load(path)
+    assert "mine.csv" in str(error.value)
+    assert "\n" not in str(error.value)

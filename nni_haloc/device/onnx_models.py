@@ -18,6 +18,8 @@ from .spec import Entry, Specification
 from .torch_runtime import layer_spec
 
 _OPSET = 20
+_SHAPE = "/shape"
+"""What the name of a constant's shape ends with."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
 """Where torch's exporter notes the modules that a node comes from, as the text of a Python list."""
 
@@ -49,6 +51,24 @@ def with_layers(spec: Specification, choice: Mapping[str, str]) -> bytes:
             for offset, added in enumerate(new):
                 network.graph.node.insert(at + offset, added)
     return network.SerializeToString()
+
+
+def with_initializers(model: bytes) -> Any:
+    """An ONNX model (`onnx.ModelProto`) with its weights as tensors instead of constant nodes, for those who look for them there."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    result = onnx.load_from_string(model)
+    shapes: dict[str, Any] = {}
+    for node in [n for n in result.graph.node if n.op_type in ("Constant", "ConstantOfShape")]:
+        if node.op_type == "Constant" and node.output[0].endswith(_SHAPE):
+            shapes[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+            result.graph.node.remove(node)
+        elif node.op_type == "ConstantOfShape" and node.input[0] in shapes:
+            value = np.full(shapes[node.input[0]], numpy_helper.to_array(node.attribute[0].t)[0], np.float32)
+            result.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
+            result.graph.node.remove(node)
+    return result
 
 
 def _entry(entry: Entry) -> bytes:
@@ -96,8 +116,8 @@ def _attributes(conv: nn.Conv2d) -> dict[str, Any]:
 def _constant(name: str, shape: list[int], value: float = 0.01) -> list[Any]:
     """A tensor of one value; ONNX Runtime makes it a weight when it loads the model."""
     return [
-        helper.make_node("Constant", [], [f"{name}.shape"], value=helper.make_tensor("", TensorProto.INT64, [len(shape)], shape)),
-        helper.make_node("ConstantOfShape", [f"{name}.shape"], [name], value=helper.make_tensor("", TensorProto.FLOAT, [1], [value])),
+        helper.make_node("Constant", [], [name + _SHAPE], value=helper.make_tensor("", TensorProto.INT64, [len(shape)], shape)),
+        helper.make_node("ConstantOfShape", [name + _SHAPE], [name], value=helper.make_tensor("", TensorProto.FLOAT, [1], [value])),
     ]
 
 

@@ -2,20 +2,12 @@
 
 from ..device.measuring import Timing
 from ..device.torch_runtime import TorchRuntime
-from .analytic import count_macs, mac_table, param_table
+from .analytic import activation_table, count_macs, mac_table, measure_peaks, param_table, roofline_table
 from .measured import latency_table, measure_latency
 from .specification import specify
 from .table import CostTable, worthwhile
 
 __all__ = [
-    "CostTable",
-    "Timing",
-    "TorchRuntime",
-    "count_macs",
-    "latency_table",
-    "mac_table",
-    "measure_latency",
-    "param_table",
-    "specify",
-    "worthwhile",
-]
+    "CostTable", "Timing", "TorchRuntime", "activation_table", "count_macs", "latency_table", "mac_table", "measure_latency",
+    "measure_peaks", "param_table", "roofline_table", "specify", "worthwhile",
+]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,8 +74,8 @@ class CostTable:
 
     @classmethod
     def load(cls, path: str | Path) -> CostTable:
-        """Read ``costs.json``; ValueError names the file and what is wrong in it."""
-        content = read_costs(path)
+        """Read ``costs.json``, or a CSV file of one's own measurements (`_read_csv`); ValueError names the file and what is wrong in it."""
+        content = _read_csv(Path(path)) if Path(path).suffix == ".csv" else read_costs(path)
         try:
             if "costs" not in content and "runs" in content:
                 raise ValueError("not finished: `haloc measure` with the same options goes on where it stopped")
@@ -84,6 +85,35 @@ class CostTable:
             raise ValueError(f"{path}: {error.args[0]}: missing") from None
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def _read_csv(path: Path) -> dict[str, Any]:
+    """What a CSV file of measurements says: the header ``layer,candidate,METRIC``, and one line each.
+
+    A line without a candidate is for the network as it was (``network``) or for all but its searched layers (``fixed``).
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.reader(file)
+        header = [name.strip() for name in next(reader, [])]
+        if len(header) != 3 or header[:2] != ["layer", "candidate"] or header[2] not in UNITS:
+            raise ValueError(f"{path}: line 1: expected layer,candidate and one of {', '.join(UNITS)}, found {','.join(header)!r}")
+        costs: dict[str, dict[str, float]] = {}
+        whole: dict[str, float] = {}
+        for row in reader:
+            try:
+                layer, candidate, cost = (cell.strip() for cell in row)
+                target, key = (costs.setdefault(layer, {}), candidate) if candidate else (whole, layer)
+                if key in target or not (candidate or layer in ("network", "fixed")):
+                    raise ValueError
+                target[key] = float(cost)
+            except ValueError:
+                expected = "layer,candidate,number, once each, or network,,number or fixed,,number"
+                raise ValueError(f"{path}: line {reader.line_num}: expected {expected}, found {','.join(row)!r}") from None
+    if len(whole) != 1:
+        raise ValueError(f"{path}: expected one line network,,number or fixed,,number, found {len(whole)}")
+    dense = sum(row.get(DENSE, 0.0) for row in costs.values())
+    fixed = whole["fixed"] if "fixed" in whole else whole["network"] - dense
+    return {"metric": header[2], "costs": costs, "fixed": fixed, "identity": {"file": path.name}}
 
 
 def worthwhile(
