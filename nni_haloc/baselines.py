@@ -13,7 +13,7 @@ from .nas.multitrial import MultiTrial, run_multitrial
 from .predictors import worthwhile
 from .ranks import RankPlan, find_layers
 from .rules import Problem, described, plan
-from .tables import limits_of, rank_rules
+from .tables import limits_of, rules_of
 from .yaml_files import ConfigError
 
 EVERY_RANK = {"uniform", "energy", "alds", "vbmf", "error-knapsack", "learned"}
@@ -62,14 +62,14 @@ def _by_thumb(problem: Problem, rule: str) -> tuple[RankPlan, nn.Module]:
 def _by_nni(job: Job, problem: Problem) -> tuple[RankPlan, nn.Module]:
     """The network of least cross-entropy on the calibration images that a strategy of NNI's found in the search's rank space."""
     rule, costs = job.config.rule, [limit.costs for limit in problem.limits]
-    space = RankSpace(job.model, job.example, costs, rank_rules(job.config.rank_space), problem.images, problem.decomposition)
+    space = RankSpace(job.model, job.example, costs, rules_of(job.config), problem.images, problem.decomposition)
     choice = run_multitrial(space, problem.limits, lambda network: -problem.loss(network), NNI_STRATEGIES[rule], TRIALS, problem.seed)
     return described(problem, choice, rule), space.freeze(choice)
 
 
 def _problem(job: Job) -> Problem:
     config, r = job.config, job.config.rank_space
-    rules = rank_rules(config.rank_space, 1 if config.rule in EVERY_RANK else None)
+    rules = rules_of(config, 1 if config.rule in EVERY_RANK else None)
     limits = limits_of(config, job.model, job.example, rules, job.folder)
     layers = find_layers(job.model, job.example, rules)
     found = layers.candidates(rules)

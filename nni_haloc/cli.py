@@ -1,4 +1,4 @@
-"""The command line: ``haloc run``, ``baseline``, ``search``, ``front``, ``check``, ``results``, ``measure``, ``spec``."""
+"""The command line, ``haloc``."""
 
 from __future__ import annotations
 
@@ -140,6 +140,27 @@ def results_command(
     _print(table)
 
 
+@app.command("steps")
+def steps_command(costs: Annotated[Path, typer.Argument(help="a cost table at many ranks, of a rank space with step: 1")]) -> None:
+    """Print which ranks a device rewards: the width of the stairs that each layer's cost climbs."""
+    from .predictors import CostTable
+    from .predictors.stairs import rank_stairs
+
+    try:
+        stairs = rank_stairs(CostTable.load(costs))
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    table = Table(title=f"{costs}: rank_space.step: auto uses these")
+    for column in ("layer", "ranks cost more above multiples of", "by, of the dense layer", "explained"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for layer, found in stairs.items():
+        shares = [f"{100 * share:.0f} %" for share in (found.rise, found.explained)]
+        table.add_row(layer, *([str(found.width), *shares] if found.width > 1 else ["no stairs"]))
+    if not stairs:
+        raise ConfigError(f"{costs}: no layer has eight equal ranks or more; measure with step: 1 in the rank space")
+    _print(table)
+
+
 _FORWARDED = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
@@ -151,6 +172,14 @@ def measure_command(context: typer.Context) -> None:
     _forward(measure_main, context.args)
 
 
+@app.command("predict", context_settings=_FORWARDED)
+def predict_command(context: typer.Context) -> None:
+    """Count or model what every candidate of every layer costs (--help: the options)."""
+    from .measure import predict_main
+
+    _forward(predict_main, context.args)
+
+
 @app.command("spec", context_settings=_FORWARDED)
 def spec_command(context: typer.Context) -> None:
     """Write what another device has to measure, without model or weights (--help: the options)."""
@@ -159,7 +188,7 @@ def spec_command(context: typer.Context) -> None:
     _forward(spec_main, context.args)
 
 
-def _forward(program: Callable[[list[str]], None], arguments: list[str]) -> None:
+def _forward(program: Callable[[list[str]], object], arguments: list[str]) -> None:
     """Their options stand where a device without typer finds them."""
     try:
         program(arguments)

@@ -47,6 +47,8 @@ def check_experiment(path: str | Path) -> str:
     if "nni_haloc.trial" not in words:
         return f"trials run {content['trialCommand']!r}"
     arguments = words[words.index("nni_haloc.trial") + 1 :]
+    if arguments[:1] == ["measure"]:
+        return "trials measure a cost table"
     if len(arguments) != 1:
         raise ConfigError(f"{path}: trialCommand: expected 'python3 -m nni_haloc.trial RUN.yml', found {content['trialCommand']!r}")
     run_file = path.parent / str(content.get("trialCodeDirectory", ".")) / arguments[0]

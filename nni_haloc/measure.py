@@ -1,4 +1,4 @@
-"""`haloc spec` and `haloc measure`; on a device without NNI: ``python -m nni_haloc.measure --spec spec.json --out costs.json``.
+"""`haloc spec`, `measure` and `predict`; on a device without NNI: ``python -m nni_haloc.measure --spec spec.json``.
 
 What a device needs is numpy and pyyaml, and PyTorch or ONNX Runtime; everything else is imported where a model is at hand.
 """
@@ -10,39 +10,34 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .device.files import write_json
 from .device.measuring import Progress, Runtime, Timing, draw, measure, merge, share
 from .device.spec import Specification
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    from .ranks import RankRules
 
 
 def spec_main(arguments: Sequence[str] | None = None) -> None:
     """Write a specification from a model: what another machine measures without it."""
-    parser = _parser("haloc spec", "Write what a device has to measure, without model or weights, for `haloc measure --spec`.")
-    _model_options(parser)
+    parser = _Parser("haloc spec", "Write what a device has to measure, without model or weights, for `haloc measure --spec`.")
+    parser.model_options("spec.json")
     parser.add_argument("--onnx", action="store_true", help="carry ONNX models too, for devices with ONNX Runtime")
-    parser.add_argument("--out", type=Path, default=Path("spec.json"), help="default: %(default)s")
     options = parser.parse_args(arguments)
-    spec, model = _specified(options)
-    if options.onnx:
-        assert model is not None
-        from .device.onnx_models import with_onnx
-
-        spec = with_onnx(spec, model)
+    spec, _ = _specified(options, options.onnx)
     spec.save(options.out)
     print(f"{options.out}: {len(spec.layers)} layers, {len(spec.entries)} entries to measure")
 
 
-def measure_main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every entry of a model's rank space, or of a specification, on this device."""
-    parser = _parser("haloc measure", "Measure what every candidate of every layer costs on this device. Goes on where it was stopped.")
+def measure_main(arguments: Sequence[str] | None = None) -> int:
+    """Measure every entry of a model's rank space, or of a specification, on this device; returns how many are measured."""
+    parser = _Parser("haloc measure", "Measure what every candidate of every layer costs on this device. Goes on where it was stopped.")
     parser.add_argument("--spec", type=Path, help="what to measure, as `haloc spec` wrote it, in the place of --model")
-    _model_options(parser)
-    parser.add_argument("--out", type=Path, default=Path("costs.json"), help="default: %(default)s")
+    parser.model_options("costs.json")
     parser.add_argument("--runtime", choices=("torch", "onnxruntime"), default="torch")
     parser.add_argument("--device", default="cpu", help="torch's name of it: cpu, cuda, cuda:1, mps (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="default: %(default)s")
@@ -55,55 +50,100 @@ def measure_main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", default="0/1", help="what one of several workers measures: 0/4 to 3/4")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="put the workers' files together, measure nothing")
     options = parser.parse_args(arguments)
-    spec, model = _specified(options)
+    spec, model = _specified(options, options.runtime == "onnxruntime")
     if options.merge:
         content = merge(spec, options.merge)
-        write_json(options.out, content)
     else:
         timing = Timing(options.where, options.rounds, options.min_run_time)
-        part, of = _part(options.part)
-        indices = draw(spec, options.sample) if options.sample < 1 else share(spec, part, of)
-        content = measure(spec, _runtime(options, model), options.out, timing, _progress(), indices)
-        if options.sample < 1:
+        indices = draw(spec, options.sample) if options.sample != 1 else share(spec, *_part(options.part))
+        content = measure(spec, _runtime(options, model), options.out, timing, _progress("measured"), indices)
+        if options.sample != 1:
             from .predictors.regression import complete
 
             content = complete(spec, content)
-            write_json(options.out, content)
+    write_json(options.out, content)
     print(f"{options.out}: {_summary(content)}")
+    return sum(len(row) for row in content["runs"].values())
 
 
-def _parser(name: str, text: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(name, description=text, allow_abbrev=False)
+def predict_main(arguments: Sequence[str] | None = None) -> None:
+    """Write a cost table that is counted or modelled, not measured."""
+    parser = _Parser("haloc predict", "Count or model what every candidate of every layer costs.")
+    parser.add_argument("--predictor", choices=("analytic", "eyeriss", "roofline"), required=True)
+    parser.add_argument("--metric", help="macs, params or activation_bytes (analytic); cycles or energy_pj (eyeriss)")
+    parser.model_options("costs.json")
+    parser.add_argument("--flops", type=float, help="roofline: floating-point operations a second (default: measured here)")
+    parser.add_argument("--bandwidth", type=float, help="roofline: bytes a second (default: measured here)")
+    options = parser.parse_args(arguments)
+    metrics = {"analytic": ("macs", "params", "activation_bytes"), "eyeriss": ("cycles", "energy_pj"), "roofline": ("latency_ms",)}
+    metric = options.metric or metrics[options.predictor][0]
+    if metric not in metrics[options.predictor]:
+        raise ValueError(f"--metric: {options.predictor} gives {' or '.join(metrics[options.predictor])}, found {metric!r}")
+    if any(rate is not None and rate <= 0 for rate in (options.flops, options.bandwidth)):
+        raise ValueError("--flops, --bandwidth: expected numbers above 0")
+    model, example, rules = _model(options)
+    from . import predictors
+    from .predictors.accelerator import CACHE, accelerator_table
+
+    if options.predictor == "eyeriss":
+        table = accelerator_table(model, example, rules, metric, cache=CACHE, progress=_progress("modelled"))
+    elif options.predictor == "roofline":
+        known = options.flops and options.bandwidth
+        flops, bandwidth = (0.0, 0.0) if known else predictors.measure_peaks()
+        rates = {"flops": options.flops or flops, "bandwidth": options.bandwidth or bandwidth}
+        table = predictors.roofline_table(model, example, rules, **rates)
+    else:
+        counted = {"macs": predictors.mac_table, "params": predictors.param_table, "activation_bytes": predictors.activation_table}
+        table = counted[metric](model, example, rules)
+    table.save(options.out)
+    print(f"{options.out}: the network costs {table.original:.6g} {metric}")
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="resnet20, torchvision:resnet18, your_package.models:make_net, ...")
-    parser.add_argument("--input", help="shape of one image, 3x224x224")
-    parser.add_argument("--batch", type=int, default=1, help="images in a batch (default: %(default)s)")
-    parser.add_argument("--rank-space", type=Path, help="which layers and ranks: a file as in search_spaces/")
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(name, description=text, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def model_options(self, out: str) -> None:
+        self.add_argument("--model", help="resnet20, torchvision:resnet18, your_package.models:make_net, ...")
+        self.add_argument("--input", help="shape of one image, 3x224x224")
+        self.add_argument("--batch", type=int, default=1, help="images in a batch (default: %(default)s)")
+        self.add_argument("--rank-space", type=Path, help="which layers and ranks: a file as in search_spaces/")
+        self.add_argument("--out", type=Path, default=Path(out), help="default: %(default)s")
 
 
-def _specified(options: argparse.Namespace) -> tuple[Specification, nn.Module | None]:
+def _specified(options: argparse.Namespace, onnx: bool) -> tuple[Specification, nn.Module | None]:
     """The specification that the options name, and the model where they name one."""
-    if getattr(options, "spec", None) is not None:
-        if options.model is not None:
-            raise ValueError("--spec and --model: expected one of the two")
-        if not options.spec.exists():
-            raise ValueError(f"--spec: no such file: {options.spec}")
-        return Specification.load(options.spec), None
+    if getattr(options, "spec", None) is None:
+        model, example, rules = _model(options)
+        from .predictors import specify
+
+        spec = specify(model, example, rules, options.model)
+        if onnx:
+            from .device.onnx_models import with_onnx
+
+            spec = with_onnx(spec, model)
+        return spec, model
+    if options.model is not None:
+        raise ValueError("--spec and --model: expected one of the two")
+    if not options.spec.exists():
+        raise ValueError(f"--spec: no such file: {options.spec}")
+    return Specification.load(options.spec), None
+
+
+def _model(options: argparse.Namespace) -> tuple[nn.Module, Tensor, RankRules]:
+    """The model, a batch and the rules of the rank space that the options name."""
     if options.model is None or options.input is None:
         raise ValueError("--model and --input: expected both, such as --model torchvision:resnet18 --input 3x224x224")
     import torch
 
     from .models import build_model
-    from .predictors import specify
     from .ranks import RankRules
 
-    try:
-        shape = [int(n) for n in options.input.split("x")]
-    except ValueError:
-        shape = []
-    if len(shape) != 3 or min(shape) < 1 or options.batch < 1:
+    sizes = options.input.split("x")
+    if len(sizes) != 3 or not all(n.isdecimal() and int(n) > 0 for n in sizes) or options.batch < 1:
         raise ValueError(f"--input, --batch: expected 3x224x224 and a number above 0, found {options.input!r} and {options.batch}")
     rules = RankRules()
     if options.rank_space is not None:
@@ -111,9 +151,16 @@ def _specified(options: argparse.Namespace) -> tuple[Specification, nn.Module | 
         from .tables import rank_rules
 
         rules = rank_rules(load_space(options.rank_space))
-    sys.path.insert(0, "")
+    sys.path.insert(0, "")  # for a model's factory in the current folder
+    example = torch.randn(options.batch, *(int(n) for n in sizes))
     model = build_model(options.model).eval()
-    return specify(model, torch.randn(options.batch, *shape), rules, options.model), model
+    try:
+        with torch.no_grad():
+            model(example)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--input: {options.model} does not take {options.input} ({reason})") from None
+    return model, example, rules
 
 
 def _runtime(options: argparse.Namespace, model: nn.Module | None) -> Runtime:
@@ -135,7 +182,7 @@ def _part(text: str) -> tuple[int, int]:
     return int(first), int(of)
 
 
-def _progress() -> Progress:
+def _progress(done_what: str) -> Progress:
     """A line with the time left, rewritten on a terminal, now and then elsewhere."""
     start, shown = time.monotonic(), [float("-inf")]
     terminal = sys.stderr.isatty()
@@ -147,7 +194,7 @@ def _progress() -> Progress:
         shown[0] = now
         left = f", {round((now - start) / done * (of - done))} s left" if 0 < done < of else ""
         end = "\r" if terminal and done < of else "\n"
-        print(f"measured {done} of {of}{left}".ljust(50), end=end, file=sys.stderr, flush=True)
+        print(f"{done_what} {done} of {of}{left}".ljust(50), end=end, file=sys.stderr, flush=True)
 
     return report
 

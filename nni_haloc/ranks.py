@@ -56,6 +56,7 @@ class RankRules:
     ``kinds``: what is searched, of ``conv``, ``pointwise`` (1x1 convolutions), ``linear``. ``exclude``: name patterns of layers left alone.
     ``pin``: name pattern to the one candidate of the layers that it matches: a rank, ``(r1, r2)``, or ``"dense"``; the first pattern that
     matches a layer counts. Patterns are those of `fnmatch`; one that matches no layer is a ValueError of `find_layers`.
+    ``stairs``: layer name to the width of its device's stairs (`rank_stairs`): from there on its ranks are the multiples of that.
     """
 
     step: int | None = None
@@ -64,6 +65,7 @@ class RankRules:
     kinds: tuple[Kind, ...] = ("conv", "pointwise")
     exclude: tuple[str, ...] = ()
     pin: Mapping[str, int | tuple[int, ...] | str] = field(default_factory=dict)
+    stairs: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for pattern, value in self.pin.items():
@@ -88,9 +90,14 @@ class RankRules:
             return [rank]
         size = min(spec.in_channels, spec.out_channels)
         step = self.step or (32 if size > 64 else 8 if size > 32 else 4 if size > 16 else 2)
-        ranks: list[Rank] = [(r, r) if spec.kind == "conv" else (r,) for r in range(step, size + 1, step)]
+        width = self.stairs.get(spec.name, 1)
+
+        def grid(channels: int) -> list[int]:
+            return [r for r in range(1, channels + 1) if (r % step == 0 and r < width) or r % (step if width == 1 else width) == 0]
+
+        ranks: list[Rank] = [(r, r) if spec.kind == "conv" else (r,) for r in grid(size)]
         if spec.kind == "conv" and not self.equal:
-            ranks = [(r1, r2) for r1 in range(step, spec.out_channels + 1, step) for r2 in range(step, spec.in_channels + 1, step)]
+            ranks = [(r1, r2) for r1 in grid(spec.out_channels) for r2 in grid(spec.in_channels)]
         dense = macs(spec, None)
         cheaper = sorted((r for r in ranks if macs(spec, r) < dense), key=lambda r: -macs(spec, r))
         return [None, *cheaper] if self.dense else cheaper

@@ -27,7 +27,7 @@ from .ranks import RankPlan
 from .recipe import Recipe
 from .sections import Training
 from .sensitivity import sensitivities
-from .tables import limits_of, rank_rules, table_files, with_tables
+from .tables import limits_of, rules_of, table_files, with_tables
 from .yaml_files import ConfigError
 
 Report = Callable[[dict[str, float]], None]
@@ -115,7 +115,7 @@ def searched(job: Job, report: Report = lambda metrics: None, *, resume: bool) -
 
 def _prepare(config: Config, splits: datasets.Splits, model: nn.Module, example: Tensor, folder: Path) -> tuple[Haloc, RankSpace]:
     """The cost tables, the rank space and the strategy; an impossible budget is refused here, before any training."""
-    r, s, rules = config.rank_space, config.search, rank_rules(config.rank_space)
+    r, s, rules = config.rank_space, config.search, rules_of(config)
     limits = limits_of(config, model, example, rules, folder)
     calibration = splits.images("plain", r.calibration_images, config.seed) if r.decomposition in ("auto", "data") else None
     costs = [limit.costs for limit in limits]

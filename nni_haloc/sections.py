@@ -81,7 +81,7 @@ class Data(Section):
 class Space(Section):
     """The rank space: see `nni_haloc.ranks.RankRules`. ``decomposition: auto`` is by the data."""
 
-    step: Count | None = None
+    step: Count | Literal["auto"] | None = None
     dense: bool = True
     equal: bool = True
     kinds: list[Literal["conv", "pointwise", "linear"]] = ["conv", "pointwise"]

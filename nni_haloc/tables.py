@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from .budget import Limit
 from .compression import COSTS_FILE
 from .config import Config
+from .device.files import processor
 from .log import logger
 from .predictors import CostTable, TorchRuntime, activation_table, latency_table, mac_table, param_table
-from .predictors.accelerator import accelerator_table
+from .predictors.accelerator import CACHE, accelerator_table
+from .predictors.stairs import rank_stairs
 from .ranks import RankRules
 from .sections import Metric, Space
 from .yaml_files import ConfigError
 
-ACCELERATOR_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nni-haloc" / "accelerator.json"
+
+def rules_of(config: Config, step: int | None = None) -> RankRules:
+    """The rules of a run's rank space; ``step`` where the settings leave it open, and with ``auto`` the stairs of its cost table."""
+    space = config.rank_space
+    if space.step != "auto":
+        return rank_rules(space, step)
+    if config.cost.table is None:
+        raise ConfigError("rank_space.step: 'auto' is read off cost.table, which is not set")
+    stairs = rank_stairs(_load("cost", config.cost.metric, config.cost.table))
+    found = {layer: stair.width for layer, stair in stairs.items() if stair.width > 1}
+    logger.info("stairs of the cost table: %s", found or "none")
+    return replace(rank_rules(space.model_copy(update={"step": None}), step), stairs=found)
 
 
 def rank_rules(space: Space, step: int | None = None) -> RankRules:
-    """The rank space's rules; ``step`` where the settings leave it open."""
+    """The rules of a rank space; ``step`` where it leaves it open."""
+    if space.step == "auto":
+        raise ConfigError("rank_space.step: 'auto' is for runs with a cost.table")
     return RankRules(space.step or step, space.dense, space.equal, tuple(space.kinds), tuple(space.exclude), space.pin)
 
 
@@ -57,12 +74,8 @@ def _cost_table(
 ) -> CostTable:
     """One limit's table: from its file, measured or counted; ``key`` names its section in messages."""
     if file is not None:
-        try:
-            costs = CostTable.load(file)
-        except OSError as error:
-            raise ConfigError(f"{key}.table: expected a file of costs, found {file}: {error.strerror}") from None
-        if costs.metric != metric:
-            raise ConfigError(f"{key}.table: expected a table of {metric}, found {costs.metric} in {file}")
+        costs = _load(key, metric, file)
+        _check_measured_alike(costs.identity, config, example, f"{key}.table: {file}")
         return costs
     if metric == "latency_ms":
         logger.info("measuring the latency of every candidate")
@@ -70,11 +83,33 @@ def _cost_table(
     if metric == "cycles" or metric == "energy_pj":
         logger.info("modelling every candidate on an Eyeriss-like array")
         try:
-            return accelerator_table(model, example, rules, metric, cache=ACCELERATOR_CACHE)
+            return accelerator_table(model, example, rules, metric, cache=CACHE)
         except ValueError as error:
             raise ConfigError(f"{key}.metric: {error}") from None
     counted = {"macs": mac_table, "params": param_table, "activation_bytes": activation_table}
     return counted[metric](model, example, rules)
+
+
+def _check_measured_alike(identity: Mapping[str, Any], config: Config, example: Tensor, where: str) -> None:
+    """`ConfigError` where a latency was measured for another batch, or on this very device in another way than the run measures."""
+    expected: dict[str, Any] = {"input": list(latency_input(config, example).shape)}
+    if identity.get("device") == processor():
+        expected["memory_format"] = config.cost.memory_format
+        expected |= {"threads": config.cost.threads} if config.cost.threads is not None else {}
+    for key, value in expected.items() if "runtime" in identity else ():
+        if identity.get(key) != value:
+            raise ConfigError(f"{where}: measured with {key} {identity.get(key)!r}, the run's is {value!r} (cost.batch_size and others)")
+
+
+def _load(key: str, metric: str, file: str) -> CostTable:
+    """A table from its file; ``key`` names its section in messages."""
+    try:
+        costs = CostTable.load(file)
+    except OSError as error:
+        raise ConfigError(f"{key}.table: expected a file of costs, found {file}: {error.strerror}") from None
+    if costs.metric != metric:
+        raise ConfigError(f"{key}.table: expected a table of {metric}, found {costs.metric} in {file}")
+    return costs
 
 
 def runtime_of(config: Config) -> TorchRuntime:

@@ -1,4 +1,4 @@
-"""What nnictl runs: ``python3 -m nni_haloc.trial run.yml``. The only file that reports to NNI."""
+"""What nnictl runs: ``python3 -m nni_haloc.trial run.yml``, or ``... measure --spec spec.json``. The only file that reports to NNI."""
 
 import nni
 
@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from .compression import COSTS_FILE
 from .config import load_config
 from .log import log_to, logger
 from .yaml_files import ConfigError
@@ -37,7 +38,25 @@ def main(run_file: str, parameters: dict) -> int:
     return 0
 
 
+def measure_share(arguments: list[str], parameters: dict) -> int:
+    """One trial of an experiment that measures a cost table: options of `haloc measure`, by the tuner too (``part``); the exit status."""
+    folder = Path(os.environ.get("NNI_OUTPUT_DIR", ".")) / "haloc"
+    log_to(folder / "log.txt")
+    words = [word for key, value in parameters.items() for word in (f"--{key}", str(value))]
+    from .measure import measure_main
+
+    try:
+        entries = measure_main([*arguments, *words, "--out", str(folder / COSTS_FILE)])
+    except (ValueError, OSError) as error:
+        logger.error("%s", error)
+        return 2
+    nni.report_final_result({"default": entries})
+    return 0
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["measure"]:
+        sys.exit(measure_share(sys.argv[2:], PARAMETERS))
     if len(sys.argv) != 2:
-        sys.exit("usage: python3 -m nni_haloc.trial RUN.yml")
+        sys.exit("usage: python3 -m nni_haloc.trial RUN.yml, or measure and options of `haloc measure`")
     sys.exit(main(sys.argv[1], PARAMETERS))

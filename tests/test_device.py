@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from test_cli import haloc
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -345,3 +346,50 @@ def test_bad_options_are_one_line(arguments, message):
 def test_what_was_measured_in_one_precision_is_timed_in_it(spec):
     run = TorchRuntime(dtype="bfloat16", model=Forked()).network(spec, {"a": "r2"})
     assert [y.dtype for y in run()] == [torch.bfloat16]
+
+
+def measured(*arguments, cwd):
+    done = haloc(*arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+QUICK = ("--rounds", "1", "--min-run-time", "0.0001", "--threads", "1")
+
+
+def test_one_command_measures_a_model_and_goes_on_with_what_is_missing(tmp_path):
+    model = ("--model", "digits_cnn", "--input", "1x8x8", "--batch", "2")
+    said = measured("measure", *model, *QUICK, cwd=tmp_path)
+    assert "costs.json: the network takes" in said
+    before = (tmp_path / "costs.json").read_bytes()
+    measured("measure", *model, *QUICK, cwd=tmp_path)
+    assert (tmp_path / "costs.json").read_bytes() == before
+    done = haloc("measure", "--model", "digits_cnn", "--input", "1x8x8", *QUICK, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "costs.json: measured for another input: [2, 1, 8, 8], now [1, 1, 8, 8]" in done.stderr
+    done = haloc("measure", *model, "--fast", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_a_table_of_workers_is_put_together_by_the_command(tmp_path):
+    measured("spec", "--model", "digits_cnn", "--input", "1x8x8", "--onnx", cwd=tmp_path)
+    for i in range(2):
+        measured(
+            "measure", "--spec", "spec.json", *QUICK, "--part", f"{i}/2", "--out", f"{i}.json", "--runtime", "onnxruntime", cwd=tmp_path
+        )
+    measured("measure", "--spec", "spec.json", "--merge", "0.json", "1.json", cwd=tmp_path)
+    assert CostTable.load(tmp_path / "costs.json").identity["runtime"].startswith("onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "metric"),
+    [
+        (["--predictor", "analytic", "--metric", "activation_bytes"], "activation_bytes"),
+        (["--predictor", "roofline", "--flops", "1e9", "--bandwidth", "1e9"], "latency_ms"),
+    ],
+)
+def test_a_table_may_be_predicted(tmp_path, arguments, metric):
+    measured("predict", "--model", "digits_cnn", "--input", "1x8x8", *arguments, cwd=tmp_path)
+    assert CostTable.load(tmp_path / "costs.json").metric == metric
+    done = haloc("predict", "--model", "digits_cnn", "--input", "1x8x8", "--predictor", "roofline", "--metric", "cycles", cwd=tmp_path)
+    assert (done.returncode, "--metric" in done.stderr) == (2, True)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from ..ranks import DENSE, Rank, RankRules, find_layers
 from .table import CostTable
 
 ROWS, COLUMNS = 14, 12
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nni-haloc" / "accelerator.json"
 _LOOP_ORDERS = 5
 """ZigZag's ``lpf_limit``: a sixth takes five times as long for one per cent."""
 _BITS = {"W": 8, "I": 8, "O": 16, "O_final": 8}
@@ -33,12 +34,12 @@ def accelerator_table(
     model: nn.Module,
     example_input: Tensor,
     rules: RankRules = RankRules(),
-    metric: Literal["cycles", "energy_pj"] = "cycles",
+    metric: str = "cycles",
     *,
     cache: str | Path | None = None,
     progress: Progress = lambda done, of: None,
 ) -> CostTable:
-    """What every candidate costs on the array for one image, each of its factors by itself, at 8 bits.
+    """``cycles`` or ``energy_pj`` of every candidate on the array for one image, each of its factors by itself, at 8 bits.
 
     ``fixed``: the other convolutions and linear layers, ungrouped ones; everything else is taken to be free. ``cache``: a JSON file that
     keeps what has been modelled, a second or two each. Raises ValueError where ``zigzag-dse`` is not installed.
