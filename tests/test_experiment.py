@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from nni_haloc import load
-from nni_haloc.experiment import trial_results, warm_up_manager
+from nni_haloc.experiment import check_experiment, trial_results, warm_up_manager
+from nni_haloc.measure import measure_main, spec_main
+from nni_haloc.predictors import CostTable
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 
@@ -45,6 +47,13 @@ def created(home, budgets):
         .replace("maxTrialNumber: 3", f"maxTrialNumber: {len(budgets)}")
     )
     (code / "haloc.yml").write_text(experiment)
+    with started(home, code / "haloc.yml") as found:
+        yield found
+
+
+@contextmanager
+def started(home, file):
+    """The experiment of a file when it is DONE: its port and id."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | {"HOME": str(home), "PATH": path}
     nnictl = [sys.executable, "-m", "nni.tools.nnictl.nnictl"]
@@ -52,7 +61,7 @@ def created(home, budgets):
     port = free_port()
     try:
         create = subprocess.run(
-            [*nnictl, "create", "--config", str(code / "haloc.yml"), "--port", str(port)],
+            [*nnictl, "create", "--config", str(file), "--port", str(port)],
             env=environment,
             capture_output=True,
             text=True,
@@ -125,3 +134,20 @@ def test_a_trial_that_cannot_succeed_fails_with_its_line(tmp_path):
     for log in (Path(trial["logPath"]) / "trial.stderr", Path(trial["logPath"]) / "haloc" / "log.txt"):
         assert line in log.read_text()
         assert "Traceback" not in log.read_text()
+
+
+def test_workers_measure_a_table_together(tmp_path):
+    code = tmp_path / "measure"
+    shutil.copytree(DIGITS.parent / "measure", code)
+    spec_main(["--model", "digits_cnn", "--input", "1x8x8", "--out", str(code / "spec.json")])
+    file = code / "measure.yml"
+    file.write_text(file.read_text().replace("--threads 1", "--threads 1 --rounds 1 --min-run-time 0.001"))
+    assert check_experiment(file) == "trials measure a cost table"
+    with started(tmp_path, file) as (_, number):
+        rows = trial_results(tmp_path / "nni-experiments", number)
+    assert [(row["part"], row["status"]) for row in rows] == [("0/3", "SUCCEEDED"), ("1/3", "SUCCEEDED"), ("2/3", "SUCCEEDED")]
+    shares = [str(path) for path in (tmp_path / "nni-experiments" / number).glob("environments/*/trials/*/haloc/costs.json")]
+    measure_main(["--spec", str(code / "spec.json"), "--merge", *shares, "--out", str(tmp_path / "costs.json")])
+    table = CostTable.load(tmp_path / "costs.json")
+    assert sum(row["default"] for row in rows) > sum(map(len, table.costs.values())) - len(table.costs)  # dense layers by each of them
+    assert table.identity["memory_format"] == "channels_last"
