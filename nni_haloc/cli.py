@@ -180,6 +180,14 @@ def predict_command(context: typer.Context) -> None:
     _forward(predict_main, context.args)
 
 
+@app.command("heatmap", context_settings=_FORWARDED)
+def heatmap_command(context: typer.Context) -> None:
+    """Draw what every pair of ranks of one layer costs (--help: the options)."""
+    from .heatmap import heatmap_main
+
+    _forward(heatmap_main, context.args)
+
+
 @app.command("spec", context_settings=_FORWARDED)
 def spec_command(context: typer.Context) -> None:
     """Write what another device has to measure, without model or weights (--help: the options)."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def spec_main(arguments: Sequence[str] | None = None) -> None:
     """Write a specification from a model: what another machine measures without it."""
-    parser = _Parser("haloc spec", "Write what a device has to measure, without model or weights, for `haloc measure --spec`.")
+    parser = Parser("haloc spec", "Write what a device has to measure, without model or weights, for `haloc measure --spec`.")
     parser.model_options("spec.json")
     parser.add_argument("--onnx", action="store_true", help="carry ONNX models too, for devices with ONNX Runtime")
     options = parser.parse_args(arguments)
@@ -35,7 +35,7 @@ def spec_main(arguments: Sequence[str] | None = None) -> None:
 
 def measure_main(arguments: Sequence[str] | None = None) -> int:
     """Measure every entry of a model's rank space, or of a specification, on this device; returns how many are measured."""
-    parser = _Parser("haloc measure", "Measure what every candidate of every layer costs on this device. Goes on where it was stopped.")
+    parser = Parser("haloc measure", "Measure what every candidate of every layer costs on this device. Goes on where it was stopped.")
     parser.add_argument("--spec", type=Path, help="what to measure, as `haloc spec` wrote it, in the place of --model")
     parser.model_options("costs.json")
     parser.add_argument("--runtime", choices=("torch", "onnxruntime"), default="torch")
@@ -56,7 +56,7 @@ def measure_main(arguments: Sequence[str] | None = None) -> int:
     else:
         timing = Timing(options.where, options.rounds, options.min_run_time)
         indices = draw(spec, options.sample) if options.sample != 1 else share(spec, *_part(options.part))
-        content = measure(spec, _runtime(options, model), options.out, timing, _progress("measured"), indices)
+        content = measure(spec, _runtime(options, model), options.out, timing, progress("measured"), indices)
         if options.sample != 1:
             from .predictors.regression import complete
 
@@ -68,7 +68,7 @@ def measure_main(arguments: Sequence[str] | None = None) -> int:
 
 def predict_main(arguments: Sequence[str] | None = None) -> None:
     """Write a cost table that is counted or modelled, not measured."""
-    parser = _Parser("haloc predict", "Count or model what every candidate of every layer costs.")
+    parser = Parser("haloc predict", "Count or model what every candidate of every layer costs.")
     parser.add_argument("--predictor", choices=("analytic", "eyeriss", "roofline"), required=True)
     parser.add_argument("--metric", help="macs, params or activation_bytes (analytic); cycles or energy_pj (eyeriss)")
     parser.model_options("costs.json")
@@ -81,12 +81,12 @@ def predict_main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"--metric: {options.predictor} gives {' or '.join(metrics[options.predictor])}, found {metric!r}")
     if any(rate is not None and rate <= 0 for rate in (options.flops, options.bandwidth)):
         raise ValueError("--flops, --bandwidth: expected numbers above 0")
-    model, example, rules = _model(options)
+    model, example, rules = model_of(options)
     from . import predictors
     from .predictors.accelerator import CACHE, accelerator_table
 
     if options.predictor == "eyeriss":
-        table = accelerator_table(model, example, rules, metric, cache=CACHE, progress=_progress("modelled"))
+        table = accelerator_table(model, example, rules, metric, cache=CACHE, progress=progress("modelled"))
     elif options.predictor == "roofline":
         known = options.flops and options.bandwidth
         flops, bandwidth = (0.0, 0.0) if known else predictors.measure_peaks()
@@ -99,7 +99,7 @@ def predict_main(arguments: Sequence[str] | None = None) -> None:
     print(f"{options.out}: the network costs {table.original:.6g} {metric}")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def __init__(self, name: str, text: str) -> None:
         super().__init__(name, description=text, allow_abbrev=False)
 
@@ -117,7 +117,7 @@ class _Parser(argparse.ArgumentParser):
 def _specified(options: argparse.Namespace, onnx: bool) -> tuple[Specification, nn.Module | None]:
     """The specification that the options name, and the model where they name one."""
     if getattr(options, "spec", None) is None:
-        model, example, rules = _model(options)
+        model, example, rules = model_of(options)
         from .predictors import specify
 
         spec = specify(model, example, rules, options.model)
@@ -133,7 +133,7 @@ def _specified(options: argparse.Namespace, onnx: bool) -> tuple[Specification, 
     return Specification.load(options.spec), None
 
 
-def _model(options: argparse.Namespace) -> tuple[nn.Module, Tensor, RankRules]:
+def model_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor, RankRules]:
     """The model, a batch and the rules of the rank space that the options name."""
     if options.model is None or options.input is None:
         raise ValueError("--model and --input: expected both, such as --model torchvision:resnet18 --input 3x224x224")
@@ -182,10 +182,11 @@ def _part(text: str) -> tuple[int, int]:
     return int(first), int(of)
 
 
-def _progress(done_what: str) -> Progress:
+def progress(done_what: str) -> Progress:
     """A line with the time left, rewritten on a terminal, now and then elsewhere."""
-    start, shown = time.monotonic(), [float("-inf")]
     terminal = sys.stderr.isatty()
+    start = time.monotonic()
+    shown = [float("-inf") if terminal else start]
 
     def report(done: int, of: int) -> None:
         now = time.monotonic()

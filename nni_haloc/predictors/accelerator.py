@@ -47,22 +47,29 @@ def accelerator_table(
     layers = find_layers(model, example_input, rules)
     everything = find_layers(model, example_input, RankRules(1, kinds=("conv", "pointwise", "linear"))).specs
     candidates = {name: {DENSE: None, **row} for name, row in layers.candidates(rules).items()}
+    searched = [(layers.specs[name], rank) for name, row in candidates.items() for rank in row.values()]
+    others = [(spec, None) for name, spec in everything.items() if name not in candidates]
+    found = iter(accelerator_costs([*searched, *others], metric, cache, progress))
+    costs = {name: {candidate: next(found) for candidate in row} for name, row in candidates.items()}
+    identity = {"input": list(example_input.shape[1:]), "device": f"Eyeriss-like {ROWS}x{COLUMNS}", "runtime": f"zigzag-dse {_version()}"}
+    return CostTable(metric, costs, sum(found), identity)
+
+
+def accelerator_costs(
+    wanted: Sequence[tuple[LayerSpec, Rank]],
+    metric: str,
+    cache: str | Path | None = None,
+    progress: Progress = lambda done, of: None,
+) -> list[float]:
+    """What each layer costs at its rank; see `accelerator_table`."""
     found = _Modelled(cache)
-    wanted = [(layers.specs[name], rank) for name, row in candidates.items() for rank in row.values()]
-    wanted += [(spec, None) for name, spec in everything.items() if name not in candidates]
-    missing = [part for part in dict.fromkeys(p for spec, rank in wanted for p in _parts(spec, rank)) if part not in found.known]
+    parts = [_parts(spec, rank) for spec, rank in wanted]
+    missing = [part for part in dict.fromkeys(p for row in parts for p in row) if part not in found.known]
     for done, part in enumerate(missing):
         progress(done, len(missing))
         found.add(part)
     progress(len(missing), len(missing))
-
-    def cost(spec: LayerSpec, rank: Rank) -> float:
-        return sum(found.known[part][metric] for part in _parts(spec, rank))
-
-    costs = {name: {candidate: cost(layers.specs[name], rank) for candidate, rank in row.items()} for name, row in candidates.items()}
-    fixed = sum(cost(spec, None) for name, spec in everything.items() if name not in candidates)
-    identity = {"input": list(example_input.shape[1:]), "device": f"Eyeriss-like {ROWS}x{COLUMNS}", "runtime": f"zigzag-dse {_version()}"}
-    return CostTable(metric, costs, fixed, identity)
+    return [sum(found.known[part][metric] for part in row) for row in parts]
 
 
 class _Modelled:

@@ -1,0 +1,155 @@
+"""Predicted against measured latency of whole networks: python tests/benchmarks/predictor.py resnet18 --work FOLDER, on an idle machine
+
+Thirty random plans over 15 to 100 % of the MACs and twenty at 40 %, timed in alternation; and what each predictor says of them. Goes on
+where it stopped. ``--report``: the tables of all the raw results instead.
+"""
+
+import json
+import random
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from matplotlib.figure import Figure
+from scipy import stats
+
+from nni_haloc.budget import Limit, choose
+from nni_haloc.compression import restructure
+from nni_haloc.device.measuring import Timing, draw, measure, time_together
+from nni_haloc.device.torch_runtime import TorchRuntime
+from nni_haloc.measure import progress
+from nni_haloc.models import build_model
+from nni_haloc.predictors import CostTable, mac_table, measure_peaks, roofline_table, specify
+from nni_haloc.predictors.regression import complete
+from nni_haloc.ranks import RankPlan, RankRules, parse_rank
+
+RAW = Path(__file__).parents[2] / "docs" / "raw" / "predictor.jsonl"
+NETWORKS: dict[str, tuple[str, tuple[int, ...], RankRules]] = {
+    "resnet18": ("torchvision:resnet18", (1, 3, 224, 224), RankRules(kinds=("conv",), exclude=("conv1",))),
+    "resnet20": ("resnet20", (128, 3, 32, 32), RankRules(kinds=("conv",), exclude=("conv1",))),
+}
+SPREAD, EQUAL = "15 to 100 % of the MACs", "40 % of the MACs"
+
+
+def plans(costs: CostTable, seed: int = 0) -> dict[str, list[dict[str, str]]]:
+    """The two sets: what the knapsack makes of random scores within each budget, using at least 98 % of it."""
+    generator = random.Random(seed)
+
+    def within(fraction: float) -> dict[str, str]:
+        scores = {layer: {name: generator.random() for name in row} for layer, row in costs.costs.items()}
+        return choose(scores, [Limit(costs, fraction * costs.original)], 0.98)
+
+    spread = [within(float(fraction)) for fraction in np.linspace(0.15, 0.99, 29)] + [dict.fromkeys(costs.costs, "dense")]
+    return {SPREAD: spread, EQUAL: [within(0.4) for _ in range(20)]}
+
+
+def main(
+    network: Annotated[str, typer.Argument(help=" or ".join(NETWORKS))] = "resnet18",
+    work: Annotated[Path, typer.Option(help="folder for the tables")] = Path("predictor-tables"),
+    memory_format: str = "contiguous",
+    threads: int = 1,
+    rounds: Annotated[int, typer.Option(help="passes over the table, and tenths of the passes over the networks")] = 5,
+    min_run_time: float = Timing.min_run_time,
+    out: Annotated[Path, typer.Option(help="JSON lines, appended to")] = RAW,
+    report: Annotated[Path | None, typer.Option(help="folder for plots; prints the tables, measures nothing")] = None,
+) -> None:
+    if report is not None:
+        _report(out, report)
+        return
+    name, shape, rules = NETWORKS[network]
+    torch.manual_seed(0)
+    model, example = build_model(name).eval(), torch.randn(shape)
+    runtime = TorchRuntime(memory_format=memory_format, threads=threads, model=model)
+    spec = specify(model, example, rules, network, program=False)
+    work.mkdir(parents=True, exist_ok=True)
+    tables = {"MACs": mac_table(model, example, rules)}
+    with runtime.pinned():
+        tables["roofline"] = roofline_table(model, example, rules, **dict(zip(("flops", "bandwidth"), measure_peaks(runtime), strict=True)))
+    seconds: dict[str, float] = {}
+    for where in ("alone", "in-place"):
+        file = work / f"{network}-{memory_format}-{where}.json"
+        started = time.perf_counter()
+        state = measure(spec, runtime, file, Timing(where, rounds, min_run_time), progress("measured"))
+        seconds[where] = time.perf_counter() - started
+        tables[where] = CostTable.load(file)
+        if where == "alone":
+            known = set(draw(spec, 0.25))
+            kept = {home for index, home in spec.homes().items() if index in known}
+            runs = {layer: {c: v for c, v in row.items() if (layer, c) in kept} for layer, row in state["runs"].items()}
+            content = complete(spec, {**state, "runs": runs})
+            tables["regression (25 %)"] = CostTable("latency_ms", content["costs"], content["fixed"], content["identity"])
+    sets = plans(tables["MACs"])
+    nets = {
+        f"{kind} {i}": restructure(model, RankPlan({layer: parse_rank(rank, "conv") for layer, rank in plan.items()}))
+        for kind, found in sets.items()
+        for i, plan in enumerate(found)
+    }
+    with runtime.pinned():
+        ready = {key: runtime.ready(net, shape) for key, net in nets.items()}
+        found = [time_together(ready, runtime, 0) for _ in range(2 * rounds)]  # five passes each
+    measured = {key: 1e3 * median(times[key] for times in found) for key in nets}
+    line: dict[str, Any] = {
+        "network": network,
+        "identity": tables["alone"].identity,
+        "seconds": seconds,
+        "entries": len(spec.entries),
+        "median_error": tables["regression (25 %)"].identity["median_error"],
+        "sets": {
+            kind: [
+                {"measured": measured[f"{kind} {i}"], **{predictor: table.total(plan) for predictor, table in tables.items()}}
+                for i, plan in enumerate(found)
+            ]
+            for kind, found in sets.items()
+        },
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file_:
+        file_.write(json.dumps(line) + "\n")
+    print(_table([line]))
+
+
+def errors(rows: list[dict[str, float]], predictor: str) -> tuple[float, float]:
+    """Mean absolute percentage error and Spearman's correlation; MACs are first scaled by least squares in the logarithm."""
+    measured, predicted = (np.array([row[key] for row in rows]) for key in ("measured", predictor))
+    if predictor == "MACs":
+        predicted = predicted * np.exp(np.mean(np.log(measured / predicted)))
+    return 100 * float(np.mean(np.abs(predicted / measured - 1))), float(stats.spearmanr(measured, predicted)[0])
+
+
+def _table(lines: list[dict[str, Any]]) -> str:
+    result = ["| network | plans | predictor | error, % (mean) | Spearman |", "| --- | --- | --- | --- | --- |"]
+    for line in lines:
+        identity = line["identity"]
+        name = f"{line['network']}, batch {identity['input'][0]}, {identity['memory_format']}, {identity['threads']} thread(s)"
+        for kind, rows in line["sets"].items():
+            for predictor in [key for key in rows[0] if key != "measured"]:
+                error, rank = errors(rows, predictor)
+                result.append(f"| {name} | {kind} | {predictor} | {error:.1f} | {rank:.3f} |")
+    return "\n".join(result)
+
+
+def _report(raw: Path, plots: Path) -> None:
+    lines = {
+        json.dumps([line["network"], line["identity"]["memory_format"]]): line for line in map(json.loads, raw.read_text().splitlines())
+    }
+    print(_table(list(lines.values())))
+    plots.mkdir(parents=True, exist_ok=True)
+    for line in lines.values():
+        figure = Figure(figsize=(9, 4), layout="constrained")
+
+        for axes, (kind, rows) in zip(figure.subplots(1, 2), line["sets"].items(), strict=True):
+            measured = [row["measured"] for row in rows]
+            for predictor, marker in (("alone", "o"), ("in-place", "x"), ("regression (25 %)", "+")):
+                axes.plot(measured, [row[predictor] for row in rows], marker, label=predictor, fillstyle="none")
+            axes.plot([min(measured), max(measured)], [min(measured), max(measured)], "k-", linewidth=0.5)
+            axes.set(xlabel="measured, ms", ylabel="predicted, ms", title=kind)
+            axes.legend(fontsize=8)
+        figure.savefig(plots / f"predictor-{line['network']}-{line['identity']['memory_format']}.png", dpi=150)
+
+
+if __name__ == "__main__":
+    typer.run(main)
