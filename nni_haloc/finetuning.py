@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ TEMPERATURE = 4.0
 """Of distillation: divides both networks' logits."""
 
 
-def recalibrate(model: nn.Module, loader: DataLoader, batches: int = 50) -> None:
+def recalibrate(model: nn.Module, loader: Iterable[tuple[Tensor, Any]], batches: int = 50) -> None:
     """Set the BatchNorm statistics of ``model`` anew from ``batches`` augmented training batches, equally weighted; nothing else changes.
 
     Augmented ones, because those are what the network was trained on: plain images cost the original network points.

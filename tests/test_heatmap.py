@@ -23,7 +23,9 @@ def test_every_pair_of_ranks_is_drawn_and_kept(tmp_path, monkeypatch, metric):
         assert content["costs"]["r16x16"] < content["costs"]["r32x32"]
 
 
-@pytest.mark.parametrize(("option", "value"), [("--layer", "block9.conv"), ("--layer", "classifier"), ("--step", "0"), ("--metric", "macs")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--layer", "block9.conv"), ("--layer", "classifier"), ("--step", "0"), ("--metric", "macs")]
+)
 def test_bad_options_are_one_line(tmp_path, option, value):
     arguments = {"--layer": "block2.conv", option: value}
     with pytest.raises(ValueError, match=option) as error:

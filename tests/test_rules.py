@@ -1,5 +1,6 @@
 """What holds for every rank rule, and those by scores and by chance against trying every choice."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import ROOT
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nni_haloc.baselines import EVERY_RANK, NNI_STRATEGIES
@@ -23,6 +25,7 @@ from nni_haloc.ranks import RankRules, find_layers
 from nni_haloc.rules import RULES, Problem, draws, plan
 from nni_haloc.rules.knapsacks import USE
 from nni_haloc.sections import Rule
+from nni_haloc.sensitivity import loss
 
 learning = sys.modules["nni_haloc.rules.learned"]  # in the package, the function has the name
 
@@ -70,6 +73,19 @@ def test_the_settings_name_the_rules_that_there_are():
     assert set(RULES) > EVERY_RANK
     text = (ROOT / "docs" / "settings.md").read_text()
     assert all(re.search(f"^\\|.* `{rule}`,? .*\\| (yes|no) \\|$", text, re.M) for rule in get_args(Rule)[1:])
+
+
+def test_plans_are_compared_with_their_batch_norm_recalibrated(images, labels):
+    """As the delivered networks are; a network whose statistics alone are off loses nothing by that."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    one = problem(net, images, labels, (0.9,), RankRules(step=1, exclude=("0",)))
+    off = copy.deepcopy(net)
+    off[1].running_mean += 5
+    assert one.loss(off) == pytest.approx(one.loss(copy.deepcopy(net)))
+    momentum, stats = net[1].momentum, off[1].running_mean
+    assert off[1].momentum == momentum
+    torch.testing.assert_close(stats, net[0](images).mean((0, 2, 3)).detach())
 
 
 @pytest.mark.usefixtures("brief")
@@ -158,7 +174,9 @@ def test_the_error_knapsack_is_the_best_of_all_choices(fractions, net, images, l
 def test_the_sensitivity_knapsack_is_the_best_of_all_choices(fraction, net, images, labels):
     one = problem(net, images, labels, (fraction,))
     dense = dict.fromkeys(one.candidates, "dense")
-    alone = {layer: {name: one.loss(one.network({**dense, layer: name})) for name in row} for layer, row in one.candidates.items()}
+    alone = {
+        layer: {name: loss(one.network({**dense, layer: name}), images, labels) for name in row} for layer, row in one.candidates.items()
+    }
     best = min(total(alone, c) for c in using(one))
     assert total(alone, RULES["sensitivity-knapsack"](one)) == pytest.approx(best, abs=1e-5)
 

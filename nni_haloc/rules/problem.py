@@ -12,10 +12,13 @@ from torch.utils.data import DataLoader
 
 from ..budget import Limit, check_feasible
 from ..candidates import build_candidates, patch_covariances
+from ..finetuning import recalibrate
 from ..layers import LayerSpec, kernel_factors, replace_modules
 from ..ranks import Rank
 from ..sensitivity import loss
 from ..tucker import LowRank, Method, Tucker2, output_error, reconstruct
+
+BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -82,5 +85,9 @@ class Problem:
         return network
 
     def loss(self, network: nn.Module) -> float:
-        """Mean cross-entropy on the images, in evaluation mode."""
-        return loss(network, self.images, self.labels)
+        """Mean cross-entropy on the images, in evaluation mode, after `recalibrate` on them: so is a delivered network.
+
+        Without that, the losses of untrained plans say next to nothing of what the networks are worth.
+        """
+        recalibrate(network, [(images, None) for images in self.images.split(BATCH)], len(self.images))
+        return loss(network, self.images, self.labels, BATCH)

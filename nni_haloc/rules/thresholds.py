@@ -42,14 +42,16 @@ def energy(problem: Problem) -> Choice:
 def alds(problem: Problem) -> Choice:
     """As ALDS (Liebenwein et al., 2021) allots ranks: the largest relative error of any layer, in the spectral norm, is minimised.
 
-    Of each layer the candidate that costs least and keeps the error. ALDS's own layers are grouped, and its search among group numbers has
-    no counterpart here.
+    A rank's error is that of the truncated singular value decomposition of the weights, ``s[r] / s[0]``, the larger of a kernel's two
+    unfoldings (output, input). Of each layer the candidate that costs least and keeps the bound. ALDS's own layers are grouped, and its
+    search among group numbers has no counterpart here.
     """
     weights = dict(problem.model.named_modules())
     errors = {}
-    for layer in problem.candidates:
+    for layer, row in problem.candidates.items():
         (weight,) = kernel_factors(weights[layer])
-        errors[layer] = {name: _spectral(weight - kernel) / _spectral(weight) for name, kernel in problem.kernels(layer).items()}
+        sides = [weight.flatten(1), weight.transpose(0, 1).flatten(1)] if weight.dim() > 2 else [weight]
+        errors[layer] = {name: max(_cut(s, r) for s, r in zip(sides, rank, strict=True)) if rank else 0.0 for name, rank in row.items()}
     return _threshold(problem, errors, problem.cost)
 
 
@@ -99,5 +101,7 @@ def _share(spec: LayerSpec, rank: Rank) -> tuple[float, ...]:
     return (rank[0] / spec.out_channels, rank[1] / spec.in_channels)
 
 
-def _spectral(kernel: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(kernel.detach().double().flatten(1), 2))
+def _cut(matrix: Tensor, rank: int) -> float:
+    """Relative error of the best approximation of a rank, in the spectral norm."""
+    values = torch.linalg.svdvals(matrix.detach().double())
+    return float(values[rank] / values[0]) if rank < len(values) else 0.0

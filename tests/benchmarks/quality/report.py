@@ -43,15 +43,20 @@ def verdict(centre: float, half: float) -> str:
     return "tied" if half < TIED else "not told apart"
 
 
-def table(lines: Lines, ms: dict[str, float], metric: str, fraction: float, kind: str) -> str:
-    """One budget and kind of equality: each method with haloc's lead over it, paired by seed. A rule has one line for both kinds."""
+def by_method(lines: Lines, metric: str, fraction: float, kind: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """Method to seed to line. A method whose choice of ranks costs next to nothing has one line for both kinds of equality."""
     rows: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for line in lines:
-        if (line["metric"], line["fraction"], line["decomposition"]) == (metric, fraction, "auto") and (
-            line["table"] == kind or not line["search"]
-        ):
-            rows[line["method"]][line["seed"]] = line
-    ours = rows["haloc"]
+    for line in sorted(lines, key=lambda line: line["table"] == kind):  # that of the kind last, so that it stands
+        cell = (line["metric"], line["fraction"], line["decomposition"]) == (metric, fraction, "auto")
+        if cell and line["table"] in (kind, EQUAL_TUNING):
+            rows[line["method"] + (", its ranks alone" if line.get("afresh") else "")][line["seed"]] = line
+    return dict(rows)
+
+
+def table(lines: Lines, ms: dict[str, float], metric: str, fraction: float, kind: str) -> str:
+    """One budget and kind of equality: each method with haloc's lead over it, paired by seed."""
+    rows = by_method(lines, metric, fraction, kind)
+    ours = rows.get("haloc", {})
     result = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
     for method, found in sorted(rows.items(), key=lambda item: item[0] != "haloc"):
         cells = [method, "no" if method in BLIND else "yes", f"{_percent(found, 'top1', 2)} ({len(found)})"]
@@ -59,7 +64,9 @@ def table(lines: Lines, ms: dict[str, float], metric: str, fraction: float, kind
         cells += _lead([100 * (ours[seed]["top1"] - line["top1"]) for seed, line in others.items() if seed in ours])
         cells.append("/".join(sorted({str(line["epochs"]) for line in found.values()})))
         cells.append(" + ".join(f"{mean(line[key] for line in found.values()) / 60:.1f}" for key in ("choose_s", "finetune_s")))
-        cells += [_percent(found, key) for key in ("cost_fraction", "macs_fraction", "params_fraction")]
+        over = any(line["cost_fraction"] > fraction for line in found.values())
+        cells.append(_percent(found, "cost_fraction") + (" (over)" if over else ""))
+        cells += [_percent(found, key) for key in ("macs_fraction", "params_fraction")]
         measured = [ms.get(json.dumps(line["ranks"])) for line in found.values()]
         cells.append("" if None in measured else f"{100 * mean(m / ms['original'] for m in measured if m):.0f}")
         cells.append(f"{mean(list(line['ranks'].values()).count(DENSE) for line in found.values()):.1f}")
@@ -71,7 +78,7 @@ def decompositions(lines: Lines) -> str:
     """Same ranks, factors by the weights alone and by the data: validation top-1 before fine-tuning, and the score after it."""
     rows: dict[tuple[str, float, int], dict[str, dict[str, Any]]] = defaultdict(dict)
     for line in lines:
-        if line["metric"] == "macs" and line["table"] == EQUAL_TUNING:
+        if line["metric"] == "macs" and line["table"] == EQUAL_TUNING and (line["decomposition"] == HOW[0] or not line.get("afresh")):
             rows[line["method"], line["fraction"], line["seed"]][line["decomposition"]] = line
     result = ["| ranks by | before fine-tuning: weights alone | data | after: weights alone | data |", "| --- " * 5 + "|"]
     for (method, _, _), found in rows.items():
@@ -86,8 +93,9 @@ def _percent(found: dict[int, dict[str, Any]], key: str, digits: int = 1) -> str
 
 
 def _lead(paired: list[float]) -> list[str]:
-    if len(paired) < 2:
-        return [f"{paired[0]:+.2f}" if paired else "", ""]
+    """The mean difference; with its interval and a verdict from three seeds on."""
+    if len(paired) < 3:
+        return [f"{mean(paired):+.2f}" if paired else "", ""]
     centre, half = interval(paired)
     return [f"{centre:+.2f} ± {half:.2f}", verdict(centre, half)]
 
@@ -99,7 +107,7 @@ def plot_accuracy(lines: Lines, path: Path) -> None:
     for i, ((method, marker), style) in enumerate(zip(_marked(lines), itertools.cycle(["-", "--", ":", "-."]), strict=False)):
         points = defaultdict(list)
         for line in lines:
-            if line["method"] == method and line["metric"] == "macs" and line["table"] == EQUAL_TUNING and line["decomposition"] == "auto":
+            if line["method"] == method and line["metric"] == "macs" and line["table"] == EQUAL_TUNING and _own(line):
                 points[line["fraction"]].append(100 * line["top1"])
         x = sorted(points)
         y = np.array([mean(points[f]) for f in x])
@@ -116,8 +124,7 @@ def plot_ranks(lines: Lines, metric: str, fraction: float, path: Path) -> None:
     chosen = {
         line["method"]: line["ranks"]
         for line in sorted(lines, key=lambda line: line["method"] != "haloc")
-        if (line["metric"], line["fraction"], line["seed"], line["table"]) == (metric, fraction, 0, EQUAL_TUNING)
-        and line["decomposition"] == "auto"
+        if (line["metric"], line["fraction"], line["seed"], line["table"]) == (metric, fraction, 0, EQUAL_TUNING) and _own(line)
     }
     modules = dict(build_model("resnet20", {}).named_modules())
     layers = list(next(iter(chosen.values())))
@@ -135,6 +142,11 @@ def plot_ranks(lines: Lines, metric: str, fraction: float, path: Path) -> None:
     axes.set_title(f"ranks at {100 * fraction:g} % of the {NAMES[metric]} (D: dense)", fontsize=10)
     figure.colorbar(image, label="share of the full rank")
     figure.savefig(path, dpi=150)
+
+
+def _own(line: dict[str, Any]) -> bool:
+    """Whether it is a method's row as it is, not one that shows a part of it."""
+    return line["decomposition"] == "auto" and not line.get("afresh")
 
 
 def _marked(lines: Lines) -> list[tuple[str, str]]:

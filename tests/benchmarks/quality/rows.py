@@ -1,16 +1,17 @@
 """Accuracy at equal cost, one row after another: python tests/benchmarks/quality/rows.py --help
 
-A row is one method, budget and seed: what `haloc run` and `haloc baseline` do, timed in processor seconds. A searched row gives two lines,
-one for each kind of equality: fine-tuned for as many epochs as the rules' networks, and for fewer, by as many whole epochs as
-the search costs, to the nearest.
+A row is one method, budget and seed: what `haloc run` and `haloc baseline` do, timed in processor seconds. Where choosing ranks takes half
+an epoch of fine-tuning or more, a row gives two lines, one for each kind of equality: fine-tuned for all epochs, and for fewer, by as many
+whole epochs as the choice costs, to the nearest.
 Rows that the file has already are not made again, so that a study goes on where it stopped; several processes share one (`--part 0/4`).
 """
 
 import copy
 import json
 import subprocess
+import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,12 +19,13 @@ import typer
 import yaml
 from torch import nn
 
+from nni_haloc.compression import compress
 from nni_haloc.config import load_config
 from nni_haloc.job import Job
 from nni_haloc.log import log_to, logger
 from nni_haloc.predictors import TorchRuntime, count_macs
 from nni_haloc.predictors.analytic import count_params
-from nni_haloc.ranks import RankPlan
+from nni_haloc.ranks import RankPlan, parse_rank
 from nni_haloc.run import choose_ranks, train
 
 HERE = Path(__file__).parent
@@ -39,11 +41,15 @@ EQUAL_TUNING, EQUAL_COMPUTE = "equal fine-tuning", "equal compute"
 
 @dataclass(frozen=True)
 class Row:
+    """``decomposition``: how candidates are made, as ``rank_space.decomposition``. ``afresh``: the ranks are those of the row without it,
+    by the default decomposition; the weights are decomposed again, whatever a search has made of them."""
+
     method: str
     metric: str
     fraction: float
     seed: int
     decomposition: str = "auto"
+    afresh: bool = False
 
 
 def tier_a(seeds: int) -> list[Row]:
@@ -51,36 +57,44 @@ def tier_a(seeds: int) -> list[Row]:
     return [Row(method, metric, fraction, seed) for seed, metric, fraction in cells for method in MAIN]
 
 
-def tier_b() -> list[Row]:
+def tier_b(seeds: int) -> list[Row]:
     others = ["paper", "error-knapsack", "vbmf", "random", "learned", "nni-evolution", "nni-random"]
-    return [Row(method, "macs", 0.28, 0) for method in others] + [
-        Row(method, "macs", fraction, 0) for fraction in (0.45, 0.2) for method in MAIN
-    ]
+    alone = [Row("haloc", "macs", 0.28, seed, afresh=True) for seed in range(seeds)]
+    return (
+        [Row(method, "macs", 0.28, 0) for method in others]
+        + alone
+        + [Row(method, "macs", fraction, 0) for fraction in (0.45, 0.2) for method in MAIN]
+    )
 
 
-def tier_c() -> list[Row]:
-    return [Row(method, "macs", 0.28, 0, decomposition="hosvd") for method in ("uniform", "energy", "sensitivity-knapsack")]
+def tier_c(seeds: int) -> list[Row]:
+    return [Row(method, "macs", 0.28, 0, "hosvd", afresh=True) for method in ("uniform", "energy", "sensitivity-knapsack")]
+
+
+TIERS = {"A": tier_a, "B": tier_b, "C": tier_c}
 
 
 def main(
     data: Annotated[Path, typer.Option(help="folder with train/CLASS/* and test/CLASS/*")],
     weights: Annotated[Path, typer.Option(help="the trained network's")],
     val_list: Annotated[Path, typer.Option(help="file that lists the validation images")],
-    out: Annotated[Path, typer.Option(help="JSON lines, appended to")] = HERE.parents[2] / "docs" / "raw" / "quality.jsonl",
+    score: Annotated[str, typer.Option(help="val while settings are being chosen; test once, at the end")],
+    out: Annotated[Path, typer.Option(help="JSON lines, appended to; of one score")] = HERE.parents[2] / "docs" / "raw" / "quality.jsonl",
     work: Annotated[Path, typer.Option(help="folder for the runs")] = Path("quality-runs"),
-    tier: str = "A",
+    tier: Annotated[str, typer.Option(help=", ".join(TIERS))] = "A",
     seeds: int = 3,
     part: Annotated[str, typer.Option(help="which rows, 0/4 to 3/4 in four processes")] = "0/1",
-    score: Annotated[str, typer.Option(help="val while settings are being chosen; test once, at the end")] = "val",
     method: Annotated[list[str] | None, typer.Option(help="these alone")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="a setting of the search, as of haloc run")] = None,
 ) -> None:
     files = {"data.root": str(data.absolute()), "weights": str(weights.absolute()), "data.val_list": str(val_list.absolute())}
-    rows = {"A": tier_a(seeds), "B": tier_b(), "C": tier_c()}[tier]
+    if tier not in TIERS or any(line["score"] != score for line in read(out)):
+        sys.exit(f"--tier: expected one of {', '.join(TIERS)}; --score: that of the rows in {out}")
+    rows = TIERS[tier](seeds)
     first, of = map(int, part.split("/"))
     log_to(work / f"log-{first}.txt")
     for index, row in enumerate(rows):
-        if index % of == first and (not method or row.method in method) and not _known(out, row):
+        if index % of == first and (not method or row.method in method) and not _complete(row, read(out)):
             _make(row, files | dict(_pair(text) for text in set_ or []), out, work, score)
 
 
@@ -92,27 +106,57 @@ def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) 
         changes["cost.table"] = str(HERE / "costs.json")
     config = load_config(HERE / "run.yml", changes)
     job = Job(config, work / "-".join(str(value) for value in asdict(row).values()))
-    started = time.process_time()
-    plan, chosen = choose_ranks(job)
-    choose_s = time.process_time() - started
-    shared = asdict(row) | {
-        "score": score,
-        "choose_s": choose_s,
-        "cost_fraction": plan.chosen_by["cost"] / plan.chosen_by["original_cost"],
-        "macs_fraction": count_macs(chosen, job.example) / count_macs(job.model, job.example),
-        "params_fraction": count_params(chosen) / count_params(job.model),
-        "ranks": plan.names,
-        "search": config.search.model_dump() if config.rule == "search" else None,
-        "commit": subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout.strip(),
-    }
-    lines = [shared | {"table": EQUAL_TUNING} | _trained(job, plan, chosen)]
-    fewer = config.finetune.epochs - round(choose_s / (lines[0]["finetune_s"] / config.finetune.epochs))
-    if config.rule == "search" and fewer > 0:
+    lines = [line for line in read(out) if _key(line) == asdict(row)]
+    if lines:  # of a rule, whose second line is to come
+        first = lines.pop()
+        plan, chosen = _afresh(job, row, out)
+    else:
+        started = time.process_time()
+        plan, chosen = _afresh(job, row, out) if row.afresh else choose_ranks(job)
+        first = asdict(row) | {
+            "score": score,
+            "choose_s": time.process_time() - started,
+            "cost_fraction": plan.chosen_by["cost"] / plan.chosen_by["original_cost"],
+            "macs_fraction": count_macs(chosen, job.example) / count_macs(job.model, job.example),
+            "params_fraction": count_params(chosen) / count_params(job.model),
+            "ranks": plan.names,
+            "factors": config.rank_space.decomposition,
+            "search": config.search.model_dump() if config.rule == "search" else None,
+            "commit": subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout.strip(),
+        }
+        first |= {"table": EQUAL_TUNING} | _trained(job, plan, chosen)
+        lines.append(first)
+    fewer = _epochs_left(first)
+    if fewer is not None:
         job.config = load_config(HERE / "run.yml", changes | {"finetune.epochs": fewer})
-        lines.append(shared | {"table": EQUAL_COMPUTE} | _trained(job, plan, chosen))
+        lines.append(first | {"table": EQUAL_COMPUTE} | _trained(job, plan, chosen))
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _epochs_left(line: dict[str, Any]) -> int | None:
+    """Epochs of fine-tuning that the choice of ranks leaves of a row's; None where it costs no epoch, or all of them."""
+    epochs = line["epochs"]
+    left = epochs - round(line["choose_s"] / (line["finetune_s"] / epochs))
+    return left if 0 < left < epochs and not line.get("afresh") else None
+
+
+def _complete(row: Row, lines: list[dict[str, Any]]) -> bool:
+    tables = {line["table"]: line for line in lines if _key(line) == asdict(row)}
+    return EQUAL_COMPUTE in tables or (EQUAL_TUNING in tables and _epochs_left(tables[EQUAL_TUNING]) is None)
+
+
+def _afresh(job: Job, row: Row, out: Path) -> tuple[RankPlan, nn.Module]:
+    """The plan of the row that chose the ranks, and the network decomposed at them."""
+    own = asdict(replace(row, decomposition="auto", afresh=False))
+    line = next((line for line in read(out) if _key(line) == own), None)
+    if line is None:
+        sys.exit(f"{out}: expected the row whose ranks are decomposed: {own}")
+    ranks = {layer: parse_rank(name, "conv") for layer, name in line["ranks"].items()}
+    images = job.splits.images("plain", job.config.rank_space.calibration_images, job.config.seed)
+    plan = RankPlan(ranks, {"cost": line["cost_fraction"], "original_cost": 1.0})
+    return plan, compress(job.model, plan, *((images,) if row.decomposition == "auto" else (None, row.decomposition)))
 
 
 def _trained(job: Job, plan: RankPlan, chosen: nn.Module) -> dict[str, Any]:
@@ -130,8 +174,9 @@ def read(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
 
 
-def _known(out: Path, row: Row) -> bool:
-    return any({key: line[key] for key in asdict(row)} == asdict(row) for line in read(out))
+def _key(line: dict[str, Any]) -> dict[str, Any]:
+    """What tells rows apart."""
+    return {key: line.get(key, False) for key in Row.__dataclass_fields__}
 
 
 def _pair(text: str) -> tuple[str, Any]:
