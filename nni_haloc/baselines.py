@@ -30,16 +30,17 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
     """The plan of the settings' rule, and the network decomposed at its ranks. Leaves plan, network and cost tables in the job's folder.
 
     ``resume``: where the folder holds the state of a fine-tuning with these settings, its plan is read back.
-    Raises `ConfigError` for settings that turn out not to fit.
+    Raises `ConfigError` for settings that turn out not to fit, `UnusableCheckpoint` where that state is of others.
     """
     config, state = job.config, job.folder / FINETUNING_FOLDER / CHECKPOINT_FILE
     if resume and state.exists():
-        saved = dict(checkpoint.read(state)["identity"])
-        saved.pop("ranks")
-        if saved == finetuning_identity(config):
+        saved = {key: value for key, value in checkpoint.read(state)["identity"].items() if key != "ranks"}
+        checkpoint.check_same(state, saved, finetuning_identity(config))
+        try:
             found = RankPlan.load(job.folder / RANKS_FILE)
             return found, restructure(job.model, found)
-        logger.info("%s was made with other settings: starting anew", state)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{error}: there is a fine-tuning to go on with, but not its plan; start without --resume") from None
     try:
         problem = _problem(job)
         found, network = _by_nni(job, problem) if config.rule in NNI_STRATEGIES else _by_thumb(problem, config.rule)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 import yaml
@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 
 
+RULES = get_args(Rule)[1:]
+"""All but the search."""
 RunFile = Annotated[Path, typer.Argument(help="settings of the run (YAML)")]
 Out = Annotated[Path, typer.Option(help="folder for the results")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting, e.g. budget.fraction=0.3")]
@@ -45,21 +47,25 @@ def run_command(run_file: RunFile, out: Out = Path("haloc-run"), set_: Changes =
 @app.command("baseline")
 def baseline_command(
     run_file: RunFile,
-    rule: Annotated[str, typer.Option(help=f"how ranks are chosen: {', '.join(get_args(Rule)[1:])}")],
+    rule: Annotated[str, typer.Option(help=f"how ranks are chosen: {', '.join(RULES)}")],
     budget: Annotated[float | None, typer.Option(help="fraction of the original's cost (default: the file's budget)")] = None,
-    out: Out = Path("haloc-baseline"),
+    out: Annotated[Path | None, typer.Option(help="folder for the results (default: haloc-baseline-RULE)")] = None,
     set_: Changes = None,
     resume: Resume = False,
 ) -> None:
     """As `run`, with ranks by a rule of thumb or a strategy of NNI's in the place of the search: something to compare with."""
+    if rule not in RULES:
+        raise ConfigError(f"--rule: expected one of {', '.join(RULES)}, found {rule!r}")
     fraction = [] if budget is None else [f"budget.fraction={budget}"]
-    run_command(run_file, out, [*(set_ or []), f"rule={rule}", *fraction], resume)
+    run_command(run_file, out or Path(f"haloc-baseline-{rule}"), [*(set_ or []), f"rule={rule}", *fraction], resume)
 
 
 @app.command("search")
 def search_command(run_file: RunFile, out: Out = Path("haloc-run"), set_: Changes = None, resume: Resume = False) -> None:
     """Search alone; `haloc run --resume` with the same settings fine-tunes what it found."""
     config, _ = _start(run_file, set_)
+    if config.rule != "search":
+        raise ConfigError(f"rule: `haloc search` is for 'search', found {config.rule!r}: `haloc baseline --rule {config.rule}`")
     from .job import Job
     from .log import log_to, logger
     from .run import search
@@ -228,7 +234,17 @@ def _shown(value: Any) -> str:
 def main() -> None:
     """Entry point: an error that the user can mend is one line, with exit status 2."""
     try:
-        app()
+        app(standalone_mode=False)  # which would print a usage error in several lines
+    except typer.Abort:
+        sys.exit(130)
     except ConfigError as error:
-        print(f"haloc: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(str(error))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's errors; where click is, depends on typer's version
+            raise
+        _leave(error.format_message())
+
+
+def _leave(message: str) -> NoReturn:
+    print(f"haloc: {message}" if "\n" not in message else message, file=sys.stderr)  # the help, where there are no arguments
+    sys.exit(2)

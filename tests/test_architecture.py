@@ -27,7 +27,7 @@ ALLOWED = {  # what each file may import of ours; a folder stands for all its fi
     "predictors": {"device", "layers", "ranks"},
     "compression": {"candidates", "layers", "models", "ranks", "tucker"},
     "sensitivity": {"layers", "ranks"},
-    "rules": {"budget", "candidates", "finetuning", "layers", "ranks", "sensitivity", "tucker"},
+    "rules": {"budget", "candidates", "finetuning", "layers", "log", "ranks", "sensitivity", "tucker"},
     "finetuning": {"ranks", "recipe"},
     "experiment": {"config", "yaml_files"},
     "nas": {"budget", "candidates", "execution", "gates", "layers", "objective", "predictors", "ranks", "recipe", "tucker"},

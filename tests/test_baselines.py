@@ -1,6 +1,8 @@
 """`haloc baseline` as a user meets it, on the digits."""
 
 import json
+import re
+import shutil
 
 import pytest
 from test_cli import DIGITS, haloc
@@ -8,16 +10,19 @@ from typer.testing import CliRunner
 
 from nni_haloc import baselines
 from nni_haloc.baselines import by_rule
+from nni_haloc.checkpoint import UnusableCheckpoint
 from nni_haloc.cli import app
 from nni_haloc.config import load_config
 from nni_haloc.job import Job
 from nni_haloc.yaml_files import ConfigError
 
+LEARNED = ("baseline", DIGITS, "--rule", "learned", "--budget", "0.25", "--set", "finetune.epochs=1")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("baseline")
-    done = haloc("baseline", DIGITS, "--rule", "learned", "--budget", "0.25", "--out", folder, "--set", "finetune.epochs=1")
+    done = haloc(*LEARNED, "--out", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -45,11 +50,42 @@ def test_a_baseline_that_goes_on_reads_its_plan_back(finished, monkeypatch):
     assert "fine-tuning: 1 of 1 epochs are done" in (finished / "log.txt").read_text()
 
 
-def test_a_state_of_other_settings_is_not_gone_on_from(finished):
+def test_a_state_of_other_settings_is_refused_and_kept(finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
     config = load_config(DIGITS, {"rule": "uniform", "budget.fraction": 0.25})
-    found, _ = by_rule(Job(config, finished), resume=True)
-    assert found.chosen_by["rule"] == "uniform"
-    assert not (finished / "finetuning").exists()
+    with pytest.raises(UnusableCheckpoint, match=r"made with other settings: rule: 'learned' there, 'uniform' here"):
+        by_rule(Job(config, folder), resume=True)
+    assert (folder / "ranks.json").read_bytes() == (finished / "ranks.json").read_bytes()
+    assert (folder / "finetuning").exists()
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_a_state_without_its_plan_is_one_line(finished, tmp_path, content):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / "ranks.json").unlink()
+    if content is not None:
+        (folder / "ranks.json").write_text(content)
+    done = haloc(*LEARNED, "--out", folder, "--resume")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "ranks.json" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["baseline", DIGITS], "Missing option '--rule'"),
+        (["baseline", DIGITS, "--rule", "search"], "--rule: expected one of uniform, energy, .*, found 'search'"),
+        (["baseline", DIGITS, "--rule", "uniform", "--budget", "30%"], "'--budget'"),
+        (["search", DIGITS, "--set", "rule=uniform"], "rule: `haloc search` is for 'search', found 'uniform'"),
+    ],
+)
+def test_a_rule_where_none_fits_is_one_line(arguments, message):
+    done = haloc(*arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert re.search(message, done.stderr)
 
 
 def test_an_impossible_budget_is_one_line_and_leaves_no_plan(tmp_path):
@@ -64,5 +100,5 @@ def test_a_wrong_rule_is_one_line_and_exit_status_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("haloc: ")
     assert done.stderr.count("\n") == 1
-    assert "rule: input should be 'search', 'uniform'" in done.stderr
+    assert "--rule: expected one of uniform, " in done.stderr
     assert done.stderr.endswith("found 'best'\n")

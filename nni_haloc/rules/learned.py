@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..budget import Choice, Limit, check_feasible, choose
+from ..log import logger
 from ..tucker import Tucker2, hosvd, reconstruct
 from .problem import Problem
 
@@ -47,6 +48,7 @@ def learned(problem: Problem) -> Choice:
     with torch.random.fork_rng():
         torch.manual_seed(problem.seed)  # of the augmentation
         for i in range(ROUNDS):
+            logger.info("rule learned: round %d of %d", i + 1, ROUNDS)
             _, targets = _compress(problem, weights, _limits(problem, least, i / ROUNDS))
             for images, labels in islice(batches, STEPS):
                 distance = torch.stack([(weights[layer] - target).square().sum() for layer, target in targets.items()]).sum()

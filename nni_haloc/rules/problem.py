@@ -56,13 +56,10 @@ class Problem:
         """A trained layer for every candidate."""
         return build_candidates(self.model, self.specs, self.candidates, self.images, self.decomposition)
 
-    def kernels(self, layer: str) -> dict[str, Tensor]:
-        """The dense kernel that each candidate stands for, ``(F, C, k1, k2)`` or ``(F, C)``."""
-        found = {}
-        for name, module in self.modules[layer].items():
-            factors = kernel_factors(module)
-            found[name] = (factors[0] if len(factors) == 1 else reconstruct((LowRank if len(factors) == 2 else Tucker2)(*factors))).detach()
-        return found
+    def kernel(self, layer: str, candidate: str) -> Tensor:
+        """The dense kernel that a candidate stands for, ``(F, C, k1, k2)`` or ``(F, C)``."""
+        factors = kernel_factors(self.modules[layer][candidate])
+        return (factors[0] if len(factors) == 1 else reconstruct((LowRank if len(factors) == 2 else Tucker2)(*factors))).detach()
 
     @cached_property
     def errors(self) -> dict[str, dict[str, float]]:
@@ -72,16 +69,19 @@ class Problem:
         covariances = patch_covariances(self.model, {name: self.specs[name] for name in self.candidates}, self.images)
         for layer, row in self.candidates.items():
             (weight,) = kernel_factors(weights[layer])
-            kernels = self.kernels(layer)
             found[layer] = {
-                name: 0.0 if rank is None else output_error(weight, kernels[name], covariances[layer]) for name, rank in row.items()
+                name: 0.0 if rank is None else output_error(weight, self.kernel(layer, name), covariances[layer])
+                for name, rank in row.items()
             }
         return found
 
     def network(self, choice: Mapping[str, str]) -> nn.Module:
         """The compressed network of a choice, with the candidates' own weights."""
+        chosen = {layer: {name: self.candidates[layer][name]} for layer, name in choice.items()}
+        built = self.__dict__.get("modules")  # all of them, where the rule has asked for them
+        built = built or build_candidates(self.model, self.specs, chosen, self.images, self.decomposition)
         network = copy.deepcopy(self.model)
-        replace_modules(network, {layer: copy.deepcopy(self.modules[layer][name]) for layer, name in choice.items()})
+        replace_modules(network, {layer: copy.deepcopy(built[layer][name]) for layer, name in choice.items()})
         return network
 
     def loss(self, network: nn.Module) -> float:
