@@ -223,6 +223,38 @@ def test_another_things_measurements_are_refused(tmp_path, spec, clock, key, val
     assert out.read_bytes() == before
 
 
+def test_a_device_that_disappears_is_one_line_and_loses_nothing(tmp_path, spec, clock):
+    out, once = tmp_path / "costs.json", clock.once
+
+    def gone(run):
+        if len(clock.timed) > 6:
+            raise RuntimeError("CUDA error: device unavailable\nand much more")
+        return once(run)
+
+    clock.once = gone
+    with pytest.raises(ValueError, match=r"layer '.', candidate '.*': CUDA error: device unavailable; what was measured .*costs.json$"):
+        measure(spec, clock, out, Timing(rounds=1, min_run_time=0))
+    before = json.loads(out.read_text())["runs"]
+    clock.once = once
+    after = measure(spec, clock, out, Timing(rounds=1, min_run_time=0))["runs"]
+    assert all(after[layer][name] == values for layer, row in before.items() for name, values in row.items() if values)
+    assert [len(values) for row in after.values() for values in row.values()] == [1] * len(spec.entries)
+
+
+@pytest.mark.parametrize("value", [0, -1.5, "fast", None])
+def test_a_file_with_times_that_are_none_is_refused(tmp_path, spec, clock, value):
+    out = tmp_path / "costs.json"
+    measure(spec, clock, out, Timing(rounds=1, min_run_time=0))
+    content = json.loads(out.read_text())
+    content["runs"]["a"]["r2"] = [1.0, value]
+    out.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="costs.json: runs: layer 'a', candidate 'r2': expected times above 0"):
+        measure(spec, clock, out, Timing(rounds=3, min_run_time=0))
+    out.write_text(out.read_text()[:100])
+    with pytest.raises(ValueError, match=r"costs.json: not a JSON file"):
+        measure(spec, clock, out, Timing(rounds=3, min_run_time=0))
+
+
 def test_workers_share_the_entries_and_their_files_are_put_together(tmp_path, spec, clock):
     files = [tmp_path / f"{i}.json" for i in range(3)]
     for i, file in enumerate(files):

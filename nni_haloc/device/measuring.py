@@ -95,11 +95,12 @@ def measure(
         for done, (_, index) in enumerate(missing):
             progress(done, len(missing))
             kept = _kept(runs, whole, homes, index)
-            if index is None or homes[index][1] == DENSE or timing.where == "alone":
-                run = runtime.network(spec, {}) if index is None else runtime.entry(spec, index)
-                kept.append(1e3 * time_together({"": run}, runtime, timing.min_run_time)[""])
-            else:
-                kept.append(_swapped(spec, runtime, index, homes[index][1], timing.min_run_time))
+            try:
+                kept.append(1e3 * _time(spec, runtime, index, timing))
+            except RuntimeError as error:  # the device is gone, out of memory, or cannot run this
+                what = "the network" if index is None else "layer {!r}, candidate {!r}".format(*homes[index])
+                reason = str(error).strip().split("\n")[0]
+                raise ValueError(f"{what}: {reason}; what was measured until then {'is in ' + str(out) if out else 'is lost'}") from None
             state["identity"] |= {"date": time.strftime("%Y-%m-%d"), "runs": timing.rounds}
             if out is not None and done + 1 < len(missing):
                 _write(out, state)
@@ -110,12 +111,17 @@ def measure(
     return state
 
 
-def _swapped(spec: Specification, runtime: Runtime, index: int, candidate: str, min_run_time: float) -> float:
-    """Milliseconds that one layer gains (negative) or loses: all layers alike swapped at once, shared out among them."""
-    layers = spec.alike(index)
-    runs = {"before": runtime.network(spec, {}), "after": runtime.network(spec, dict.fromkeys(layers, candidate))}
-    seconds = time_together(runs, runtime, min_run_time)
-    return 1e3 * (seconds["after"] - seconds["before"]) / len(layers)
+def _time(spec: Specification, runtime: Runtime, index: int | None, timing: Timing) -> float:
+    """Seconds of an entry, of the network for None; in place, what one layer gains (negative) or loses against the dense one: all layers
+    alike are swapped at once, and the difference is shared out among them."""
+    layers = [] if index is None else spec.alike(index)
+    dense = index is None or all(spec.layers[layer][DENSE] == index for layer in layers)
+    if dense or timing.where == "alone":
+        run = runtime.network(spec, {}) if index is None else runtime.entry(spec, index)
+        return time_together({"": run}, runtime, timing.min_run_time)[""]
+    choice = {layer: next(name for name, i in spec.layers[layer].items() if i == index) for layer in layers}
+    seconds = time_together({"before": runtime.network(spec, {}), "after": runtime.network(spec, choice)}, runtime, timing.min_run_time)
+    return (seconds["after"] - seconds["before"]) / len(layers)
 
 
 def share(spec: Specification, part: int, of: int) -> list[int]:
@@ -201,10 +207,11 @@ def _read(path: str | Path | None, identity: Mapping[str, Any] | None) -> dict[s
     for key in _SAME if identity else ():
         if found.get(key) != (identity or {}).get(key):
             raise ValueError(f"{path}: measured for another {key}: {found.get(key)!r}, now {(identity or {}).get(key)!r}")
+    signed = found.get("where") == "in-place"
     try:
         for (layer, candidate), values in [*_by_home(content["runs"]), ((NETWORK, ""), content[NETWORK])]:
-            if not isinstance(values, list) or not all(is_number(v) for v in values):
-                raise ValueError(f"layer {layer!r}, candidate {candidate!r}: expected numbers, found {values!r}")
+            if not isinstance(values, list) or not all(is_number(v) and (v > 0 or signed) for v in values):
+                raise ValueError(f"layer {layer!r}, candidate {candidate!r}: expected times above 0, found {values!r}")
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: runs: {error}") from None
     return {key: content[key] for key in ("version", "metric", "unit", "identity", "runs", NETWORK)}
