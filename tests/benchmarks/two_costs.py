@@ -1,0 +1,27 @@
+"""What plans made for different costs cost in each of them: python tests/benchmarks/two_costs.py FOLDER FOLDER ...
+
+Folders of finished runs or searches of one network, each with a metric of its own: its plan against every run's cost table.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nni_haloc.compression import COSTS_FILE, RANKS_FILE
+from nni_haloc.predictors import CostTable
+from nni_haloc.ranks import RankPlan
+
+
+def main(folders: Annotated[list[Path], typer.Argument()]) -> None:
+    plans = {folder: RankPlan.load(folder / RANKS_FILE) for folder in folders}
+    tables = {folder: CostTable.load(folder / COSTS_FILE) for folder in folders}
+    print("| plan made for | " + " | ".join(f"{table.metric}, % of the original" for table in tables.values()) + " |")
+    print("| --- " * (1 + len(tables)) + "|")
+    for folder, plan in plans.items():
+        shares = (100 * table.total(plan.names) / table.original for table in tables.values())
+        print(f"| {tables[folder].metric} | " + " | ".join(f"{share:.1f}" for share in shares) + " |")
+
+
+if __name__ == "__main__":
+    typer.run(main)
