@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -100,6 +101,35 @@ def test_a_replayed_network_is_the_network():
         replay.get_submodule(name).load_state_dict(model.get_submodule(name).state_dict())
     with torch.no_grad():
         torch.testing.assert_close(replay(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "densenet121"])
+def test_torchvisions_networks_are_replayed(name):
+    """With their concatenations, shuffles, gates and functional calls."""
+    model, x = build_model(f"torchvision:{name}").eval(), torch.randn(2, 3, 64, 64)
+    spec = specify(model, x, RankRules(kinds=("conv", "pointwise", "linear")))
+    counts = []
+    for network in (
+        model,
+        Replay(spec.program, {n: layer_spec(n, spec.entries[row[DENSE]].layer) for n, row in spec.layers.items()}).eval(),
+    ):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            assert network(x).shape == (2, 1000)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+def test_freed_memory_is_kept_while_measuring():
+    """An activation of megabytes is not taken from the system anew in each pass (here 20 ms a pass instead of 7)."""
+    layer = LayerSpec("", "conv", 16, 16, ((64, 16, 32, 32),), False, (3, 3), padding=(1, 1))
+    runtime = TorchRuntime(memory_format="channels_last", threads=1)
+    with runtime.pinned():
+        run = runtime.ready(layer.build((14, 14)), *layer.input_shapes)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            run()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 1000  # 64 x 14 x 32 x 32 floats are 896 pages
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -24,7 +24,7 @@ _FEWEST = 5
 """Passes that are timed at least, however long each takes."""
 _LEAST = 0.01
 """Share of the dense layer's cost below which no candidate's is put: differences of two measurements may be negative."""
-_SAME = ("model", "input", "runtime", "device", "dtype", "memory_format", "threads", "where")
+_SAME = ("model", "input", "runtime", "device", "dtype", "memory_format", "threads", "memory", "where")
 """What must agree where measuring goes on in an existing file."""
 
 
