@@ -67,6 +67,12 @@ def test_ranks_decomposed_afresh_stand_beside_the_row_that_they_are_of():
     assert cells(report.decompositions(lines), "haloc")[1:] == ["50.0", "50.0", "80.00", "86.00"]
 
 
+def test_a_choice_that_leaves_no_epoch_is_not_shown_as_equal_compute():
+    lines = [line("haloc", 0.86), line("paper", 0.86, choose_s=400.0), line("haloc", 0.85, afresh=True)]
+    both = [report.by_method(lines, "macs", 0.28, kind) for kind in (rows.EQUAL_TUNING, rows.EQUAL_COMPUTE)]
+    assert [set(found) for found in both] == [{"haloc", "paper", "haloc, its ranks alone"}, {"haloc"}]
+
+
 def test_a_budget_that_is_not_kept_is_said():
     table = report.table([line("haloc", 0.86), line("paper", 0.86, cost_fraction=0.31)], {}, "macs", 0.28, rows.EQUAL_TUNING)
     assert cells(table, "paper")[7] == "31.0 (over)"

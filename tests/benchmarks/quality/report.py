@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from matplotlib.figure import Figure
-from rows import EQUAL_COMPUTE, EQUAL_TUNING, HERE, read
+from rows import EQUAL_COMPUTE, EQUAL_TUNING, HERE, epochs_of_choice, read
 from scipy import stats
 
 from nni_haloc.models import build_model
@@ -44,11 +44,13 @@ def verdict(centre: float, half: float) -> str:
 
 
 def by_method(lines: Lines, metric: str, fraction: float, kind: str) -> dict[str, dict[int, dict[str, Any]]]:
-    """Method to seed to line. A method whose choice of ranks costs next to nothing has one line for both kinds of equality."""
+    """Method to seed to line. A method whose choice of ranks costs no epoch has one line for both kinds of equality; one whose choice
+    leaves no epoch of fine-tuning has none at equal compute, and neither have ranks that another row has paid for."""
     rows: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in sorted(lines, key=lambda line: line["table"] == kind):  # that of the kind last, so that it stands
         cell = (line["metric"], line["fraction"], line["decomposition"]) == (metric, fraction, "auto")
-        if cell and line["table"] in (kind, EQUAL_TUNING):
+        unequal = kind == EQUAL_COMPUTE and line["table"] != kind and (line.get("afresh") or epochs_of_choice(line) >= line["epochs"])
+        if cell and line["table"] in (kind, EQUAL_TUNING) and not unequal:
             rows[line["method"] + (", its ranks alone" if line.get("afresh") else "")][line["seed"]] = line
     return dict(rows)
 

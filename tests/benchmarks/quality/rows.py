@@ -137,9 +137,13 @@ def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) 
 
 def _epochs_left(line: dict[str, Any]) -> int | None:
     """Epochs of fine-tuning that the choice of ranks leaves of a row's; None where it costs no epoch, or all of them."""
-    epochs = line["epochs"]
-    left = epochs - round(line["choose_s"] / (line["finetune_s"] / epochs))
-    return left if 0 < left < epochs and not line.get("afresh") else None
+    left = line["epochs"] - epochs_of_choice(line)
+    return left if 0 < left < line["epochs"] and not line.get("afresh") else None
+
+
+def epochs_of_choice(line: dict[str, Any]) -> int:
+    """Epochs of fine-tuning that the choice of ranks took the time of, to the nearest."""
+    return round(line["choose_s"] / (line["finetune_s"] / line["epochs"]))
 
 
 def _complete(row: Row, lines: list[dict[str, Any]]) -> bool:
