@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .layers import LayerSpec, last_bias, layout_of
 from .log import logger
-from .ranks import Rank, evaluating
+from .modules import evaluating
+from .ranks import Rank
 from .tucker import LowRank, Method, Plain, Tucker2, decompose
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
 
@@ -170,44 +170,22 @@ def steps_command(costs: Annotated[Path, typer.Argument(help="a cost table at ma
 _FORWARDED = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
-@app.command("measure", context_settings=_FORWARDED)
-def measure_command(context: typer.Context) -> None:
-    """Measure what every candidate of every layer costs on this device (--help: the options)."""
-    from .measure import measure_main
+def _forward(name: str, module: str, text: str) -> None:
+    """A command whose options stand where a device without typer finds them."""
 
-    _forward(measure_main, context.args)
+    def command(context: typer.Context) -> None:
+        try:
+            getattr(import_module(f".{module}", __package__), f"{name}_main")(context.args)
+        except (ValueError, OSError) as error:
+            raise ConfigError(str(error)) from None
 
-
-@app.command("predict", context_settings=_FORWARDED)
-def predict_command(context: typer.Context) -> None:
-    """Count or model what every candidate of every layer costs (--help: the options)."""
-    from .measure import predict_main
-
-    _forward(predict_main, context.args)
+    app.command(name, context_settings=_FORWARDED, help=f"{text} (--help: the options).")(command)
 
 
-@app.command("heatmap", context_settings=_FORWARDED)
-def heatmap_command(context: typer.Context) -> None:
-    """Draw what every pair of ranks of one layer costs (--help: the options)."""
-    from .heatmap import heatmap_main
-
-    _forward(heatmap_main, context.args)
-
-
-@app.command("spec", context_settings=_FORWARDED)
-def spec_command(context: typer.Context) -> None:
-    """Write what another device has to measure, without model or weights (--help: the options)."""
-    from .measure import spec_main
-
-    _forward(spec_main, context.args)
-
-
-def _forward(program: Callable[[list[str]], object], arguments: list[str]) -> None:
-    """Their options stand where a device without typer finds them."""
-    try:
-        program(arguments)
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from None
+_forward("measure", "measure", "Measure what every candidate of every layer costs on this device")
+_forward("predict", "measure", "Count or model what every candidate of every layer costs")
+_forward("heatmap", "heatmap", "Draw what every pair of ranks of one layer costs")
+_forward("spec", "measure", "Write what another device has to measure, without model or weights")
 
 
 def _print(table: Table) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .candidates import build_candidates
-from .layers import LayerSpec, replace_modules
+from .layers import LayerSpec
 from .models import build_model
+from .modules import replace_modules
 from .ranks import RankPlan, rank_name
 from .tucker import Method
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from .ranks import evaluating
+from .modules import evaluating
 from .recipe import Recipe
 
 TEMPERATURE = 4.0

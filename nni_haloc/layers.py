@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -204,16 +203,6 @@ class Work(NamedTuple):
     kernel: int
     before: int
     after: int
-
-
-def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
-    """Put each named module in the place of the old one, under every name that the old one has."""
-    named = dict(model.named_modules())
-    replacements = {named[name]: module for name, module in new.items()}
-    for parent in list(model.modules()):
-        for child_name, child in parent._modules.items():
-            if child in replacements:
-                parent._modules[child_name] = replacements[child]
 
 
 def layout_of(weight: Tensor) -> torch.memory_format:

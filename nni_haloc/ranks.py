@@ -7,8 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from .device.files import DENSE
 from .layers import Kind, LayerSpec
+from .modules import evaluating
 
 PLAN_VERSION = 1
 
@@ -179,18 +179,6 @@ def _reason(module: nn.Module, name: str, rules: RankRules, holders: Counter[int
         return "its weight is shared with another layer"
     kind = LayerSpec.of(name, module).kind
     return None if kind in rules.kinds else f"kind {kind!r} is not among the searched kinds"
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of a block; every submodule gets its own mode back."""
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @dataclass(frozen=True)

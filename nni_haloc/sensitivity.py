@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from .layers import replace_modules
-from .ranks import evaluating
+from .modules import evaluating, replace_modules
 
 
 def sensitivities(
@@ -18,24 +20,98 @@ def sensitivities(
 ) -> dict[str, dict[str, float]]:
     """Layer to candidate to the mean cross-entropy that it adds, all else left as it was, on ``images (N, ...)`` and ``labels (N,)``.
 
-    ``candidates``: layer to candidate name to its trained module. In evaluation mode; ``model`` is not changed. One pass a candidate.
+    ``candidates``: layer to candidate name to its trained module. In evaluation mode; ``model`` is not changed. For each candidate
+    that is not the layer's own copy, the network is run from that layer on. Every module's output of one batch is kept meanwhile, about the
+    memory of a training step.
     """
-    original = loss(model, images, labels, batch_size)
     network = copy.deepcopy(model)
-    found: dict[str, dict[str, float]] = {}
-    for layer, row in candidates.items():
-        found[layer] = {}
-        for name, module in row.items():
-            replace_modules(network, {layer: module})
-            found[layer][name] = loss(network, images, labels, batch_size) - original
-        replace_modules(network, {layer: copy.deepcopy(dict(model.named_modules())[layer])})
-    return found
+    own = dict(network.named_modules())
+    added = {layer: dict.fromkeys(row, 0.0) for layer, row in candidates.items()}
+    same = {layer: {name for name, module in row.items() if _equal(module, own[layer])} for layer, row in candidates.items()}
+    with evaluating(network), torch.inference_mode():
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            run = _ResumedRun(network, [own[layer] for layer in candidates])
+            original = _summed_loss(run.record(x), y)
+            for layer, row in candidates.items():
+                for name, module in row.items():
+                    if name not in same[layer]:
+                        replace_modules(network, {layer: module})
+                        added[layer][name] += (_summed_loss(run.resume(own[layer], x), y) - original) / len(labels)
+                        replace_modules(network, {layer: own[layer]})
+            run.leave()
+    return added
+
+
+def _equal(module: nn.Module, other: nn.Module) -> bool:
+    """Whether it is the other one's copy, such as the dense candidate."""
+    a, b = module.state_dict(), other.state_dict()
+    return type(module) is type(other) and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def loss(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 128) -> float:
     """Mean cross-entropy, in evaluation mode."""
-    total = 0.0
     with evaluating(network), torch.inference_mode():
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            total += float(F.cross_entropy(network(x), y, reduction="sum"))
-    return total / len(labels)
+        batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+        return sum(_summed_loss(network(x), y) for x, y in batches) / len(labels)
+
+
+def _summed_loss(logits: Tensor, labels: Tensor) -> float:
+    return float(F.cross_entropy(logits, labels, reduction="sum"))
+
+
+class _ResumedRun:
+    """Runs a network again and again on the same input, each time from another layer on.
+
+    What is called before that layer is called again, but answered from a first, recorded pass: whole blocks at once where they are over
+    by then. Only what stands between the calls is computed again.
+    """
+
+    def __init__(self, network: nn.Module, layers: Iterable[nn.Module]) -> None:
+        self.network, self.layers = network, set(layers)
+        self.ends: list[int] = []
+        """Of each call in the order of their beginnings: how many had begun when it was over."""
+        self.outputs: list[Any] = []
+        self.first: dict[nn.Module, int] = {}
+        """Each layer's first call."""
+        self.at = self.until = 0
+        self.forwards = {m: m.forward for m in network.modules() if m is not network and not isinstance(m, torch.jit.ScriptModule)}
+
+    def record(self, x: Tensor) -> Tensor:
+        for module, forward in self.forwards.items():
+            module.forward = partial(self._recorded, module, forward)
+        return self.network(x)
+
+    def resume(self, layer: nn.Module, x: Tensor) -> Tensor:
+        for module, forward in self.forwards.items():
+            module.forward = partial(self._answered, forward)
+        self.at, self.until = 0, self.first.get(layer, len(self.ends))
+        return self.network(x)
+
+    def leave(self) -> None:
+        for module, forward in self.forwards.items():
+            module.forward = forward
+
+    def _recorded(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = len(self.ends)
+        if module in self.layers:
+            self.first.setdefault(module, call)
+        self.ends.append(0)
+        self.outputs.append(None)
+        result = forward(*args, **kwargs)
+        self.ends[call], self.outputs[call] = len(self.ends), _copied(result)
+        return result
+
+    def _answered(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.at >= self.until:
+            return forward(*args, **kwargs)
+        call = self.at
+        if self.ends[call] > self.until:  # the layer is inside it
+            self.at += 1
+            return forward(*args, **kwargs)
+        self.at = self.ends[call]
+        return _copied(self.outputs[call])
+
+
+def _copied(output: Any) -> Any:
+    """What comes after a call may work in place."""
+    return tree_map_only(Tensor, Tensor.clone, output)

@@ -6,7 +6,8 @@ from torch import nn
 
 from nni_haloc import candidates
 from nni_haloc.candidates import _draw_patches, build_candidates, patch_covariances
-from nni_haloc.layers import LayerSpec, TuckerConv2d, replace_modules
+from nni_haloc.layers import LayerSpec, TuckerConv2d
+from nni_haloc.modules import replace_modules
 from nni_haloc.ranks import RankRules, find_layers
 from nni_haloc.tucker import data_aware, hosvd, output_error, reconstruct, warm_hooi
 

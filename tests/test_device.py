@@ -163,6 +163,14 @@ def test_a_program_runs_no_more_than_torchs_operations_on_tensors(op):
         Replay([{"input": [1], "out": 0}, {"op": op, "args": ["/tmp/file"], "out": [1]}], {})
 
 
+@pytest.mark.parametrize(
+    "line", [{"op": "aten.from_file.default", "args": [["/tmp/file"]], "out": [1]}, {"constant": [2], "dtype": "load", "out": 1}]
+)
+def test_a_programs_texts_and_types_are_no_way_round(line):
+    with pytest.raises(ValueError, match=r"cannot be run from a file|expected a type"):
+        Replay([{"input": [1], "out": 0}, line], {})
+
+
 def test_a_specification_round_trips(tmp_path, spec):
     full = with_onnx(spec, Forked())
     full.save(tmp_path / "spec.json")

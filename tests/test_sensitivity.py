@@ -1,11 +1,14 @@
 """What each candidate alone adds to the loss, against replacing it by hand."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 
 from nni_haloc.candidates import build_candidates
+from nni_haloc.modules import replace_modules
 from nni_haloc.ranks import RankRules, find_layers
 from nni_haloc.sensitivity import loss, sensitivities
 
@@ -47,9 +50,80 @@ def test_each_candidate_is_put_alone_into_the_original(net, modules, images, lab
             assert found[layer][name] == pytest.approx(by_hand(replaced, images, labels) - original, abs=2e-6), (layer, name)
 
 
-def test_one_pass_a_candidate_and_one_for_the_original(net, modules, images, labels):
+def test_one_pass_a_candidate_and_one_for_the_original_and_its_copies(net, modules, images, labels):
     """The classifier is no candidate: it runs once in every pass."""
     calls = []
     net.head.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     sensitivities(net, modules, images, labels)
-    assert calls == [64] * (1 + sum(map(len, modules.values())))
+    assert calls == [64] * (1 + sum(len(set(row) - {"dense"}) for row in modules.values()))
+
+
+class Residual(nn.Module):
+    """Blocks that add in place to what a layer gave (as torchvision's do), a layer with two names and two calls, one that is not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.twice = nn.Conv2d(6, 6, 3, padding=1)
+        self.same = self.twice
+        self.idle = nn.Conv2d(6, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.blocks(self.stem(x))
+        x = self.same(self.twice(x).relu_()).relu_()
+        return self.head(x.mean((2, 3)))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.side = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        out = self.two(self.act(self.one(x)))
+        out += self.side(x)
+        return self.act(out)
+
+
+@pytest.fixture
+def residual():
+    torch.manual_seed(0)
+    return Residual().eval()
+
+
+def test_a_pass_goes_on_from_the_layer_that_is_replaced(residual, images, labels):
+    """Against whole passes, with operations in place on what was kept; and the calls that are made are counted."""
+    layers = ["stem", "blocks.0.one", "blocks.0.side", "blocks.1.two", "twice", "idle"]
+    rows = {layer: {name: copy.deepcopy(residual.get_submodule(layer)) for name in ("a", "b")} for layer in layers}
+    for row in rows.values():
+        for module in row.values():
+            nn.init.normal_(module.weight, std=0.3)
+    calls = Counter()
+    for name in ("stem", "blocks.0.one", "blocks.1.one", "blocks.1.two", "twice", "head"):
+        residual.get_submodule(name).forward = Counted(calls, name, residual.get_submodule(name))
+    found = sensitivities(residual, rows, images, labels)
+    # twice for each of the layers that stand before it, once for the original; never where it is itself replaced
+    assert calls == {"stem": 1, "blocks.0.one": 3, "blocks.1.one": 7, "blocks.1.two": 7, "twice": 18, "head": 11}
+    original = by_hand(residual, images, labels)
+    for layer, row in rows.items():
+        for name, module in row.items():
+            replaced = copy.deepcopy(residual)
+            replace_modules(replaced, {layer: module})
+            assert found[layer][name] == pytest.approx(by_hand(replaced, images, labels) - original, abs=5e-6), (layer, name)
+    assert found["idle"] == pytest.approx({"a": 0, "b": 0}, abs=1e-6)
+
+
+class Counted:
+    def __init__(self, calls, name, module):
+        self.calls, self.name, self.forward = calls, name, type(module).forward
+        self.module = module
+
+    def __call__(self, x):
+        self.calls[self.name] += 1
+        return self.forward(self.module, x)
+
+    def __deepcopy__(self, memo):
+        return Counted(self.calls, self.name, memo.get(id(self.module), self.module))

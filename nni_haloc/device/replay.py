@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..layers import LayerSpec
+from ..modules import evaluating
 
 _TEXT = {"gelu", "gelu_"}
 """Operations that take a text; any other with one, such as those that open files, is refused."""
@@ -83,18 +84,14 @@ def record(model: nn.Module, example_input: Tensor, layers: Collection[str], ten
 
     for module in modules:
         hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    modes = {m: m.training for m in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             recorder.program.append({"input": list(example_input.shape), "out": recorder.number(example_input, new=True)})
             with recorder:
                 model(example_input)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if tensors is not None:
         tensors.update(enumerate(recorder.kept))
     return recorder.program
@@ -164,7 +161,7 @@ def _decode(value: Any, known: dict[int, Any]) -> Any:
     if "tensor" in value:
         return known[value["tensor"]]
     if "torch" in value:
-        return getattr(torch, value["torch"])
+        return _named(value["torch"])
     return float(value["float"]) if "float" in value else {key: _decode(v, known) for key, v in value.items()}
 
 
@@ -172,15 +169,26 @@ def _operation(name: str, line: dict[str, Any]) -> Callable[..., Any]:
     space, _, rest = name.partition(".")
     op, _, overload = rest.partition(".")
     found = getattr(getattr(torch.ops.aten, _RESHAPE.get(op, op), None), overload or "default", None) if space == "aten" else None
-    texts = [v for v in [*line["args"], *line.get("kwargs", {}).values()] if isinstance(v, str)]
-    if found is None or (texts and op not in _TEXT) or "unknown" in str(line):
+    if found is None or (_has_text([line["args"], *line.get("kwargs", {}).values()]) and op not in _TEXT) or "unknown" in str(line):
         raise ValueError(f"operation {name!r}: cannot be run from a file")
+    return found
+
+
+def _has_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and any(map(_has_text, value)))
+
+
+def _named(name: str) -> Any:
+    """A type or memory format of torch's, and nothing else that it has."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, (torch.dtype, torch.memory_format)):
+        raise ValueError(f"expected a type or memory format of torch's, found {name!r}")
     return found
 
 
 def _constant(shape: list[int], dtype: str) -> Tensor:
     """Weights that keep activations of ordinary size: a denormal number is slow to compute with."""
-    kind = getattr(torch, dtype)
+    kind = _named(dtype)
     if not kind.is_floating_point:
         return torch.zeros(shape, dtype=kind)
     if len(shape) < 2:

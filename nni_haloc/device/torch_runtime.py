@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..layers import LayerSpec, replace_modules
+from ..layers import LayerSpec
+from ..modules import replace_modules
 from .files import DENSE, processor
 from .measuring import Run
 from .replay import Replay

@@ -10,7 +10,7 @@ from nni.nas.nn.pytorch import LayerChoice, ModelSpace
 from torch import Tensor, nn
 
 from ..candidates import build_candidates
-from ..layers import replace_modules
+from ..modules import replace_modules
 from ..predictors import CostTable, mac_table, worthwhile
 from ..ranks import RankRules, find_layers
 from ..tucker import Method

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..device.measuring import time_together
 from ..device.torch_runtime import TorchRuntime
 from ..layers import LayerSpec, Work
-from ..ranks import Rank, RankRules, evaluating, find_layers, macs, params
+from ..modules import evaluating
+from ..ranks import Rank, RankRules, find_layers, macs, params
 from .table import CostTable
 
 FLOAT_BYTES = 4

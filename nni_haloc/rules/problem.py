@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from ..budget import Limit, check_feasible
 from ..candidates import build_candidates, patch_covariances
 from ..finetuning import recalibrate
-from ..layers import LayerSpec, kernel_factors, replace_modules
+from ..layers import LayerSpec, kernel_factors
+from ..modules import replace_modules
 from ..ranks import Rank
 from ..sensitivity import loss
 from ..tucker import LowRank, Method, Tucker2, output_error, reconstruct
