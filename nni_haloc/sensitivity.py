@@ -16,13 +16,13 @@ from .modules import evaluating, replace_modules
 
 
 def sensitivities(
-    model: nn.Module, candidates: Mapping[str, Mapping[str, nn.Module]], images: Tensor, labels: Tensor, batch_size: int = 128
+    model: nn.Module, candidates: Mapping[str, Mapping[str, nn.Module]], images: Tensor, labels: Tensor, batch_size: int = 64
 ) -> dict[str, dict[str, float]]:
     """Layer to candidate to the mean cross-entropy that it adds, all else left as it was, on ``images (N, ...)`` and ``labels (N,)``.
 
     ``candidates``: layer to candidate name to its trained module. In evaluation mode; ``model`` is not changed. For each candidate
-    that is not the layer's own copy, the network is run from that layer on. Every module's output of one batch is kept meanwhile, about the
-    memory of a training step.
+    that is not the layer's own copy, the network is run from that layer on. Outputs of one batch are kept meanwhile: ResNet-18's, for 64
+    images of 224 x 224, take 1.5 GB.
     """
     network = copy.deepcopy(model)
     own = dict(network.named_modules())
@@ -79,12 +79,16 @@ class _ResumedRun:
     def record(self, x: Tensor) -> Tensor:
         for module, forward in self.forwards.items():
             module.forward = partial(self._recorded, module, forward)
-        return self.network(x)
+        self.result = self.network(x)
+        self._forget(0)
+        return self.result
 
     def resume(self, layer: nn.Module, x: Tensor) -> Tensor:
         for module, forward in self.forwards.items():
             module.forward = partial(self._answered, forward)
-        self.at, self.until = 0, self.first.get(layer, len(self.ends))
+        if layer not in self.first:
+            return self.result
+        self.at, self.until = 0, self.first[layer]
         return self.network(x)
 
     def leave(self) -> None:
@@ -99,7 +103,14 @@ class _ResumedRun:
         self.outputs.append(None)
         result = forward(*args, **kwargs)
         self.ends[call], self.outputs[call] = len(self.ends), _copied(result)
+        self._forget(call + 1)
         return result
+
+    def _forget(self, start: int) -> None:
+        """Of the calls since ``start``, those with no layer to come after them in the module that made them: it will answer for them."""
+        for call in range(start, len(self.ends)):
+            if not any(self.ends[call] <= first for first in self.first.values()):
+                self.outputs[call] = None
 
     def _answered(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.at >= self.until:

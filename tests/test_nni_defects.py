@@ -304,3 +304,14 @@ def test_nnictl_still_finds_pkg_resources():
 
     assert int(setuptools.__version__.split(".")[0]) < 82
     assert nni.__version__ == "3.0"
+
+
+def test_nnis_one_shot_strategies_are_stubs_where_their_module_is_imported_first_and_here_they_are_not():
+    """The import of the package from within its half-made module fails, and NNI takes that for torch missing."""
+
+    def strategy_after(first):
+        code = f"import {first}; from nni.nas.strategy import DARTS; print(DARTS.__name__)"
+        return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+    assert strategy_after("nni.nas.oneshot.pytorch.strategy") == "ImportFailedStrategy"
+    assert strategy_after("nni_haloc.nas.strategy") == "DARTS"

@@ -5,7 +5,8 @@ import warnings
 with warnings.catch_warnings():
     # NNI wraps every class of torch.nn and wonders at those that are newer than itself.
     warnings.filterwarnings("ignore", ".*is found to be not a nn.Module.*", RuntimeWarning)
-    import nni.nas.nn.pytorch  # noqa: F401
+    # First of all of NNI's: whoever imports its one-shot strategies before this finds stubs in their place here, for good.
+    import nni.nas.strategy  # noqa: F401
 
 from .engine import run_search
 from .evaluator import classification
