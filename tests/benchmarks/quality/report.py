@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from matplotlib.figure import Figure
-from rows import EQUAL_COMPUTE, EQUAL_TUNING, HERE, epochs_of_choice, read
+from rows import BUDGETS, EQUAL_COMPUTE, EQUAL_TUNING, HERE, epochs_of_choice, read
 from scipy import stats
 
 from nni_haloc.models import build_model
@@ -166,7 +166,7 @@ def main(
     tables = [
         f"\n**{100 * fraction:g} % of the {NAMES[metric]}, {kind}**\n\n{table(lines, ms, metric, fraction, kind)}\n"
         for metric, fraction in cells
-        for kind in (EQUAL_TUNING, EQUAL_COMPUTE)
+        for kind in ((EQUAL_TUNING, EQUAL_COMPUTE) if (metric, fraction) in BUDGETS else (EQUAL_TUNING,))
     ]
     if any(line["decomposition"] == HOW[0] for line in lines):
         tables.append(f"\n**Decomposition by the weights alone, and by the data**\n\n{decompositions(lines)}\n")
