@@ -67,10 +67,11 @@ def test_ranks_decomposed_afresh_stand_beside_the_row_that_they_are_of():
     assert cells(report.decompositions(lines), "haloc")[1:] == ["50.0", "50.0", "80.00", "86.00"]
 
 
-def test_a_choice_that_leaves_no_epoch_is_not_shown_as_equal_compute():
+def test_a_choice_that_costs_epochs_is_not_shown_as_equal_compute_as_it_is():
     lines = [line("haloc", 0.86), line("paper", 0.86, choose_s=400.0), line("haloc", 0.85, afresh=True)]
+    lines.append(line("nni-random", 0.85, choose_s=100.0))  # it was not made for that
     both = [report.by_method(lines, "macs", 0.28, kind) for kind in (rows.EQUAL_TUNING, rows.EQUAL_COMPUTE)]
-    assert [set(found) for found in both] == [{"haloc", "paper", "haloc, its ranks alone"}, {"haloc"}]
+    assert [set(found) for found in both] == [{"haloc", "paper", "nni-random", "haloc, its ranks alone"}, {"haloc"}]
 
 
 def test_a_budget_that_is_not_kept_is_said():
@@ -80,17 +81,19 @@ def test_a_budget_that_is_not_kept_is_said():
 
 @pytest.mark.parametrize(("choose_s", "left"), [(29, None), (31, 5), (149, 4), (151, 3), (360, None)])
 def test_the_choice_of_ranks_costs_whole_epochs_to_the_nearest(choose_s, left):
-    assert rows._epochs_left(line("x", 0.8, choose_s=float(choose_s))) == left
+    assert rows._epochs_left(line("haloc", 0.8, choose_s=float(choose_s))) == left
+    assert rows._epochs_left(line("nni-random", 0.8, choose_s=float(choose_s))) is None
+    assert rows._epochs_left(line("haloc", 0.8, choose_s=float(choose_s), fraction=0.45)) is None
 
 
 def test_rows_that_the_file_has_are_not_made_again():
-    row = rows.Row("x", "macs", 0.28, 0)
-    assert not rows._complete(row, [line("x", 0.8, 1), line("y", 0.8)])
-    assert rows._complete(row, [line("x", 0.8)])
-    costly = line("x", 0.8, choose_s=100.0)
+    row = rows.Row("haloc", "macs", 0.28, 0)
+    assert not rows._complete(row, [line("haloc", 0.8, 1), line("uniform", 0.8)])
+    assert rows._complete(row, [line("haloc", 0.8)])
+    costly = line("haloc", 0.8, choose_s=100.0)
     assert not rows._complete(row, [costly])
-    assert rows._complete(row, [costly, line("x", 0.8, table=rows.EQUAL_COMPUTE)])
-    assert not rows._complete(rows.Row("x", "macs", 0.28, 0, afresh=True), [line("x", 0.8)])
+    assert rows._complete(row, [costly, line("haloc", 0.8, table=rows.EQUAL_COMPUTE)])
+    assert not rows._complete(rows.Row("haloc", "macs", 0.28, 0, afresh=True), [line("haloc", 0.8)])
 
 
 def test_the_published_rows_are_of_one_score_and_each_there_once():

@@ -44,12 +44,12 @@ def verdict(centre: float, half: float) -> str:
 
 
 def by_method(lines: Lines, metric: str, fraction: float, kind: str) -> dict[str, dict[int, dict[str, Any]]]:
-    """Method to seed to line. A method whose choice of ranks costs no epoch has one line for both kinds of equality; one whose choice
-    leaves no epoch of fine-tuning has none at equal compute, and neither have ranks that another row has paid for."""
+    """Method to seed to line. A method whose choice of ranks costs no epoch has one line for both kinds of equality; any other has none at
+    equal compute unless it was made for that, and neither have ranks that another row has paid for."""
     rows: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in sorted(lines, key=lambda line: line["table"] == kind):  # that of the kind last, so that it stands
         cell = (line["metric"], line["fraction"], line["decomposition"]) == (metric, fraction, "auto")
-        unequal = kind == EQUAL_COMPUTE and line["table"] != kind and (line.get("afresh") or epochs_of_choice(line) >= line["epochs"])
+        unequal = kind == EQUAL_COMPUTE and line["table"] != kind and (line.get("afresh") or epochs_of_choice(line) > 0)
         if cell and line["table"] in (kind, EQUAL_TUNING) and not unequal:
             rows[line["method"] + (", its ranks alone" if line.get("afresh") else "")][line["seed"]] = line
     return dict(rows)

@@ -1,8 +1,8 @@
 """Accuracy at equal cost, one row after another: python tests/benchmarks/quality/rows.py --help
 
 A row is one method, budget and seed: what `haloc run` and `haloc baseline` do, timed in processor seconds. Where choosing ranks takes half
-an epoch of fine-tuning or more, a row of the main budgets gives two lines, one for each kind of equality: fine-tuned for all epochs, and
-for fewer, by as many whole epochs as the choice costs, to the nearest.
+an epoch of fine-tuning or more, a row of the main methods and budgets gives two lines, one for each kind of equality: fine-tuned for all
+epochs, and for fewer, by as many whole epochs as the choice costs, to the nearest.
 Rows that the file has already are not made again, so that a study goes on where it stopped; several processes share one (`--part 0/4`).
 """
 
@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {  # settings of each; any other name is a 
 }
 MAIN = ["haloc", "uniform", "energy", "alds", "sensitivity-knapsack"]
 BUDGETS = (("macs", 0.28), ("latency_ms", 0.7))
-"""The main ones: these alone are compared at equal compute, too."""
+"""The main ones: at these the main methods are compared at equal compute, too."""
 EQUAL_TUNING, EQUAL_COMPUTE = "equal fine-tuning", "equal compute"
 
 
@@ -139,7 +139,8 @@ def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) 
 
 def _epochs_left(line: dict[str, Any]) -> int | None:
     """Epochs of fine-tuning that the choice of ranks leaves of a row's; None where it costs none, or all, or is not compared."""
-    left, compared = line["epochs"] - epochs_of_choice(line), (line["metric"], line["fraction"]) in BUDGETS and not line.get("afresh")
+    compared = line["method"] in MAIN and (line["metric"], line["fraction"]) in BUDGETS and not line.get("afresh")
+    left = line["epochs"] - epochs_of_choice(line)
     return left if compared and 0 < left < line["epochs"] else None
 
 
