@@ -74,7 +74,13 @@ def _problem(job: Job) -> Problem:
     limits = limits_of(config, job.model, job.example, rules, job.folder)
     layers = find_layers(job.model, job.example, rules)
     found = layers.candidates(rules)
-    candidates, _ = worthwhile(found, [limit.costs for limit in limits], [name for name in found if rules.pins(name)])
+    candidates, dropped = worthwhile(found, [limit.costs for limit in limits], [name for name in found if rules.pins(name)])
+    if not candidates:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in {**layers.left_alone, **dropped}.items())
+        raise ValueError(f"nothing to search in {config.model.name} ({reasons})")
     images, labels = job.splits.labelled("plain", r.calibration_images, config.seed)
+    bf16 = config.search.precision == "bf16-mixed"
     method = None if r.decomposition == "auto" else r.decomposition
-    return Problem(job.model, layers.specs, candidates, limits, images, labels, method, config.seed, job.loader("train", shuffle=True))
+    return Problem(
+        job.model, layers.specs, candidates, limits, images, labels, method, config.seed, job.loader("train", shuffle=True), bf16
+    )

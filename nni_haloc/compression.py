@@ -127,6 +127,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise ValueError(f"{path}: expected a state dict (names to tensors)")
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
+    for name, value in state.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{path}: {name}: expected finite numbers, found NaN or infinity")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

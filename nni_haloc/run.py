@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning import seed_everything
 from torch import Tensor, nn
 
@@ -129,8 +128,7 @@ def _prepare(config: Config, splits: datasets.Splits, model: nn.Module, example:
     start = None
     if s.start == "sensitivity":
         images, labels = splits.labelled("plain", r.calibration_images, config.seed)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=s.precision == "bf16-mixed"):
-            start = sensitivities(model, space.modules_by_layer, images, labels)
+        start = sensitivities(model, space.modules_by_layer, images, labels, bf16=s.precision == "bf16-mixed")
     return Haloc(limits, seed=config.seed, start=start, **s.model_dump(include=options)), space
 
 

@@ -95,6 +95,13 @@ def test_an_impossible_budget_is_one_line_and_leaves_no_plan(tmp_path):
     assert not (tmp_path / "ranks.json").exists()
 
 
+@pytest.mark.parametrize("rule", ["uniform", "learned", "nni-random"])
+def test_nothing_to_search_is_one_line(tmp_path, rule):
+    config = load_config(DIGITS, {"rule": rule, "budget.fraction": 1.0, "rank_space.exclude": ["*"]})
+    with pytest.raises(ConfigError, match=r"^nothing to search in digits_cnn \(.*excluded by name"):
+        by_rule(Job(config, tmp_path))
+
+
 def test_a_wrong_rule_is_one_line_and_exit_status_2(tmp_path):
     done = haloc("baseline", DIGITS, "--rule", "best", "--out", tmp_path)
     assert done.returncode == 2

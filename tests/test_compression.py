@@ -124,6 +124,17 @@ def test_a_folder_does_not_say_what_code_to_call(digits, tmp_path, capfd, conten
     assert "ran code" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(digits, tmp_path, bad):
+    state = digits.state_dict()
+    name = next(key for key in state if key.endswith("weight"))
+    state[name] = state[name].clone()
+    state[name].flatten()[3] = bad
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=rf"w\.pt: {name}: expected finite numbers, found NaN or infinity"):
+        load_weights(digits, tmp_path / "w.pt")
+
+
 def test_weights_of_another_network_are_refused(digits, tmp_path):
     torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"w\.pt: does not fit the model: .*block1") as error:

@@ -96,6 +96,14 @@ def test_rows_that_the_file_has_are_not_made_again():
     assert not rows._complete(rows.Row("haloc", "macs", 0.28, 0, afresh=True), [line("haloc", 0.8)])
 
 
+def test_the_published_tables_are_those_of_the_published_rows(tmp_path):
+    docs = STUDY.parents[2] / "docs"
+    page = tmp_path / "results.md"
+    page.write_text((docs / "results.md").read_text())
+    report.main(docs / "raw" / "quality.jsonl", None, page)
+    assert page.read_text() == (docs / "results.md").read_text()
+
+
 def test_the_published_rows_are_of_one_score_and_each_there_once():
     lines = [json.loads(text) for text in (STUDY.parents[2] / "docs" / "raw" / "quality.jsonl").read_text().splitlines()]
     assert {found["score"] for found in lines} == {"test"}

@@ -36,6 +36,14 @@ def test_alds_has_the_least_largest_error_of_all_choices(fraction, net, images, 
     assert largest(RULES["alds"](one)) == pytest.approx(min(map(largest, every(one))), rel=1e-6)
 
 
+def test_a_dead_layer_needs_no_rank_by_alds(net, images, labels):
+    """Its kernel is 0, and so is what any rank leaves of it."""
+    with torch.no_grad():
+        net.point.weight.zero_()
+    one = problem(net, images, labels, (0.7,))
+    assert RULES["alds"](one)["point"] == min(one.candidates["point"], key=lambda name: one.cost("point", name))
+
+
 @pytest.mark.parametrize("fraction", [0.3, 0.45, 0.7, 0.9])
 def test_energy_is_one_threshold_the_least_within_the_budget(fraction, net, images, labels):
     one = problem(net, images, labels, (fraction,))

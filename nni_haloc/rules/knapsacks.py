@@ -17,5 +17,5 @@ def error_knapsack(problem: Problem) -> Choice:
 
 def sensitivity_knapsack(problem: Problem) -> Choice:
     """The least sum of what each candidate alone, all else left as it was, adds to the loss on the images."""
-    found = sensitivities(problem.model, problem.modules, problem.images, problem.labels)
+    found = sensitivities(problem.model, problem.modules, problem.images, problem.labels, bf16=problem.bf16)
     return choose({layer: {name: -loss for name, loss in row.items()} for layer, row in found.items()}, problem.limits, USE)

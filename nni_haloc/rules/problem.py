@@ -27,8 +27,8 @@ class Problem:
     """A trained network, its rank candidates, and the limits that a rule's choice must keep.
 
     ``images (N, ...)`` and ``labels (N,)``: some training images without augmentation; ``train``: batches of all of them, augmented, for
-    rules that train. ``candidates``: layer to candidate name to rank. ``decomposition``: None is by the data. Raises `InfeasibleBudget`
-    where no choice keeps the limits.
+    rules that train. ``candidates``: layer to candidate name to rank. ``decomposition``: None is by the data. ``bf16``: sensitivities are
+    measured in mixed precision, as the search's. Raises `InfeasibleBudget` where no choice keeps the limits.
     """
 
     model: nn.Module
@@ -40,6 +40,7 @@ class Problem:
     decomposition: Method | None = None
     seed: int = 0
     train: DataLoader | None = None
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         check_feasible(self.candidates, self.limits)

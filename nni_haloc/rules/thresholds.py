@@ -104,4 +104,4 @@ def _share(spec: LayerSpec, rank: Rank) -> tuple[float, ...]:
 def _cut(matrix: Tensor, rank: int) -> float:
     """Relative error of the best approximation of a rank, in the spectral norm."""
     values = torch.linalg.svdvals(matrix.detach().double())
-    return float(values[rank] / values[0]) if rank < len(values) else 0.0
+    return float(values[rank] / values[0]) if rank < len(values) and values[0] else 0.0

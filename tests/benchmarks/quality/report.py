@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from matplotlib.figure import Figure
-from rows import BUDGETS, EQUAL_COMPUTE, EQUAL_TUNING, HERE, epochs_of_choice, read
+from rows import BUDGETS, EQUAL_COMPUTE, EQUAL_TUNING, HERE, MAIN, epochs_of_choice, read
 from scipy import stats
 
 from nni_haloc.models import build_model
@@ -60,7 +60,7 @@ def table(lines: Lines, ms: dict[str, float], metric: str, fraction: float, kind
     rows = by_method(lines, metric, fraction, kind)
     ours = rows.get("haloc", {})
     result = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
-    for method, found in sorted(rows.items(), key=lambda item: item[0] != "haloc"):
+    for method, found in sorted(rows.items(), key=lambda item: _place(item[0])):
         cells = [method, "no" if method in BLIND else "yes", f"{_percent(found, 'top1', 2)} ({len(found)})"]
         others = found if method != "haloc" else {}
         cells += _lead([100 * (ours[seed]["top1"] - line["top1"]) for seed, line in others.items() if seed in ours])
@@ -74,6 +74,11 @@ def table(lines: Lines, ms: dict[str, float], metric: str, fraction: float, kind
         cells.append(f"{mean(list(line['ranks'].values()).count(DENSE) for line in found.values()):.1f}")
         result.append("| " + " | ".join(cells) + " |")
     return "\n".join(result)
+
+
+def _place(method: str) -> tuple[int, str]:
+    """The main methods first, in their order."""
+    return (MAIN.index(method) if method in MAIN else len(MAIN), method)
 
 
 def decompositions(lines: Lines) -> str:
@@ -125,7 +130,7 @@ def plot_ranks(lines: Lines, metric: str, fraction: float, path: Path) -> None:
     """Which share of its full rank each layer keeps, one row a method (seed 0)."""
     chosen = {
         line["method"]: line["ranks"]
-        for line in sorted(lines, key=lambda line: line["method"] != "haloc")
+        for line in sorted(lines, key=lambda line: _place(line["method"]))
         if (line["metric"], line["fraction"], line["seed"], line["table"]) == (metric, fraction, 0, EQUAL_TUNING) and _own(line)
     }
     modules = dict(build_model("resnet20", {}).named_modules())
@@ -152,7 +157,7 @@ def _own(line: dict[str, Any]) -> bool:
 
 
 def _marked(lines: Lines) -> list[tuple[str, str]]:
-    return list(zip(dict.fromkeys(line["method"] for line in lines), itertools.cycle("o^svDPX*<>"), strict=False))
+    return list(zip(sorted({line["method"] for line in lines}, key=_place), itertools.cycle("o^svDPX*<>"), strict=False))
 
 
 def main(

@@ -108,10 +108,13 @@ def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) 
         changes["cost.table"] = str(HERE / "costs.json")
     config = load_config(HERE / "run.yml", changes)
     job = Job(config, work / "-".join(str(value) for value in asdict(row).values()))
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     lines = [line for line in read(out) if _key(line) == asdict(row)]
-    if lines:  # of a rule, whose second line is to come
-        first = lines.pop()
-        plan, chosen = _afresh(job, row, out)
+    if lines:  # its second line is to come
+        first = lines.pop() | {"commit": commit}
+        plan, chosen = (
+            choose_ranks(job) if row.method in METHODS else _afresh(job, row, out)
+        )  # a search's weights are not those of the ranks
     else:
         started = time.process_time()
         plan, chosen = _afresh(job, row, out) if row.afresh else choose_ranks(job)
@@ -124,7 +127,7 @@ def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) 
             "ranks": plan.names,
             "factors": config.rank_space.decomposition,
             "search": config.search.model_dump() if config.rule == "search" else None,
-            "commit": subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout.strip(),
+            "commit": commit,
         }
         first |= {"table": EQUAL_TUNING} | _trained(job, plan, chosen)
         lines.append(first)
