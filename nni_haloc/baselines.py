@@ -74,6 +74,9 @@ def _problem(job: Job) -> Problem:
     limits = limits_of(config, job.model, job.example, rules, job.folder)
     layers = find_layers(job.model, job.example, rules)
     found = layers.candidates(rules)
+    if any(name not in limit.costs.costs.get(layer, {}) for limit in limits for layer, row in found.items() for name in row):
+        logger.info("not every rank is in the cost table: the rule has the search's to choose from")
+        found = layers.candidates(rules_of(config))
     candidates, dropped = worthwhile(found, [limit.costs for limit in limits], [name for name in found if rules.pins(name)])
     if not candidates:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in {**layers.left_alone, **dropped}.items())

@@ -14,6 +14,7 @@ from nni_haloc.checkpoint import UnusableCheckpoint
 from nni_haloc.cli import app
 from nni_haloc.config import load_config
 from nni_haloc.job import Job
+from nni_haloc.predictors import mac_table
 from nni_haloc.yaml_files import ConfigError
 
 LEARNED = ("baseline", DIGITS, "--rule", "learned", "--budget", "0.25", "--set", "finetune.epochs=1")
@@ -93,6 +94,15 @@ def test_an_impossible_budget_is_one_line_and_leaves_no_plan(tmp_path):
     with pytest.raises(ConfigError, match=r"^budget: 1493\.63 macs is below the cheapest network, \d+ macs$"):
         by_rule(Job(config, tmp_path))
     assert not (tmp_path / "ranks.json").exists()
+
+
+def test_a_table_of_the_searchs_ranks_serves_every_rule(tmp_path):
+    """`haloc measure` and `haloc predict` make such tables; the rules would rather see every rank."""
+    job = Job(load_config(DIGITS, {"rule": "uniform", "budget.fraction": 0.5}), tmp_path)
+    mac_table(job.model, job.example).save(tmp_path / "table.json")
+    config = load_config(DIGITS, {"rule": "uniform", "budget.fraction": 0.5, "cost.table": str(tmp_path / "table.json")})
+    plan, _ = by_rule(Job(config, tmp_path))
+    assert 0.4 < plan.chosen_by["cost"] / plan.chosen_by["original_cost"] <= 0.5
 
 
 @pytest.mark.parametrize("rule", ["uniform", "learned", "nni-random"])
