@@ -178,6 +178,8 @@ def _forward(name: str, module: str, text: str) -> None:
             getattr(import_module(f".{module}", __package__), f"{name}_main")(context.args)
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from None
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{name}: needs the package {error.name}, which is not installed") from None
 
     app.command(name, context_settings=_FORWARDED, help=f"{text} (--help: the options).")(command)
 

@@ -21,7 +21,14 @@ from .run import searched
 from .yaml_files import ConfigError
 
 FRONT_FILE, PLOT_FILE = "front.json", "front.png"
-_AXES = {"macs": ("MACs, millions", 1e6), "params": ("parameters, millions", 1e6), "latency_ms": ("latency, ms", 1.0)}
+_AXES = {
+    "macs": ("MACs, millions", 1e6),
+    "params": ("parameters, millions", 1e6),
+    "activation_bytes": ("activations, MB", 1e6),
+    "latency_ms": ("latency, ms", 1.0),
+    "cycles": ("cycles, millions", 1e6),
+    "energy_pj": ("energy, µJ", 1e6),
+}
 
 
 def front(folder: str | Path, budgets: Sequence[float], out: str | Path | None = None, *, factories: bool = False) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .device.files import write_json
-from .device.measuring import Progress, Runtime, Timing, draw, measure, merge, share
-from .device.spec import Specification
+from .device.measuring import Progress, Runtime, Timing, measure, merge
+from .device.spec import Specification, draw, share
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,11 +55,14 @@ def measure_main(arguments: Sequence[str] | None = None) -> int:
         content = merge(spec, options.merge)
     else:
         timing = Timing(options.where, options.rounds, options.min_run_time)
-        indices = draw(spec, options.sample) if options.sample != 1 else share(spec, *_part(options.part))
-        content = measure(spec, _runtime(options, model), options.out, timing, progress("measured"), indices)
         if options.sample != 1:
             from .predictors.regression import complete
 
+            if options.where != "alone" or options.part != "0/1":
+                raise ValueError("--sample: the entries of a sample are measured alone, by one worker; found --where in-place or --part")
+        indices = draw(spec, options.sample) if options.sample != 1 else share(spec, *_part(options.part))
+        content = measure(spec, _runtime(options, model), options.out, timing, progress("measured"), indices)
+        if options.sample != 1:
             content = complete(spec, content)
     write_json(options.out, content)
     print(f"{options.out}: {_summary(content)}")
@@ -170,6 +173,8 @@ def _runtime(options: argparse.Namespace, model: nn.Module | None) -> Runtime:
         from .device.torch_runtime import TorchRuntime
 
         return TorchRuntime(options.device, options.dtype, options.memory_format, options.threads, model)
+    if (options.device, options.dtype, options.memory_format) != ("cpu", "float32", "contiguous"):
+        raise ValueError("--runtime onnxruntime: runs on the processor in float32, without --device, --dtype and --memory-format")
     from .device.onnx_runtime import OnnxRuntime
 
     return OnnxRuntime(options.threads)
@@ -213,6 +218,9 @@ def main() -> None:
         measure_main()
     except (ValueError, OSError) as error:
         print(f"haloc measure: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        print(f"haloc measure: needs the package {error.name}, which is not installed", file=sys.stderr)
         sys.exit(2)
 
 

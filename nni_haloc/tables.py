@@ -75,7 +75,8 @@ def _cost_table(
     """One limit's table: from its file, measured or counted; ``key`` names its section in messages."""
     if file is not None:
         costs = _load(key, metric, file)
-        _check_measured_alike(costs.identity, config, example, f"{key}.table: {file}")
+        if metric == "latency_ms":
+            _check_measured_alike(costs.identity, config, example, f"{key}.table: {file}")
         return costs
     if metric == "latency_ms":
         logger.info("measuring the latency of every candidate")
@@ -94,7 +95,7 @@ def _check_measured_alike(identity: Mapping[str, Any], config: Config, example: 
     """`ConfigError` where a latency was measured for another batch, or on this very device in another way than the run measures."""
     expected: dict[str, Any] = {"input": list(latency_input(config, example).shape)}
     if identity.get("device") == processor():
-        expected["memory_format"] = config.cost.memory_format
+        expected |= {"memory_format": config.cost.memory_format, "dtype": runtime_of(config).dtype}
         expected |= {"threads": config.cost.threads} if config.cost.threads is not None else {}
     for key, value in expected.items() if "runtime" in identity else ():
         if identity.get(key) != value:

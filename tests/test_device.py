@@ -18,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nni_haloc.compression import restructure
 from nni_haloc.device.files import DENSE
-from nni_haloc.device.measuring import NETWORK, Timing, measure, merge, share
+from nni_haloc.device.measuring import NETWORK, Timing, measure, merge
 from nni_haloc.device.onnx_models import with_layers, with_onnx
+from nni_haloc.device.onnx_runtime import OnnxRuntime
 from nni_haloc.device.replay import Replay, record
-from nni_haloc.device.spec import Specification
+from nni_haloc.device.spec import Specification, share
 from nni_haloc.device.torch_runtime import TorchRuntime, layer_spec
 from nni_haloc.layers import LayerSpec
 from nni_haloc.measure import measure_main
@@ -164,6 +165,27 @@ def test_a_program_runs_no_more_than_torchs_operations_on_tensors(op):
 
 
 @pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        ("aten.__dict__.clear", []),
+        ("aten.relu.__call__", [{"tensor": 0}]),
+        ("aten.from_file.default", [{"key": "/tmp/file"}]),
+        ("aten.relu.default", [{"tensor": 0, "torch": "load"}]),
+        ("aten.relu.default", [{"unknown": "Generator"}]),
+    ],
+)
+def test_what_is_no_operation_and_no_recorded_value_is_refused(op, args):
+    with pytest.raises(ValueError, match="cannot be run from a file"):
+        Replay([{"input": [1], "out": 0}, {"op": op, "args": args, "out": [1]}], {})
+
+
+@pytest.mark.parametrize("program", [[], [{}], [{"op": "aten.relu.default"}], [7], {"op": 1}, [{"layer": "a", "args": []}]])
+def test_a_program_that_is_none_is_one_line(program):
+    with pytest.raises(ValueError, match="program: expected the operations of a forward pass"):
+        Replay(program, {})
+
+
+@pytest.mark.parametrize(
     "line", [{"op": "aten.from_file.default", "args": [["/tmp/file"]], "out": [1]}, {"constant": [2], "dtype": "load", "out": 1}]
 )
 def test_a_programs_texts_and_types_are_no_way_round(line):
@@ -277,6 +299,98 @@ def test_a_device_that_disappears_is_one_line_and_loses_nothing(tmp_path, spec, 
     after = measure(spec, clock, out, Timing(rounds=1, min_run_time=0))["runs"]
     assert all(after[layer][name] == values for layer, row in before.items() for name, values in row.items() if values)
     assert [len(values) for row in after.values() for values in row.values()] == [1] * len(spec.entries)
+
+
+def test_a_model_that_has_changed_under_its_name_is_refused(tmp_path, spec, clock):
+    out, timing = tmp_path / "costs.json", Timing(rounds=1, min_run_time=0)
+    measure(spec, clock, out, timing)
+    wider = Forked()
+    wider.a = nn.Conv2d(8, 8, 5, padding=2)
+    changed = spec_of(wider, (2, 8, 6, 6))
+    for again in (lambda: measure(changed, clock, out, timing), lambda: merge(changed, [out])):
+        with pytest.raises(ValueError, match=r"costs\.json: measured for another network: its layer 'a' had another geometry"):
+            again()
+
+
+def test_more_ranks_of_the_same_model_are_added(tmp_path, spec, clock):
+    out, timing = tmp_path / "costs.json", Timing(rounds=1, min_run_time=0)
+    measure(spec, clock, out, timing)
+    finer = specify(Forked(), torch.randn(2, 8, 6, 6), RankRules(step=1))
+    more = Clock(finer, dict.fromkeys(range(len(finer.entries)), 1.0))
+    measure(finer, more, out, timing)
+    assert {finer.homes()[i][1] for i in more.timed if i != NETWORK} == {"r1", "r3", "r5", "r7"}
+    assert set(CostTable.load(out).costs["a"]) == set(finer.layers["a"]) >= {"dense", "r1", "r2"}
+
+
+def test_a_table_that_is_measured_once_more_stays_one_meanwhile(tmp_path, spec, clock):
+    out = tmp_path / "costs.json"
+    measure(spec, clock, out, Timing(rounds=1, min_run_time=0))
+    before, clock.timed, clock.stop = CostTable.load(out).costs, [], 3
+    with pytest.raises(KeyboardInterrupt):
+        measure(spec, clock, out, Timing(rounds=2, min_run_time=0))
+    assert CostTable.load(out).costs == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("unit"), "unit: missing"),
+        (lambda c: c.update(identity=[]), "list"),
+        (lambda c: c.pop("network"), "network: missing"),
+        (lambda c: c.update(metric="cycles", unit="cycles"), "expected latency_ms in milliseconds, found cycles"),
+    ],
+)
+def test_a_file_that_is_no_state_is_one_line(tmp_path, spec, clock, change, message):
+    out = tmp_path / "costs.json"
+    content = measure(spec, clock, out, Timing(rounds=1, min_run_time=0))
+    change(content)
+    out.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"costs\.json: .*{message}"):
+        measure(spec, clock, out, Timing(rounds=2, min_run_time=0))
+
+
+@pytest.mark.parametrize("options", [{"rounds": 0}, {"min_run_time": -1.0}])
+def test_no_rounds_and_negative_times_are_refused(options):
+    with pytest.raises(ValueError, match="rounds, min_run_time"):
+        Timing(**options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("device", "meta"), ("device", "warp"), ("memory_format", "channels-last"), ("dtype", "int8")]
+)
+def test_a_device_or_form_that_torch_does_not_have_is_one_line(option, value):
+    with pytest.raises(ValueError, match=option):
+        TorchRuntime(**{option: value})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_device_is_timed_by_its_own_events():
+    layer = LayerSpec("", "conv", 64, 64, ((8, 64, 56, 56),), False, (3, 3), padding=(1, 1))
+    runtime = TorchRuntime("cuda")
+    assert 0 < runtime.once(runtime.ready(layer.build(None), *layer.input_shapes)) < 1
+
+
+def test_onnx_runtimes_errors_are_one_line(tmp_path, spec):
+    full = with_onnx(spec, Forked())
+    broken = Specification(**{**vars(full), "onnx": b"no model"})
+    with pytest.raises(ValueError, match="the network: ONNX Runtime: "):
+        measure(broken, OnnxRuntime(1), tmp_path / "costs.json", Timing(rounds=1, min_run_time=0), indices=[])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sample", "0.5", "--part", "0/2"], "--sample"),
+        (["--sample", "0.5", "--where", "in-place"], "--sample"),
+        (["--runtime", "onnxruntime", "--device", "cuda"], "--runtime onnxruntime"),
+        (["--rounds", "0"], "rounds"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_anything_is_measured(tmp_path, spec, arguments, message):
+    spec.save(tmp_path / "spec.json")
+    with pytest.raises(ValueError, match=message):
+        measure_main(["--spec", str(tmp_path / "spec.json"), "--out", str(tmp_path / "costs.json"), *arguments])
+    assert not (tmp_path / "costs.json").exists()
 
 
 @pytest.mark.parametrize("value", [0, -1.5, "fast", None])

@@ -9,7 +9,9 @@ import torch
 from test_device import Clock
 from torch import nn
 
-from nni_haloc.device.measuring import Timing, draw, measure, unmeasured
+from nni_haloc.device.files import DENSE
+from nni_haloc.device.measuring import Timing, measure, unmeasured
+from nni_haloc.device.spec import draw
 from nni_haloc.models import build_model
 from nni_haloc.predictors import CostTable, specify
 from nni_haloc.predictors.regression import complete
@@ -33,7 +35,7 @@ def recorded():
 def test_a_quarter_of_the_entries_predicts_the_rest_within_a_tenth(recorded, seed):
     spec, clock = recorded
     sample = draw(spec, 0.25, seed)
-    assert len(sample) < 0.32 * len(spec.entries)  # the dense layers are in it
+    assert len(sample) <= 0.26 * len(spec.entries)  # the dense layers are in it
     state = measure(spec, clock, None, Timing(rounds=1, min_run_time=0), indices=sample)
     missing = unmeasured(spec, state)
     content = complete(spec, state)
@@ -52,9 +54,8 @@ def test_a_sample_has_every_shape_and_its_share_of_each(recorded):
     for fraction in (0.1, 0.25, 1):
         sample = set(draw(spec, fraction))
         for row in spec.layers.values():
-            dense, *others = row.values()
-            assert dense in sample
-            assert len(sample & set(others)) == max(1, round(fraction * len(others)))
+            assert row[DENSE] in sample
+            assert len(sample & set(row.values())) == pytest.approx(max(2, fraction * len(row)), abs=0.5)
     for fraction in (0, 1.5, -1):
         with pytest.raises(ValueError, match="sample"):
             draw(spec, fraction)

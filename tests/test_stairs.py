@@ -37,6 +37,12 @@ def test_no_stairs_are_found_where_there_are_none(cost):
     assert rank_stairs(table(cost, 40))["a"] == Stairs(1, 0.0, 0.0)
 
 
+def test_noise_is_no_stairs():
+    noise = np.random.default_rng(0).normal(0, 1, (300, 30))
+    found = [rank_stairs(table(lambda r, row=row: 20 + 2 * r + row[r], 8 + i % 12))["a"].width > 1 for i, row in enumerate(noise)]
+    assert sum(found) <= 10
+
+
 def test_a_layer_with_few_ranks_says_nothing():
     assert rank_stairs(table(lambda r: float(r), 7)) == {}
 

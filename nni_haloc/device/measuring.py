@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,6 +24,8 @@ _LEAST = 0.01
 """Share of the dense layer's cost below which no candidate's is put: differences of two measurements may be negative."""
 _SAME = ("model", "input", "runtime", "device", "dtype", "memory_format", "threads", "memory", "where")
 """What must agree where measuring goes on in an existing file."""
+_STATE = ("version", "metric", "unit", "identity", "runs", NETWORK)
+"""What a file of measurements has that are not yet a table."""
 
 
 class Runtime(Protocol):
@@ -56,6 +56,10 @@ class Timing:
     rounds: int = 5
     min_run_time: float = 0.05
 
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.min_run_time < 0:
+            raise ValueError(f"rounds, min_run_time: expected 1 or more, and no less than 0, found {self.rounds}, {self.min_run_time}")
+
 
 Progress = Callable[[int, int], None]
 
@@ -83,11 +87,15 @@ def measure(
     ``indices``: the entries to measure (None: all); the network is measured in any case. The table is in the content once no entry is
     missing, until then the runs alone. Raises ValueError where ``out`` holds measurements of something else.
     """
-    identity = {"model": spec.model, "input": list(spec.input), **runtime.identity(), "where": timing.where}
+    identity = {**_subject(spec), **runtime.identity(), "where": timing.where}
     homes = spec.homes()
     mine = [index for index in homes if indices is None or index in indices]
     state = _read(out, identity) or {"version": COSTS_VERSION, "metric": METRIC, "unit": UNITS[METRIC], "identity": {}}
-    state["identity"] = identity | {key: state["identity"][key] for key in ("date", "runs") if key in state["identity"]}
+    before = state["identity"]
+    kept_facts = {key: before[key] for key in ("date", "runs") if key in before}
+    state["identity"] = identity | kept_facts | {"geometry": before.get("geometry", {}) | identity["geometry"]}
+    if unmeasured(spec, state):  # else what is there stays a table while it is measured once more
+        state = {key: state[key] for key in _STATE if key in state}
     runs: dict[str, dict[str, list[float]]] = state.setdefault("runs", {})
     whole: list[float] = state.setdefault(NETWORK, [])
     missing = [(r, i) for r in range(timing.rounds) for i in [*mine, None] if len(_kept(runs, whole, homes, i)) <= r]
@@ -124,30 +132,10 @@ def _time(spec: Specification, runtime: Runtime, index: int | None, timing: Timi
     return (seconds["after"] - seconds["before"]) / len(layers)
 
 
-def share(spec: Specification, part: int, of: int) -> list[int]:
-    """The entries that one of several workers measures; all of them measure the dense layers, to be compared by."""
-    return [index for i, (index, home) in enumerate(spec.homes().items()) if i % of == part or home[1] == DENSE]
-
-
-def draw(spec: Specification, fraction: float, seed: int = 0) -> list[int]:
-    """A sample of the entries: the dense layers, and of the others a ``fraction`` of each shape's, spread over its ranks.
-
-    ValueError unless the fraction is above 0 and at most 1.
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"sample: expected a share above 0 and at most 1, found {fraction}")
-    generator, found = random.Random(seed), []
-    rows = dict.fromkeys(tuple(row.values()) for row in spec.layers.values())
-    for dense, *others in rows:
-        count = max(1, round(fraction * len(others)))
-        cuts = [round(i * len(others) / count) for i in range(count + 1)]
-        found += [dense, *(others[generator.randrange(low, high)] for low, high in itertools.pairwise(cuts) if high > low)]
-    return found
-
-
 def unmeasured(spec: Specification, state: Mapping[str, Any]) -> list[int]:
     """The entries without a run."""
-    return [index for index, (layer, candidate) in spec.homes().items() if not state["runs"].get(layer, {}).get(candidate)]
+    runs = state.get("runs", {})
+    return [index for index, (layer, candidate) in spec.homes().items() if not runs.get(layer, {}).get(candidate)]
 
 
 def finished(spec: Specification, state: Mapping[str, Any], predicted: Mapping[int, tuple[float, float]] | None = None) -> dict[str, Any]:
@@ -179,11 +167,11 @@ def merge(spec: Specification, paths: Sequence[str | Path]) -> dict[str, Any]:
     """The content of one ``costs.json`` from the workers' files; ValueError where they differ or an entry is in none of them."""
     first: dict[str, Any] = {}
     for path in paths:
-        state = _read(path, first.get("identity"))
+        state = _read(path, first.get("identity", _subject(spec)))
         if state is None:
             raise ValueError(f"{path}: no such file")
         if not first:
-            first = state
+            first = {key: state[key] for key in _STATE}
             continue
         first[NETWORK] += state[NETWORK]
         for layer, row in state["runs"].items():
@@ -196,25 +184,37 @@ def merge(spec: Specification, paths: Sequence[str | Path]) -> dict[str, Any]:
     return first | finished(spec, first)
 
 
-def _read(path: str | Path | None, identity: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """An earlier state, if there is one; ValueError names the file and what differs."""
+def _subject(spec: Specification) -> dict[str, Any]:
+    """What is measured."""
+    return {"model": spec.model, "input": list(spec.input), "geometry": spec.geometry()}
+
+
+def _read(path: str | Path | None, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """An earlier state, if there is one; ValueError names the file and what differs from ``identity``."""
     if path is None or not Path(path).exists():
         return None
     content = read_costs(path)
     if "runs" not in content:
         raise ValueError(f"{path}: a table without the runs that it was made of cannot be gone on with; choose another file")
-    found = content.get("identity", {})
-    for key in _SAME if identity else ():
-        if found.get(key) != (identity or {}).get(key):
-            raise ValueError(f"{path}: measured for another {key}: {found.get(key)!r}, now {(identity or {}).get(key)!r}")
-    signed = found.get("where") == "in-place"
     try:
+        found = content["identity"]
+        for key in _SAME:
+            if key in identity and found.get(key) != identity[key]:
+                raise ValueError(f"measured for another {key}: {found.get(key)!r}, now {identity[key]!r}")
+        for layer, digest in found.get("geometry", {}).items():
+            if identity["geometry"].get(layer, digest) != digest:
+                raise ValueError(f"measured for another network: its layer {layer!r} had another geometry")
+        if (content["metric"], content["unit"]) != (METRIC, UNITS[METRIC]):
+            raise ValueError(f"expected {METRIC} in {UNITS[METRIC]}, found {content['metric']} in {content['unit']}")
+        signed = found.get("where") == "in-place"
         for (layer, candidate), values in [*_by_home(content["runs"]), ((NETWORK, ""), content[NETWORK])]:
             if not isinstance(values, list) or not all(is_number(v) and (v > 0 or signed) for v in values):
-                raise ValueError(f"layer {layer!r}, candidate {candidate!r}: expected times above 0, found {values!r}")
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: runs: {error}") from None
-    return {key: content[key] for key in ("version", "metric", "unit", "identity", "runs", NETWORK)}
+                raise ValueError(f"runs: layer {layer!r}, candidate {candidate!r}: expected times above 0, found {values!r}")
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]}: missing") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return content
 
 
 def _write(path: str | Path, state: Mapping[str, Any]) -> None:

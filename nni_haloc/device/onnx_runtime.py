@@ -49,20 +49,22 @@ class OnnxRuntime:
         """A forward pass of an ONNX model on random inputs of the shapes that it states, warmed up."""
         import numpy as np
         import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as binding
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads or 0
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        generator = np.random.default_rng(0)
-        feeds = {x.name: generator.standard_normal(x.shape, dtype=np.float32) for x in session.get_inputs()}
-
-        def run() -> Any:
-            return session.run(None, feeds)
-
-        for _ in range(2):
-            run()
-        return run
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # else the threads of one session disturb the next one's
+        errors = tuple(v for v in vars(binding).values() if isinstance(v, type) and issubclass(v, Exception))
+        try:
+            session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            generator = np.random.default_rng(0)
+            feeds = {x.name: generator.standard_normal(x.shape, dtype=np.float32) for x in session.get_inputs()}
+            for _ in range(2):
+                session.run(None, feeds)
+        except errors as error:
+            raise RuntimeError(f"ONNX Runtime: {error}") from None
+        return lambda: session.run(None, feeds)
 
     def once(self, run: Run) -> float:
         start = perf_counter()

@@ -100,11 +100,18 @@ def record(model: nn.Module, example_input: Tensor, layers: Collection[str], ten
 class Replay(nn.Module):
     """A network that runs a recorded program on random weights; its layers stand under their own names and can be replaced.
 
-    ValueError names an operation that is not one of torch's ``aten``, or that takes a text such as a file's name.
+    ValueError names an operation that is not one of torch's ``aten``, or that takes a text such as a file's name, and says what is wrong
+    with a program that is none.
     """
 
     def __init__(self, program: Program, layers: dict[str, LayerSpec]) -> None:
         super().__init__()
+        try:
+            self._read(program, layers)
+        except (LookupError, AttributeError, TypeError) as error:
+            raise ValueError(f"program: expected the operations of a forward pass, found something else ({error!r})") from None
+
+    def _read(self, program: Program, layers: dict[str, LayerSpec]) -> None:
         self.steps: list[tuple[Callable[..., Any] | str, list[Any], dict[str, Any], list[int | None], list[int]]] = []
         for name, spec in layers.items():
             parent: nn.Module = self
@@ -137,7 +144,11 @@ class Replay(nn.Module):
         known[self.first] = x
         for call, args, kwargs, outs, done in self.steps:
             values = _decode(args, known)
-            out = self.get_submodule(call)(*values) if isinstance(call, str) else call(*values, **_decode(kwargs, known))
+            out = (
+                self.get_submodule(call)(*values)
+                if isinstance(call, str)
+                else call(*values, **{k: _decode(v, known) for k, v in kwargs.items()})
+            )
             for number, value in zip(outs, out if isinstance(out, (list, tuple)) else [out], strict=True):
                 if number is not None:
                     known[number] = value
@@ -162,20 +173,28 @@ def _decode(value: Any, known: dict[int, Any]) -> Any:
         return known[value["tensor"]]
     if "torch" in value:
         return _named(value["torch"])
-    return float(value["float"]) if "float" in value else {key: _decode(v, known) for key, v in value.items()}
+    return float(value["float"])
 
 
 def _operation(name: str, line: dict[str, Any]) -> Callable[..., Any]:
     space, _, rest = name.partition(".")
     op, _, overload = rest.partition(".")
     found = getattr(getattr(torch.ops.aten, _RESHAPE.get(op, op), None), overload or "default", None) if space == "aten" else None
-    if found is None or (_has_text([line["args"], *line.get("kwargs", {}).values()]) and op not in _TEXT) or "unknown" in str(line):
+    values = [*line["args"], *line.get("kwargs", {}).values()]
+    if not isinstance(found, torch._ops.OpOverload) or not (op in _TEXT or _without_text(found)) or not all(map(_is_plain, values)):
         raise ValueError(f"operation {name!r}: cannot be run from a file")
     return found
 
 
-def _has_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and any(map(_has_text, value)))
+def _without_text(operation: torch._ops.OpOverload) -> bool:
+    return not any("str" in str(argument.type) for argument in operation._schema.arguments)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is of a recorded form."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return not isinstance(value, dict) or (len(value) == 1 and next(iter(value)) in ("tensor", "torch", "float"))
 
 
 def _named(name: str) -> Any:

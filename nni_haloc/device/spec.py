@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import itertools
+import json
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +53,11 @@ class Specification:
                 found.setdefault(index, (layer, candidate))
         return found
 
+    def geometry(self) -> dict[str, str]:
+        """Of each layer a digest of its shape and of what it is fed."""
+        dense = {layer: json.dumps(dict(self.entries[row[DENSE]].layer), sort_keys=True) for layer, row in self.layers.items()}
+        return {layer: hashlib.sha256(text.encode()).hexdigest()[:12] for layer, text in dense.items()}
+
     def alike(self, index: int) -> list[str]:
         """The layers that have an entry among their candidates."""
         return [layer for layer, row in self.layers.items() if index in row.values()]
@@ -87,6 +96,27 @@ class Specification:
             raise ValueError(f"{path}: {error.args[0]}: missing") from None
         except (AttributeError, TypeError, ValueError, binascii.Error) as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def share(spec: Specification, part: int, of: int) -> list[int]:
+    """The entries that one of several workers measures; all of them measure the dense layers, to be compared by."""
+    return [index for i, (index, home) in enumerate(spec.homes().items()) if i % of == part or home[1] == DENSE]
+
+
+def draw(spec: Specification, fraction: float, seed: int = 0) -> list[int]:
+    """A sample of the entries: of each shape's a ``fraction``, the dense layer and at least one other among them, spread over its ranks.
+
+    ValueError unless the fraction is above 0 and at most 1.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"sample: expected a share above 0 and at most 1, found {fraction}")
+    generator, found = random.Random(seed), []
+    rows = dict.fromkeys(tuple(row.values()) for row in spec.layers.values())
+    for dense, *others in rows:
+        count = min(len(others), max(1, round(fraction * (1 + len(others))) - 1))
+        cuts = [round(i * len(others) / count) for i in range(count + 1)]
+        found += [dense, *(others[generator.randrange(low, high)] for low, high in itertools.pairwise(cuts) if high > low)]
+    return found
 
 
 def _text(data: bytes | None) -> str | None:

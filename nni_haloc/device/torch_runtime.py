@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from .spec import Specification
 
 _MALLOC = ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28))
 """glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD, and the bytes that they are set to."""
+_HEAD_START = 10_000_000
+"""Cycles of a CUDA device, some milliseconds."""
 MemoryFormat = Literal["contiguous", "channels_last"]
 
 
@@ -39,8 +41,11 @@ class TorchRuntime:
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.memory_format not in get_args(MemoryFormat):
+            raise ValueError(f"memory_format: expected one of {', '.join(get_args(MemoryFormat))}, found {self.memory_format!r}")
         try:
             torch.empty(1, device=self.device, dtype=self._dtype)
+            self._wait()
         except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"device {self.device!r}, dtype {self.dtype!r}: torch cannot use it here ({reason})") from None
@@ -99,12 +104,14 @@ class TorchRuntime:
         return run
 
     def once(self, run: Run) -> float:
-        if self.device.startswith("cuda"):  # the device's own time, without the host's launches
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-            run()
-            after.record()
-            after.synchronize()
+        if self.device.startswith("cuda"):  # the device's own time: it is kept busy while the host prepares what is timed
+            with torch.cuda.device(self.device):
+                before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(_HEAD_START)
+                before.record()
+                run()
+                after.record()
+                after.synchronize()
             return 1e-3 * before.elapsed_time(after)
         start = perf_counter()
         run()
@@ -112,10 +119,11 @@ class TorchRuntime:
         return perf_counter() - start
 
     def _wait(self) -> None:
-        if self.device.startswith("mps"):
-            torch.mps.synchronize()
-        elif self.device.startswith("cuda"):
+        kind = torch.device(self.device).type
+        if kind == "cuda":
             torch.cuda.synchronize(self.device)
+        elif kind != "cpu":
+            getattr(torch, kind).synchronize()
 
     @contextmanager
     def pinned(self) -> Iterator[None]:

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from ..ranks import DENSE, parse_rank
 from .table import CostTable
 
 _CONVINCING = 0.5
 """Share of what a smooth curve leaves unexplained that stairs must explain."""
+_UNLIKELY = 0.01
+"""Probability at which noise on a smooth curve may pass for stairs (F-test, over all the widths that are tried)."""
 _FEWEST = 8
 """Ranks that a layer must have for its stairs to be seen."""
 
@@ -47,13 +50,16 @@ def _stairs(points: Mapping[int, float], dense: float) -> Stairs:
     left, _ = _left(smooth, cost)
     best = Stairs(1, 0.0, 0.0)
     apart = int(np.diff(ranks).min())
-    for width in range(2 * apart, 2 * int(ranks[-1]) // 3 + 1):
+    widths = range(2 * apart, 2 * int(ranks[-1]) // 3 + 1)
+    free = len(ranks) - 4
+    for width in widths:
         step = np.ceil(ranks / width)
         if len(set(step)) < 2 or left == 0:
             continue
         after, slopes = _left(np.column_stack([smooth, step]), cost)
         explained = 1 - after / left
-        if slopes[-1] > 0 and explained > max(best.explained, _CONVINCING):
+        chance = stats.f.sf(free * (left - after) / after, 1, free) * len(widths) if after > 0 else 0.0
+        if slopes[-1] > 0 and explained > max(best.explained, _CONVINCING) and chance < _UNLIKELY:
             best = Stairs(width, float(slopes[-1]) / dense, float(explained))
     return best
 

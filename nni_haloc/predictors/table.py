@@ -6,6 +6,7 @@ import csv
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,11 @@ def _read_csv(path: Path) -> dict[str, Any]:
 
     A line without a candidate is for the network as it was (``network``) or for all but its searched layers (``fixed``).
     """
-    with path.open(encoding="utf-8", newline="") as file:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
+    with StringIO(text, newline="") as file:
         reader = csv.reader(file)
         header = [name.strip() for name in next(reader, [])]
         if len(header) != 3 or header[:2] != ["layer", "candidate"] or header[2] not in UNITS:

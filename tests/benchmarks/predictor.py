@@ -19,7 +19,8 @@ from scipy import stats
 
 from nni_haloc.budget import Limit, choose
 from nni_haloc.compression import restructure
-from nni_haloc.device.measuring import Timing, draw, measure, time_together
+from nni_haloc.device.measuring import Timing, measure, time_together
+from nni_haloc.device.spec import draw
 from nni_haloc.device.torch_runtime import TorchRuntime
 from nni_haloc.measure import progress
 from nni_haloc.models import build_model
