@@ -11,21 +11,25 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import nn
 
-from .device.files import DENSE, write_json
+from .device.files import DENSE
 from .device.measuring import Timing, measure
 from .device.replay import Replay
 from .device.spec import Entry, Specification
 from .device.torch_runtime import TorchRuntime
 from .layers import LayerSpec
 from .measure import Parser, model_of, progress
+from .predictors import CostTable
 from .predictors.accelerator import CACHE, accelerator_costs
-from .ranks import RankRules, find_layers
+from .ranks import RankRules, find_layers, rank_name
 
 UNITS = {"latency_ms": "ms", "cycles": "cycles", "energy_pj": "pJ"}
 
 
 def heatmap_main(arguments: Sequence[str] | None = None) -> None:
-    """Draw the cost of every pair of ranks of one layer, and keep the numbers beside the picture."""
+    """Draw the cost of every pair of ranks of one layer, and keep the numbers beside the picture: a cost table of that layer.
+
+    Measuring goes on where it was stopped.
+    """
     parser = Parser("haloc heatmap", "Draw what every pair of ranks (r1, r2) of one layer costs.")
     parser.model_options("heatmap.png")
     parser.add_argument("--layer", required=True, help="the layer's name in the model")
@@ -41,36 +45,40 @@ def heatmap_main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"--layer: expected a convolution with a kernel larger than 1x1, found {options.layer!r}")
     if not 0 < options.step <= min(spec.in_channels, spec.out_channels):
         raise ValueError(f"--step: expected 1 to {min(spec.in_channels, spec.out_channels)}, found {options.step}")
+    if options.out.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--out: expected a picture, .png, .pdf or .svg, found {options.out}")
+    numbers = options.out.with_suffix(".json")
+    numbers.parent.mkdir(parents=True, exist_ok=True)
     pairs = [(r1, r2) for r1 in _ranks(spec.out_channels, options.step) for r2 in _ranks(spec.in_channels, options.step)]
     if options.metric == "latency_ms":
         runtime = TorchRuntime(memory_format=options.memory_format, threads=options.threads)
-        costs = _measured(spec, pairs, runtime, options.rounds)
+        table = _measured(spec, pairs, runtime, options.rounds, f"{options.model} {options.layer}", numbers)
         where = f"{runtime.identity()['device']}, batch {options.batch}, {options.memory_format}"
     else:
         found = accelerator_costs([(spec, rank) for rank in [None, *pairs]], options.metric, CACHE, progress("modelled"))
-        costs = dict(zip([None, *pairs], found, strict=True))
+        names = [rank_name(rank) for rank in [None, *pairs]]
         where = "Eyeriss-like array"
-    dense = costs.pop(None)
+        table = CostTable(options.metric, {spec.name: dict(zip(names, found, strict=True))}, 0, {"device": where})
+        table.save(numbers)
+    row = table.costs[spec.name]
     title = f"{options.model} {options.layer}: {options.metric.partition('_')[0]} on {where}"
-    draw_heatmap({rank: cost for rank, cost in costs.items() if rank is not None}, dense, UNITS[options.metric], title, options.out)
-    numbers = {f"r{rank[0]}x{rank[1]}": cost for rank, cost in costs.items() if rank is not None}
-    write_json(options.out.with_suffix(".json"), {"title": title, "metric": options.metric, DENSE: dense, "costs": numbers})
-    print(f"{options.out}: dense {dense:.4g} {UNITS[options.metric]}; the numbers: {options.out.with_suffix('.json')}")
+    draw_heatmap({pair: row[rank_name(pair)] for pair in pairs}, row[DENSE], UNITS[options.metric], title, options.out)
+    print(f"{options.out}: dense {row[DENSE]:.4g} {UNITS[options.metric]}; the numbers: {numbers}")
 
 
 def _ranks(channels: int, step: int) -> range:
     return range(step, channels + 1, step)
 
 
-def _measured(spec: LayerSpec, pairs: list[tuple[int, int]], runtime: TorchRuntime, rounds: int) -> dict[tuple[int, int] | None, float]:
+def _measured(spec: LayerSpec, pairs: list[tuple[int, int]], runtime: TorchRuntime, rounds: int, name: str, out: Path) -> CostTable:
     fields = json.loads(json.dumps(asdict(spec)))
     del fields["name"]
     entries = (Entry(fields, None), *(Entry(fields, pair) for pair in pairs))
-    names = [DENSE, *(f"r{r1}x{r2}" for r1, r2 in pairs)]
-    whole = Specification("layer", spec.input_shapes[0], {spec.name: dict(zip(names, range(len(names)), strict=True))}, entries)
+    names = [rank_name(rank) for rank in [None, *pairs]]
+    whole = Specification(name, spec.input_shapes[0], {spec.name: dict(zip(names, range(len(names)), strict=True))}, entries)
     runtime = replace(runtime, model=_as_model(spec))
-    content = measure(whole, runtime, None, Timing(rounds=rounds), progress("measured"))
-    return dict(zip([None, *pairs], content["costs"][spec.name].values(), strict=True))
+    measure(whole, runtime, out, Timing(rounds=rounds), progress("measured"))
+    return CostTable.load(out)
 
 
 def _as_model(spec: LayerSpec) -> nn.Module:
@@ -85,12 +93,11 @@ def draw_heatmap(costs: dict[tuple[int, int], float], dense: float, unit: str, t
     figure = Figure(figsize=(6.5, 5.5), layout="constrained")
     axes = figure.add_subplot(xlabel="r2 (input)", ylabel="r1 (output)")
     image = axes.imshow(grid, origin="lower", cmap="cividis", aspect="auto")
-    if grid.min() < dense < grid.max():
+    if grid.min() < dense < grid.max() and min(grid.shape) > 1:
         axes.contour(grid, levels=[dense], colors="white", linewidths=1.5)
     for axis, ranks in ((axes.xaxis, columns), (axes.yaxis, rows)):
         every = max(1, len(ranks) // 16)
         axis.set_ticks(range(0, len(ranks), every), [str(r) for r in ranks[::every]])
     axes.set_title(f"{title}\nwhite: as the dense layer, {dense:.4g} {unit}", fontsize=10)
     figure.colorbar(image, label=unit)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -5,7 +5,8 @@ import json
 import matplotlib.image
 import pytest
 
-from nni_haloc.heatmap import heatmap_main
+from nni_haloc.heatmap import draw_heatmap, heatmap_main
+from nni_haloc.predictors import CostTable
 
 DIGITS = ("--model", "digits_cnn", "--input", "1x8x8", "--step", "16", "--rounds", "1", "--threads", "1")
 
@@ -14,17 +15,28 @@ DIGITS = ("--model", "digits_cnn", "--input", "1x8x8", "--step", "16", "--rounds
 def test_every_pair_of_ranks_is_drawn_and_kept(tmp_path, monkeypatch, metric):
     monkeypatch.setattr("nni_haloc.heatmap.CACHE", tmp_path / "cache.json")
     heatmap_main([*DIGITS, "--layer", "block2.conv", "--metric", metric, "--out", str(tmp_path / "map.png")])
-    content = json.loads((tmp_path / "map.json").read_text())
-    assert set(content["costs"]) == {f"r{r1}x{r2}" for r1 in (16, 32) for r2 in (16, 32)}
-    assert content["metric"] == metric
-    assert min(content["dense"], *content["costs"].values()) > 0
-    assert matplotlib.image.imread(tmp_path / "map.png").std() > 0
+    table = CostTable.load(tmp_path / "map.json")
+    row = table.costs["block2.conv"]
+    assert set(row) == {"dense", "r16", "r16x32", "r32x16", "r32"}
+    assert table.metric == metric
+    picture = matplotlib.image.imread(tmp_path / "map.png")
+    assert len({tuple(pixel) for pixel in picture[::5, ::5].reshape(-1, picture.shape[-1])}) > 20  # a colour bar, not axes alone
     if metric == "cycles":
-        assert content["costs"]["r16x16"] < content["costs"]["r32x32"]
+        assert row["r16"] < row["r32"]
+
+
+def test_measuring_for_a_map_goes_on_and_one_row_of_ranks_is_drawn(tmp_path):
+    out = tmp_path / "map.png"
+    heatmap_main([*DIGITS, "--layer", "block2.conv", "--out", str(out)])
+    before = json.loads((tmp_path / "map.json").read_text())["runs"]
+    heatmap_main([*DIGITS, "--layer", "block2.conv", "--out", str(out)])
+    assert json.loads((tmp_path / "map.json").read_text())["runs"] == before
+    draw_heatmap({(8, r): float(r) for r in (8, 16, 24)}, 12.0, "ms", "one row", out)
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--layer", "block9.conv"), ("--layer", "classifier"), ("--step", "0"), ("--metric", "macs")]
+    ("option", "value"),
+    [("--layer", "block9.conv"), ("--layer", "classifier"), ("--step", "0"), ("--metric", "macs"), ("--out", "map.json")],
 )
 def test_bad_options_are_one_line(tmp_path, option, value):
     arguments = {"--layer": "block2.conv", option: value}
