@@ -14,7 +14,7 @@ from nni_haloc.checkpoint import UnusableCheckpoint
 from nni_haloc.cli import app
 from nni_haloc.config import load_config
 from nni_haloc.job import Job
-from nni_haloc.predictors import mac_table
+from nni_haloc.predictors import CostTable, mac_table
 from nni_haloc.yaml_files import ConfigError
 
 LEARNED = ("baseline", DIGITS, "--rule", "learned", "--budget", "0.25", "--set", "finetune.epochs=1")
@@ -103,6 +103,16 @@ def test_a_table_of_the_searchs_ranks_serves_every_rule(tmp_path):
     config = load_config(DIGITS, {"rule": "uniform", "budget.fraction": 0.5, "cost.table": str(tmp_path / "table.json")})
     plan, _ = by_rule(Job(config, tmp_path))
     assert 0.4 < plan.chosen_by["cost"] / plan.chosen_by["original_cost"] <= 0.5
+
+
+def test_a_table_of_the_accelerator_model_serves_a_run(tmp_path):
+    """It is of one image and of another runtime than this machine's."""
+    job = Job(load_config(DIGITS, {"rule": "uniform", "budget.fraction": 0.5}), tmp_path)
+    counted = mac_table(job.model, job.example)
+    CostTable("cycles", counted.costs, counted.fixed, {"input": [1, 8, 8], "runtime": "zigzag-dse 3"}).save(tmp_path / "table.json")
+    changes = {"rule": "uniform", "budget.fraction": 0.5, "cost.metric": "cycles", "cost.table": str(tmp_path / "table.json")}
+    plan, _ = by_rule(Job(load_config(DIGITS, changes), tmp_path))
+    assert plan.chosen_by["metric"] == "cycles"
 
 
 @pytest.mark.parametrize("rule", ["uniform", "learned", "nni-random"])

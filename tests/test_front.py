@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from nni_haloc import RankPlan, accuracy, front, load, recalibrate
+from nni_haloc import RankPlan, accuracy, front, fronts, load, recalibrate
 from nni_haloc.compression import load_weights
 from nni_haloc.config import load_config
 from nni_haloc.data import digits
+from nni_haloc.device.files import UNITS
 from nni_haloc.job import Job
 from nni_haloc.models import build_model
 from nni_haloc.predictors import CostTable, count_macs
@@ -164,3 +165,7 @@ def test_tensorboard_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(pytorch_lightning.loggers, "TensorBoardLogger", missing)
     with pytest.raises(ConfigError, match=r"search\.tensorboard: needs the package tensorboard \(pip install 'nni-haloc\[tensorboard\]'\)"):
         search(Job(load_config(DIGITS, SETTINGS), tmp_path))
+
+
+def test_every_cost_has_an_axis():
+    assert set(fronts._AXES) == set(UNITS)
