@@ -1,7 +1,7 @@
 """Predicted against measured latency of whole networks: python tests/benchmarks/predictor.py resnet18 --work FOLDER, on an idle machine
 
-Thirty random plans over 15 to 100 % of the MACs and twenty at 40 %, timed in alternation; and what each predictor says of them. Goes on
-where it stopped. ``--report``: the tables of all the raw results instead.
+Thirty random plans over 15 to 100 % of the MACs and twenty at 40 %, timed in alternation; and what each predictor says of them. Tables and
+networks are measured by turns, round by round. Goes on with the round in which it stopped. ``--report``: the tables of all raw results.
 """
 
 import json
@@ -19,6 +19,7 @@ from scipy import stats
 
 from nni_haloc.budget import Limit, choose
 from nni_haloc.compression import restructure
+from nni_haloc.device.files import write_json
 from nni_haloc.device.measuring import Timing, measure, time_together
 from nni_haloc.device.spec import draw
 from nni_haloc.device.torch_runtime import TorchRuntime
@@ -33,6 +34,7 @@ NETWORKS: dict[str, tuple[str, tuple[int, ...], RankRules]] = {
     "resnet18": ("torchvision:resnet18", (1, 3, 224, 224), RankRules(kinds=("conv",), exclude=("conv1",))),
     "resnet20": ("resnet20", (128, 3, 32, 32), RankRules(kinds=("conv",), exclude=("conv1",))),
 }
+SAMPLED = "regression (25 %)"
 SPREAD, EQUAL = "15 to 100 % of the MACs", "40 % of the MACs"
 
 
@@ -53,7 +55,7 @@ def main(
     work: Annotated[Path, typer.Option(help="folder for the tables")] = Path("predictor-tables"),
     memory_format: str = "contiguous",
     threads: int = 1,
-    rounds: Annotated[int, typer.Option(help="passes over the table, and tenths of the passes over the networks")] = 5,
+    rounds: Annotated[int, typer.Option(help="passes over the tables, and tenths of the passes over the networks")] = 5,
     min_run_time: float = Timing.min_run_time,
     out: Annotated[Path, typer.Option(help="JSON lines, appended to")] = RAW,
     report: Annotated[Path | None, typer.Option(help="folder for plots; prints the tables, measures nothing")] = None,
@@ -70,37 +72,45 @@ def main(
     tables = {"MACs": mac_table(model, example, rules)}
     with runtime.pinned():
         tables["roofline"] = roofline_table(model, example, rules, **dict(zip(("flops", "bandwidth"), measure_peaks(runtime), strict=True)))
-    seconds: dict[str, float] = {}
-    for where in ("alone", "in-place"):
-        file = work / f"{network}-{memory_format}-{where}.json"
-        started = time.perf_counter()
-        state = measure(spec, runtime, file, Timing(where, rounds, min_run_time), progress("measured"))
-        seconds[where] = time.perf_counter() - started
-        tables[where] = CostTable.load(file)
-        if where == "alone":
-            known = set(draw(spec, 0.25))
-            kept = {home for index, home in spec.homes().items() if index in known}
-            runs = {layer: {c: v for c, v in row.items() if (layer, c) in kept} for layer, row in state["runs"].items()}
-            content = complete(spec, {**state, "runs": runs})
-            tables["regression (25 %)"] = CostTable("latency_ms", content["costs"], content["fixed"], content["identity"])
-            held_out = [home for home in spec.homes().values() if home not in kept]
-            apart = [abs(content["costs"][layer][c] / tables["alone"].costs[layer][c] - 1) for layer, c in held_out]
     sets = plans(tables["MACs"])
     nets = {
         f"{kind} {i}": restructure(model, RankPlan({layer: parse_rank(rank, "conv") for layer, rank in plan.items()}))
         for kind, found in sets.items()
         for i, plan in enumerate(found)
     }
+    stem = f"{network}-{memory_format}-{threads}"
+    files = {where: work / f"{stem}-{where}.json" for where in ("alone", "in-place")}
+    kept = work / f"{stem}-networks.json"
+    done: dict[str, Any] = (
+        json.loads(kept.read_text()) if kept.exists() else {"starts": 0, "seconds": dict.fromkeys(files, 0.0), "rounds": []}
+    )
+    done["starts"] += 1
     with runtime.pinned():
         ready = {key: runtime.ready(net, shape) for key, net in nets.items()}
-        found = [time_together(ready, runtime, 0) for _ in range(2 * rounds)]  # five passes each
-    measured = {key: 1e3 * median(times[key] for times in found) for key in nets}
+        while len(done["rounds"]) < rounds:  # tables and networks by turns, so that a slower hour falls on both
+            for where, file in files.items():
+                started = time.perf_counter()
+                measure(spec, runtime, file, Timing(where, len(done["rounds"]) + 1, min_run_time), progress("measured"))
+                done["seconds"][where] += time.perf_counter() - started
+            done["rounds"].append([time_together(ready, runtime, 0) for _ in range(2)])  # five passes each
+            write_json(kept, done)
+    times = [found for pair in done["rounds"] for found in pair]
+    measured = {key: 1e3 * median(found[key] for found in times) for key in nets}
+    tables |= {where: CostTable.load(file) for where, file in files.items()}
+    state = json.loads(files["alone"].read_text())
+    known = set(draw(spec, 0.25))
+    sampled = {home for index, home in spec.homes().items() if index in known}
+    runs = {layer: {c: v for c, v in row.items() if (layer, c) in sampled} for layer, row in state["runs"].items()}
+    content = complete(spec, {**state, "runs": runs})
+    tables[SAMPLED] = CostTable("latency_ms", content["costs"], content["fixed"], content["identity"])
+    held_out = [home for home in spec.homes().values() if home not in sampled]
+    apart = [abs(content["costs"][layer][c] / tables["alone"].costs[layer][c] - 1) for layer, c in held_out]
     line: dict[str, Any] = {
         "network": network,
         "identity": tables["alone"].identity,
-        "seconds": seconds,
+        "seconds": done["seconds"] if done["starts"] == 1 else None,
         "entries": len(spec.entries),
-        "regression": {"held out": len(apart), "median error": median(apart), "said": tables["regression (25 %)"].identity["median_error"]},
+        "regression": {"held out": len(apart), "median error": median(apart), "said": tables[SAMPLED].identity["median_error"]},
         "sets": {
             kind: [
                 {"measured": measured[f"{kind} {i}"], **{predictor: table.total(plan) for predictor, table in tables.items()}}
@@ -134,31 +144,34 @@ def _table(lines: list[dict[str, Any]]) -> str:
                 result.append(f"| {name} | {kind} | {predictor} | {error:.1f} | {rank:.3f} |")
     for line in lines:
         facts, spent = line["regression"], line["seconds"]
+        took = f", alone in {spent['alone']:.0f} s, in place in {spent['in-place']:.0f} s" if spent else ""
         result.append(
-            f"\n{line['network']}: {line['entries']} entries, alone in {spent['alone']:.0f} s, in place in {spent['in-place']:.0f} s. The"
-            f" {facts['held out']} entries that were not measured are predicted within {100 * facts['median error']:.1f} % (median;"
+            f"\n{line['network']}: {line['entries']} entries{took}. The {facts['held out']} entries that were not measured are predicted"
+            f" within {100 * facts['median error']:.1f} % (median;"
             f" {100 * facts['said']:.1f} % by cross-validation on the measured ones)."
         )
     return "\n".join(result)
 
 
+def _stem(line: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in (line["network"], line["identity"]["memory_format"], line["identity"]["threads"]))
+
+
 def _report(raw: Path, plots: Path) -> None:
-    lines = {
-        json.dumps([line["network"], line["identity"]["memory_format"]]): line for line in map(json.loads, raw.read_text().splitlines())
-    }
+    lines = {_stem(line): line for line in map(json.loads, raw.read_text().splitlines())}
     print(_table(list(lines.values())))
     plots.mkdir(parents=True, exist_ok=True)
-    for line in lines.values():
+    for stem, line in lines.items():
         figure = Figure(figsize=(9, 4), layout="constrained")
 
         for axes, (kind, rows) in zip(figure.subplots(1, 2), line["sets"].items(), strict=True):
             measured = [row["measured"] for row in rows]
-            for predictor, marker in (("alone", "o"), ("in-place", "x"), ("regression (25 %)", "+")):
+            for predictor, marker in (("alone", "o"), ("in-place", "x"), (SAMPLED, "+")):
                 axes.plot(measured, [row[predictor] for row in rows], marker, label=predictor, fillstyle="none")
             axes.plot([min(measured), max(measured)], [min(measured), max(measured)], "k-", linewidth=0.5)
             axes.set(xlabel="measured, ms", ylabel="predicted, ms", title=kind)
             axes.legend(fontsize=8)
-        figure.savefig(plots / f"predictor-{line['network']}-{line['identity']['memory_format']}.png", dpi=150)
+        figure.savefig(plots / f"predictor-{stem}.png", dpi=150)
 
 
 if __name__ == "__main__":
