@@ -108,19 +108,21 @@ def _lead(paired: list[float]) -> list[str]:
 
 
 def plot_accuracy(lines: Lines, path: Path) -> None:
-    """Accuracy over the share of the MACs: mean over the seeds, with their range."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    """Accuracy over the share of the MACs that the networks have: mean over the seeds, with their range."""
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="MACs, % of the original's", ylabel=f"top-1, % ({lines[0]['score']})")
-    for i, ((method, marker), style) in enumerate(zip(_marked(lines), itertools.cycle(["-", "--", ":", "-."]), strict=False)):
+    methods = sorted({line["method"] for line in lines}, key=_place)
+    for i, (method, marker) in enumerate(zip(methods, itertools.cycle("o^sDvPX*<>hd"), strict=False)):
         points = defaultdict(list)
         for line in lines:
             if line["method"] == method and line["metric"] == "macs" and line["table"] == EQUAL_TUNING and _own(line):
-                points[line["fraction"]].append(100 * line["top1"])
-        x = sorted(points)
-        y = np.array([mean(points[f]) for f in x])
-        spread = [y - [min(points[f]) for f in x], [max(points[f]) for f in x] - y] if x else None
-        shifted = [100 * f + 0.12 * i for f in x]  # that error bars do not hide each other
-        axes.errorbar(shifted, y, spread, marker=marker, linestyle=style, capsize=3, label=method)
+                points[line["fraction"]].append(line)
+        rows = [points[fraction] for fraction in sorted(points)]
+        x = [100 * mean(line["macs_fraction"] for line in row) + 0.1 * i for row in rows]  # apart, that none hides another
+        y = [100 * mean(line["top1"] for line in row) for row in rows]
+        spread = [[abs(100 * end(line["top1"] for line in row) - v) for row, v in zip(rows, y, strict=True)] for end in (min, max)]
+        style = {"color": f"C{i}", "linestyle": "-"} if method in MAIN else {"color": "0.35", "linestyle": ""}
+        axes.errorbar(x, y, spread if rows else None, marker=marker, capsize=3, label=method, **style)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
@@ -154,10 +156,6 @@ def plot_ranks(lines: Lines, metric: str, fraction: float, path: Path) -> None:
 def _own(line: dict[str, Any]) -> bool:
     """Whether it is a method's row as it is, not one that shows a part of it."""
     return line["decomposition"] == "auto" and not line.get("afresh")
-
-
-def _marked(lines: Lines) -> list[tuple[str, str]]:
-    return list(zip(sorted({line["method"] for line in lines}, key=_place), itertools.cycle("o^svDPX*<>"), strict=False))
 
 
 def main(
