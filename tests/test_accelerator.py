@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nni_haloc import RankRules
+from nni_haloc.layers import LayerSpec
 from nni_haloc.predictors import accelerator
 from nni_haloc.predictors.accelerator import COLUMNS, ROWS, accelerator_table
 
@@ -67,3 +68,8 @@ def test_a_bad_cache_is_one_line(tmp_path, network):
     (tmp_path / "cache.json").write_text("{}")
     with pytest.raises(ValueError, match=r"cache.json: not a cache of the accelerator model"):
         accelerator_table(network, torch.randn(1, 3, 14, 14), cache=tmp_path / "cache.json")
+
+
+def test_a_linear_layer_is_modelled_for_each_of_its_tokens():
+    spec = LayerSpec.of("0", nn.Linear(64, 32), ((2, 196, 64),))
+    assert accelerator._parts(spec, (8,)) == [(64, 8, 1, 1, 196, 1, 1, 1), (8, 32, 1, 1, 196, 1, 1, 1)]

@@ -22,6 +22,8 @@ _FEWEST = 5
 """Passes that are timed at least, however long each takes."""
 _LEAST = 0.01
 """Share of the dense layer's cost below which no candidate's is put: differences of two measurements may be negative."""
+_ALIKE = 1.25
+"""How many times as long as on another worker the dense layers may take, for times of both in one table."""
 _SAME = ("model", "input", "runtime", "device", "dtype", "memory_format", "threads", "memory", "where")
 """What must agree where measuring goes on in an existing file."""
 _STATE = ("version", "metric", "unit", "identity", "runs", NETWORK)
@@ -173,6 +175,7 @@ def merge(spec: Specification, paths: Sequence[str | Path]) -> dict[str, Any]:
         if not first:
             first = {key: state[key] for key in _STATE}
             continue
+        _same_speed(spec, first["runs"], state["runs"], f"{path}, {paths[0]}")
         first[NETWORK] += state[NETWORK]
         for layer, row in state["runs"].items():
             for candidate, values in row.items():
@@ -182,6 +185,15 @@ def merge(spec: Specification, paths: Sequence[str | Path]) -> dict[str, Any]:
         layer, candidate = spec.homes()[missing[0]]
         raise ValueError(f"layer {layer!r}, candidate {candidate!r}: measured in none of {', '.join(map(str, paths))}")
     return first | finished(spec, first)
+
+
+def _same_speed(spec: Specification, some: Mapping[str, Any], others: Mapping[str, Any], files: str) -> None:
+    """ValueError if the dense layers, which every worker measures, say that two workers differ in speed."""
+    dense = [layer for layer, candidate in spec.homes().values() if candidate == DENSE]
+    times = [[runs.get(layer, {}).get(DENSE) for layer in dense] for runs in (others, some)]
+    ratio = median([median(a) / median(b) for a, b in zip(*times, strict=True) if a and b] or [1.0])
+    if not 1 / _ALIKE <= ratio <= _ALIKE:
+        raise ValueError(f"{files}: expected workers that are alike, found that dense layers take {ratio:.2f} times as long on the first")
 
 
 def _subject(spec: Specification) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -99,8 +100,8 @@ def _parts(spec: LayerSpec, rank: Rank) -> list[Part]:
     parts = spec.parts(rank)
     strided = 1 if len(parts) == 3 else 0
     for shape in spec.input_shapes:
-        before = shape[2:] if spec.kind != "linear" else (1, 1)
-        after = spec.output_shape(shape)[2:] if spec.kind != "linear" else (1, 1)
+        before = shape[2:] if spec.kind != "linear" else (math.prod(shape[1:-1]), 1)  # tokens, as rows
+        after = spec.output_shape(shape)[2:] if spec.kind != "linear" else before
         for i, (inputs, outputs, kernel) in enumerate(parts):
             rows, columns = before if i < strided else after
             size = spec.kernel_size[0] if kernel > 1 else 1
