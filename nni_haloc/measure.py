@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .device.files import write_json
-from .device.measuring import Progress, Runtime, Timing, measure, merge
+from .device.measurements import merge
+from .device.measuring import Progress, Runtime, Timing, measure
 from .device.spec import Specification, draw, share
 
 if TYPE_CHECKING:

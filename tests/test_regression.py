@@ -10,7 +10,8 @@ from test_device import Clock
 from torch import nn
 
 from nni_haloc.device.files import DENSE
-from nni_haloc.device.measuring import Timing, measure, unmeasured
+from nni_haloc.device.measurements import unmeasured
+from nni_haloc.device.measuring import Timing, measure
 from nni_haloc.device.spec import draw
 from nni_haloc.models import build_model
 from nni_haloc.predictors import CostTable, specify

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any, Literal, Protocol
 
-from .files import COSTS_VERSION, DENSE, UNITS, costs_content, is_number, read_costs, write_json
+from .files import COSTS_VERSION, DENSE, UNITS, write_json
+from .measurements import METRIC, NETWORK, STATE, finished, read_measurements, subject, unmeasured
 from .spec import Specification
 
 Run = Callable[[], Any]
 """A forward pass, ready to be timed."""
 Where = Literal["alone", "in-place"]
-NETWORK = "network"
-METRIC = "latency_ms"
 _FEWEST = 5
 """Passes that are timed at least, however long each takes."""
-_LEAST = 0.01
-"""Share of the dense layer's cost below which no candidate's is put: differences of two measurements may be negative."""
-_ALIKE = 1.25
-"""How many times as long as on another worker the dense layers may take, for times of both in one table."""
-_SAME = ("model", "input", "runtime", "device", "dtype", "memory_format", "threads", "memory", "where")
-"""What must agree where measuring goes on in an existing file."""
-_STATE = ("version", "metric", "unit", "identity", "runs", NETWORK)
-"""What a file of measurements has that are not yet a table."""
+_VISITS = 8
+"""How often a round comes back to the network: its time makes ``fixed``, an error in which every prediction has."""
 
 
 class Runtime(Protocol):
@@ -89,20 +84,24 @@ def measure(
     ``indices``: the entries to measure (None: all); the network is measured in any case. The table is in the content once no entry is
     missing, until then the runs alone. Raises ValueError where ``out`` holds measurements of something else.
     """
-    identity = {**_subject(spec), **runtime.identity(), "where": timing.where}
+    identity = {**subject(spec), **runtime.identity(), "where": timing.where}
     homes = spec.homes()
     mine = [index for index in homes if indices is None or index in indices]
-    state = _read(out, identity) or {"version": COSTS_VERSION, "metric": METRIC, "unit": UNITS[METRIC], "identity": {}}
+    state = read_measurements(out, identity) or {"version": COSTS_VERSION, "metric": METRIC, "unit": UNITS[METRIC], "identity": {}}
     before = state["identity"]
     kept_facts = {key: before[key] for key in ("date", "runs") if key in before}
     state["identity"] = identity | kept_facts | {"geometry": before.get("geometry", {}) | identity["geometry"]}
     if unmeasured(spec, state):  # else what is there stays a table while it is measured once more
-        state = {key: state[key] for key in _STATE if key in state}
+        state = {key: state[key] for key in STATE if key in state}
     runs: dict[str, dict[str, list[float]]] = state.setdefault("runs", {})
     whole: list[float] = state.setdefault(NETWORK, [])
-    missing = [(r, i) for r in range(timing.rounds) for i in [*mine, None] if len(_kept(runs, whole, homes, i)) <= r]
+    missing, seen = [], Counter[int | None]()
+    for index in timing.rounds * _one_round(mine):
+        if seen[index] >= len(_kept(runs, whole, homes, index)):
+            missing.append(index)
+        seen[index] += 1
     with runtime.pinned():
-        for done, (_, index) in enumerate(missing):
+        for done, index in enumerate(missing):
             progress(done, len(missing))
             kept = _kept(runs, whole, homes, index)
             try:
@@ -113,11 +112,11 @@ def measure(
                 raise ValueError(f"{what}: {reason}; what was measured until then {'is in ' + str(out) if out else 'is lost'}") from None
             state["identity"] |= {"date": time.strftime("%Y-%m-%d"), "runs": timing.rounds}
             if out is not None and done + 1 < len(missing):
-                _write(out, state)
+                write_json(out, state)
     progress(len(missing), len(missing))
     state |= {} if unmeasured(spec, state) else finished(spec, state)
     if out is not None:
-        _write(out, state)
+        write_json(out, state)
     return state
 
 
@@ -134,117 +133,12 @@ def _time(spec: Specification, runtime: Runtime, index: int | None, timing: Timi
     return (seconds["after"] - seconds["before"]) / len(layers)
 
 
-def unmeasured(spec: Specification, state: Mapping[str, Any]) -> list[int]:
-    """The entries without a run."""
-    runs = state.get("runs", {})
-    return [index for index, (layer, candidate) in spec.homes().items() if not runs.get(layer, {}).get(candidate)]
-
-
-def finished(spec: Specification, state: Mapping[str, Any], predicted: Mapping[int, tuple[float, float]] | None = None) -> dict[str, Any]:
-    """The table that the runs make: medians; ``fixed`` is the network's time less that of its dense layers, and not below zero.
-
-    ``predicted``: milliseconds and relative error of entries without a run.
-    """
-    homes, where = spec.homes(), state["identity"]["where"]
-    centre = {home: median(values) for home, values in _by_home(state["runs"])}
-    wide = {home: _spread(values) for home, values in _by_home(state["runs"])}
-    for index, (value, error) in (predicted or {}).items():
-        centre[homes[index]], wide[homes[index]] = value, error * value
-    costs: dict[str, dict[str, float]] = {}
-    spread: dict[str, dict[str, float]] = {}
-    for layer, row in spec.layers.items():
-        dense = centre[homes[row[DENSE]]]
-        costs[layer], spread[layer] = {}, {}
-        for candidate, index in row.items():
-            value = centre[homes[index]]
-            if where == "in-place" and candidate != DENSE:
-                value = max(_LEAST * dense, dense + value)
-            costs[layer][candidate] = value
-            spread[layer][candidate] = wide[homes[index]] / value
-    fixed = max(0.0, median(state[NETWORK]) - sum(row[DENSE] for row in costs.values()))
-    return costs_content(METRIC, state["identity"], fixed, costs, spread)
-
-
-def merge(spec: Specification, paths: Sequence[str | Path]) -> dict[str, Any]:
-    """The content of one ``costs.json`` from the workers' files; ValueError where they differ or an entry is in none of them."""
-    first: dict[str, Any] = {}
-    for path in paths:
-        state = _read(path, first.get("identity", _subject(spec)))
-        if state is None:
-            raise ValueError(f"{path}: no such file")
-        if not first:
-            first = {key: state[key] for key in _STATE}
-            continue
-        _same_speed(spec, first["runs"], state["runs"], f"{path}, {paths[0]}")
-        first[NETWORK] += state[NETWORK]
-        for layer, row in state["runs"].items():
-            for candidate, values in row.items():
-                first["runs"].setdefault(layer, {}).setdefault(candidate, []).extend(values)
-    missing = unmeasured(spec, first)
-    if missing:
-        layer, candidate = spec.homes()[missing[0]]
-        raise ValueError(f"layer {layer!r}, candidate {candidate!r}: measured in none of {', '.join(map(str, paths))}")
-    return first | finished(spec, first)
-
-
-def _same_speed(spec: Specification, some: Mapping[str, Any], others: Mapping[str, Any], files: str) -> None:
-    """ValueError if the dense layers, which every worker measures, say that two workers differ in speed."""
-    dense = [layer for layer, candidate in spec.homes().values() if candidate == DENSE]
-    times = [[runs.get(layer, {}).get(DENSE) for layer in dense] for runs in (others, some)]
-    ratio = median([median(a) / median(b) for a, b in zip(*times, strict=True) if a and b] or [1.0])
-    if not 1 / _ALIKE <= ratio <= _ALIKE:
-        raise ValueError(f"{files}: expected workers that are alike, found that dense layers take {ratio:.2f} times as long on the first")
-
-
-def _subject(spec: Specification) -> dict[str, Any]:
-    """What is measured."""
-    return {"model": spec.model, "input": list(spec.input), "geometry": spec.geometry()}
-
-
-def _read(path: str | Path | None, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """An earlier state, if there is one; ValueError names the file and what differs from ``identity``."""
-    if path is None or not Path(path).exists():
-        return None
-    content = read_costs(path)
-    if "runs" not in content:
-        raise ValueError(f"{path}: a table without the runs that it was made of cannot be gone on with; choose another file")
-    try:
-        found = content["identity"]
-        for key in _SAME:
-            if key in identity and found.get(key) != identity[key]:
-                raise ValueError(f"measured for another {key}: {found.get(key)!r}, now {identity[key]!r}")
-        for layer, digest in found.get("geometry", {}).items():
-            if identity["geometry"].get(layer, digest) != digest:
-                raise ValueError(f"measured for another network: its layer {layer!r} had another geometry")
-        if (content["metric"], content["unit"]) != (METRIC, UNITS[METRIC]):
-            raise ValueError(f"expected {METRIC} in {UNITS[METRIC]}, found {content['metric']} in {content['unit']}")
-        signed = found.get("where") == "in-place"
-        for (layer, candidate), values in [*_by_home(content["runs"]), ((NETWORK, ""), content[NETWORK])]:
-            if not isinstance(values, list) or not all(is_number(v) and (v > 0 or signed) for v in values):
-                raise ValueError(f"runs: layer {layer!r}, candidate {candidate!r}: expected times above 0, found {values!r}")
-    except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]}: missing") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    return content
-
-
-def _write(path: str | Path, state: Mapping[str, Any]) -> None:
-    write_json(path, state)
+def _one_round(indices: Sequence[int]) -> list[int | None]:
+    """Each entry once, and after every few of them the network, None, since one moment may be a disturbed one."""
+    few = max(1, math.ceil(len(indices) / _VISITS))
+    return [index for start in range(0, max(1, len(indices)), few) for index in [*indices[start : start + few], None]]
 
 
 def _kept(runs: dict[str, dict[str, list[float]]], whole: list[float], homes: Mapping[int, tuple[str, str]], index: int | None) -> list:
     """The measurements of an entry, of the network for None."""
     return whole if index is None else runs.setdefault(homes[index][0], {}).setdefault(homes[index][1], [])
-
-
-def _by_home(runs: Mapping[str, Mapping[str, list[float]]]) -> list[tuple[tuple[str, str], list[float]]]:
-    return [((layer, candidate), values) for layer, row in runs.items() for candidate, values in row.items() if values]
-
-
-def _spread(values: list[float]) -> float:
-    """Interquartile range."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return high - low

@@ -8,7 +8,7 @@ import onnx
 from torch import Tensor, nn
 
 from ..device.files import DENSE
-from ..device.measuring import METRIC
+from ..device.measurements import METRIC
 from ..device.onnx_models import with_initializers, with_onnx
 from ..ranks import RankRules
 from .specification import specify

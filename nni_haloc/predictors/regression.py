@@ -15,7 +15,7 @@ from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ..device.measuring import finished, unmeasured
+from ..device.measurements import finished, unmeasured
 from ..device.spec import Entry, Specification
 from ..device.torch_runtime import layer_spec
 
