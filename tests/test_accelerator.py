@@ -4,6 +4,7 @@ import json
 import logging
 import math
 
+import matplotlib
 import pytest
 import torch
 from torch import nn
@@ -56,11 +57,12 @@ def test_a_candidate_costs_what_its_factors_cost_and_no_less_than_the_array_allo
         assert table.fixed == pytest.approx(sum(known[p][metric] for p in parts[4:]))
 
 
-def test_zigzag_leaves_logging_as_it_was_and_nothing_on_disk(tmp_path, monkeypatch):
+def test_zigzag_leaves_logging_and_fonts_as_they_were_and_nothing_on_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    handlers, level = list(logging.root.handlers), logging.root.level
+    handlers, level, fonts = list(logging.root.handlers), logging.root.level, dict(matplotlib.rcParams)
     accelerator._model((4, 4, 1, 1, 4, 4, 1, 1))
     assert (logging.root.handlers, logging.root.level, logging.root.manager.disable) == (handlers, level, 0)
+    assert dict(matplotlib.rcParams) == fonts
     assert not list(tmp_path.iterdir())
 
 

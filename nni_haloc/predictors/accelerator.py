@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import matplotlib
 import yaml
 from torch import Tensor, nn
 
@@ -112,11 +113,12 @@ def _parts(spec: LayerSpec, rank: Rank) -> list[Part]:
 
 def _model(part: Part) -> dict[str, float]:
     """Cycles and picojoules by ZigZag, in the better of two ways to lay a convolution on the array."""
-    try:
-        from zigzag.api import get_hardware_performance_zigzag
-    except ImportError as error:
-        raise ValueError(f"the accelerator model needs zigzag-dse: pip install 'nni-haloc[accelerator]' ({error})") from None
-    import zigzag
+    with _quiet():
+        try:
+            import zigzag
+            from zigzag.api import get_hardware_performance_zigzag
+        except ImportError as error:
+            raise ValueError(f"the accelerator model needs zigzag-dse: pip install 'nni-haloc[accelerator]' ({error})") from None
 
     hardware = str(Path(zigzag.__file__).parent / "inputs" / "hardware" / "eyeriss_like.yaml")
     results = []
@@ -166,12 +168,13 @@ def _mappings(part: Part) -> list[dict[str, Any]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """ZigZag sets up the root logger and reports every step."""
+    """ZigZag sets up the root logger, reports every step, and changes the fonts of every plot to come."""
     root, before = logging.getLogger(), logging.root.manager.disable
     handlers, level = list(root.handlers), root.level
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with matplotlib.rc_context():
+            yield
     finally:
         logging.disable(before)
         root.setLevel(level)
