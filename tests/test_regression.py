@@ -20,6 +20,8 @@ from nni_haloc.ranks import RankRules
 
 MEASURED = Path(__file__).parent / "benchmarks" / "quality" / "costs.json"  # 575 candidates at batch 128, every entry the median of five
 
+RAW = Path(__file__).parents[1] / "docs" / "raw"
+
 
 @pytest.fixture(scope="module")
 def recorded():
@@ -53,8 +55,8 @@ def test_a_quarter_of_the_entries_predicts_the_rest_within_a_tenth(recorded, see
 def test_ten_entries_predict_the_default_candidates_within_a_tenth():
     """42 entries of seven shapes: a Gaussian process alone, without rates of work and traffic, was wrong by a fifth."""
     spec = specify(build_model("resnet20"), torch.randn(128, 3, 32, 32), RankRules(kinds=("conv",), exclude=("conv1",)), program=False)
-    table, homes, errors = json.loads(MEASURED.read_text()), spec.homes(), []
-    clock = Clock(spec, {index: table["costs"][layer][candidate] for index, (layer, candidate) in homes.items()}, table["fixed"])
+    table, homes, errors = CostTable.load(RAW / "costs-resnet20-channels_last.json"), spec.homes(), []
+    clock = Clock(spec, {index: table.costs[layer][candidate] for index, (layer, candidate) in homes.items()}, table.fixed)
     for seed in range(5):
         state = measure(spec, clock, None, Timing(rounds=1, min_run_time=0), indices=draw(spec, 0.25, seed))
         content = complete(spec, state)

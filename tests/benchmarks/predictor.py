@@ -84,7 +84,7 @@ def main(
     done: dict[str, Any] = (
         json.loads(kept.read_text()) if kept.exists() else {"starts": 0, "seconds": dict.fromkeys(files, 0.0), "rounds": []}
     )
-    done["starts"] += 1
+    done["starts"] += len(done["rounds"]) < rounds
     with runtime.pinned():
         ready = {key: runtime.ready(net, shape) for key, net in nets.items()}
         while len(done["rounds"]) < rounds:  # tables and networks by turns, so that a slower hour falls on both
