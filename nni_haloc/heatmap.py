@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from .device.files import DENSE
+from .device.measurements import keep_measurements
 from .device.measuring import Timing, measure
 from .device.replay import Replay
 from .device.spec import Entry, Specification
@@ -55,6 +56,7 @@ def heatmap_main(arguments: Sequence[str] | None = None) -> None:
         table = _measured(spec, pairs, runtime, options.rounds, f"{options.model} {options.layer}", numbers)
         where = f"{runtime.identity()['device']}, batch {options.batch}, {options.memory_format}"
     else:
+        keep_measurements(numbers)
         found = accelerator_costs([(spec, rank) for rank in [None, *pairs]], options.metric, CACHE, progress("modelled"))
         names = [rank_name(rank) for rank in [None, *pairs]]
         where = "Eyeriss-like array"

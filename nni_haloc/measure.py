@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .device.files import write_json
-from .device.measurements import merge
+from .device.measurements import keep_measurements, merge
 from .device.measuring import Progress, Runtime, Timing, measure
 from .device.spec import Specification, draw, share
 
@@ -53,6 +53,7 @@ def measure_main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     spec, model = _specified(options, options.runtime == "onnxruntime")
     if options.merge:
+        keep_measurements(options.out)
         content = merge(spec, options.merge)
     else:
         timing = Timing(options.where, options.rounds, options.min_run_time)
@@ -99,6 +100,7 @@ def predict_main(arguments: Sequence[str] | None = None) -> None:
     else:
         counted = {"macs": predictors.mac_table, "params": predictors.param_table, "activation_bytes": predictors.activation_table}
         table = counted[metric](model, example, rules)
+    keep_measurements(options.out)
     table.save(options.out)
     print(f"{options.out}: the network costs {table.original:.6g} {metric}")
 
@@ -113,7 +115,7 @@ class Parser(argparse.ArgumentParser):
     def model_options(self, out: str) -> None:
         self.add_argument("--model", help="resnet20, torchvision:resnet18, your_package.models:make_net, ...")
         self.add_argument("--input", help="shape of one image, 3x224x224")
-        self.add_argument("--batch", type=int, default=1, help="images in a batch (default: %(default)s)")
+        self.add_argument("--batch", type=int, help="images in a batch (default: 1)")
         self.add_argument("--rank-space", type=Path, help="which layers and ranks: a file as in search_spaces/")
         self.add_argument("--out", type=Path, default=Path(out), help="default: %(default)s")
 
@@ -130,8 +132,9 @@ def _specified(options: argparse.Namespace, onnx: bool) -> tuple[Specification, 
 
             spec = with_onnx(spec, model)
         return spec, model
-    if options.model is not None:
-        raise ValueError("--spec and --model: expected one of the two")
+    given = [name for name in ("model", "input", "batch", "rank_space") if getattr(options, name) is not None]
+    if given:
+        raise ValueError(f"--spec and --{given[0].replace('_', '-')}: expected one of the two; a specification says what is measured")
     if not options.spec.exists():
         raise ValueError(f"--spec: no such file: {options.spec}")
     return Specification.load(options.spec), None
@@ -146,6 +149,7 @@ def model_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor, RankRules]
     from .models import build_model
     from .ranks import RankRules
 
+    options.batch = 1 if options.batch is None else options.batch
     sizes = options.input.split("x")
     if len(sizes) != 3 or not all(n.isdecimal() and int(n) > 0 for n in sizes) or options.batch < 1:
         raise ValueError(f"--input, --batch: expected 3x224x224 and a number above 0, found {options.input!r} and {options.batch}")
@@ -156,12 +160,12 @@ def model_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor, RankRules]
 
         rules = rank_rules(load_space(options.rank_space))
     sys.path.insert(0, "")  # for a model's factory in the current folder
-    example = torch.randn(options.batch, *(int(n) for n in sizes))
     model = build_model(options.model).eval()
     try:
+        example = torch.randn(options.batch, *(int(n) for n in sizes))
         with torch.no_grad():
             model(example)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--input: {options.model} does not take {options.input} ({reason})") from None
     return model, example, rules
@@ -220,6 +224,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"haloc measure: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("haloc measure: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     except ModuleNotFoundError as error:
         print(f"haloc measure: needs the package {error.name}, which is not installed", file=sys.stderr)
         sys.exit(2)

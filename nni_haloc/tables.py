@@ -97,8 +97,8 @@ def _check_measured_alike(identity: Mapping[str, Any], config: Config, example: 
     if identity.get("device") == processor():
         expected |= {"memory_format": config.cost.memory_format, "dtype": runtime_of(config).dtype}
         expected |= {"threads": config.cost.threads} if config.cost.threads is not None else {}
-    for key, value in expected.items() if "runtime" in identity else ():
-        if identity.get(key) != value:
+    for key, value in expected.items():
+        if ("runtime" in identity or (key == "input" and key in identity)) and identity.get(key) != value:
             raise ConfigError(f"{where}: measured with {key} {identity.get(key)!r}, the run's is {value!r} (cost.batch_size and others)")
 
 

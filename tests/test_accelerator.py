@@ -75,3 +75,8 @@ def test_a_bad_cache_is_one_line(tmp_path, network):
 def test_a_linear_layer_is_modelled_for_each_of_its_tokens():
     spec = LayerSpec.of("0", nn.Linear(64, 32), ((2, 196, 64),))
     assert accelerator._parts(spec, (8,)) == [(64, 8, 1, 1, 196, 1, 1, 1), (8, 32, 1, 1, 196, 1, 1, 1)]
+
+
+def test_a_part_that_has_no_mapping_is_named():
+    with pytest.raises(ValueError, match=r"no mapping of a convolution of \(1, 1, 1, 1, 1, 1, 1, 1\) \(channels in"):
+        accelerator._model((1, 1, 1, 1, 1, 1, 1, 1))

@@ -234,3 +234,26 @@ def test_a_bad_csv_file_is_one_line_that_names_it(tmp_path, change, message):
         CostTable.load(path)
     assert "mine.csv" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_csv_file_as_spreadsheets_write_it_is_read(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_bytes(b"\xef\xbb\xbflayer,candidate,latency_ms\r\na,dense,2\r\na,r4,1\r\nnetwork,,5\r\n\r\n")
+    assert CostTable.load(path).total({"a": "r4"}) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "costs.json",
+            '{"version": 1, "metric": "macs", "identity": [], "costs": {}, "fixed": 1}',
+            "identity",
+        ),
+        ("costs.csv", "layer,candidate,latency_ms\na,dense," + "9" * 140_000 + "x\n", "line 2"),
+    ],
+)
+def test_odd_files_are_one_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}: .*{message}"):
+        CostTable.load(tmp_path / name)

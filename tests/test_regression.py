@@ -12,7 +12,7 @@ from torch import nn
 from nni_haloc.device.files import DENSE
 from nni_haloc.device.measurements import unmeasured
 from nni_haloc.device.measuring import Timing, measure
-from nni_haloc.device.spec import draw
+from nni_haloc.device.spec import Specification, draw
 from nni_haloc.models import build_model
 from nni_haloc.predictors import CostTable, specify
 from nni_haloc.predictors.regression import complete
@@ -96,3 +96,9 @@ def test_too_few_measurements_and_those_in_place_are_refused():
         complete(spec, measure(spec, clock, None, Timing(rounds=1, min_run_time=0), indices=[0, 1]))
     with pytest.raises(ValueError, match="in place"):
         complete(spec, measure(spec, clock, None, Timing("in-place", rounds=1, min_run_time=0), indices=[0, 1]))
+
+
+def test_a_layer_with_nothing_but_its_dense_candidate_is_sampled():
+    spec = specify(nn.Sequential(nn.Conv2d(8, 8, 3)), torch.randn(1, 8, 8, 8), RankRules(step=1), program=False)
+    alone = Specification(**{**vars(spec), "layers": {"0": {"dense": 0}}, "entries": spec.entries[:1]})
+    assert draw(alone, 0.5) == [0]

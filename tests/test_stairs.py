@@ -11,13 +11,22 @@ from test_cli import haloc
 
 from nni_haloc import RankRules
 from nni_haloc.models import build_model
-from nni_haloc.predictors import CostTable
+from nni_haloc.predictors import CostTable, activation_table, mac_table, param_table
 from nni_haloc.predictors.stairs import Stairs, rank_stairs
 from nni_haloc.ranks import find_layers
 
 
 def table(cost, highest, dense=100.0):
     return CostTable("latency_ms", {"a": {"dense": dense, **{f"r{r}": cost(r) for r in range(1, highest + 1)}}}, 0)
+
+
+@pytest.mark.parametrize("count", [mac_table, param_table, activation_table])
+def test_counted_costs_have_no_stairs(count):
+    """Polynomials in the rank: what rounding leaves of them is no device's."""
+    model, x = build_model("resnet20"), torch.randn(1, 3, 32, 32)
+    found = rank_stairs(count(model, x, RankRules(step=1, kinds=("conv",), exclude=("conv1",))))
+    assert found
+    assert {stairs.width for stairs in found.values()} == {1}
 
 
 @given(width=st.integers(3, 16), treads=st.integers(2, 4), slope=st.floats(0, 0.5), rise=st.floats(2, 10), seed=st.integers(0, 9))

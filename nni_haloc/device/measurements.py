@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
@@ -53,8 +54,21 @@ def finished(spec: Specification, state: Mapping[str, Any], predicted: Mapping[i
     return costs_content(METRIC, state["identity"], fixed, costs, spread)
 
 
+def keep_measurements(path: str | Path) -> None:
+    """ValueError if there are measurements in a file that is about to be written anew."""
+    try:
+        found = "runs" in json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return
+    if found:
+        raise ValueError(f"{path}: holds measurements, which would be lost; expected another --out")
+
+
 def merge(spec: Specification, paths: Sequence[str | Path]) -> dict[str, Any]:
     """The content of one ``costs.json`` from the workers' files; ValueError where they differ or an entry is in none of them."""
+    again = [path for path in paths if sum(Path(path).resolve() == Path(other).resolve() for other in paths) > 1]
+    if again:
+        raise ValueError(f"{again[0]}: expected each worker's file once")
     first: dict[str, Any] = {}
     for path in paths:
         state = read_measurements(path, first.get("identity", subject(spec)))

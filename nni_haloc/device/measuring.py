@@ -84,6 +84,8 @@ def measure(
     ``indices``: the entries to measure (None: all); the network is measured in any case. The table is in the content once no entry is
     missing, until then the runs alone. Raises ValueError where ``out`` holds measurements of something else.
     """
+    if not spec.layers:
+        raise ValueError(f"{spec.model}: expected layers to measure, found none in its rank space")
     identity = {**subject(spec), **runtime.identity(), "where": timing.where}
     homes = spec.homes()
     mine = [index for index in homes if indices is None or index in indices]
@@ -106,9 +108,11 @@ def measure(
             kept = _kept(runs, whole, homes, index)
             try:
                 kept.append(1e3 * _time(spec, runtime, index, timing))
-            except RuntimeError as error:  # the device is gone, out of memory, or cannot run this
+            # The device is gone, out of memory, or cannot run this; or a specification that was written by hand makes no sense.
+            except (RuntimeError, TypeError, LookupError, AttributeError) as error:
                 what = "the network" if index is None else "layer {!r}, candidate {!r}".format(*homes[index])
                 reason = str(error).strip().split("\n")[0]
+                reason = reason if isinstance(error, RuntimeError) else f"the specification is damaged ({type(error).__name__}: {reason})"
                 raise ValueError(f"{what}: {reason}; what was measured until then {'is in ' + str(out) if out else 'is lost'}") from None
             state["identity"] |= {"date": time.strftime("%Y-%m-%d"), "runs": timing.rounds}
             if out is not None and done + 1 < len(missing):

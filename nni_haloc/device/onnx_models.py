@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ def with_onnx(spec: Specification, model: nn.Module) -> Specification:
     network = exported.model_proto
     for layer in spec.layers:
         _nodes_of(network, layer)
+    _without_made_biases(network, [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.bias is None])
     return replace(spec, entries=entries, onnx=_weightless(network).SerializeToString())
 
 
@@ -142,6 +143,20 @@ def _weightless(network: Any) -> Any:
     for i, node in enumerate(nodes):
         network.graph.node.insert(i, node)
     return network
+
+
+def _without_made_biases(network: Any, layers: Collection[str]) -> None:
+    """Take off the zeros that the exporter adds to convolutions without bias: computed at run time, they keep ONNX Runtime from folding
+    the batch normalisation behind it."""
+    for node in network.graph.node:
+        if node.op_type == "Conv" and len(node.input) == 3 and set(layers) & set(_scopes(node)):
+            del node.input[2]
+    before = None
+    while before != len(network.graph.node):  # and what is now computed for nobody
+        before = len(network.graph.node)
+        used = {name for node in network.graph.node for name in node.input} | {value.name for value in network.graph.output}
+        for node in [node for node in network.graph.node if not used & set(node.output)]:
+            network.graph.node.remove(node)
 
 
 def _nodes_of(network: Any, layer: str) -> list[Any]:

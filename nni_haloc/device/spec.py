@@ -113,6 +113,9 @@ def draw(spec: Specification, fraction: float, seed: int = 0) -> list[int]:
     generator, found = random.Random(seed), []
     rows = dict.fromkeys(tuple(row.values()) for row in spec.layers.values())
     for dense, *others in rows:
+        if not others:
+            found.append(dense)
+            continue
         count = min(len(others), max(1, round(fraction * (1 + len(others))) - 1))
         cuts = [round(i * len(others) / count) for i in range(count + 1)]
         found += [dense, *(others[generator.randrange(low, high)] for low, high in itertools.pairwise(cuts) if high > low)]

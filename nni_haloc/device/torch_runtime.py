@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..layers import LayerSpec
+from ..layers import Kind, LayerSpec
 from ..modules import replace_modules
 from .files import DENSE, processor
 from .measuring import Run
@@ -43,6 +43,8 @@ class TorchRuntime:
     def __post_init__(self) -> None:
         if self.memory_format not in get_args(MemoryFormat):
             raise ValueError(f"memory_format: expected one of {', '.join(get_args(MemoryFormat))}, found {self.memory_format!r}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads: expected a number above 0, found {self.threads}")
         try:
             torch.empty(1, device=self.device, dtype=self._dtype)
             self._wait()
@@ -155,6 +157,8 @@ def layer_spec(name: str, fields: Mapping[str, Any]) -> LayerSpec:
     def pairs(value: Any) -> Any:
         return tuple(pairs(v) for v in value) if isinstance(value, (list, tuple)) else value
 
+    if fields.get("kind") not in get_args(Kind):
+        raise ValueError(f"layer {name!r}: kind: expected one of {', '.join(get_args(Kind))}, found {fields.get('kind')!r}")
     try:
         return LayerSpec(name=name, **{key: pairs(value) for key, value in fields.items()})
     except TypeError as error:

@@ -30,6 +30,7 @@ _LOOP_ORDERS = 5
 _BITS = {"W": 8, "I": 8, "O": 16, "O_final": 8}
 Part = tuple[int, ...]
 """Channels in and out, kernel rows and columns, output rows and columns, stride along both."""
+_PART = "channels in, channels out, kernel rows, kernel columns, output rows, output columns, stride, stride across"
 
 
 def accelerator_table(
@@ -126,9 +127,12 @@ def _model(part: Part) -> dict[str, float]:
         with TemporaryDirectory() as folder, _quiet():
             file = os.path.join(folder, "mapping.yaml")
             Path(file).write_text(yaml.safe_dump([mapping]), encoding="utf-8")
-            energy, cycles, *_ = get_hardware_performance_zigzag(
-                [_workload(part)], hardware, file, dump_folder=folder, lpf_limit=_LOOP_ORDERS, loma_show_progress_bar=False
-            )
+            try:
+                energy, cycles, *_ = get_hardware_performance_zigzag(
+                    [_workload(part)], hardware, file, dump_folder=folder, lpf_limit=_LOOP_ORDERS, loma_show_progress_bar=False
+                )
+            except ValueError as error:
+                raise ValueError(f"ZigZag has no mapping of a convolution of {part} ({_PART}): {error}") from None
         results.append({"cycles": float(cycles), "energy_pj": float(energy)})
     return min(results, key=lambda costs: costs["cycles"])
 

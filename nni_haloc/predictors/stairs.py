@@ -15,6 +15,8 @@ _CONVINCING = 0.5
 """Share of what a smooth curve leaves unexplained that stairs must explain."""
 _UNLIKELY = 0.01
 """Probability at which noise on a smooth curve may pass for stairs (F-test, over all the widths that are tried)."""
+_ROUNDING = 1e-12
+"""Share of a cost's square that is rounding, not stairs."""
 _FEWEST = 8
 """Ranks that a layer must have for its stairs to be seen."""
 
@@ -54,7 +56,7 @@ def _stairs(points: Mapping[int, float], dense: float) -> Stairs:
     free = len(ranks) - 4
     for width in widths:
         step = np.ceil(ranks / width)
-        if len(set(step)) < 2 or left == 0:
+        if len(set(step)) < 2 or left <= _ROUNDING * float(np.sum(cost**2)):
             continue
         after, slopes = _left(np.column_stack([smooth, step]), cost)
         explained = 1 - after / left

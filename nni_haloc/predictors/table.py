@@ -80,6 +80,8 @@ class CostTable:
         try:
             if "costs" not in content and "runs" in content:
                 raise ValueError("not finished: `haloc measure` with the same options goes on where it stopped")
+            if not isinstance(content.get("identity", {}), Mapping):
+                raise ValueError(f"identity: expected a mapping, found {content['identity']!r}")
             rows = {layer: dict(row) for layer, row in content["costs"].items()}
             return cls(content["metric"], rows, content["fixed"], content.get("identity", {}), content.get("spread", {}))
         except KeyError as error:
@@ -94,17 +96,18 @@ def _read_csv(path: Path) -> dict[str, Any]:
     A line without a candidate is for the network as it was (``network``) or for all but its searched layers (``fixed``).
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark at the beginning
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
     with StringIO(text, newline="") as file:
+        csv.field_size_limit(len(text) + 1)
         reader = csv.reader(file)
         header = [name.strip() for name in next(reader, [])]
         if len(header) != 3 or header[:2] != ["layer", "candidate"] or header[2] not in UNITS:
             raise ValueError(f"{path}: line 1: expected layer,candidate and one of {', '.join(UNITS)}, found {','.join(header)!r}")
         costs: dict[str, dict[str, float]] = {}
         whole: dict[str, float] = {}
-        for row in reader:
+        for row in filter(None, reader):
             try:
                 layer, candidate, cost = (cell.strip() for cell in row)
                 target, key = (costs.setdefault(layer, {}), candidate) if candidate else (whole, layer)
