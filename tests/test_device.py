@@ -434,12 +434,12 @@ def test_workers_share_the_entries_and_their_files_are_put_together(tmp_path, sp
         merge(spec, files[:2])
 
 
-def test_workers_of_different_speed_make_no_table(tmp_path, spec, clock):
+def test_workers_of_different_speed_are_told_of(tmp_path, spec, clock):
     files = [tmp_path / f"{part}.json" for part in range(2)]
     for part, file in enumerate(files):
         clock.cost = {index: (1 + part) * cost for index, cost in clock.cost.items()}
         measure(spec, clock, file, Timing(rounds=1, min_run_time=0), indices=share(spec, part, 2))
-    with pytest.raises(ValueError, match=r"1\.json, .*0\.json: expected workers that are alike, found .* 2\.00 times as long"):
+    with pytest.warns(match=r"1\.json, .*0\.json: expected workers that are alike, found .* 2\.00 times as long"):
         merge(spec, files)
 
 

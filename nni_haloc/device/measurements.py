@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
@@ -90,12 +91,14 @@ def merge(spec: Specification, paths: Sequence[str | Path]) -> dict[str, Any]:
 
 
 def _same_speed(spec: Specification, some: Mapping[str, Any], others: Mapping[str, Any], files: str) -> None:
-    """ValueError if the dense layers, which every worker measures, say that two workers differ in speed."""
+    """A warning if the dense layers, which every worker measures, say that two workers differ in speed, or that one was disturbed."""
     dense = [layer for layer, candidate in spec.homes().values() if candidate == DENSE]
     times = [[runs.get(layer, {}).get(DENSE) for layer in dense] for runs in (others, some)]
     ratio = median([median(a) / median(b) for a, b in zip(*times, strict=True) if a and b] or [1.0])
     if not 1 / _ALIKE <= ratio <= _ALIKE:
-        raise ValueError(f"{files}: expected workers that are alike, found that dense layers take {ratio:.2f} times as long on the first")
+        warnings.warn(
+            f"{files}: expected workers that are alike, found dense layers take {ratio:.2f} times as long on the first", stacklevel=3
+        )
 
 
 def subject(spec: Specification) -> dict[str, Any]:
