@@ -98,7 +98,7 @@ def _check_measured_alike(identity: Mapping[str, Any], config: Config, example: 
         expected |= {"memory_format": config.cost.memory_format, "dtype": runtime_of(config).dtype}
         expected |= {"threads": config.cost.threads} if config.cost.threads is not None else {}
     for key, value in expected.items():
-        if ("runtime" in identity or (key == "input" and key in identity)) and identity.get(key) != value:
+        if ("runtime" in identity or (key == "input" and identity.get("kind") == "roofline")) and identity.get(key) != value:
             raise ConfigError(f"{where}: measured with {key} {identity.get(key)!r}, the run's is {value!r} (cost.batch_size and others)")
 
 
