@@ -45,6 +45,7 @@ setup(
             *ACCELERATOR,
             "pytest>=8.0",
             "hypothesis>=6.100",
+            "fvcore>=0.1.5",
             "ruff>=0.9",
             "mypy>=1.15",
             "types-PyYAML",

@@ -112,12 +112,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
-    def model_options(self, out: str) -> None:
+    def model_options(self, out: str | None) -> None:
         self.add_argument("--model", help="resnet20, torchvision:resnet18, your_package.models:make_net, ...")
         self.add_argument("--input", help="shape of one image, 3x224x224")
         self.add_argument("--batch", type=int, help="images in a batch (default: 1)")
         self.add_argument("--rank-space", type=Path, help="which layers and ranks: a file as in search_spaces/")
-        self.add_argument("--out", type=Path, default=Path(out), help="default: %(default)s")
+        if out is not None:
+            self.add_argument("--out", type=Path, default=Path(out), help="default: %(default)s")
 
 
 def _specified(options: argparse.Namespace, onnx: bool) -> tuple[Specification, nn.Module | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 import math
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from .device.files import DENSE
 from .layers import Kind, LayerSpec
-from .modules import evaluating
 
 PLAN_VERSION = 1
 
@@ -76,6 +76,11 @@ class RankRules:
         """What ``pin`` says of a layer; the first entry counts."""
         return [value for pattern, value in self.pin.items() if fnmatch.fnmatchcase(layer, pattern)]
 
+    def step_of(self, spec: LayerSpec) -> int:
+        """Distance between a layer's candidate ranks."""
+        size = min(spec.in_channels, spec.out_channels)
+        return self.step or (32 if size > 64 else 8 if size > 32 else 4 if size > 16 else 2)
+
     def candidates(self, spec: LayerSpec) -> list[Rank]:
         """Candidate ranks of one layer, falling, ``None`` (dense) first; those with as many MACs as the dense layer are dropped.
 
@@ -89,7 +94,7 @@ class RankRules:
                 raise ValueError(f"pin: {error}") from None
             return [rank]
         size = min(spec.in_channels, spec.out_channels)
-        step = self.step or (32 if size > 64 else 8 if size > 32 else 4 if size > 16 else 2)
+        step = self.step_of(spec)
         width = self.stairs.get(spec.name, 1)
 
         def grid(channels: int) -> list[int]:
@@ -134,17 +139,15 @@ class Layers:
 def find_layers(model: nn.Module, example_input: Tensor, rules: RankRules = RankRules()) -> Layers:
     """Run ``model`` once on ``example_input`` and record every convolution and linear layer: shapes, or why it is left alone.
 
-    The model is left as it was (mode included); the pass is made in evaluation mode without gradients.
+    The pass is made by a copy, in evaluation mode without gradients: the model is left as it was, whatever it does when it is called.
     """
+    model = copy.deepcopy(model).eval()
     shapes: dict[nn.Module, list[tuple[int, ...]]] = {}
     modules: dict[nn.Module, str] = {m: n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
-    hooks = [m.register_forward_pre_hook(lambda m, a: shapes.setdefault(m, []).append(tuple(a[0].shape))) for m in modules]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(example_input)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for module in modules:
+        module.register_forward_pre_hook(lambda m, a: shapes.setdefault(m, []).append(tuple(a[0].shape)))
+    with torch.no_grad():
+        model(example_input)
 
     holders = Counter(id(m.weight) for m in modules)
     specs, reasons = {}, {n: "not called as a module" for m, n in modules.items() if m not in shapes}

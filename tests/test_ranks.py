@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from nni_haloc import RankSpace
 from nni_haloc.layers import LayerSpec
 from nni_haloc.ranks import RankPlan, RankRules, find_layers, macs, parse_rank, rank_name
+from nni_haloc.report import LayerReport
 
 RANK = st.one_of(st.none(), st.tuples(st.integers(1, 4096), st.integers(1, 4096)))
 
@@ -175,3 +177,47 @@ def test_a_layer_without_a_rank_to_search_may_be_pinned():
 def test_ranks_json_is_readable(tmp_path):
     RankPlan({"a": (16, 8), "b": None}).save(tmp_path / "ranks.json")
     assert json.loads((tmp_path / "ranks.json").read_text())["ranks"] == {"a": [16, 8], "b": "dense"}
+
+
+def test_the_report_has_every_layer_with_its_candidates_or_a_reason():
+    """Attention's and functional calls' own parameters among them."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.odd, self.norm, self.own = Odd(), nn.BatchNorm2d(1), nn.Parameter(torch.randn(1, 1, 3, 3))
+
+        def forward(self, x):
+            return nn.functional.conv2d(self.norm(self.odd(x)), self.own)
+
+    space = RankSpace(Mixed(), torch.randn(2, 8, 8, 8))
+    rows = {row.layer: row for row in space.report()}
+    layers = [name for name, m in space.original.named_modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    assert list(rows) == ["own", *layers]
+    assert rows["odd.twice"] == LayerReport("odd.twice", "conv", (8, 8, 3, 3), ("dense", "r6", "r4", "r2"), "")
+    assert (rows["odd.up"].kind, rows["odd.up"].reason) == ("ConvTranspose2d", "ConvTranspose2d is not decomposed")
+    assert rows["own"].reason == "used by Mixed itself, not by a layer"
+    assert all(bool(row.reason) != bool(row.candidates) for row in space.report())
+    lines = str(space.report()).splitlines()
+    assert len(lines) == 1 + len(rows)
+    assert lines[0].split() == ["layer", "kind", "shape", "candidates", "reason"]
+
+
+class Counting(nn.Module):
+    """Its state changes whenever it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(8, 8, 3, padding=1), 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen += 1
+        return self.conv(x)
+
+
+def test_a_model_is_never_called_itself():
+    model = Counting()
+    RankSpace(model, torch.randn(2, 8, 8, 8), calibration=torch.randn(16, 8, 8, 8))
+    assert (model.calls, float(model.seen)) == (0, 0)

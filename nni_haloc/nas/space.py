@@ -13,6 +13,7 @@ from ..candidates import build_candidates
 from ..modules import replace_modules
 from ..predictors import CostTable, mac_table, worthwhile
 from ..ranks import RankRules, find_layers
+from ..report import SpaceReport, space_report
 from ..tucker import Method
 
 
@@ -48,10 +49,10 @@ class RankSpace(ModelSpace):
         if not self.candidates:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_alone.items()) or "no convolution or linear layer"
             raise ValueError(f"nothing to search in {type(model).__name__} ({reasons})")
-        built = build_candidates(model, layers.specs, self.candidates, calibration, decomposition)
-        self.specs = {name: layers.specs[name] for name in self.candidates}
         # Kept out of the module tree: it is neither mutable nor trained, and must not show among the parameters.
         object.__setattr__(self, "original", copy.deepcopy(model).eval().requires_grad_(False))
+        built = build_candidates(self.original, layers.specs, self.candidates, calibration, decomposition)
+        self.specs = {name: layers.specs[name] for name in self.candidates}
         self.model = copy.deepcopy(model)
         replace_modules(self.model, {name: LayerChoice(built[name], label=name) for name in self.candidates})
         for module in self.model.modules():
@@ -85,6 +86,10 @@ class RankSpace(ModelSpace):
         """Layer to candidate name to its trained module."""
         choices = [module for module in self.model.modules() if isinstance(module, LayerChoice)]
         return {str(choice.label): {name: choice[name] for name in choice.names} for choice in choices}
+
+    def report(self) -> SpaceReport:
+        """Every layer with its candidates, or why it is left as it is; printed, a table."""
+        return space_report(self.original, self.candidates, self.left_alone)
 
     def size(self) -> int:
         """Number of networks in the space."""

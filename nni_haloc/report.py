@@ -1,0 +1,76 @@
+"""What a rank space makes of a model: every layer with its candidates, or why it stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+
+from torch import nn
+
+from .layers import LayerSpec
+
+_CONVOLUTIONS = (nn.Linear, nn.modules.conv._ConvNd)
+_OTHERS_OWN = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.PReLU)
+"""Modules whose parameters nobody expects to be decomposed."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer. ``shape``: of its weight. ``candidates``: their names, none where it is left alone. ``reason``: why it is, else empty."""
+
+    layer: str
+    kind: str
+    shape: tuple[int, ...]
+    candidates: tuple[str, ...]
+    reason: str
+
+
+class SpaceReport:
+    """A row for each layer that has a kernel or a matrix, in the model's order; as text, a table."""
+
+    def __init__(self, rows: Iterable[LayerReport]) -> None:
+        self.rows = tuple(rows)
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        def text(value: object) -> str:
+            parts = value if isinstance(value, tuple) else (value,)
+            return ("x" if parts and isinstance(parts[0], int) else " ").join(map(str, parts))
+
+        return text_table([field.name for field in fields(LayerReport)], [[text(value) for value in astuple(row)] for row in self.rows])
+
+    __repr__ = __str__
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells in columns, as wide as they need to be."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def space_report(model: nn.Module, candidates: Mapping[str, Iterable[str]], left_alone: Mapping[str, str]) -> SpaceReport:
+    """The report on a model whose layers have these candidates, or are left alone for these reasons."""
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, _CONVOLUTIONS):
+            kind: str
+            try:
+                kind = LayerSpec.of(name, module).kind
+            except TypeError:
+                kind = type(module).__name__
+            found = tuple(candidates.get(name, ()))
+            reason = "" if found else left_alone.get(name, "not searched")
+            rows.append(LayerReport(name, kind, tuple(module.weight.shape), found, reason))
+        elif not isinstance(module, _OTHERS_OWN):
+            for own, parameter in module.named_parameters(name, recurse=False):
+                if parameter.dim() > 1:
+                    rows.append(
+                        LayerReport(own, "parameter", tuple(parameter.shape), (), f"used by {type(module).__name__} itself, not by a layer")
+                    )
+    return SpaceReport(rows)
