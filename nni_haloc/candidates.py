@@ -93,23 +93,32 @@ def build_candidates(
     for group in _groups(wanted, memory):
         covariances = patch_covariances(model, group, calibration) if method == "data" and calibration is not None else {}
         for name, spec in group.items():
-            weight = cast(Tensor, modules[name].weight).detach().cpu()
+            weight = cast(Tensor, modules[name].weight).detach()
+            if weight.is_meta:  # shapes alone
+                continue
+            weight = weight.cpu()
             ranks = [r for r in candidates[name].values() if r is not None]
             factors[name] = decompose(weight if spec.kind == "conv" else weight.flatten(1), ranks, method, covariances.pop(name, None))
             kept_plain += [f"{name} {rank}" for rank, found in zip(ranks, factors[name], strict=True) if isinstance(found, Plain)]
     if kept_plain:
         logger.info("decomposed by the weights, because the data gave nothing better: %s", ", ".join(kept_plain))
-    weights = {name: cast(Tensor, modules[name].weight) for name in candidates}
     built: dict[str, dict[str, nn.Module]] = {}
     for name, row in candidates.items():
         original, found = modules[name], iter(factors.pop(name, []))
         built[name] = {
-            candidate: copy.deepcopy(original)
-            if rank is None
-            else specs[name].assemble(next(found), last_bias(original)).to(weights[name]).to(memory_format=layout_of(weights[name]))
+            candidate: copy.deepcopy(original) if rank is None else _candidate(specs[name], rank, next(found, None), original)
             for candidate, rank in row.items()
         }
     return built
+
+
+def _candidate(spec: LayerSpec, rank: Rank, factors: Tucker2 | LowRank | None, original: nn.Module) -> nn.Module:
+    """The layer at one rank, on the device and in the precision and layout of the original; without factors, of no values."""
+    weight = cast(Tensor, original.weight)
+    if factors is None:
+        with torch.device("meta"):
+            return spec.build(rank).to(weight.dtype)
+    return spec.assemble(factors, last_bias(original)).to(weight).to(memory_format=layout_of(weight))
 
 
 def _patch_size(spec: LayerSpec) -> int:

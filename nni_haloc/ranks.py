@@ -51,7 +51,8 @@ def parse_rank(name: str, kind: Kind) -> Rank:
 class RankRules:
     """Which layers are searched and which ranks they may take.
 
-    ``step``: distance between candidate ranks; None takes it from the smaller channel count (32; 8 at 64 or fewer, 4 at 32, 2 at 16).
+    ``step``: distance between candidate ranks; None takes it from the smaller channel count: 2 at 16 or
+    fewer, 4 at 32, 8 at 64, 32 below 1024, then 32 for each 512.
     ``dense``: whether the layer as it was is a candidate. ``equal``: r1 = r2 (design principle 2); otherwise every pair of steps.
     ``kinds``: what is searched, of ``conv``, ``pointwise`` (1x1 convolutions), ``linear``. ``exclude``: name patterns of layers left alone.
     ``pin``: name pattern to the one candidate of the layers that it matches: a rank, ``(r1, r2)``, or ``"dense"``; the first pattern that
@@ -79,7 +80,7 @@ class RankRules:
     def step_of(self, spec: LayerSpec) -> int:
         """Distance between a layer's candidate ranks."""
         size = min(spec.in_channels, spec.out_channels)
-        return self.step or (32 if size > 64 else 8 if size > 32 else 4 if size > 16 else 2)
+        return self.step or (max(32, size // 512 * 32) if size > 64 else 8 if size > 32 else 4 if size > 16 else 2)
 
     def candidates(self, spec: LayerSpec) -> list[Rank]:
         """Candidate ranks of one layer, falling, ``None`` (dense) first; those with as many MACs as the dense layer are dropped.

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from nni_haloc import candidates
+from nni_haloc import RankSpace, candidates
 from nni_haloc.candidates import _draw_patches, build_candidates, patch_covariances
 from nni_haloc.layers import LayerSpec, TuckerConv2d
+from nni_haloc.models import build_model
 from nni_haloc.modules import replace_modules
 from nni_haloc.ranks import RankRules, find_layers
 from nni_haloc.tucker import data_aware, hosvd, output_error, reconstruct, warm_hooi
@@ -165,3 +166,12 @@ def test_a_layer_under_two_names_is_replaced_under_both():
     replace_modules(model, {"a": new})
     assert model.a is new
     assert model.b is new
+
+
+def test_a_network_without_values_has_candidates_without_values():
+    with torch.device("meta"):
+        model, x = build_model("resnet20"), torch.zeros(2, 3, 32, 32)
+    space = RankSpace(model, x)
+    network = space.freeze({layer: list(row)[-1] for layer, row in space.candidates.items()})
+    assert all(p.is_meta for p in network.parameters())
+    assert network.eval()(x).shape == (2, 10)

@@ -24,7 +24,9 @@ def spec(c, f, kind="conv", k=3):
     return LayerSpec("layer", kind, c, f, (shape,), False, kernel, padding=(k // 2, k // 2) if kind == "conv" else (0, 0))
 
 
-@pytest.mark.parametrize(("channels", "step"), [(512, 32), (128, 32), (64, 8), (32, 4), (16, 2), (8, 2)])
+@pytest.mark.parametrize(
+    ("channels", "step"), [(4096, 256), (1024, 64), (768, 32), (512, 32), (128, 32), (64, 8), (32, 4), (16, 2), (8, 2)]
+)
 def test_candidates_are_multiples_of_the_step_and_cheaper_than_dense(channels, step):
     ranks = RankRules().candidates(spec(channels, channels))
     assert ranks[0] is None
