@@ -1,0 +1,113 @@
+"""torchvision's whole list of models: a rank space is built, a random plan and the all-dense one are frozen, and forward passes fit.
+
+Without values (the meta device) wherever a model works there; with values for some small ones, and in the slow suite, ``HALOC_SLOW=1``,
+for all below 30 M parameters and for detection, whose post-processing looks at values.
+"""
+
+import os
+import random
+import warnings
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from nni_haloc import RankRules, RankSpace
+
+models = torchvision.models
+CLASSIFICATION = list(models.list_models(module=models))
+SEGMENTATION, DETECTION = (models.list_models(module=m) for m in (models.segmentation, models.detection))
+VIDEO = models.list_models(module=models.video)
+SMALL = [
+    "googlenet",
+    "mnasnet0_5",
+    "mobilenet_v3_small",
+    "resnet18",
+    "shufflenet_v2_x0_5",
+    "ssdlite320_mobilenet_v3_large",
+]
+MOST = 30_000_000
+"""Parameters of those that are tried with values."""
+SLOW = pytest.mark.skipif(not os.environ.get("HALOC_SLOW"), reason="slow: HALOC_SLOW=1 runs it")
+RULES = RankRules(kinds=("conv", "pointwise", "linear"))
+
+
+def build(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of initialisations to come
+        arguments = {"weights_backbone": None} if name in SEGMENTATION + DETECTION else {}
+        return models.get_model(name, weights=None, **arguments).eval()
+
+
+def batch(name):
+    if name in VIDEO:
+        return torch.rand(1, 3, 16, 224, 224)
+    return torch.rand(2, 3, 299, 299) if name == "inception_v3" else torch.rand(2, 3, 224, 224)
+
+
+def shapes(out):
+    """Of an output's tensors; how many boxes are found depends on the weights."""
+    if isinstance(out, torch.Tensor):
+        return out.shape
+    if isinstance(out, dict):
+        return {key: shapes(value) for key, value in out.items()}
+    return [sorted(value) for value in out]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    pairs = [(a[key], b[key]) for key in a] if isinstance(a, dict) else list(zip(a, b, strict=True))
+    return all(same(x, y) for x, y in pairs)
+
+
+def some(space, seed=0):
+    draw = random.Random(seed)
+    return {layer: draw.choice(list(row)) for layer, row in space.candidates.items()}
+
+
+@pytest.mark.parametrize("name", list(CLASSIFICATION + SEGMENTATION + VIDEO))
+def test_without_values(name):
+    model, x = build_on_meta(name), batch(name).to("meta")
+    with torch.no_grad():
+        expected = model(x)
+        space = RankSpace(model, x, rules=RULES)
+        assert shapes(space.freeze(some(space)).eval()(x)) == shapes(expected)
+    report = {row.layer: row for row in space.report()}
+    assert all(row.candidates or row.reason for row in report.values())
+    assert {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))} <= set(report)
+
+
+def build_on_meta(name):
+    try:
+        with torch.device("meta"):
+            return build(name)
+    except NotImplementedError:  # its constructor looks at values
+        return build(name).to("meta")
+
+
+def with_values(name):
+    torch.manual_seed(0)
+    model, x = build(name), batch(name)
+    if sum(p.numel() for p in model.parameters()) > MOST:
+        pytest.skip("more than 30 M parameters")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(x)
+        space = RankSpace(model, x, rules=RULES, decomposition="hosvd")
+        assert shapes(space.freeze(some(space)).eval()(x)) == shapes(expected)
+        assert same(space.freeze(dict.fromkeys(space.candidates, "dense")).eval()(x), expected)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert not model.training
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_with_values(name):
+    with_values(name)
+
+
+@SLOW
+@pytest.mark.parametrize("name", [n for n in CLASSIFICATION + SEGMENTATION + DETECTION if n not in SMALL])
+def test_with_values_all(name):
+    with_values(name)
