@@ -12,6 +12,7 @@ from .nas import RankSpace
 from .nas.multitrial import MultiTrial, run_multitrial
 from .predictors import worthwhile
 from .ranks import RankPlan, find_layers
+from .report import why_nothing
 from .rules import Problem, described, plan
 from .tables import limits_of, rules_of
 from .yaml_files import ConfigError
@@ -79,8 +80,7 @@ def _problem(job: Job) -> Problem:
         found = layers.candidates(rules_of(config))
     candidates, dropped = worthwhile(found, [limit.costs for limit in limits], [name for name in found if rules.pins(name)])
     if not candidates:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in {**layers.left_alone, **dropped}.items())
-        raise ValueError(f"nothing to search in {config.model.name} ({reasons})")
+        raise ValueError(why_nothing(job.model, {**layers.left_alone, **dropped}))
     images, labels = job.splits.labelled("plain", r.calibration_images, config.seed)
     bf16 = config.search.precision == "bf16-mixed"
     method = None if r.decomposition == "auto" else r.decomposition

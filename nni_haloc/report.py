@@ -47,6 +47,15 @@ class SpaceReport:
     __repr__ = __str__
 
 
+def why_nothing(model: nn.Module, left_alone: Mapping[str, str]) -> str:
+    """One line on a model in which no layer can be searched."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in left_alone.items():
+        layers.setdefault(reason, []).append(name)
+    told = [f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}" for reason, names in layers.items()]
+    return f"nothing to search in {type(model).__name__} ({'; '.join(told) or 'no convolution or linear layer'})"
+
+
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells in columns, as wide as they need to be."""
     lines = [header, *rows]

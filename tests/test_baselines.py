@@ -118,7 +118,7 @@ def test_a_table_of_the_accelerator_model_serves_a_run(tmp_path):
 @pytest.mark.parametrize("rule", ["uniform", "learned", "nni-random"])
 def test_nothing_to_search_is_one_line(tmp_path, rule):
     config = load_config(DIGITS, {"rule": rule, "budget.fraction": 1.0, "rank_space.exclude": ["*"]})
-    with pytest.raises(ConfigError, match=r"^nothing to search in digits_cnn \(.*excluded by name"):
+    with pytest.raises(ConfigError, match=r"^nothing to search in DigitsCNN \(.*excluded by name"):
         by_rule(Job(config, tmp_path))
 
 

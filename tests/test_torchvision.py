@@ -67,7 +67,7 @@ def some(space, seed=0):
     return {layer: draw.choice(list(row)) for layer, row in space.candidates.items()}
 
 
-@pytest.mark.parametrize("name", list(CLASSIFICATION + SEGMENTATION + VIDEO))
+@pytest.mark.parametrize("name", [n for n in CLASSIFICATION + SEGMENTATION + VIDEO if n != "s3d"])
 def test_without_values(name):
     model, x = build_on_meta(name), batch(name).to("meta")
     with torch.no_grad():
@@ -77,6 +77,11 @@ def test_without_values(name):
     report = {row.layer: row for row in space.report()}
     assert all(row.candidates or row.reason for row in report.values())
     assert {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))} <= set(report)
+
+
+def test_a_model_of_three_dimensional_convolutions_alone_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^nothing to search in S3D \(features.0.0.0 and \d+ more: Conv3d is not decomposed\)$"):
+        RankSpace(build_on_meta("s3d"), batch("s3d").to("meta"), rules=RULES)
 
 
 def build_on_meta(name):

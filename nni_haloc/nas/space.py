@@ -13,7 +13,7 @@ from ..candidates import build_candidates
 from ..modules import replace_modules
 from ..predictors import CostTable, mac_table, worthwhile
 from ..ranks import RankRules, find_layers
-from ..report import SpaceReport, space_report
+from ..report import SpaceReport, space_report, why_nothing
 from ..tucker import Method
 
 
@@ -47,8 +47,7 @@ class RankSpace(ModelSpace):
         self.candidates, dropped = worthwhile(found, tables, [name for name in found if rules.pins(name)])
         self.left_alone = {**layers.left_alone, **dropped}
         if not self.candidates:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_alone.items()) or "no convolution or linear layer"
-            raise ValueError(f"nothing to search in {type(model).__name__} ({reasons})")
+            raise ValueError(why_nothing(model, self.left_alone))
         # Kept out of the module tree: it is neither mutable nor trained, and must not show among the parameters.
         object.__setattr__(self, "original", copy.deepcopy(model).eval().requires_grad_(False))
         built = build_candidates(self.original, layers.specs, self.candidates, calibration, decomposition)
