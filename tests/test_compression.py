@@ -1,5 +1,6 @@
 """From a plan to a network, to a folder and back; what is loaded is never trusted."""
 
+import copy
 import json
 import pickle
 import subprocess
@@ -10,8 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from nni_haloc import RankPlan, compress, load, save
+from nni_haloc import RankPlan, RankRules, RankSpace, compress, load, save
 from nni_haloc.compression import load_weights, restructure
+from nni_haloc.finetuning import recalibrate
+from nni_haloc.layers import LowRankConv2d, TuckerConv2d
 from nni_haloc.models import build_model
 
 PLAN = RankPlan({"block2.conv": (12, 12), "block3.conv": None, "block4.conv": (24, 16)}, {"rule": "test"})
@@ -166,3 +169,53 @@ def test_a_model_that_is_not_there_is_named(name, arguments, message):
 def test_models_come_from_torchvision_and_from_any_factory():
     assert json.dumps(sum(p.numel() for p in build_model("torchvision:resnet18", {"num_classes": 7}).parameters())) == "11180103"
     assert isinstance(build_model("torch.nn:Linear", {"in_features": 2, "out_features": 3}), nn.Linear)
+
+
+@pytest.fixture(scope="module")
+def mobile():
+    """A compressed network with inverted residuals, grouped convolutions and factors of both kinds, and a batch for it."""
+    torch.manual_seed(0)
+    model = build_model("torchvision:mobilenet_v2", {"num_classes": 10}).eval()
+    space = RankSpace(model, torch.randn(1, 3, 64, 64), rules=RankRules(kinds=("conv", "pointwise", "linear")), decomposition="hosvd")
+    network = space.freeze({layer: list(row)[len(row) // 2] for layer, row in space.candidates.items()}).eval()
+    recalibrate(network, [(torch.randn(32, 3, 64, 64), None)])  # else its outputs are below what half precision can hold
+    assert any(isinstance(m, LowRankConv2d) for m in network.modules())
+    assert any(isinstance(m, TuckerConv2d) for m in network.modules())
+    return network, torch.randn(2, 3, 64, 64)
+
+
+def test_a_compressed_network_is_exported(mobile):
+    network, x = mobile
+    exported = torch.export.export(network, (x,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(x), network(x), rtol=0, atol=0)
+
+
+def test_a_compressed_network_is_compiled(mobile):
+    network, x = mobile
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(network, backend="aot_eager", fullgraph=True)(x), network(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_compressed_network_is_copied_and_its_state_goes_round(mobile, tmp_path):
+    network, x = mobile
+    twin = copy.deepcopy(network)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    torch.save(network.state_dict(), tmp_path / "state.pt")
+    twin.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    with torch.no_grad():
+        assert torch.equal(twin(x), network(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_compressed_network_runs_in_other_formats(mobile, dtype):
+    network, x = mobile
+    tolerance = 64 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # roundings of more than a hundred layers
+    other = copy.deepcopy(network).to(dtype).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        out = other(x.to(dtype).contiguous(memory_format=torch.channels_last))
+        expected = network(x)
+    assert out.dtype == dtype
+    assert (out.float() - expected).norm() <= tolerance * expected.norm()
