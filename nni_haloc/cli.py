@@ -30,18 +30,30 @@ RULES = get_args(Rule)[1:]
 RunFile = Annotated[Path, typer.Argument(help="settings of the run (YAML)")]
 Out = Annotated[Path, typer.Option(help="folder for the results")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting, e.g. budget.fraction=0.3")]
+Scale = Annotated[float | None, typer.Option(help="share of the work: its root is taken of all epochs and of the images, for a first try")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the state that an interrupted run of these settings left there")]
 
 
 @app.command("run")
-def run_command(run_file: RunFile, out: Out = Path("haloc-run"), set_: Changes = None, resume: Resume = False) -> None:
+def run_command(run_file: RunFile, out: Out = Path("haloc-run"), set_: Changes = None, scale: Scale = None, resume: Resume = False) -> None:
     """Search, compress and fine-tune without an NNI experiment."""
-    config, changes = _start(run_file, set_)
+    config, changes = _start(run_file, set_, scale)
     from .log import log_to
     from .run import run
 
     log_to(out / "log.txt")
     run(config, out, parameters=changes, resume=resume)
+
+
+@app.command("train")
+def train_command(run_file: RunFile, set_: Changes = None, scale: Scale = None, resume: Resume = False) -> None:
+    """Train the original network where there is none yet, and write the file of weights that the settings name."""
+    config, _ = _start(run_file, set_, scale, training=True)
+    from .log import log_to
+    from .original import train_original, training_folder
+
+    log_to(training_folder(config) / "log.txt")
+    train_original(config, resume=resume)
 
 
 @app.command("baseline")
@@ -51,19 +63,22 @@ def baseline_command(
     budget: Annotated[float | None, typer.Option(help="fraction of the original's cost (default: the file's budget)")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for the results (default: haloc-baseline-RULE)")] = None,
     set_: Changes = None,
+    scale: Scale = None,
     resume: Resume = False,
 ) -> None:
     """As `run`, with ranks by a rule of thumb or a strategy of NNI's in the place of the search: something to compare with."""
     if rule not in RULES:
         raise ConfigError(f"--rule: expected one of {', '.join(RULES)}, found {rule!r}")
     fraction = [] if budget is None else [f"budget.fraction={budget}"]
-    run_command(run_file, out or Path(f"haloc-baseline-{rule}"), [*(set_ or []), f"rule={rule}", *fraction], resume)
+    run_command(run_file, out or Path(f"haloc-baseline-{rule}"), [*(set_ or []), f"rule={rule}", *fraction], scale, resume)
 
 
 @app.command("search")
-def search_command(run_file: RunFile, out: Out = Path("haloc-run"), set_: Changes = None, resume: Resume = False) -> None:
+def search_command(
+    run_file: RunFile, out: Out = Path("haloc-run"), set_: Changes = None, scale: Scale = None, resume: Resume = False
+) -> None:
     """Search alone; `haloc run --resume` with the same settings fine-tunes what it found."""
-    config, _ = _start(run_file, set_)
+    config, _ = _start(run_file, set_, scale)
     if config.rule != "search":
         raise ConfigError(f"rule: `haloc search` is for 'search', found {config.rule!r}: `haloc baseline --rule {config.rule}`")
     from .job import Job
@@ -76,9 +91,10 @@ def search_command(run_file: RunFile, out: Out = Path("haloc-run"), set_: Change
     search(job, resume=resume)
 
 
-def _start(run_file: Path, assignments: list[str] | None) -> tuple[Any, dict[str, Any]]:
+def _start(run_file: Path, assignments: list[str] | None, scale: float | None, *, training: bool = False) -> tuple[Any, dict[str, Any]]:
     changes = dict(_assignment(text) for text in assignments or [])
-    config = load_config(run_file, changes)
+    changes |= {} if scale is None else {"scale": scale}
+    config = load_config(run_file, changes, training=training)
     sys.path.insert(0, str(run_file.parent.absolute()))  # for a model's factory beside the file, as in a trial
     return config, changes
 

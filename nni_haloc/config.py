@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from .sections import Budget, Cost, Count, Data, ExistingPath, Finetune, Model, Rule, Search, Section, Seed, Space
+from .sections import Budget, Cost, Count, Data, Finetune, Model, Rule, Search, Section, Seed, Share, Space, Train, WeightsPath
 from .yaml_files import ConfigError, read_yaml
 
 Validated = TypeVar("Validated", bound=Section)
@@ -18,7 +19,7 @@ class Config(Section):
     """A whole run. ``preset: paper`` sets what the paper fixes; naming one of those keys beside it is an error."""
 
     model: Model
-    weights: ExistingPath
+    weights: WeightsPath
     data: Data
     rank_space: Space = Space()
     cost: Cost = Cost()
@@ -26,6 +27,8 @@ class Config(Section):
     rule: Rule = "search"
     search: Search = Search()
     finetune: Finetune = Finetune()
+    train: Train = Train()
+    scale: Share = 1.0
     recalibration_batches: Annotated[int, Field(ge=0)] = 50
     threads: Count | None = None
     seed: Seed = 0
@@ -46,10 +49,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def load_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
+def load_config(path: str | Path, changes: Mapping[str, Any] | None = None, *, training: bool = False) -> Config:
     """Read and validate a run's file. ``changes``: dotted key to value (``{"budget.fraction": 0.3}``), as NNI's tuner gives them.
 
-    ``rank_space`` may be the path of a file of its own. Raises `ConfigError` with one line that names the file and the key.
+    ``rank_space`` may be the path of a file of its own. With ``scale`` below 1, its root is taken of all numbers of epochs, of one epoch at
+    least, and of the images: about that much of the work remains. ``training``: ``weights`` need not be there yet. Raises `ConfigError`
+    with one line that names the file and the key.
     """
     path = Path(path)
     content = read_yaml(path)
@@ -66,7 +71,21 @@ def load_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> C
             for key, value in fixed.items():
                 if values.setdefault(key, value) != value:
                     raise ConfigError(f"{path}: {section}.{key}: preset {preset!r} sets it to {value!r}, found {values[key]!r}")
-    return parse_config(content, path, path.parent)
+    return _scaled(_validated(Config, content, path, path.parent, training=training))
+
+
+def _scaled(config: Config) -> Config:
+    if config.scale == 1:
+        return config
+    root = math.sqrt(config.scale)
+    parts: dict[str, Any] = {"data": config.data.model_copy(update={"share": root * config.data.share})}
+    for name in ("train", "search", "finetune"):
+        section = getattr(config, name)
+        epochs = {"epochs": max(1, round(root * section.epochs))} if section.epochs else {}
+        if name == "search":
+            epochs["warmup_epochs"] = min(math.ceil(root * section.warmup_epochs), epochs["epochs"] - 1)
+        parts[name] = section.model_copy(update=epochs)
+    return config.model_copy(update=parts)
 
 
 def parse_config(content: Mapping[str, Any], source: str | Path, folder: Path = Path()) -> Config:
@@ -79,9 +98,9 @@ def load_space(path: str | Path) -> Space:
     return _validated(Space, read_yaml(Path(path)), path, Path())
 
 
-def _validated(section: type[Validated], content: Mapping[str, Any], source: str | Path, folder: Path) -> Validated:
+def _validated(section: type[Validated], content: Mapping[str, Any], source: str | Path, folder: Path, **context: Any) -> Validated:
     try:
-        return section.model_validate(content, context={"folder": folder})
+        return section.model_validate(content, context={"folder": folder, **context})
     except ValidationError as error:
         raise ConfigError(f"{source}: {_explain(error)}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,17 @@ class Splits:
             collate_fn=_as_is if _batched(data) else None,
         )
 
+    def shared(self, share: float, seed: int = 0) -> Splits:
+        """A share of each split's images, at least one of them, drawn by ``seed``; the same of ``train`` and ``plain``."""
+
+        def drawn(data: Any) -> Any:
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[: max(1, round(share * len(data)))]
+            return data.part(order) if _batched(data) else Subset(data, order.tolist())
+
+        if share == 1:
+            return self
+        return Splits(drawn(self.train), drawn(self.plain), drawn(self.val), drawn(self.test), self.classes)
+
     def images(self, split: str, number: int, seed: int = 0) -> Tensor:
         """``number`` images ``(N, C, H, W)`` of a split, drawn without replacement."""
         return self.labelled(split, number, seed)[0]
@@ -67,6 +79,12 @@ class TensorImages(Dataset):
     ) -> None:
         self.images, self.labels, self.pad, self.mirror = images, labels, pad, mirror
         self.mean, self.std = (torch.tensor(v).reshape(-1, 1, 1) for v in (mean, std))
+
+    def part(self, index: Tensor) -> TensorImages:
+        """These images alone, augmented alike."""
+        result = copy.copy(self)
+        result.images, result.labels = self.images[index], self.labels[index]
+        return result
 
     def __len__(self) -> int:
         return len(self.labels)

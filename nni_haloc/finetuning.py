@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from .log import logger
 from .modules import evaluating
 from .recipe import Recipe
 
@@ -105,6 +108,29 @@ class _Training(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.recipe.optimizers(self.model.parameters(), self.steps_per_epoch)
+
+
+class Forecast(pl.Callback):
+    """Logs how many iterations there will be before the first, and about how long they will take after some of them."""
+
+    FIRST, LAST = 5, 25
+    """Iterations between which the time is taken, or up to the last one; the first are slower than others."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.done, self.left, self.start = what, 0, 0, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epochs, size = (trainer.max_epochs or 0) - trainer.current_epoch, int(trainer.num_training_batches)
+        self.done, self.left = 0, epochs * size
+        logger.info("%s: %d iterations, %d epochs of %d", self.what, self.left, epochs, size)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self.done += 1
+        if self.done == self.FIRST:
+            self.start = time.monotonic()
+        elif self.done == min(self.LAST, self.left - 1) > self.FIRST:
+            seconds = (time.monotonic() - self.start) / (self.done - self.FIRST) * (self.left - self.done)
+            logger.info("%s: about %s to go", self.what, timedelta(seconds=round(seconds)))
 
 
 class EpochEnd(pl.Callback):

@@ -32,9 +32,10 @@ class Job:
     """What every job starts from: settings, data, and the trained network; random states are set to the settings' seed.
 
     Raises `ConfigError` for settings that turn out not to fit. ``factories=False``: see `build_model`.
+    ``trained=False``: the network is as it was made, and ``weights`` are not read.
     """
 
-    def __init__(self, config: Config, folder: str | Path, *, factories: bool = True) -> None:
+    def __init__(self, config: Config, folder: str | Path, *, factories: bool = True, trained: bool = True) -> None:
         self.config, self.folder = config, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         _quiet()
@@ -44,7 +45,8 @@ class Job:
         try:
             self.splits = _splits(config)
             self.model = build_model(config.model.name, config.model.arguments, factories=factories)
-            load_weights(self.model, config.weights)
+            if trained:
+                load_weights(self.model, config.weights)
             if config.cost.memory_format == "channels_last":
                 self.model.to(memory_format=torch.channels_last)  # trained as it will run; on a processor that is faster, too
             self.example = self.splits.images("test", 1)
@@ -95,12 +97,15 @@ def _splits(config: Config) -> datasets.Splits:
     d = config.data
     cut: dict[str, Any] = {"val_fraction": d.val_fraction, "seed": d.seed, "val_list": d.val_list, "mean": d.mean, "std": d.std}
     if d.name == "digits":
-        return datasets.digits(**cut)
-    assert d.root is not None
-    if d.name == "cifar10":
-        return datasets.cifar10(d.root, **cut, download=d.download)
-    assert d.size is not None
-    return datasets.image_folder(d.root, d.size, **cut, test=d.test, in_memory=d.in_memory)
+        whole = datasets.digits(**cut)
+    elif d.name == "cifar10":
+        assert d.root is not None
+        whole = datasets.cifar10(d.root, **cut, download=d.download)
+    else:
+        assert d.root is not None
+        assert d.size is not None
+        whole = datasets.image_folder(d.root, d.size, **cut, test=d.test, in_memory=d.in_memory)
+    return whole.shared(d.share, d.seed)
 
 
 def _quiet() -> None:

@@ -18,7 +18,7 @@ from .budget import cheapest, check_feasible
 from .checkpoint import EpochCheckpoint
 from .compression import METRICS_FILE
 from .config import Config
-from .finetuning import EpochEnd, accuracy, finetune, recalibrate
+from .finetuning import EpochEnd, Forecast, accuracy, finetune, recalibrate
 from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, SEARCH_FOLDER, Job, clear, finetuning_identity
 from .log import logger
 from .nas import Haloc, RankSpace, SearchDiverged, classification, run_search
@@ -149,9 +149,9 @@ def _search(job: Job, strategy: Haloc, space: RankSpace, report: Report, facts: 
     evaluator = classification(
         train,
         val,
-        _recipe(job.config.search),
+        recipe_of(job.config.search),
         state.path if resume else None,
-        callbacks=[EpochEnd(on_epoch), state],
+        callbacks=[Forecast("search"), EpochEnd(on_epoch), state],
         precision=job.config.search.precision,
         logger=tensorboard or False,
         log_every_n_steps=min(10, max(len(train), len(val))),
@@ -188,10 +188,10 @@ def train(job: Job, plan: RankPlan, network: nn.Module, report: Report = lambda 
         logger.info("fine-tuning epoch %d: top-1 %.2f %% (validation)", epoch + 1, 100 * metrics["val_top1"])
         report({"default": metrics["val_top1"], "train_loss": metrics["train_loss"]})
 
-    options = {**state.options, "callbacks": [state], "precision": config.finetune.precision}
+    options = {**state.options, "callbacks": [Forecast("fine-tuning"), state], "precision": config.finetune.precision}
     if config.finetune.distill:
         options |= {"teacher": job.model, "distill": config.finetune.distill}
-    return finetune(network, train, _recipe(config.finetune), val, on_epoch, state.path if resume else None, **options)
+    return finetune(network, train, recipe_of(config.finetune), val, on_epoch, state.path if resume else None, **options)
 
 
 def _tensorboard(folder: Path) -> Any:
@@ -203,5 +203,6 @@ def _tensorboard(folder: Path) -> Any:
         raise ConfigError("search.tensorboard: needs the package tensorboard (pip install 'nni-haloc[tensorboard]')") from None
 
 
-def _recipe(training: Training) -> Recipe:
+def recipe_of(training: Training) -> Recipe:
+    """A section of the settings as the recipe that it names."""
     return Recipe(training.epochs, training.lr, training.momentum, training.weight_decay, training.schedule)

@@ -20,6 +20,12 @@ def _existing(path: str, info: ValidationInfo) -> str:
     return str(found.absolute())
 
 
+def _weights(path: str, info: ValidationInfo) -> str:
+    """The file is there, unless it is to be made by a training."""
+    folder: Path = (info.context or {}).get("folder", Path())
+    return str((folder / Path(path).expanduser()).absolute()) if (info.context or {}).get("training") else _existing(path, info)
+
+
 def _pin(value: Any) -> Any:
     pair = value if isinstance(value, list) and len(value) == 2 else [value]
     if value != "dense" and not all(type(r) is int and r > 0 for r in pair):
@@ -27,11 +33,13 @@ def _pin(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+WeightsPath = Annotated[str, AfterValidator(_weights)]
 ExistingPath = Annotated[str, AfterValidator(_existing)]
 Pin = Annotated[Any, AfterValidator(_pin)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Metric = Literal["macs", "params", "activation_bytes", "latency_ms", "cycles", "energy_pj"]
 Rule = Literal[
     "search", "uniform", "energy", "alds", "vbmf", "error-knapsack", "sensitivity-knapsack", "random", "learned",
@@ -50,7 +58,8 @@ class Model(Section):
 class Data(Section):
     """``name``: ``digits``, ``cifar10`` or ``folder``. The validation images are a fraction of the training images, or those
     that the file ``val_list`` names. ``score``: the images that the final accuracies are of; a tuner that maximises them must have ``val``.
-    ``mean`` and ``std`` per channel: those that the network was trained with, where they are not the data set's usual ones."""
+    ``share``: of all images, drawn by ``seed``. ``mean`` and ``std`` per channel: those that the network was trained with, where they are
+    not the data set's usual ones."""
 
     name: Literal["digits", "cifar10", "folder"]
     root: ExistingPath | None = None
@@ -65,6 +74,7 @@ class Data(Section):
     mean: list[float] | None = None
     std: list[Positive] | None = None
     batch_size: Count = 128
+    share: Share = 1.0
     workers: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -148,6 +158,14 @@ class Finetune(Training):
 
     epochs: Annotated[int, Field(ge=0)] = 10
     distill: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Train(Training):
+    """The training of the original network, `haloc train`, where there are no weights yet."""
+
+    epochs: Count = 200
+    weight_decay: NonNegative = 5e-4
+    schedule: Literal["step", "onecycle", "constant"] = "onecycle"
 
 
 class Search(Training):

@@ -1,9 +1,11 @@
 """A run's settings: every mistake is one line that names the file and the key."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
-from nni_haloc.config import Config, load_config
+from nni_haloc.config import Config, load_config, parse_config
 from nni_haloc.yaml_files import ConfigError
 
 GOOD = {"model": {"name": "digits_cnn"}, "weights": "w.pt", "data": {"name": "digits"}, "budget": {"fraction": 0.3}}
@@ -137,3 +139,20 @@ def test_numbers_may_have_exponents_without_a_point(write):
 def test_the_rank_spaces_file_may_be_changed(write, tmp_path):
     (tmp_path / "space.yml").write_text("step: 4\n")
     assert load_config(write(GOOD), {"rank_space": "space.yml"}).rank_space.step == 4
+
+
+def test_scale_takes_its_root_of_epochs_and_images():
+    run = Path(__file__).parents[1] / "examples" / "digits" / "run.yml"
+    whole, small = load_config(run), load_config(run, {"scale": 0.04, "train.epochs": 100})
+    assert (small.search.epochs, small.finetune.epochs, small.train.epochs) == (2, 2, 20)
+    assert small.data.share == pytest.approx(0.2 * whole.data.share)
+    least = load_config(run, {"scale": 1e-4, "finetune.epochs": 0, "search.warmup_epochs": 5})
+    assert (least.search.epochs, least.search.warmup_epochs, least.finetune.epochs) == (1, 0, 0)
+    assert parse_config(small.model_dump(mode="json"), "kept", run.parent) == small  # what a run keeps is not scaled again
+
+
+def test_weights_to_be_trained_need_not_be_there(write, tmp_path):
+    changes = {"weights": "none.safetensors"}
+    with pytest.raises(ConfigError, match="weights: no such file"):
+        load_config(write(GOOD), changes)
+    assert load_config(write(GOOD), changes, training=True).weights == str(tmp_path / "none.safetensors")

@@ -119,3 +119,16 @@ def test_workers_begin_each_epoch_from_the_loaders_generator(folder):
     resumed.generator.set_state(order)
     assert torch.equal(epoch(resumed), second)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_share_is_of_every_split_and_the_same_whether_augmented_or_not(folder, in_memory):
+    splits = image_folder(folder, 12, 0.3, in_memory=in_memory)
+    half = splits.shared(0.5, seed=3)
+    for name in ("train", "plain", "val", "test"):
+        assert len(getattr(half, name)) == max(1, round(0.5 * len(getattr(splits, name))))
+    labels = [[int(data[i][1]) for i in range(len(data))] for data in (half.train, half.plain)]
+    assert labels[0] == labels[1]
+    again = splits.shared(0.5, seed=3)
+    assert all(torch.equal(half.plain[i][0], again.plain[i][0]) for i in range(len(half.plain)))
+    assert splits.shared(1.0) is splits

@@ -1,0 +1,106 @@
+"""Uniform ranks against the fastest that a cost table knows, ResNet-18 at 588 M MACs: python tests/benchmarks/latency_plans.py
+
+In each setting, batch 1 and 8, default and channels-last, one thread: a table is measured (it goes on where it stopped), and the plan
+of the lowest latency within 2 % of those MACs is taken from it, with and without dense layers. Then the original and the three
+networks are timed in alternation. On an idle machine. Untrained weights: this says nothing of accuracy.
+"""
+
+import json
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from nni_haloc.budget import Limit, choose
+from nni_haloc.compression import restructure
+from nni_haloc.device.measuring import Timing, measure, time_together
+from nni_haloc.device.torch_runtime import TorchRuntime
+from nni_haloc.measure import progress
+from nni_haloc.models import build_model
+from nni_haloc.predictors import CostTable, count_macs, mac_table, specify
+from nni_haloc.ranks import RankPlan, RankRules, find_layers, parse_rank
+
+RAW = Path(__file__).parents[2] / "docs" / "raw" / "latency_plans.jsonl"
+MACS, NEAR = 588e6, 0.02
+SETTINGS = [(batch, form) for form in ("contiguous", "channels_last") for batch in (1, 8)]
+NETWORKS = ("original", "uniform", "fastest", "fastest without dense")
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="folder for the tables")] = Path("latency-plans"),
+    rounds: Annotated[int, typer.Option(help="of five passes or more of each network")] = 9,
+    step: Annotated[int, typer.Option(help="distance between candidate ranks")] = 8,
+    out: Annotated[Path, typer.Option(help="JSON lines, appended to")] = RAW,
+    report: Annotated[bool, typer.Option(help="print the table of all raw results, measure nothing")] = False,
+) -> None:
+    for batch, form in () if report else SETTINGS:
+        line = compare(work, batch, form, rounds, step)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    print(table([json.loads(line) for line in out.read_text().splitlines()]))
+
+
+def compare(work: Path, batch: int, form: Any, rounds: int, step: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model, shape = build_model("torchvision:resnet18").eval(), (batch, 3, 224, 224)
+    example, rules = torch.randn(shape), RankRules(step=step, kinds=("conv",), exclude=("conv1",))
+    runtime = TorchRuntime(memory_format=form, threads=1, model=model)
+    file = work / f"{form}-{batch}-step{step}.json"
+    work.mkdir(parents=True, exist_ok=True)
+    measure(specify(model, example, rules, "resnet18", program=False), runtime, file, Timing(rounds=3), progress(f"{form}, batch {batch}"))
+    times, macs = CostTable.load(file), mac_table(model, example, rules)
+    plans = {"uniform": uniform(model, example, rules)}
+    for name, skipped in (("fastest", ()), ("fastest without dense", ("dense",))):
+        scores = {layer: {c: -cost for c, cost in row.items() if c not in skipped} for layer, row in times.costs.items()}
+        plans[name] = ranks(choose(scores, [Limit(macs, (1 + NEAR) * MACS)], (1 - NEAR) / (1 + NEAR)))
+    networks = {"original": model} | {name: restructure(model, plan) for name, plan in plans.items()}
+    counts = {name: count_macs(network, example) for name, network in networks.items()}
+    assert all(abs(counts[name] / MACS - 1) <= NEAR + 1e-6 for name in plans), counts
+    with runtime.pinned():
+        runs = {name: runtime.ready(network, shape, copied=False) for name, network in networks.items()}
+        found = [time_together(runs, runtime, 0.2) for _ in range(rounds)]
+    return {
+        "batch": batch,
+        "memory_format": form,
+        "identity": times.identity,
+        "milliseconds": {name: [1e3 * times_[name] for times_ in found] for name in runs},
+        "predicted": {name: times.total(plan.names) for name, plan in plans.items() if name != "uniform"},
+        "macs": counts,
+        "plans": {name: plan.names for name, plan in plans.items()},
+    }
+
+
+def ranks(choice: dict[str, str]) -> RankPlan:
+    return RankPlan({layer: parse_rank(name, "conv") for layer, name in choice.items()})
+
+
+def uniform(model: nn.Module, example: torch.Tensor, rules: RankRules) -> RankPlan:
+    """One fraction of the channels in every layer, r1 of the output's and r2 of the input's, that comes nearest to the MACs."""
+    specs = find_layers(model, example, rules).specs
+    candidates = [
+        RankPlan({n: (round(f / 512 * s.out_channels) or 1, round(f / 512 * s.in_channels) or 1) for n, s in specs.items()})
+        for f in range(32, 512)
+    ]
+    return min(candidates, key=lambda plan: abs(count_macs(restructure(model, plan), example[:1]) - MACS))
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    last = {(line["batch"], line["memory_format"]): line for line in lines}
+    result = ["| batch, format | " + " | ".join(f"{n}, ms" for n in NETWORKS) + " | uniform | fastest | without dense | under uniform |"]
+    result.append("| --- " * (len(NETWORKS) + 5) + "|")
+    for (batch, form), line in last.items():
+        times = line["milliseconds"]
+        middle = {name: median(values) for name, values in times.items()}
+        cells = [f"{middle[name]:.1f} ({quantiles(times[name])[0]:.1f} to {quantiles(times[name])[2]:.1f})" for name in NETWORKS]
+        ups = [f"{median(a / b for a, b in zip(times['original'], times[name], strict=True)):.2f} x" for name in NETWORKS[1:]]
+        under = median(1 - a / b for a, b in zip(times["fastest"], times["uniform"], strict=True))
+        result.append(f"| {batch}, {form} | " + " | ".join([*cells, *ups, f"{100 * under:.0f} %"]) + " |")
+    return "\n".join(result)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,61 @@
+"""Training of a network that is not there yet, and how much is left to do."""
+
+import shutil
+from datetime import timedelta
+
+import pytest
+import torch
+from test_cli import DIGITS, haloc
+
+from nni_haloc import Recipe, finetune
+from nni_haloc.compression import load_weights
+from nni_haloc.finetuning import Forecast
+from nni_haloc.models import build_model
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    (tmp_path / "search_spaces").mkdir()
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    shutil.copy(DIGITS.parents[2] / "search_spaces" / "digits_cnn.yml", tmp_path / "search_spaces")
+    return shutil.copy(DIGITS, tmp_path / "a" / "b" / "run.yml")
+
+
+def test_a_network_is_trained_and_then_compressed(run_file, tmp_path):
+    refused = haloc("run", run_file, "--out", tmp_path / "out")
+    assert (refused.returncode, "weights: no such file" in refused.stderr) == (2, True)
+    trained = haloc("train", run_file, "--set", "train.epochs=12", "--set", "train.lr=0.1")
+    assert trained.returncode == 0, trained.stderr
+    assert "training: 204 iterations, 12 epochs of 17" in trained.stderr
+    assert "training: about 0:" in trained.stderr
+    weights = run_file.parent / "digits.safetensors"
+    load_weights(build_model("digits_cnn"), weights)
+    top1 = float(trained.stderr.split("top1 ")[1].split(" %")[0])
+    assert top1 > 85
+    again = haloc("train", run_file)
+    assert again.returncode == 2
+    assert again.stderr.splitlines()[-1] == f"haloc: weights: {weights} is there already"
+    ran = haloc("run", run_file, "--out", tmp_path / "out", "--scale", "0.01")
+    assert ran.returncode == 0, ran.stderr
+    for what in ("search", "fine-tuning"):  # a tenth of the images and of ten epochs
+        assert f"{what}: 1 iterations, 1 epochs of 1" in ran.stderr
+
+
+def test_a_network_is_not_written_as_something_else(run_file):
+    done = haloc("train", run_file, "--set", "weights=digits.pth")
+    assert done.returncode == 2
+    assert "weights: expected the name of a .safetensors file" in done.stderr
+
+
+def test_what_is_left_is_told_once(loaders, caplog, monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("nni_haloc.finetuning.time.monotonic", lambda: next(clock))
+    size = len(loaders[0])
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
+    told = []
+    monkeypatch.setattr("nni_haloc.finetuning.logger.info", lambda text, *args: told.append(text % args))
+    finetune(model, loaders[0], Recipe(epochs=10), callbacks=[Forecast("training")])
+    assert told[0] == f"training: {10 * size} iterations, 10 epochs of {size}"
+    done = min(Forecast.LAST, 10 * size - 1)
+    seconds = 10 * (10 * size - done) / (done - Forecast.FIRST)  # a clock that is asked twice goes on by ten
+    assert told[1:] == [f"training: about {timedelta(seconds=round(seconds))} to go"]
