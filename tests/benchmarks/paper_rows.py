@@ -1,0 +1,74 @@
+"""Whether the rank space has a network for each of the paper's rows (Tables 1 and 2): python tests/benchmarks/paper_rows.py
+
+A knapsack on multiply-accumulates (the paper's count) and parameters together: a plan that cuts both by at least what the row says, if there
+is one; of the spaces below the first that has one, from the default to every rank of every layer. No accuracy: whether such a plan is good is
+another question.
+"""
+
+import math
+
+import torch
+import typer
+
+from nni_haloc.budget import InfeasibleBudget, Limit, choose
+from nni_haloc.compression import restructure
+from nni_haloc.models import build_model
+from nni_haloc.predictors import mac_table, param_table
+from nni_haloc.predictors.analytic import count_macs, count_paper_macs, count_params
+from nni_haloc.ranks import RankPlan, RankRules, find_layers, parse_rank
+
+ROWS = {  # network: image size, the kinds that carry its weights, and the rows: less MACs, less parameters, in percent
+    "resnet20": (32, ("conv",), [(72.20, 76.10)]),
+    "vgg16": (32, ("conv",), [(86.44, 98.56)]),
+    "torchvision:resnet18": (224, ("conv", "pointwise"), [(66.16, 63.64), (63.81, 71.31)]),
+    "torchvision:mobilenet_v2": (224, ("conv", "pointwise"), [(24.84, 40.03), (45.65, 62.59)]),
+}
+
+
+def spaces(kinds):
+    """From the default to the largest."""
+    for more in ((), ("linear",)):
+        for step in (None, 8, 2, 1):
+            name = f"step {step or 'by layer'}{', the classifier too' if more else ''}"
+            yield name, RankRules(step=step, kinds=kinds + more)
+
+
+def found(model, x, rules, fewer_macs, fewer_params):
+    """A plan within both limits, with much left in every layer; None where there is none."""
+    macs, params = mac_table(model, x, rules), param_table(model, x, rules)
+    paper = count_paper_macs(model, x)
+    limits = [
+        Limit(macs, (1 - fewer_macs / 100) * paper - (paper - count_macs(model, x))),
+        Limit(params, (1 - fewer_params / 100) * count_params(model)),
+    ]
+    try:
+        return choose({layer: {name: math.sqrt(cost) for name, cost in row.items()} for layer, row in params.costs.items()}, limits)
+    except InfeasibleBudget:
+        return None
+
+
+def main() -> None:
+    print(
+        "| network | row: MACs, parameters, % less | first rank space that has it | found, % less | ranks |\n| --- | --- | --- | --- | --- |"
+    )
+    for name, (size, kinds, rows) in ROWS.items():
+        model, x = build_model(name).eval(), torch.zeros(1, 3, size, size)
+        before = count_paper_macs(model, x), count_params(model)
+        for row in rows:
+            for space, rules in spaces(kinds):
+                choice = found(model, x, rules, *row)
+                if choice is not None:
+                    break
+            else:
+                print(f"| {name} | {row[0]}, {row[1]} | none | | |")
+                continue
+            specs = find_layers(model, x, rules).specs
+            plan = RankPlan({layer: parse_rank(candidate, specs[layer].kind) for layer, candidate in choice.items()})
+            network = restructure(model, plan)
+            less = [100 * (1 - a / b) for a, b in zip((count_paper_macs(network, x), count_params(network)), before, strict=True)]
+            shown = " ".join(candidate.removeprefix("r") for candidate in choice.values())
+            print(f"| {name} | {row[0]}, {row[1]} | {space} | {less[0]:.2f}, {less[1]:.2f} | {shown} |", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
