@@ -1,8 +1,8 @@
 """Whether the rank space has a network for each of the paper's rows (Tables 1 and 2): python tests/benchmarks/paper_rows.py
 
-A knapsack on multiply-accumulates (the paper's count) and parameters together: a plan that cuts both by at least what the row says, if there
-is one; of the spaces below the first that has one, from the default to every rank of every layer. No accuracy: whether such a plan is good is
-another question.
+A knapsack on multiply-accumulates (the paper's count) and parameters together: a plan that cuts both by at least what the row says, if
+there is one; of the spaces below the first that has one, from the default to every rank of every layer. No accuracy: whether such a plan
+is good is another question.
 """
 
 import math
@@ -48,18 +48,15 @@ def found(model, x, rules, fewer_macs, fewer_params):
 
 
 def main() -> None:
-    print(
-        "| network | row: MACs, parameters, % less | first rank space that has it | found, % less | ranks |\n| --- | --- | --- | --- | --- |"
-    )
+    print("| network | row: MACs, parameters, % less | first rank space that has it | found, % less | ranks |")
+    print("| --- " * 5 + "|")
     for name, (size, kinds, rows) in ROWS.items():
         model, x = build_model(name).eval(), torch.zeros(1, 3, size, size)
         before = count_paper_macs(model, x), count_params(model)
         for row in rows:
-            for space, rules in spaces(kinds):
-                choice = found(model, x, rules, *row)
-                if choice is not None:
-                    break
-            else:
+            options = ((space, rules, found(model, x, rules, *row)) for space, rules in spaces(kinds))
+            space, rules, choice = next((option for option in options if option[2] is not None), ("", RankRules(), None))
+            if choice is None:
                 print(f"| {name} | {row[0]}, {row[1]} | none | | |")
                 continue
             specs = find_layers(model, x, rules).specs
