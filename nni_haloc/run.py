@@ -19,6 +19,7 @@ from .checkpoint import EpochCheckpoint
 from .compression import METRICS_FILE
 from .config import Config
 from .finetuning import EpochEnd, Forecast, accuracy, finetune, recalibrate
+from .history import HISTORY_FILE, History, parameters_of
 from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, SEARCH_FOLDER, Job, clear, finetuning_identity
 from .log import logger
 from .nas import Haloc, RankSpace, SearchDiverged, classification, run_search
@@ -146,12 +147,13 @@ def _search(job: Job, strategy: Haloc, space: RankSpace, report: Report, facts: 
 
     train, val = (job.loader(split, shuffle=True, seed=i) for i, split in enumerate(("train", "val")))
     state = EpochCheckpoint(job.folder / SEARCH_FOLDER / CHECKPOINT_FILE, facts, train, val)
+    past = History(state.path.with_name(HISTORY_FILE), strategy, parameters_of(space))
     evaluator = classification(
         train,
         val,
         recipe_of(job.config.search),
         state.path if resume else None,
-        callbacks=[Forecast("search"), EpochEnd(on_epoch), state],
+        callbacks=[Forecast("search"), EpochEnd(on_epoch), past, state],
         precision=job.config.search.precision,
         logger=tensorboard or False,
         log_every_n_steps=min(10, max(len(train), len(val))),

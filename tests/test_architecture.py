@@ -60,6 +60,8 @@ FREE = {
     "measure",
     "heatmap",
     "counts",
+    "figures",
+    "history",
     "original",
     "__init__",
 }  # may import anything of ours; nothing but each other imports them

@@ -89,7 +89,7 @@ def test_a_search_killed_after_an_epoch_resumes_to_the_same_state(undisturbed, t
     assert midway["lr_schedulers"][0]["last_epoch"] == 17 * (midway["epoch"] + 1)
     assert set(midway["haloc_search"]["scores"]) == {"block2.conv", "block3.conv", "block4.conv"}
     assert not any(optimizer["state"] for optimizer in ours["optimizer_states"])  # half of a finished search's file, of no use any more
-    assert {p.name for p in (tmp_path / "search").iterdir()} == {"checkpoint.ckpt"}
+    assert {p.name for p in (tmp_path / "search").iterdir()} == {"checkpoint.ckpt", "history.csv"}
 
 
 def test_a_run_killed_in_fine_tuning_goes_on_there(undisturbed, tmp_path):

@@ -32,6 +32,8 @@ class HalocModule(DartsLightningModule):
         self._strategy = strategy
         self._generator = torch.Generator().manual_seed(strategy.seed)
         self._approach: FeatureMaps | Kernels | None = None
+        self.latest: tuple[Tensor, Tensor] | None = None
+        """Cross-entropy and distance of feature maps of the last weight step."""
 
     def on_fit_start(self) -> None:
         supernet = self._strategy.supernet
@@ -81,7 +83,8 @@ class HalocModule(DartsLightningModule):
         self._draw(searching=False)
         lam = self._strategy.lam * schedule(self._strategy.lam_schedule, self._progress(batch_idx, endless=0.0))
         if self._approach is None:
-            loss = self._task_loss(batch, 2 * batch_idx + 1, "train")
+            loss = ce = self._task_loss(batch, 2 * batch_idx + 1, "train")
+            approach = torch.zeros(())
         else:
             with self._approach.compared() as terms:
                 ce = self._task_loss(batch, 2 * batch_idx + 1, "train")
@@ -89,6 +92,7 @@ class HalocModule(DartsLightningModule):
             loss = weight_loss(ce, approach, lam)
             self.log("search/approach_loss", approach.detach(), on_step=False, on_epoch=True)
         self._check_finite(loss)
+        self.latest = (ce.detach(), approach.detach())
         self.log("search/weight_loss", loss.detach(), on_step=False, on_epoch=True)
         self.advance_optimization(loss, batch_idx, self._strategy.clip, "norm")
 

@@ -1,0 +1,70 @@
+"""What happened in each iteration of a search, in ``search/history.csv``: what its figures are drawn from."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from .budget import Limit
+from .device.files import DENSE
+from .nas import Haloc, RankSpace
+from .predictors import CostTable
+from .predictors.analytic import count_params
+from .ranks import params
+from .yaml_files import ConfigError
+
+HISTORY_FILE = "history.csv"
+COLUMNS = ("iteration", "train_loss", "approach_loss", "expected_cost", "expected_params")
+"""Cross-entropy of the sampled network; Eq. 9's distance of feature maps; Eq. 6 by the first limit's table; the same of parameters."""
+
+
+class History(pl.Callback):
+    """Writes the file at the end of each epoch; a search that is resumed keeps the rows up to where it goes on."""
+
+    def __init__(self, path: Path, strategy: Haloc, params: CostTable) -> None:
+        self.path, self.strategy, self.params = path, strategy, Limit(params, params.original)
+        self.rows: list[list[Any]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        done = trainer.current_epoch * int(trainer.num_training_batches)
+        if done and self.path.exists():
+            columns = read(self.path)
+            self.rows = [list(row) for row in zip(*columns.values(), strict=True) if row[0] < done]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        iteration = trainer.current_epoch * int(trainer.num_training_batches) + batch_idx
+        costs = (self.strategy.expected_cost(), self.strategy.expected_cost(self.params))
+        self.rows.append([iteration, *pl_module.latest, *(cost.detach() for cost in costs)])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = [[int(row[0]), *map(float, row[1:])] for row in self.rows]
+        with self.path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *([row[0], *(f"{value:.6g}" for value in row[1:])] for row in self.rows)])
+
+
+def parameters_of(space: RankSpace) -> CostTable:
+    """Parameters of every candidate of a space."""
+    rows = {
+        layer: {
+            DENSE: float(params(space.specs[layer], None)),
+            **{name: float(params(space.specs[layer], rank)) for name, rank in row.items()},
+        }
+        for layer, row in space.candidates.items()
+    }
+    return CostTable("params", rows, count_params(space.original) - sum(row[DENSE] for row in rows.values()))
+
+
+def read(path: Path) -> dict[str, list[float]]:
+    """The columns of a history; `ConfigError` names the file where there is none."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return {name: [float(row[name]) for row in rows] for name in COLUMNS}
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; expected the folder of a search (haloc search, haloc run)") from None
+    except (KeyError, TypeError, ValueError, csv.Error, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected the columns {', '.join(COLUMNS)}, all of them numbers ({error})") from None
