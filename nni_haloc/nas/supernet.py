@@ -32,7 +32,7 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
         self.sampled = 0
         self.observe: Callable[[str, Tensor], Tensor] | None = None
         self.task_gradient = RunningMean(len(candidates))
-        self._pending: Tensor | None = None
+        self.pending: Tensor | None = None
 
     @property
     def probs(self) -> Tensor:
@@ -71,14 +71,14 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
     def _gate_gradients(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """Of every candidate; summed over the calls of one pass until `record`."""
         g = gate_gradients(self.spec, list(self), x, grad_y).to(self.alpha.dtype)
-        self._pending = g if self._pending is None else self._pending + g
+        self.pending = g if self.pending is None else self.pending + g
         return g
 
     def record(self) -> None:
         """Take the last pass's gate gradients into the running mean that scores the candidates."""
-        if self._pending is not None:
-            self.task_gradient.add(self._pending, self.probs)
-        self._pending = None
+        if self.pending is not None:
+            self.task_gradient.add(self.pending, self.probs)
+        self.pending = None
 
     def draw(self, generator: torch.Generator) -> None:
         """Sample the candidate of the next pass."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +60,8 @@ class HalocModule(DartsLightningModule):
         s, alphas = self._strategy, [layer.alpha for layer in self._mixed]
         self._draw(searching=True)
         ce = self._task_loss(batch, 2 * batch_idx, "val")
-        task = torch.autograd.grad(ce, alphas, allow_unused=True)
+        task: Sequence[Tensor | None] = torch.autograd.grad(ce, alphas, allow_unused=True)
+        ce, task = self._averaged(ce, task)
         self._check_finite(ce, *(t for t in task if t is not None))
         loss_of_ce = ce.detach().clone().requires_grad_()
         loss = s.probability_loss(loss_of_ce)
@@ -77,6 +79,21 @@ class HalocModule(DartsLightningModule):
         s.settle(self._progress(batch_idx + 1, after=self.warmup_epochs))
         self.log("search/expected_cost", s.expected_cost().detach(), on_step=True, on_epoch=True)
         self.log("search/probability_loss", loss.detach(), on_step=False, on_epoch=True)
+
+    def _averaged(self, ce: Tensor, task: Sequence[Tensor | None]) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """The cross-entropy, its gradients and the layers' gate gradients, averaged over the processes, which sample the same path."""
+        if self.trainer.world_size == 1:
+            return ce, task
+        pending = [layer.pending for layer in self._mixed if layer.pending is not None]
+        parts = [ce.detach().reshape(1), *(t for t in task if t is not None), *pending]
+        flat = self.trainer.strategy.reduce(torch.cat([part.to(ce) for part in parts]), reduce_op="mean")
+        mean = iter(flat.split([len(part) for part in parts]))
+        ce = next(mean).squeeze(0)
+        task = [None if t is None else next(mean) for t in task]
+        for layer in self._mixed:
+            if layer.pending is not None:
+                layer.pending = next(mean)
+        return ce, task
 
     def _weight_step(self, batch: Any, batch_idx: int) -> None:
         """Update the sampled candidates and the shared rest; a parameter without gradient is not touched by the optimizer."""
