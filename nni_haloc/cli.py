@@ -9,10 +9,9 @@ from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from .config import load_config
+from .printing import percent, print_table
 from .sections import Rule
 from .yaml_files import ConfigError, parse_yaml
 
@@ -116,18 +115,35 @@ def front_command(
     from .fronts import front
 
     found = front(folder, fractions, out, factories=code is not None)
-    table = Table(title=f"{folder}: top-1 on validation images, not fine-tuned")
-    for column in ("budget", found["metric"], "of the original", "of the budget", "top-1", "network"):
-        table.add_column(column, justify="left" if column == "network" else "right")
     original = found["original"]
-    table.add_row("original", _shown(original["cost"]), "100.0 %", "", f"{100 * original['top1']:.2f} %", "")
+    rows: list[Any] = [("original", original["cost"], percent(1), None, percent(original["top1"], 2), None)]
     for point in found["points"]:
-        shares = (f"{100 * point['cost_fraction'] / whole:.1f} %" for whole in (1, point["fraction"]))
-        network = str((out or folder / "front") / point["folder"])
-        table.add_row(_shown(point["fraction"]), _shown(point["cost"]), *shares, f"{100 * point['top1']:.2f} %", network)
-    for point in found["infeasible"]:
-        table.add_row(_shown(point["fraction"]), "", "", "", "", point["reason"])
-    _print(table)
+        shares = (percent(point["cost_fraction"] / whole) for whole in (1, point["fraction"]))
+        rows.append((point["fraction"], point["cost"], *shares, percent(point["top1"], 2), (out or folder / "front") / point["folder"]))
+    rows += [(point["fraction"], *[None] * 4, point["reason"]) for point in found["infeasible"]]
+    columns = ("budget", found["metric"], "of the original", "of the budget", "top-1", "network")
+    print_table(f"{folder}: top-1 on validation images, not fine-tuned", columns, rows, text={"network"})
+
+
+@app.command("throughput")
+def throughput_command(
+    run_file: RunFile,
+    on: Annotated[str | None, typer.Option(help="of torch, onnxruntime, eyeriss, cuda (default: all at hand)")] = None,
+    out: Out = Path("haloc-throughput"),
+    set_: Changes = None,
+    scale: Scale = None,
+    resume: Resume = False,
+) -> None:
+    """Compress once for each device at hand, and print accuracy, MACs and images a second of each (the paper's Table 3)."""
+    config, _ = _start(run_file, set_, scale)
+    from .log import log_to
+    from .throughput import DEVICES, at_hand, print_throughput, throughput
+
+    devices = on.split(",") if on is not None else at_hand()
+    if unknown := [device for device in devices if device not in DEVICES]:
+        raise ConfigError(f"--on: expected some of {', '.join(DEVICES)}, found {unknown[0]!r}")
+    log_to(out / "log.txt")
+    print_throughput(f"{out}: a plan for each device", throughput(config, out, devices, resume=resume))
 
 
 @app.command("check")
@@ -154,12 +170,7 @@ def results_command(
 
     rows = trial_results(folder, experiment)
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=f"experiment {experiment}")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("trial", "status") else "right")
-    for row in rows:
-        table.add_row(*(_shown(row.get(column)) for column in columns))
-    _print(table)
+    print_table(f"experiment {experiment}", columns, [[row.get(c) for c in columns] for row in rows], text={"trial", "status"})
 
 
 @app.command("steps")
@@ -172,15 +183,14 @@ def steps_command(costs: Annotated[Path, typer.Argument(help="a cost table at ma
         stairs = rank_stairs(CostTable.load(costs))
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from None
-    table = Table(title=f"{costs}: rank_space.step: auto uses these")
-    for column in ("layer", "ranks cost more above multiples of", "by, of the dense layer", "explained"):
-        table.add_column(column, justify="left" if column == "layer" else "right")
-    for layer, found in stairs.items():
-        shares = [f"{100 * share:.0f} %" for share in (found.rise, found.explained)]
-        table.add_row(layer, *([str(found.width), *shares] if found.width > 1 else ["no stairs"]))
     if not stairs:
         raise ConfigError(f"{costs}: no layer has eight equal ranks or more; measure with step: 1 in the rank space")
-    _print(table)
+    rows = [
+        (layer, *((found.width, percent(found.rise, 0), percent(found.explained, 0)) if found.width > 1 else ("no stairs",)))
+        for layer, found in stairs.items()
+    ]
+    columns = ("layer", "ranks cost more above multiples of", "by, of the dense layer", "explained")
+    print_table(f"{costs}: rank_space.step: auto uses these", columns, rows, text={"layer"})
 
 
 _FORWARDED = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -208,13 +218,6 @@ _forward("table", "counts", "Count a model: layers, rank space, multiply-accumul
 _forward("spec", "measure", "Write what another device has to measure, without model or weights")
 
 
-def _print(table: Table) -> None:
-    console = Console()
-    if not console.is_terminal:  # a pipe or a file has no width to fit
-        console.width = 400
-    console.print(table)
-
-
 def _assignment(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
@@ -223,10 +226,6 @@ def _assignment(text: str) -> tuple[str, Any]:
         return key, parse_yaml(value)
     except yaml.YAMLError:
         raise ConfigError(f"--set {key}: not a YAML value: {value!r}") from None
-
-
-def _shown(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from .sections import Budget, Cost, Count, Data, Finetune, Model, Rule, Search, Section, Seed, Share, Space, Train, WeightsPath
+from .sections import Budget, Cost, Count, Data, Finetune, Model, Rule, Search, Section, Seed, Share, Space, Train, Trainer, WeightsPath
 from .yaml_files import ConfigError, read_yaml
 
 Validated = TypeVar("Validated", bound=Section)
@@ -28,6 +28,7 @@ class Config(Section):
     search: Search = Search()
     finetune: Finetune = Finetune()
     train: Train = Train()
+    trainer: Trainer = Trainer()
     scale: Share = 1.0
     recalibration_batches: Annotated[int, Field(ge=0)] = 50
     threads: Count | None = None

@@ -133,11 +133,11 @@ def _draw_layer(model: str | None, weights: Path | None, layer: str, out: Path) 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot(xlabel="r1 - r2 (output - input)", ylabel="relative error of the kernel")
     for (share, rows), mark in zip(found.items(), _cycled(_MARKS, len(found)), strict=True):
-        axes.plot(rows[:, 0] - rows[:, 1], rows[:, 2], f"{mark}-", markersize=4, label=f"{100 * share:.0f} % of the parameters")
+        axes.plot(rows[:, 0] - rows[:, 1], rows[:, 2], f"{mark}-", markersize=4, label=f"{100 * share:.0f} %")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.grid(alpha=0.3)
     axes.set_title(f"{model} {layer}", fontsize=10)
-    axes.legend()
+    figure.legend(title="share of the layer's parameters", loc="outside lower center", ncols=len(found))
     _save(figure, out / "discrepancy")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from .log import logger
-from .modules import evaluating
+from .modules import accelerated, evaluating
 from .recipe import Recipe
 
 TEMPERATURE = 4.0
@@ -33,8 +34,7 @@ def recalibrate(model: nn.Module, loader: Iterable[tuple[Tensor, Any]], batches:
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [m.momentum for m in norms]
-    device = next(model.parameters()).device
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), accelerated(model) as device, torch.no_grad():
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative mean
@@ -47,8 +47,7 @@ def recalibrate(model: nn.Module, loader: Iterable[tuple[Tensor, Any]], batches:
 
 def accuracy(model: nn.Module, loader: DataLoader, topk: tuple[int, ...] = (1,)) -> tuple[float, ...]:
     """Top-k accuracies, 0 to 1, over a loader of ``(images, labels)``."""
-    device = next(model.parameters()).device
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), accelerated(model) as device, torch.inference_mode():
         batches = [(model(images.to(device)).cpu(), labels) for images, labels in loader]
     logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return tuple(float(multiclass_accuracy(logits, labels, num_classes=logits.shape[1], top_k=k, average="micro")) for k in topk)
@@ -74,7 +73,7 @@ def finetune(
     """
     if recipe.epochs:
         callbacks = [*trainer.pop("callbacks", []), *([EpochEnd(on_epoch)] if on_epoch else [])]
-        defaults = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+        defaults = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
         fit = pl.Trainer(max_epochs=recipe.epochs, callbacks=callbacks, **{**defaults, **trainer})
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
@@ -99,15 +98,15 @@ class _Training(pl.LightningModule):
             log_q, log_p = (F.log_softmax(z / TEMPERATURE, 1) for z in (logits, target))
             distance = TEMPERATURE**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
             loss = (1 - self.distill) * loss + self.distill * distance
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
-        self.log("val_top1", (self.model(x).argmax(1) == y).float().mean(), batch_size=len(y), prog_bar=True)
+        self.log("val_top1", (self.model(x).argmax(1) == y).float().mean(), batch_size=len(y), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        return self.recipe.optimizers(self.model.parameters(), self.steps_per_epoch)
+        return self.recipe.optimizers(self.model.parameters(), math.ceil(self.steps_per_epoch / self.trainer.world_size))
 
 
 class Forecast(pl.Callback):

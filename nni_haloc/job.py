@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 import warnings
@@ -21,6 +22,7 @@ from .finetuning import accuracy
 from .models import build_model
 from .predictors import count_macs, measure_latency
 from .predictors.analytic import count_params
+from .processes import is_first
 from .ranks import RankPlan
 from .tables import latency_input, runtime_of
 from .yaml_files import ConfigError
@@ -43,6 +45,7 @@ class Job:
             torch.set_num_threads(config.threads)
         seed_everything(config.seed, verbose=False)
         try:
+            runtime_of(config)
             self.splits = _splits(config)
             self.model = build_model(config.model.name, config.model.arguments, factories=factories)
             if trained:
@@ -52,6 +55,14 @@ class Job:
             self.example = self.splits.images("test", 1)
         except (OSError, ValueError) as error:
             raise ConfigError(str(error)) from None
+
+    def at(self, config: Config, folder: Path) -> Job:
+        """A job of the same data and trained network with other settings, in another folder."""
+        job = copy.copy(self)
+        job.config, job.folder = config, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        seed_everything(config.seed, verbose=False)
+        return job
 
     def loader(self, split: str, *, shuffle: bool = False, seed: int = 0) -> DataLoader:
         d = self.config.data
@@ -90,7 +101,8 @@ class Job:
 
     def save(self, network: nn.Module, plan: RankPlan, folder: Path | None = None) -> None:
         """Leave a compressed network and its plan in ``folder`` (None: the job's)."""
-        save(folder or self.folder, network, plan, {"name": self.config.model.name, "arguments": self.config.model.arguments})
+        if is_first():
+            save(folder or self.folder, network, plan, {"name": self.config.model.name, "arguments": self.config.model.arguments})
 
 
 def _splits(config: Config) -> datasets.Splits:
@@ -120,10 +132,20 @@ def _quiet() -> None:
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run left in ``folder``."""
+    if not is_first():
+        return
     for file in (RANKS_FILE, WEIGHTS_FILE, METRICS_FILE, MODEL_FILE):
         (folder / file).unlink(missing_ok=True)
     for part in (SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER):
         shutil.rmtree(folder / part, ignore_errors=True)
+
+
+def trainer_options(config: Config, *, searching: bool = False) -> dict[str, Any]:
+    """What the settings say of Lightning's Trainer. A search has parameters without gradients, those of candidates that are not sampled."""
+    options = config.trainer.model_dump()
+    if searching and config.trainer.devices * config.trainer.num_nodes > 1:
+        options["strategy"] = "ddp_find_unused_parameters_true"
+    return options
 
 
 def finetuning_identity(config: Config) -> dict[str, Any]:

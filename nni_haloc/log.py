@@ -5,13 +5,20 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from .processes import is_first
 from .yaml_files import ConfigError
 
 logger = logging.getLogger("nni_haloc")
 
 
 def log_to(path: Path) -> None:
-    """Send the run's log to ``path`` (its folder is made) and to standard error. `ConfigError` where nothing can be written there."""
+    """Send the run's log to ``path`` (its folder is made) and to standard error. `ConfigError` where nothing can be written there.
+
+    Of several processes the first one logs.
+    """
+    if not is_first():
+        logger.disabled = True
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         to_file = logging.FileHandler(path, encoding="utf-8")

@@ -1,10 +1,11 @@
-"""A network's modules: putting others in their place, and evaluation mode for a while."""
+"""A network's modules: putting others in their place; evaluation mode, and another device, for a while."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -28,3 +29,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def accelerated(model: nn.Module) -> Iterator[torch.device]:
+    """For the time of a block, a network that is on the processor is on the CUDA device, where there is one; gives the device it is on."""
+    home = next(model.parameters()).device
+    device = torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
+    try:
+        model.to(device)
+        yield device
+    finally:
+        model.to(home)

@@ -10,8 +10,9 @@ from . import checkpoint
 from .checkpoint import EpochCheckpoint
 from .config import Config
 from .finetuning import Forecast, finetune
-from .job import CHECKPOINT_FILE, Job
+from .job import CHECKPOINT_FILE, Job, trainer_options
 from .log import logger
+from .processes import is_first
 from .run import recipe_of
 from .yaml_files import ConfigError
 
@@ -45,8 +46,10 @@ def train_original(config: Config, *, resume: bool = False) -> dict[str, float]:
     def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
         logger.info("training epoch %d: top-1 %.2f %% (validation)", epoch + 1, 100 * metrics["val_top1"])
 
-    options = {**state.options, "callbacks": [Forecast("training"), state], "precision": config.train.precision}
+    options = {**state.options, **trainer_options(config), "callbacks": [Forecast("training"), state], "precision": config.train.precision}
     finetune(job.model, train, recipe_of(config.train), val, on_epoch, state.path if resume else None, **options)
+    if not is_first():
+        return {}
     save_model(job.model, str(out))
     accuracies = dict(zip(("top1", "top5"), job.accuracy(job.model, test), strict=False))
     logger.info("%s: %s", out, ", ".join(f"{name} {100 * value:.2f} %" for name, value in accuracies.items()))

@@ -20,9 +20,10 @@ from .compression import METRICS_FILE
 from .config import Config
 from .finetuning import EpochEnd, Forecast, accuracy, finetune, recalibrate
 from .history import HISTORY_FILE, History, parameters_of
-from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, SEARCH_FOLDER, Job, clear, finetuning_identity
+from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, SEARCH_FOLDER, Job, clear, finetuning_identity, trainer_options
 from .log import logger
 from .nas import Haloc, RankSpace, SearchDiverged, classification, run_search
+from .processes import is_first
 from .ranks import RankPlan
 from .recipe import Recipe
 from .sections import Training
@@ -45,15 +46,25 @@ def run(
 
     ``report`` is called after each epoch of search and fine-tuning with a flat dict whose ``default`` is the top-1 on validation images.
     ``parameters``: what a tuner set, kept in ``metrics.json``. ``resume``: go on from what an interrupted run left in ``folder``.
-    Raises `ConfigError` for settings that turn out not to fit, `UnusableCheckpoint` where ``folder`` holds the state of other settings.
+    Of several processes the first one reports and leaves the results; the others return no metrics. Raises `ConfigError` for settings
+    that turn out not to fit, `UnusableCheckpoint` where ``folder`` holds the state of other settings.
     """
-    job = Job(config, folder)
+    return run_job(Job(config, folder), report, parameters, resume=resume)
+
+
+def run_job(
+    job: Job, report: Report = lambda metrics: None, parameters: Mapping[str, Any] | None = None, *, resume: bool = False
+) -> dict[str, float]:
+    """`run`, of a job that is made already."""
+    config, report = job.config, report if is_first() else lambda metrics: None
     test = job.loader(config.data.score)
     baseline = job.accuracy(job.model, test)
     logger.info("original: %.2f %% top-1, %d MACs, %d parameters", 100 * baseline[0], *job.size(job.model))
     plan, network = choose_ranks(job, report, resume=resume)
     network = train(job, plan, network, report, resume=resume)
 
+    if not is_first():
+        return {}
     metrics = job.metrics(network, job.accuracy(network, test), baseline)
     job.save(network, plan)
     content = {"metrics": metrics, "parameters": dict(parameters or {}), "config": config.model_dump(mode="json")}
@@ -153,11 +164,12 @@ def _search(job: Job, strategy: Haloc, space: RankSpace, report: Report, facts: 
         val,
         recipe_of(job.config.search),
         state.path if resume else None,
-        callbacks=[Forecast("search"), EpochEnd(on_epoch), past, state],
+        callbacks=[Forecast("search"), EpochEnd(on_epoch), *([past] if is_first() else []), state],
         precision=job.config.search.precision,
         logger=tensorboard or False,
         log_every_n_steps=min(10, max(len(train), len(val))),
         **state.options,
+        **trainer_options(job.config, searching=True),
     )
     try:
         run_search(space, evaluator, strategy)
@@ -190,7 +202,8 @@ def train(job: Job, plan: RankPlan, network: nn.Module, report: Report = lambda 
         logger.info("fine-tuning epoch %d: top-1 %.2f %% (validation)", epoch + 1, 100 * metrics["val_top1"])
         report({"default": metrics["val_top1"], "train_loss": metrics["train_loss"]})
 
-    options = {**state.options, "callbacks": [Forecast("fine-tuning"), state], "precision": config.finetune.precision}
+    options = {**state.options, **trainer_options(config), "callbacks": [Forecast("fine-tuning"), state]}
+    options |= {"precision": config.finetune.precision}
     if config.finetune.distill:
         options |= {"teacher": job.model, "distill": config.finetune.distill}
     return finetune(network, train, recipe_of(config.finetune), val, on_epoch, state.path if resume else None, **options)

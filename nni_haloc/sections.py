@@ -102,13 +102,14 @@ class Space(Section):
 
 
 class Cost(Section):
-    """What the budget limits, and how latency is measured; ``batch_size``, ``memory_format`` and ``threads`` hold for the
-    reported latency too."""
+    """What the budget limits, and how latency is measured; ``batch_size``, ``memory_format``, ``device`` and ``threads`` hold for
+    the reported latency too."""
 
     metric: Metric = "macs"
     table: ExistingPath | None = None
     batch_size: Count = 1
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    device: str = "cpu"
     threads: Count | None = None
 
 
@@ -166,6 +167,15 @@ class Train(Training):
     epochs: Count = 200
     weight_decay: NonNegative = 5e-4
     schedule: Literal["step", "onecycle", "constant"] = "onecycle"
+
+
+class Trainer(Section):
+    """Lightning's flags of the same names, for the search and both trainings; ``batch_size`` is then of each process."""
+
+    accelerator: str = "auto"
+    devices: Count = 1
+    num_nodes: Count = 1
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"] = "auto"
 
 
 class Search(Training):

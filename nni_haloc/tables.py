@@ -17,6 +17,7 @@ from .log import logger
 from .predictors import CostTable, TorchRuntime, activation_table, latency_table, mac_table, param_table
 from .predictors.accelerator import CACHE, accelerator_table
 from .predictors.stairs import rank_stairs
+from .processes import is_first, start_together
 from .ranks import RankRules
 from .sections import Metric, Space
 from .yaml_files import ConfigError
@@ -43,14 +44,16 @@ def rank_rules(space: Space, step: int | None = None) -> RankRules:
 
 
 def limits_of(config: Config, model: nn.Module, example: Tensor, rules: RankRules, folder: Path) -> list[Limit]:
-    """The limits of a run; their tables are left in ``folder``."""
-    main = _cost_table(config, "cost", config.cost.metric, config.cost.table, model, example, rules)
+    """The limits of a run; their tables are left in ``folder``. What the first of several processes measured there, the others read."""
+    files = table_files(folder, config)
+    main = _cost_table(config, "cost", config.cost.metric, config.cost.table, model, example, rules, files[0])
     limits = [Limit(main, config.budget.of(main.original))]
-    for i, also in enumerate(config.budget.also):
-        table = _cost_table(config, f"budget.also.{i}", also.metric, also.table, model, example, rules)
+    for i, (also, path) in enumerate(zip(config.budget.also, files[1:], strict=True)):
+        table = _cost_table(config, f"budget.also.{i}", also.metric, also.table, model, example, rules, path)
         limits.append(Limit(table, also.of(table.original)))
-    for limit, path in zip(limits, table_files(folder, config), strict=True):
-        limit.costs.save(path)
+    if is_first():
+        for limit, path in zip(limits, files, strict=True):
+            limit.costs.save(path)
     return limits
 
 
@@ -62,23 +65,28 @@ def table_files(folder: Path, config: Config) -> list[Path]:
 def with_tables(config: Config, folder: Path, tables: list[str]) -> Config:
     """The settings with the cost tables of an earlier start of the run: a latency measured again is never quite the same."""
     files = table_files(folder, config)
-    for path, content in zip(files, tables, strict=True):
-        path.write_text(content, encoding="utf-8")
+    if is_first():
+        for path, content in zip(files, tables, strict=True):
+            path.write_text(content, encoding="utf-8")
     cost = config.cost.model_copy(update={"table": str(files[0])})
     also = [limit.model_copy(update={"table": str(path)}) for limit, path in zip(config.budget.also, files[1:], strict=True)]
     return config.model_copy(update={"cost": cost, "budget": config.budget.model_copy(update={"also": also})})
 
 
 def _cost_table(
-    config: Config, key: str, metric: Metric, file: str | None, model: nn.Module, example: Tensor, rules: RankRules
+    config: Config, key: str, metric: Metric, file: str | None, model: nn.Module, example: Tensor, rules: RankRules, path: Path
 ) -> CostTable:
-    """One limit's table: from its file, measured or counted; ``key`` names its section in messages."""
+    """One limit's table: from its file, measured or counted; ``key`` names its section in messages; ``path``: where it will lie."""
     if file is not None:
         costs = _load(key, metric, file)
         if metric == "latency_ms":
             _check_measured_alike(costs.identity, config, example, f"{key}.table: {file}")
         return costs
     if metric == "latency_ms":
+        if config.trainer.num_nodes > 1 or start_together():
+            raise ConfigError(f"{key}.table: each of the processes would measure another latency; name a table (haloc measure)")
+        if not is_first():
+            return CostTable.load(path)
         logger.info("measuring the latency of every candidate")
         return latency_table(model, latency_input(config, example), rules, runtime_of(config))
     if metric == "cycles" or metric == "energy_pj":
@@ -94,7 +102,7 @@ def _cost_table(
 def _check_measured_alike(identity: Mapping[str, Any], config: Config, example: Tensor, where: str) -> None:
     """`ConfigError` where a latency was measured for another batch, or on this very device in another way than the run measures."""
     expected: dict[str, Any] = {"input": list(latency_input(config, example).shape)}
-    if identity.get("device") == processor():
+    if config.cost.device == "cpu" and identity.get("device") == processor():
         expected |= {"memory_format": config.cost.memory_format, "dtype": runtime_of(config).dtype}
         expected |= {"threads": config.cost.threads} if config.cost.threads is not None else {}
     for key, value in expected.items():
@@ -113,9 +121,9 @@ def _load(key: str, metric: str, file: str) -> CostTable:
     return costs
 
 
-def runtime_of(config: Config) -> TorchRuntime:
-    """What latency is measured with."""
-    return TorchRuntime(memory_format=config.cost.memory_format, threads=config.cost.threads)
+def runtime_of(config: Config, model: nn.Module | None = None) -> TorchRuntime:
+    """What latency is measured with; ``model``: see `TorchRuntime`."""
+    return TorchRuntime(config.cost.device, memory_format=config.cost.memory_format, threads=config.cost.threads, model=model)
 
 
 def latency_input(config: Config, example: Tensor) -> Tensor:

@@ -1,19 +1,26 @@
 """What nnictl runs: ``python3 -m nni_haloc.trial run.yml``, or ``... measure --spec spec.json``. The only file that reports to NNI."""
 
+import json
+import os
+import sys
+
 import nni
 
 if __name__ == "__main__":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.exit("trialCommand: expected no torchrun: each process would ask for parameters; trainer.devices starts as many as it says")
     # First of all, before anything that takes time or may fail: the manager hands parameters out in the order in which it is asked, so a
-    # trial that asks late, or dies before it asks, passes its parameters on to another.
-    PARAMETERS = nni.get_next_parameter() or {}
+    # trial that asks late, or dies before it asks, passes its parameters on to another. The trial's other processes must not ask at all.
+    handed_on = os.environ.get("NNI_HALOC_PARAMETERS")
+    PARAMETERS = json.loads(handed_on) if handed_on else nni.get_next_parameter() or {}
+    os.environ["NNI_HALOC_PARAMETERS"] = json.dumps(PARAMETERS)
 
-import os
-import sys
 from pathlib import Path
 
 from .compression import COSTS_FILE
 from .config import load_config
 from .log import log_to, logger
+from .processes import is_first
 from .yaml_files import ConfigError
 
 
@@ -34,7 +41,8 @@ def main(run_file: str, parameters: dict) -> int:
     except ConfigError as error:
         logger.error("%s", error)
         return 2
-    nni.report_final_result(metrics)
+    if is_first():
+        nni.report_final_result(metrics)
     return 0
 
 

@@ -31,6 +31,8 @@ def haloc(*arguments, cwd=ROOT, module="-c"):
         (["search", DIGITS, "--set", "search.lrr=1"], "haloc: .*search.lrr: unknown key"),
         (["front", "none", "--budgets", "0.5"], "haloc: none/search/checkpoint.ckpt: no such file; expected the folder of a search"),
         (["front", "none", "--budgets", "half"], "haloc: --budgets: expected fractions separated by commas, found 'half'"),
+        (["throughput", DIGITS, "--on", "torch,tpu"], "haloc: --on: expected some of torch, onnxruntime, eyeriss, cuda, found 'tpu'"),
+        (["run", DIGITS, "--set", "cost.device=tpu"], "haloc: device 'tpu', dtype 'float32': torch cannot use it here"),
         (["frobnicate"], "No such command"),
         (["run", DIGITS, "--out", DIGITS], "haloc: .*run.yml: expected a folder that can be written to, found: File exists"),
         (

@@ -4,8 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+import nni_haloc
+from nni_haloc import history
+from nni_haloc.config import load_config
+from nni_haloc.models import build_model
+from nni_haloc.predictors import CostTable, count_macs, mac_table
+from nni_haloc.tables import limits_of, rules_of
+from nni_haloc.yaml_files import ConfigError
+
+DIGITS = Path(__file__).parents[1] / "examples/digits/run.yml"
 
 PROGRAM = """
 import json, os, sys, torch
@@ -66,3 +78,70 @@ def test_two_processes_agree_and_are_one(tmp_path, objective):
     for layer, alpha in one["alpha"].items():
         assert first["alpha"][layer] == pytest.approx(alpha, abs=1e-6)
     assert first["weights"] == pytest.approx(one["weights"], abs=1e-6)
+
+
+def haloc(*arguments, **environment):
+    command = [str(Path(sys.executable).with_name("haloc")), *map(str, arguments)]  # a script: Lightning starts the others by its name
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONWARNINGS": "ignore", **environment}
+    )
+
+
+def test_a_run_in_two_processes_leaves_one_folder(tmp_path):
+    changes = ["trainer.devices=2", "data.batch_size=32", "search.epochs=2", "finetune.epochs=2", "finetune.schedule=onecycle"]
+    words = [word for change in changes for word in ("--set", change)]
+    done = haloc("run", DIGITS, "--out", tmp_path / "out", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = (tmp_path / "out/log.txt").read_text()
+    for line in ("search epoch 2", "fine-tuning epoch 2", "plan: cost", "images_per_s"):
+        assert log.count(line) == 1, log
+    assert "search: 34 iterations, 2 epochs of 17" in log  # as many as one process has with batches of 64
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]
+    assert metrics["default"] > 0.9
+    network = nni_haloc.load(tmp_path / "out")
+    assert count_macs(network, torch.zeros(1, 1, 8, 8)) == metrics["macs"]
+    assert len(history.read(tmp_path / "out/search/history.csv")["iteration"]) == 34
+    again = haloc("run", DIGITS, "--out", tmp_path / "out", "--resume", *words)
+    assert "fine-tuning: 2 of 2 epochs are done" in again.stderr
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]["default"] == metrics["default"]
+    other = haloc("run", DIGITS, "--out", tmp_path / "out", "--resume", *words[2:])
+    assert (other.returncode, "made with other settings" in other.stderr) == (2, True)
+
+
+def latency_config():
+    changes = {"cost.metric": "latency_ms", "trainer.devices": 2}
+    return load_config(DIGITS, changes), build_model("digits_cnn"), torch.zeros(1, 1, 8, 8)
+
+
+def test_the_others_read_what_the_first_measured(tmp_path, monkeypatch):
+    config, model, image = latency_config()
+    counts = mac_table(model, image)
+    CostTable("latency_ms", counts.costs, counts.fixed).save(tmp_path / "costs.json")
+    before = (tmp_path / "costs.json").read_bytes()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    (limit,) = limits_of(config, model, image, rules_of(config), tmp_path)
+    assert limit.costs.costs == counts.costs
+    assert (tmp_path / "costs.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("variable", "value"), [("TORCHELASTIC_RUN_ID", "x"), ("SLURM_NTASKS", "2")])
+def test_processes_that_start_together_need_a_table(tmp_path, monkeypatch, variable, value):
+    config, model, image = latency_config()
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=r"cost.table: each of the processes would measure another latency; name a table"):
+        limits_of(config, model, image, rules_of(config), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "status", "line"),
+    [
+        ("NNI_HALOC_PARAMETERS", '{"search.lrr": 1}', 2, "search.lrr: unknown key"),
+        ("TORCHELASTIC_RUN_ID", "x", 1, "expected no torchrun"),
+    ],
+)
+def test_one_process_of_a_trial_asks_for_parameters(tmp_path, variable, value, status, line):
+    """The manager answers once: the others would wait for ever. They are handed what the first was given."""
+    environment = {**os.environ, "NNI_OUTPUT_DIR": str(tmp_path), variable: value}
+    command = [sys.executable, "-m", "nni_haloc.trial", str(DIGITS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert (done.returncode, line in done.stderr) == (status, True), done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class _Classification(LightningModule):
         return {"loss": F.cross_entropy(logits, y), "top1": (logits.argmax(1) == y).float().mean()}
 
     def configure_optimizers(self) -> Any:
-        return self.recipe.optimizers(self.model.parameters(), self.steps_per_epoch)
+        return self.recipe.optimizers(self.model.parameters(), math.ceil(self.steps_per_epoch / self.trainer.world_size))
 
 
 def classification(train: DataLoader, val: DataLoader, recipe: Recipe, ckpt_path: str | Path | None = None, **trainer: Any) -> Lightning:
@@ -41,7 +42,7 @@ def classification(train: DataLoader, val: DataLoader, recipe: Recipe, ckpt_path
     ``ckpt_path``: a Lightning checkpoint of this search to go on from; ``trainer``: options of Lightning's Trainer.
     """
     steps = max(len(train), len(val))
-    defaults = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    defaults = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     module = _Classification(recipe, steps)
     with plain_loaders():
         return Lightning(

@@ -21,6 +21,10 @@ _ROUNDING = 3e-4
 """Gradients of alpha below this share of the largest layer's say nothing: float32 decompositions of a kernel differ by about 1e-4."""
 
 
+_EPOCH: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": 1}
+"""Of a figure that is logged: the mean over an epoch's iterations, each of the same weight, and over the processes."""
+
+
 class SearchDiverged(ArithmeticError):
     """The loss of a sampled network is no longer finite."""
 
@@ -77,8 +81,8 @@ class HalocModule(DartsLightningModule):
         optimizer.step()
         optimizer.zero_grad()
         s.settle(self._progress(batch_idx + 1, after=self.warmup_epochs))
-        self.log("search/expected_cost", s.expected_cost().detach(), on_step=True, on_epoch=True)
-        self.log("search/probability_loss", loss.detach(), on_step=False, on_epoch=True)
+        self.log("search/expected_cost", s.expected_cost().detach(), **{**_EPOCH, "on_step": True})
+        self.log("search/probability_loss", loss.detach(), **_EPOCH)
 
     def _averaged(self, ce: Tensor, task: Sequence[Tensor | None]) -> tuple[Tensor, Sequence[Tensor | None]]:
         """The cross-entropy, its gradients and the layers' gate gradients, averaged over the processes, which sample the same path."""
@@ -107,10 +111,10 @@ class HalocModule(DartsLightningModule):
                 ce = self._task_loss(batch, 2 * batch_idx + 1, "train")
             approach = torch.stack(terms).sum()
             loss = weight_loss(ce, approach, lam)
-            self.log("search/approach_loss", approach.detach(), on_step=False, on_epoch=True)
+            self.log("search/approach_loss", approach.detach(), **_EPOCH)
         self._check_finite(loss)
         self.latest = (ce.detach(), approach.detach())
-        self.log("search/weight_loss", loss.detach(), on_step=False, on_epoch=True)
+        self.log("search/weight_loss", loss.detach(), **_EPOCH)
         self.advance_optimization(loss, batch_idx, self._strategy.clip, "norm")
 
     def _progress(self, batch_idx: int, after: int = 0, endless: float = 1.0) -> float:
@@ -132,7 +136,9 @@ class HalocModule(DartsLightningModule):
         result = self.training_module.training_step(batch, batch_idx)
         entries = result if isinstance(result, dict) else {"loss": result}
         for key, value in entries.items():
-            self.log(f"search/{side}_{key}", value.detach() if isinstance(value, Tensor) else value, on_step=False, on_epoch=True)
+            self.log(
+                f"search/{side}_{key}", value.detach() if isinstance(value, Tensor) else value, on_step=False, on_epoch=True, sync_dist=True
+            )
         return entries["loss"]
 
     def on_train_epoch_end(self) -> None:
