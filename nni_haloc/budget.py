@@ -18,6 +18,8 @@ _ROOM = 1e4
 _NEARLY = 1e-8
 """Share of a budget by which a choice may miss the floor: costs are sums, and a budget may be the very cost of a choice."""
 
+_NODES = 10_000
+"""Nodes of HiGHS's tree, after which the best choice found is taken; where scores are costs in disguise, the proof alone takes hours."""
 _CUTS = 8
 """Choices just above a limit that are cut off one by one; after them the room is tightened, which may cut off what just fits, too."""
 
@@ -134,7 +136,8 @@ def _best(scores: Scores, limits: Sequence[Limit], floor: tuple[Limit, float] | 
             constraints=[*constraints, LinearConstraint(excess, low, room)],
             integrality=np.ones(len(flat)),
             bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 0, "presolve": False},  # with it, scipy 1.17 has called a choice optimal that was not
+            # With presolve, scipy 1.17 has called a choice optimal that was not.
+            options={"mip_rel_gap": 0, "presolve": False, "node_limit": _NODES},
         )
         if result.x is None:
             return None

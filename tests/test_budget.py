@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 import re
 
 import pytest
@@ -173,3 +174,17 @@ def test_many_choices_of_one_cost_just_above_the_budget_are_all_passed_over():
 def test_a_score_that_is_not_finite_is_named():
     with pytest.raises(ValueError, match="layer 'a', candidate 'r2'"):
         choose({"a": {"dense": 0.0, "r2": math.inf}}, [Limit(one({"dense": 2.0, "r2": 1.0}), 3.0)])
+
+
+def test_scores_that_are_costs_in_disguise_come_to_an_end(monkeypatch):
+    """Any of ever so many choices nearly uses the budget, and proving which is the best would take the solver hours."""
+    monkeypatch.setattr("nni_haloc.budget._NODES", 200)
+    draw = random.Random(0)
+    layers = {f"l{i}": [f"r{j}" for j in range(30)] for i in range(16)}
+    tables = [
+        CostTable("macs", {n: {c: draw.uniform(1, 1000) for c in row} | {"dense": 2000.0} for n, row in layers.items()}, 0.0) for _ in "ab"
+    ]
+    limits = [Limit(table, 0.3 * table.original) for table in tables]
+    choice = choose(tables[0].costs, limits, 0.98)
+    assert all(limit.holds(choice) for limit in limits)
+    assert tables[0].total(choice) > 0.9999 * limits[0].budget
