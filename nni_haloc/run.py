@@ -140,6 +140,8 @@ def _prepare(config: Config, splits: datasets.Splits, model: nn.Module, example:
     start = None
     if s.start == "sensitivity":
         images, labels = splits.labelled("plain", r.calibration_images, config.seed)
+        number = sum(map(len, space.candidates.values()))
+        logger.info("the loss that each of %d candidates alone adds, on %d images (search.start)", number, len(images))
         start = sensitivities(model, space.modules_by_layer, images, labels, bf16=s.precision == "bf16-mixed")
     return Haloc(limits, seed=config.seed, start=start, **s.model_dump(include=options)), space
 
