@@ -1,9 +1,10 @@
-"""A network's modules: putting others in their place; evaluation mode, and another device, for a while."""
+"""A network's modules: putting others in their place, watching what is done with them; another mode or device for a while."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,31 @@ def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
         for child_name, child in parent._modules.items():
             if child in replacements:
                 parent._modules[child_name] = replacements[child]
+
+
+class Watched(nn.Module):
+    """A layer in its place in the network, which notes its calls, and what makes another layer in that place impossible."""
+
+    def __init__(self, name: str, layer: nn.Module, called: list[str]) -> None:
+        super().__init__()
+        self.layer, self.name, self.called = layer, name, called
+        self.shapes: list[tuple[int, ...]] = []
+        self.reason: str | None = None
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        x, *more = (*arguments, *named.values())
+        if named or more:
+            self.reason = "called with more than its input, or by its name"
+        self.called.append(self.name)
+        self.shapes.append(tuple(x.shape))
+        return self.layer(*arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            self.reason = f"the network reads its {name!r}"
+            return getattr(self.layer, name)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .device.files import DENSE
 from .layers import Kind, LayerSpec
+from .modules import Watched, replace_modules
 
 PLAN_VERSION = 1
 
@@ -143,18 +144,21 @@ def find_layers(model: nn.Module, example_input: Tensor, rules: RankRules = Rank
     The pass is made by a copy, in evaluation mode without gradients: the model is left as it was, whatever it does when it is called.
     """
     model = copy.deepcopy(model).eval()
-    shapes: dict[nn.Module, list[tuple[int, ...]]] = {}
-    modules: dict[nn.Module, str] = {m: n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
-    for module in modules:
-        module.register_forward_pre_hook(lambda m, a: shapes.setdefault(m, []).append(tuple(a[0].shape)))
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
+    called: list[str] = []
+    watched = {name: Watched(name, module, called) for name, module in modules.items()}
+    if "" in watched:  # the model is a layer itself
+        model = watched[""]
+    replace_modules(model, watched)
     with torch.no_grad():
         model(example_input)
 
-    holders = Counter(id(m.weight) for m in modules)
-    specs, reasons = {}, {n: "not called as a module" for m, n in modules.items() if m not in shapes}
-    for module, calls in shapes.items():
-        name = modules[module]
-        reason = _reason(module, name, rules, holders)
+    holders = Counter(id(m.weight) for m in modules.values())
+    specs: dict[str, LayerSpec] = {}
+    reasons = {name: "not called as a module" for name in modules if name not in called}
+    for name in dict.fromkeys(called):
+        module, calls = modules[name], watched[name].shapes
+        reason = _reason(module, name, rules, holders) or watched[name].reason
         if reason:
             reasons[name] = reason
             continue
@@ -163,7 +167,7 @@ def find_layers(model: nn.Module, example_input: Tensor, rules: RankRules = Rank
             specs[name] = spec
         else:
             reasons[name] = "no rank on the step grid is cheaper than the dense layer"
-    for option, patterns, named in (("exclude", rules.exclude, modules.values()), ("pin", rules.pin, specs)):
+    for option, patterns, named in (("exclude", rules.exclude, modules), ("pin", rules.pin, specs)):
         for pattern in patterns:
             if not fnmatch.filter(named, pattern):
                 why = "".join(f"; {name}: {reasons[name]}" for name in fnmatch.filter(reasons, pattern))

@@ -223,3 +223,44 @@ def test_a_model_is_never_called_itself():
     model = Counting()
     RankSpace(model, torch.randn(2, 8, 8, 8), calibration=torch.randn(16, 8, 8, 8))
     assert (model.calls, float(model.seen)) == (0, 0)
+
+
+class Reading(nn.Module):
+    """Layers of which the network wants more than to call them."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.functional, self.both, self.asked, self.keyword = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(5))
+        self.listed = [nn.Conv2d(8, 8, 3, padding=1)]  # no part of the network for torch
+        self.deep = False
+
+    def forward(self, x):
+        x = self.plain(x).to(next(self.parameters()).dtype)
+        x = nn.functional.conv2d(x, self.functional.weight, padding=1)
+        x = self.both(x) + nn.functional.conv2d(x, self.both.weight, padding=1)
+        x = self.asked(x)[:, : self.asked.out_channels]
+        x = self.keyword(input=x)
+        return self.listed[0](x) if x.sum() > 0 else x
+
+
+def test_layers_that_are_more_than_called_are_left_alone():
+    """A layer of another kind in their place would have the network fail when it is called."""
+    model, x = Reading(), torch.randn(2, 8, 8, 8)
+    layers = find_layers(model, x)
+    assert list(layers.specs) == ["plain"]
+    assert layers.left_alone == {
+        "functional": "not called as a module",
+        "both": "the network reads its 'weight'",
+        "asked": "the network reads its 'out_channels'",
+        "keyword": "called with more than its input, or by its name",
+    }
+    space = RankSpace(model, x)
+    for candidate in space.candidates["plain"]:
+        frozen = space.freeze({"plain": candidate})
+        assert frozen(x).shape == x.shape
+        assert candidate != "dense" or torch.equal(frozen(x), model(x))
+
+
+def test_a_model_may_be_one_layer():
+    layers = find_layers(nn.Conv2d(8, 8, 3), torch.randn(1, 8, 8, 8))
+    assert list(layers.specs) == [""]
