@@ -49,11 +49,15 @@ class SpaceReport:
 
 def why_nothing(model: nn.Module, left_alone: Mapping[str, str]) -> str:
     """One line on a model in which no layer can be searched."""
+    return f"nothing to search in {type(model).__name__} ({by_reason(left_alone) or 'no convolution or linear layer'})"
+
+
+def by_reason(left_alone: Mapping[str, str]) -> str:
+    """Layers left alone on one line, however many they are."""
     layers: dict[str, list[str]] = {}
     for name, reason in left_alone.items():
         layers.setdefault(reason, []).append(name)
-    told = [f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}" for reason, names in layers.items()]
-    return f"nothing to search in {type(model).__name__} ({'; '.join(told) or 'no convolution or linear layer'})"
+    return "; ".join(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}" for reason, names in layers.items())
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -26,6 +26,7 @@ from .nas import Haloc, RankSpace, SearchDiverged, classification, run_search
 from .processes import is_first
 from .ranks import RankPlan
 from .recipe import Recipe
+from .report import by_reason
 from .sections import Training
 from .sensitivity import sensitivities
 from .tables import limits_of, rules_of, table_files, with_tables
@@ -132,7 +133,8 @@ def _prepare(config: Config, splits: datasets.Splits, model: nn.Module, example:
     costs = [limit.costs for limit in limits]
     space = RankSpace(model, example, costs, rules, calibration, None if r.decomposition == "auto" else r.decomposition)
     check_feasible(space.candidates, limits)
-    logger.info("%d layers to search, %.3g networks; left alone: %s", len(space.candidates), space.size(), space.left_alone)
+    alone = by_reason(space.left_alone) or "none"
+    logger.info("%d layers to search, %.3g networks; left alone: %s", len(space.candidates), space.size(), alone)
     for limit in limits:
         least = limit.costs.total(cheapest(space.candidates, limit.costs))
         logger.info("cheapest network: %.6g %s; budget %.6g, original %.6g", least, limit.costs.metric, limit.budget, limit.costs.original)
