@@ -139,7 +139,7 @@ def throughput_command(
     from .log import log_to
     from .throughput import DEVICES, at_hand, print_throughput, throughput
 
-    devices = on.split(",") if on is not None else at_hand()
+    devices = list(dict.fromkeys(on.split(","))) if on is not None else at_hand()
     if unknown := [device for device in devices if device not in DEVICES]:
         raise ConfigError(f"--on: expected some of {', '.join(DEVICES)}, found {unknown[0]!r}")
     log_to(out / "log.txt")

@@ -41,8 +41,9 @@ def plot_main(arguments: Sequence[str] | None = None) -> None:
         _draw_layer(options.model, options.weights, options.layer, options.out or Path())
         return
     out = options.out or options.folders[0]
-    histories = {folder.name or str(folder): history.read(folder / SEARCH_FOLDER / history.HISTORY_FILE) for folder in options.folders}
-    plans = {folder.name or str(folder): RankPlan.load(folder / RANKS_FILE) for folder in options.folders}
+    names = _names(options.folders)
+    histories = {name: history.read(folder / SEARCH_FOLDER / history.HISTORY_FILE) for name, folder in names.items()}
+    plans = {name: RankPlan.load(folder / RANKS_FILE) for name, folder in names.items()}
     _save(losses({name: columns["train_loss"] for name, columns in histories.items()}), out / "loss")
     _save(parameters({name: columns["expected_params"] for name, columns in histories.items()}), out / "parameters")
     _save(rank_bars({name: plan.ranks for name, plan in plans.items()}), out / "ranks")
@@ -139,6 +140,16 @@ def _draw_layer(model: str | None, weights: Path | None, layer: str, out: Path) 
     axes.set_title(f"{model} {layer}", fontsize=10)
     figure.legend(title="share of the layer's parameters", loc="outside lower center", ncols=len(found))
     _save(figure, out / "discrepancy")
+
+
+def _names(folders: Sequence[Path]) -> dict[str, Path]:
+    """The folders by their names, with as many of the parents' as tell them apart: those of an experiment's trials have one name."""
+    whole = [folder.absolute() for folder in dict.fromkeys(folders)]
+    for length in range(1, max(len(path.parts) for path in whole) + 1):
+        names = {"/".join(path.parts[-length:]): path for path in whole}
+        if len(names) == len(whole):
+            return names
+    return {str(path): path for path in whole}
 
 
 def _cycled(kinds: Sequence[str], number: int) -> list[str]:

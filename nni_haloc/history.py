@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 
 from .budget import Limit
 from .device.files import DENSE
+from .log import logger
 from .nas import Haloc, RankSpace
 from .predictors import CostTable
 from .predictors.analytic import count_params
@@ -31,8 +32,11 @@ class History(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         done = trainer.current_epoch * int(trainer.num_training_batches)
         if done and self.path.exists():
-            columns = read(self.path)
-            self.rows = [list(row) for row in zip(*columns.values(), strict=True) if row[0] < done]
+            try:
+                columns = read(self.path)
+                self.rows = [list(row) for row in zip(*columns.values(), strict=True) if row[0] < done]
+            except ConfigError as error:  # figures are not worth a search
+                logger.warning("%s; its figures begin anew", error)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         iteration = trainer.current_epoch * int(trainer.num_training_batches) + batch_idx
@@ -42,8 +46,10 @@ class History(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = [[int(row[0]), *map(float, row[1:])] for row in self.rows]
-        with self.path.open("w", newline="", encoding="utf-8") as file:
+        beside = self.path.with_suffix(".part")
+        with beside.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([COLUMNS, *([row[0], *(f"{value:.6g}" for value in row[1:])] for row in self.rows)])
+        beside.replace(self.path)
 
 
 def parameters_of(space: RankSpace) -> CostTable:
@@ -63,6 +69,8 @@ def read(path: Path) -> dict[str, list[float]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
+        if not rows:
+            raise ValueError("no rows")
         return {name: [float(row[name]) for row in rows] for name in COLUMNS}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected the folder of a search (haloc search, haloc run)") from None

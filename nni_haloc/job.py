@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import seed_everything
+from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -44,6 +45,10 @@ class Job:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         seed_everything(config.seed, verbose=False)
+        try:
+            Trainer(**trainer_options(config), logger=False, enable_checkpointing=False)
+        except (MisconfigurationException, ValueError) as error:
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
         try:
             runtime_of(config)
             self.splits = _splits(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_model
 
 from . import checkpoint
@@ -50,6 +51,8 @@ def train_original(config: Config, *, resume: bool = False) -> dict[str, float]:
     finetune(job.model, train, recipe_of(config.train), val, on_epoch, state.path if resume else None, **options)
     if not is_first():
         return {}
+    if not all(torch.isfinite(value).all() for value in job.model.state_dict().values()):
+        raise ConfigError("train: the training diverged: weights are no longer finite; lower its learning rate")
     save_model(job.model, str(out))
     accuracies = dict(zip(("top1", "top5"), job.accuracy(job.model, test), strict=False))
     logger.info("%s: %s", out, ", ".join(f"{name} {100 * value:.2f} %" for name, value in accuracies.items()))

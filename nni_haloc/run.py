@@ -121,7 +121,9 @@ def searched(job: Job, report: Report = lambda metrics: None, *, resume: bool) -
         "config": job.config.model_dump(mode="json"),
         "costs": [path.read_text(encoding="utf-8") for path in table_files(job.folder, config)],
     }
-    _search(job, strategy, space, report, facts, tensorboard, saved is not None)
+    # A finished search is read back by each process for itself.
+    options = trainer_options(job.config, searching=True) if unfinished else {}
+    _search(job, strategy, space, report, facts, {**options, "logger": tensorboard or False}, saved is not None)
     return strategy
 
 
@@ -148,8 +150,10 @@ def _prepare(config: Config, splits: datasets.Splits, model: nn.Module, example:
     return Haloc(limits, seed=config.seed, start=start, **s.model_dump(include=options)), space
 
 
-def _search(job: Job, strategy: Haloc, space: RankSpace, report: Report, facts: dict[str, Any], tensorboard: Any, resume: bool) -> None:
-    """Search, from the folder's checkpoint where ``resume`` says so."""
+def _search(
+    job: Job, strategy: Haloc, space: RankSpace, report: Report, facts: dict[str, Any], options: dict[str, Any], resume: bool
+) -> None:
+    """Search, from the folder's checkpoint where ``resume`` says so; ``options``: Lightning's."""
 
     def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
         cost = metrics.get("search/expected_cost_epoch", float("nan")) / strategy.costs.original
@@ -170,10 +174,9 @@ def _search(job: Job, strategy: Haloc, space: RankSpace, report: Report, facts: 
         state.path if resume else None,
         callbacks=[Forecast("search"), EpochEnd(on_epoch), *([past] if is_first() else []), state],
         precision=job.config.search.precision,
-        logger=tensorboard or False,
         log_every_n_steps=min(10, max(len(train), len(val))),
         **state.options,
-        **trainer_options(job.config, searching=True),
+        **options,
     )
     try:
         run_search(space, evaluator, strategy)

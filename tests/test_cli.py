@@ -164,3 +164,14 @@ def test_a_run_may_measure_its_own_table(tmp_path):
     if not gains:
         assert "haloc: nothing to search in DigitsCNN" in done.stderr.splitlines()[-1]
         assert "no rank is cheaper than the dense layer in latency_ms" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "abacus"])
+def test_an_accelerator_that_is_not_there_loses_nothing_of_an_earlier_run(tmp_path, accelerator):
+    if accelerator == "gpu" and torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    (tmp_path / "ranks.json").write_text("{}")
+    done = haloc("search", DIGITS, "--out", tmp_path, "--set", f"trainer.accelerator={accelerator}")
+    assert done.returncode == 2
+    assert "haloc: trainer: " in done.stderr.splitlines()[-1]
+    assert (tmp_path / "ranks.json").exists()

@@ -14,6 +14,7 @@ from nni_haloc import history
 from nni_haloc.config import load_config
 from nni_haloc.models import build_model
 from nni_haloc.predictors import CostTable, count_macs, mac_table
+from nni_haloc.processes import is_first, start_together
 from nni_haloc.tables import limits_of, rules_of
 from nni_haloc.yaml_files import ConfigError
 
@@ -124,10 +125,16 @@ def test_the_others_read_what_the_first_measured(tmp_path, monkeypatch):
     assert (tmp_path / "costs.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(("variable", "value"), [("TORCHELASTIC_RUN_ID", "x"), ("SLURM_NTASKS", "2")])
-def test_processes_that_start_together_need_a_table(tmp_path, monkeypatch, variable, value):
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID", "SLURM_NTASKS"])
+def test_a_schedulers_own_numbers_do_not_make_a_second_process(monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    assert is_first()
+    assert not start_together()
+
+
+def test_processes_that_start_together_need_a_table(tmp_path, monkeypatch):
     config, model, image = latency_config()
-    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with pytest.raises(ConfigError, match=r"cost.table: each of the processes would measure another latency; name a table"):
         limits_of(config, model, image, rules_of(config), tmp_path)
 

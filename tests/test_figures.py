@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from nni_haloc.config import load_config
 from nni_haloc.figures import discrepancy, losses, rank_bars
 from nni_haloc.history import COLUMNS
 from nni_haloc.job import Job
-from nni_haloc.predictors import param_table
+from nni_haloc.predictors import CostTable, param_table
 from nni_haloc.ranks import RankPlan
 from nni_haloc.run import search
 from nni_haloc.tables import rules_of
@@ -117,3 +118,23 @@ def test_figure_3_is_drawn(tmp_path):
     done = haloc("plot", "--layer", "block2.conv", *TRAINED, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "discrepancy.png").exists()
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    """As those of an experiment's trials are."""
+    from nni_haloc.figures import _names
+
+    folders = [tmp_path / "a" / "haloc", tmp_path / "b" / "haloc"]
+    assert _names(folders) == {"a/haloc": folders[0], "b/haloc": folders[1]}
+    assert list(_names([*folders, folders[0]])) == ["a/haloc", "b/haloc"]
+    assert list(_names([tmp_path / "x", tmp_path / "y"])) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "iteration,train_loss\n", "iteration,train_loss,approach_loss,expected_cost,expected_params\n0,1,"]
+)
+def test_a_damaged_history_does_not_keep_a_search_from_going_on(tmp_path, content):
+    (tmp_path / "history.csv").write_text(content)
+    past = history.History(tmp_path / "history.csv", None, CostTable("params", {"a": {"dense": 1.0}}, 0.0))
+    past.on_train_start(SimpleNamespace(current_epoch=1, num_training_batches=5), None)
+    assert past.rows == []

@@ -59,3 +59,10 @@ def test_what_is_left_is_told_once(loaders, caplog, monkeypatch):
     done = min(Forecast.LAST, 10 * size - 1)
     seconds = 10 * (10 * size - done) / (done - Forecast.FIRST)  # a clock that is asked twice goes on by ten
     assert told[1:] == [f"training: about {timedelta(seconds=round(seconds))} to go"]
+
+
+def test_a_training_that_diverged_leaves_no_weights(run_file):
+    done = haloc("train", run_file, "--set", "train.epochs=2", "--set", "train.lr=1000000", "--set", "train.schedule=constant")
+    assert done.returncode == 2
+    assert "train: the training diverged" in done.stderr.splitlines()[-1]
+    assert not (run_file.parent / "digits.safetensors").exists()
