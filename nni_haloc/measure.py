@@ -166,8 +166,8 @@ def model_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor, RankRules]
         example = torch.randn(options.batch, *(int(n) for n in sizes))
         with torch.no_grad():
             model(example)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of the model's own code
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"--input: {options.model} does not take {options.input} ({reason})") from None
     return model, example, rules
 

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,12 +153,12 @@ def find_layers(model: nn.Module, example_input: Tensor, rules: RankRules = Rank
     with torch.no_grad():
         model(example_input)
 
-    holders = Counter(id(m.weight) for m in modules.values())
+    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     specs: dict[str, LayerSpec] = {}
     reasons = {name: "not called as a module" for name in modules if name not in called}
     for name in dict.fromkeys(called):
         module, calls = modules[name], watched[name].shapes
-        reason = _reason(module, name, rules, holders) or watched[name].reason
+        reason = _reason(module, name, rules, holders) or watched[name].reason or _unbatched(module, calls)
         if reason:
             reasons[name] = reason
             continue
@@ -173,6 +173,12 @@ def find_layers(model: nn.Module, example_input: Tensor, rules: RankRules = Rank
                 why = "".join(f"; {name}: {reasons[name]}" for name in fnmatch.filter(reasons, pattern))
                 raise ValueError(f"{option}: no layer of {type(model).__name__} that can be searched matches {pattern!r}{why}")
     return Layers(specs, reasons)
+
+
+def _unbatched(module: nn.Module, calls: Iterable[tuple[int, ...]]) -> str | None:
+    least = 4 if isinstance(module, nn.Conv2d) else 2
+    odd = next((shape for shape in calls if len(shape) < least), None)
+    return None if odd is None else f"called without a batch, on {'x'.join(map(str, odd))}"
 
 
 def _reason(module: nn.Module, name: str, rules: RankRules, holders: Counter[int]) -> str | None:

@@ -264,3 +264,34 @@ def test_layers_that_are_more_than_called_are_left_alone():
 def test_a_model_may_be_one_layer():
     layers = find_layers(nn.Conv2d(8, 8, 3), torch.randn(1, 8, 8, 8))
     assert list(layers.specs) == [""]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.out = nn.Embedding(64, 32), nn.Linear(32, 64, bias=False)
+        self.out.weight = self.words.weight
+
+    def forward(self, x):
+        return self.out(x + self.words.weight.mean())
+
+
+class Unbatched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(self.conv(x[0]).mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "reasons"),
+    [
+        (Tied(), torch.randn(2, 32), {"out": "its weight is shared with another layer"}),
+        (Unbatched(), torch.randn(1, 8, 6, 6), {"conv": "called without a batch, on 8x6x6", "fc": "called without a batch, on 8"}),
+    ],
+)
+def test_what_cannot_be_another_layer_has_its_reason(model, x, reasons):
+    layers = find_layers(model, x, RankRules(kinds=("conv", "linear")))
+    assert (layers.specs, layers.left_alone) == ({}, reasons)
