@@ -20,6 +20,7 @@ from nni_haloc.predictors import CostTable, param_table
 from nni_haloc.ranks import RankPlan
 from nni_haloc.run import search
 from nni_haloc.tables import rules_of
+from nni_haloc.yaml_files import ConfigError
 
 TRAINED = ["--model", "digits_cnn", "--weights", DIGITS.with_name("digits.safetensors")]
 SETTINGS = {"search.epochs": 2, "search.lam": 1.0}
@@ -138,3 +139,9 @@ def test_a_damaged_history_does_not_keep_a_search_from_going_on(tmp_path, conten
     past = history.History(tmp_path / "history.csv", None, CostTable("params", {"a": {"dense": 1.0}}, 0.0))
     past.on_train_start(SimpleNamespace(current_epoch=1, num_training_batches=5), None)
     assert past.rows == []
+
+
+def test_a_history_without_rows_is_named(tmp_path):
+    (tmp_path / "history.csv").write_text(",".join(COLUMNS) + "\n")
+    with pytest.raises(ConfigError, match=r"history.csv: expected the columns .* \(no rows\)"):
+        history.read(tmp_path / "history.csv")
