@@ -1,6 +1,7 @@
 """Imports point one way, and NNI stays where it belongs."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "nni_haloc"
@@ -114,3 +115,13 @@ def test_nni_is_imported_in_its_rooms_alone():
 def test_a_file_can_be_read_in_one_go():
     for path in PACKAGE.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= LIMIT, path
+
+
+def test_ci_finds_the_test_line_in_a_long_readme(tmp_path):
+    """A `grep -m1` behind a pipe once ended its writer with SIGPIPE, and CI with status 141."""
+    root = PACKAGE.parent
+    (tmp_path / "README.md").write_text((root / "README.md").read_text() + "pip install 'another line'\n" * 20_000)
+    line = next(line for line in (root / ".ci" / "run").read_text().splitlines() if line.startswith("line="))
+    script = f'set -euo pipefail\n{line}\nprintf "%s" "$line"'
+    found = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert found == "pip install -e '.[test]' && pytest"
