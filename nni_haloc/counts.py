@@ -21,18 +21,20 @@ def table_main(arguments: Sequence[str] | None = None) -> None:
     parser.model_options(None)
     parser.add_argument("--plan", type=Path, help="a ranks.json: what is left of the counts with it")
     options = parser.parse_args(arguments)
+    plan = None if options.plan is None else RankPlan.load(options.plan)
     model, example, rules = model_of(options)
+    before = network_counts(model, example)
+    header: tuple[str, ...] = ("count", "original")
+    rows: list[tuple[str, ...]] = [(name, f"{count:,}") for name, count in before.items()]
+    if plan is not None:
+        after = _counts_with(plan, str(options.plan), model, example)
+        less = {name: f"{100 * (1 - after[name] / count):.2f}" if count else "" for name, count in before.items()}
+        header, rows = (*header, str(options.plan), "less, %"), [(*row, f"{after[row[0]]:,}", less[row[0]]) for row in rows]
     layers = find_layers(model, example, rules)
     print(space_report(model, layers.candidates(rules), layers.left_alone), end="\n\n")
     sizes = space_sizes(layers, rules)
     print(text_table(("rank space", "networks"), [(name, f"{size:.1e}" if size > 10**6 else str(size)) for name, size in sizes.items()]))
-    before = network_counts(model, example)
-    if options.plan is None:
-        print("\n" + text_table(("count", "original"), [(name, f"{count:,}") for name, count in before.items()]))
-        return
-    after = network_counts(restructure(model, RankPlan.load(options.plan)), example)
-    rows = [(name, f"{count:,}", f"{after[name]:,}", f"{100 * (1 - after[name] / count):.2f}") for name, count in before.items()]
-    print("\n" + text_table(("count", "original", str(options.plan), "less, %"), rows))
+    print("\n" + text_table(header, rows))
 
 
 def space_sizes(layers: Layers, rules: RankRules) -> dict[str, int]:
@@ -54,9 +56,19 @@ def space_sizes(layers: Layers, rules: RankRules) -> dict[str, int]:
 
 
 def network_counts(model: nn.Module, example_input: Tensor) -> dict[str, int]:
-    """Multiply-accumulates for one image, by the paper's count and plain, and parameters."""
+    """Multiply-accumulates for one image, by the paper's count and plain, and parameters. ``example_input (N, ...)``."""
     return {
         "MACs (convolutions and matrix products)": count_macs(model, example_input),
         "MACs (the paper's count: normalisation and pooling, too)": count_paper_macs(model, example_input),
         "parameters": count_params(model),
     }
+
+
+def _counts_with(plan: RankPlan, file: str, model: nn.Module, example_input: Tensor) -> dict[str, int]:
+    """`network_counts` with a plan's layers; ValueError names its file where the model does not have them, or does not run with them."""
+    try:
+        return network_counts(restructure(model, plan), example_input)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    except Exception as error:  # of the model's own code
+        raise ValueError(f"{file}: {type(model).__name__} does not run with the plan's layers ({error!r})") from None

@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
 
     def model_options(self, out: str | None) -> None:
         self.add_argument("--model", help="resnet20, torchvision:resnet18, your_package.models:make_net, ...")
-        self.add_argument("--input", help="shape of one image, 3x224x224")
+        self.add_argument("--input", help="shape of one image or other input: 3x224x224, 128")
         self.add_argument("--batch", type=int, help="images in a batch (default: 1)")
         self.add_argument("--rank-space", type=Path, help="which layers and ranks: a file as in search_spaces/")
         if out is not None:
@@ -147,21 +147,19 @@ def model_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor, RankRules]
         raise ValueError("--model and --input: expected both, such as --model torchvision:resnet18 --input 3x224x224")
     import torch
 
-    from .models import build_model
     from .ranks import RankRules
 
     options.batch = 1 if options.batch is None else options.batch
     sizes = options.input.split("x")
-    if len(sizes) != 3 or not all(n.isdecimal() and int(n) > 0 for n in sizes) or options.batch < 1:
-        raise ValueError(f"--input, --batch: expected 3x224x224 and a number above 0, found {options.input!r} and {options.batch}")
+    if not all(n.isdecimal() and int(n) > 0 for n in sizes) or options.batch < 1:
+        raise ValueError(f"--input, --batch: expected 3x224x224, 128 or so and a number above 0, found {options.input!r}, {options.batch}")
     rules = RankRules()
     if options.rank_space is not None:
         from .config import load_space
         from .tables import rank_rules
 
         rules = rank_rules(load_space(options.rank_space))
-    sys.path.insert(0, "")  # for a model's factory in the current folder
-    model = build_model(options.model).eval()
+    model = named_model(options.model)
     try:
         example = torch.randn(options.batch, *(int(n) for n in sizes))
         with torch.no_grad():
@@ -170,6 +168,14 @@ def model_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor, RankRules]
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"--input: {options.model} does not take {options.input} ({reason})") from None
     return model, example, rules
+
+
+def named_model(name: str) -> nn.Module:
+    """A network by its name, in evaluation mode; where it is a factory, that may lie in the current folder."""
+    from .models import build_model
+
+    sys.path.insert(0, "")
+    return build_model(name).eval()
 
 
 def _runtime(options: argparse.Namespace, model: nn.Module | None) -> Runtime:

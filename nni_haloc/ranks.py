@@ -218,9 +218,11 @@ class RankPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> RankPlan:
-        """Read ``ranks.json``; ValueError names the file and the layer that is wrong."""
+        """Read ``ranks.json``; OSError names the file, ValueError also the layer that is wrong."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise type(error)(f"{path}: {error.strerror}") from None
         except ValueError as error:
             raise ValueError(f"{path}: not a JSON file ({error})") from None
         version = content.get("version") if isinstance(content, dict) else None

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
@@ -164,6 +165,27 @@ def test_weights_of_another_network_are_refused(digits, tmp_path):
 def test_a_model_that_is_not_there_is_named(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         build_model(name, arguments)
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "fcn_resnet50", "lraspp_mobilenet_v3_large"])
+def test_the_backbone_of_a_torchvision_model_is_not_fetched(name, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda weights, *_, **__: fetched.append(weights) or {})
+    with torch.device("meta"):
+        model = build_model(f"torchvision:{name}")
+    assert not fetched
+    assert len(list(model.backbone.parameters())) > 50
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"), [("RuntimeError('no\\nluck')", r"RuntimeError\('no\\nluck'\)"), ("KeyError(3)", r"KeyError\(3\)")]
+)
+def test_a_factory_that_fails_is_named_in_one_line(error, shown, tmp_path, monkeypatch):
+    (tmp_path / "failing_factory.py").write_text(f"def net():\n    raise {error}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "failing_factory", raising=False)
+    with pytest.raises(ValueError, match=f"^model 'failing_factory:net': its factory fails: {shown}$"):
+        build_model("failing_factory:net")
 
 
 def test_models_come_from_torchvision_and_from_any_factory():

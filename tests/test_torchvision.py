@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 
 from nni_haloc import RankRules, RankSpace
+from nni_haloc.models import build_model
 
 models = torchvision.models
 CLASSIFICATION = list(models.list_models(module=models))
@@ -36,8 +37,7 @@ RULES = RankRules(kinds=("conv", "pointwise", "linear"))
 def build(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of initialisations to come
-        arguments = {"weights_backbone": None} if name in SEGMENTATION + DETECTION else {}
-        return models.get_model(name, weights=None, **arguments).eval()
+        return build_model(f"torchvision:{name}").eval()
 
 
 def batch(name):
