@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -16,14 +19,19 @@ from . import history
 from .compression import RANKS_FILE
 from .job import SEARCH_FOLDER
 from .layers import LayerSpec
-from .measure import Parser
-from .models import build_model
+from .measure import Parser, named_model
 from .ranks import RankPlan
 from .tucker import decompose, reconstruct
 from .yaml_files import ConfigError
 
+Columns = Mapping[str, Sequence[float]]
+"""Of a history: see `history.COLUMNS`."""
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+
 _LINES = ("-", "--", ":", "-.")
-_MARKS = ("o", "s", "^", "x")
+_MARKS = ("o", "s", "^", "x", "D")
+_HATCHES = ("", "//", "..", "xx", "--", "\\\\", "++")
+_WHOLE: dict[str, Any] = {"integer": True, "min_n_ticks": 1}
 
 
 def plot_main(arguments: Sequence[str] | None = None) -> None:
@@ -35,7 +43,10 @@ def plot_main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="resnet20, torchvision:resnet18, ...; with --weights")
     parser.add_argument("--weights", type=Path, help="the trained weights")
     options = parser.parse_args(arguments)
-    if (options.layer is None) == (not options.folders):
+    given = [name for name in ("layer", "model", "weights") if getattr(options, name) is not None]
+    if options.folders and given:
+        raise ValueError(f"FOLDER and --{given[0]}: expected folders of searches, or --layer with --model and --weights")
+    if not options.folders and options.layer is None:
         raise ValueError("expected folders of searches, or --layer with --model and --weights")
     if options.layer is not None:
         _draw_layer(options.model, options.weights, options.layer, options.out or Path())
@@ -44,54 +55,89 @@ def plot_main(arguments: Sequence[str] | None = None) -> None:
     names = _names(options.folders)
     histories = {name: history.read(folder / SEARCH_FOLDER / history.HISTORY_FILE) for name, folder in names.items()}
     plans = {name: RankPlan.load(folder / RANKS_FILE) for name, folder in names.items()}
-    _save(losses({name: columns["train_loss"] for name, columns in histories.items()}), out / "loss")
-    _save(parameters({name: columns["expected_params"] for name, columns in histories.items()}), out / "parameters")
+    _save(losses(histories), out / "loss")
+    _save(parameters(histories), out / "parameters")
     _save(rank_bars({name: plan.ranks for name, plan in plans.items()}), out / "ranks")
 
 
-def losses(runs: Mapping[str, Sequence[float]], window: int = 25) -> Figure:
-    """Figure 4a: the sampled networks' cross-entropy on training images, a running mean over ``window`` iterations."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="iteration", ylabel=f"training loss (mean of {window} iterations)")
-    for (name, values), line in zip(runs.items(), _cycled(_LINES, len(runs)), strict=True):
-        size = min(window, len(values))
-        smooth = np.convolve(values, np.ones(size) / size, mode="valid")
-        axes.plot(np.arange(size, len(values) + 1), smooth, line, label=name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
+def losses(histories: Mapping[str, Columns], window: int | None = None) -> Figure:
+    """Figure 4a: the sampled networks' cross-entropy on training images, a running mean over ``window`` iterations.
+
+    By default over 25, or a quarter of the shortest history where that is less.
+    """
+    size = window or max(1, min(25, *(len(columns["iteration"]) // 4 for columns in histories.values())))
+    runs = {name: [_smooth(x, y, size) for x, y in _stretches(columns, "train_loss")] for name, columns in histories.items()}
+    return _curves(runs, "training loss" if size == 1 else f"training loss (mean of {size} iterations)")
 
 
-def parameters(runs: Mapping[str, Sequence[float]]) -> Figure:
+def parameters(histories: Mapping[str, Columns]) -> Figure:
     """Figure 4b: the expected number of parameters."""
+    runs = {name: [(x, y / 1e3) for x, y in _stretches(columns, "expected_params")] for name, columns in histories.items()}
+    return _curves(runs, "expected parameters, thousands")
+
+
+def _stretches(columns: Columns, name: str) -> list[Curve]:
+    """Iterations and values of a column, cut where a history has a gap."""
+    x, y = np.array(columns["iteration"]), np.array(columns[name])
+    cuts = np.flatnonzero(np.diff(x) != 1) + 1
+    return list(zip(np.split(x, cuts), np.split(y, cuts), strict=True))
+
+
+def _smooth(x: NDArray[np.float64], y: NDArray[np.float64], window: int) -> Curve:
+    size = min(window, len(y))
+    return x[size - 1 :], np.convolve(y, np.ones(size) / size, mode="valid")
+
+
+def _curves(runs: Mapping[str, Sequence[Curve]], label: str) -> Figure:
+    """A line for each run, told from the others by its dashes and by some marks, which also show a single point."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="iteration", ylabel="expected parameters, thousands")
-    for (name, values), line in zip(runs.items(), _cycled(_LINES, len(runs)), strict=True):
-        axes.plot(np.arange(1, len(values) + 1), np.array(values) / 1e3, line, label=name)
+    axes = figure.add_subplot(xlabel="iteration", ylabel=label)
+    for i, (name, stretches) in enumerate(runs.items()):
+        style: dict[str, Any] = {"color": f"C{i}", "linestyle": _LINES[i % len(_LINES)], "marker": _MARKS[i % len(_MARKS)], "markersize": 4}
+        for j, (x, y) in enumerate(stretches):
+            axes.plot(x, y, **style, markevery=max(1, len(x) // 10), label=None if j else name)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=(1, 2, 5, 10), **_WHOLE))
     axes.grid(alpha=0.3)
-    axes.legend()
+    _legend(figure, list(runs))
     return figure
 
 
 def rank_bars(plans: Mapping[str, Mapping[str, tuple[int, ...] | None]]) -> Figure:
-    """Figure 4c: the rank of every layer (r1 where there are two), the layers as they were marked."""
+    """Figure 4c: the rank of every layer, the layers as they were marked; r1 above r2 where any differ. Dense layers are said to be."""
     layers = list(dict.fromkeys(layer for plan in plans.values() for layer in plan))
-    highest = max((rank[0] for plan in plans.values() for rank in plan.values() if rank), default=1)
-    figure = Figure(figsize=(max(6.4, 0.35 * len(layers) * max(1, len(plans) / 2)), 4.2), layout="constrained")
-    axes = figure.add_subplot(ylabel="rank r1")
-    width = 0.8 / len(plans)
+    ranks = [rank for plan in plans.values() for rank in plan.values() if rank]
+    labels = ("rank r1 (output)", "rank r2 (input)") if any(len(set(rank)) > 1 for rank in ranks) else ("rank (r1 = r2)",)
+    names = max(map(len, layers), default=0)
+    size = (min(100, max(6.4, 0.35 * len(layers) * max(1, len(plans) / 2))), 0.8 + 2.5 * len(labels) + 0.065 * names)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(labels), sharex=True, sharey=True, squeeze=False)[:, 0]
+    width, handles = 0.8 / len(plans), []
     for i, (name, plan) in enumerate(plans.items()):
-        places = [layers.index(layer) + (i + 0.5) * width - 0.4 for layer in plan]
-        heights = [rank[0] if rank else 0 for rank in plan.values()]
-        axes.bar(places, heights, width, label=name, hatch=("", "//", "..", "xx")[i % 4], edgecolor="black", linewidth=0.5)
-        for place, rank in zip(places, plan.values(), strict=True):
-            if rank is None:
-                axes.annotate("dense", (place, highest / 100), rotation=90, ha="center", va="bottom", fontsize=7)
-    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
-    axes.set_ylim(0, 1.1 * highest)
-    if len(plans) > 1:
-        axes.legend()
+        style: dict[str, Any] = {"facecolor": f"C{i}", "hatch": _HATCHES[i % len(_HATCHES)], "edgecolor": "black", "linewidth": 0.5}
+        handles.append(Patch(label=name, **style))
+        places = {layer: layers.index(layer) + (i + 0.5) * width - 0.4 for layer in plan}
+        for side, axes in enumerate(panels):
+            axes.bar(
+                [places[layer] for layer, rank in plan.items() if rank], [r[-1 if side else 0] for r in plan.values() if r], width, **style
+            )
+            for place in (places[layer] for layer, rank in plan.items() if not rank):
+                whole = axes.get_xaxis_transform()  # from the bottom of the figure to its top: no rank
+                axes.bar(place, 1, width, transform=whole, facecolor="0.95", edgecolor="0.5", linestyle=":", linewidth=0.8, zorder=0)
+                axes.text(place, 0.5, "dense", transform=whole, rotation=90, ha="center", va="center", fontsize=7)
+    for axes, label in zip(panels, labels, strict=True):
+        axes.set_ylabel(label)
+        axes.yaxis.set_major_locator(MaxNLocator("auto", steps=(1, 2, 4, 8, 10), **_WHOLE))
+    panels[-1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
+    panels[-1].set(xlim=(-0.6, len(layers) - 0.4), ylim=(0, 1.05 * max(map(max, ranks), default=1)))
+    _legend(figure, list(plans), handles=handles)
     return figure
+
+
+def _legend(figure: Figure, names: Sequence[str], **options: Any) -> None:
+    """Above the axes, where it hides nothing; none for one run."""
+    if len(names) > 1:
+        fit = figure.get_figwidth() / (0.7 + 0.075 * max(map(len, names)))
+        figure.legend(loc="outside upper center", ncols=max(1, min(len(names), 3, int(fit))), fontsize=9, **options)
 
 
 def discrepancy(weight: Tensor, shares: Sequence[float] = (0.1, 0.2, 0.4), points: int = 17) -> dict[float, NDArray[np.float64]]:
@@ -110,7 +156,7 @@ def discrepancy(weight: Tensor, shares: Sequence[float] = (0.1, 0.2, 0.4), point
                 pairs.append((r1, r2))
         factors = decompose(weight, pairs, "hooi" if max(f, c) <= 128 else "warm_hooi", None)
         errors = [float((reconstruct(x) - weight).norm() / weight.norm()) for x in factors]
-        found[share] = np.array([(*pair, error) for pair, error in zip(pairs, errors, strict=True)])
+        found[share] = np.array([(*pair, error) for pair, error in zip(pairs, errors, strict=True)]).reshape(-1, 3)
     return found
 
 
@@ -124,7 +170,7 @@ def _draw_layer(model: str | None, weights: Path | None, layer: str, out: Path) 
 
     if model is None or weights is None:
         raise ValueError("--layer: expected --model and --weights, too")
-    network = build_model(model)
+    network = named_model(model)
     load_weights(network, weights)
     module = dict(network.named_modules()).get(layer)
     if not isinstance(module, nn.Conv2d) or module.groups != 1 or LayerSpec.of(layer, module).kind != "conv":
@@ -133,7 +179,7 @@ def _draw_layer(model: str | None, weights: Path | None, layer: str, out: Path) 
         found = discrepancy(module.weight.detach())
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot(xlabel="r1 - r2 (output - input)", ylabel="relative error of the kernel")
-    for (share, rows), mark in zip(found.items(), _cycled(_MARKS, len(found)), strict=True):
+    for (share, rows), mark in zip(found.items(), _MARKS, strict=False):
         axes.plot(rows[:, 0] - rows[:, 1], rows[:, 2], f"{mark}-", markersize=4, label=f"{100 * share:.0f} %")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.grid(alpha=0.3)
@@ -150,10 +196,6 @@ def _names(folders: Sequence[Path]) -> dict[str, Path]:
         if len(names) == len(whole):
             return names
     return {str(path): path for path in whole}
-
-
-def _cycled(kinds: Sequence[str], number: int) -> list[str]:
-    return [kinds[i % len(kinds)] for i in range(number)]
 
 
 def _save(figure: Figure, path: Path) -> None:
