@@ -12,7 +12,7 @@ import torch
 
 from .compression import RANKS_FILE
 from .config import Config
-from .device.files import write_json
+from .device.files import read_json, write_json
 from .device.measuring import Timing, measure, time_together
 from .device.onnx_runtime import OnnxRuntime
 from .device.spec import Specification
@@ -31,11 +31,13 @@ DEVICES = {"torch": None, "onnxruntime": "onnxruntime", "eyeriss": "zigzag", "cu
 CLOCK = 200e6
 """Cycles a second of the Eyeriss chip (Chen et al., 2016)."""
 _HEADINGS = {
-    "batch_size": "batch", "baseline_top1": "top-1, original", "default": "top-1", "baseline_top5": "top-5, original", "top5": "top-5",
+    "budget_fraction": "budget", "batch_size": "batch",
+    "baseline_top1": "top-1, original", "default": "top-1", "baseline_top5": "top-5, original", "top5": "top-5",
     "macs": "MACs", "macs_reduction": "less", "original_images_per_s": "images/s, original", "images_per_s": "images/s",
     "speedup": "times as fast", "reason": "why not",
 }  # fmt: skip
 THROUGHPUT_FILE, TABLE_FILE = "throughput.json", "table.json"
+THROUGHPUT_VERSION = 1
 
 
 def at_hand() -> list[str]:
@@ -49,31 +51,56 @@ def throughput(config: Config, folder: str | Path, devices: Sequence[str], *, re
 
     Each has a folder of its own in ``folder``, with its cost table and a run's results, and a row of ``throughput.json``: accuracies, MACs,
     and images a second of the original and the compressed network, by ``cost.batch_size`` (on the array one image). A device on which
-    it cannot be done has the reason in its row. ``resume``: as for `run`; cost tables go on where they were stopped in any case.
-    `ConfigError` where nothing could be done on any.
+    it cannot be done has the reason in its row, in the file only where it was not measured before. Rows of other devices that the file
+    has are kept, and returned before those of ``devices``. ``resume``: as for `run`; cost tables go on where they were stopped in any case.
+    `ConfigError` where nothing could be done on any, or the file is not of this form.
     """
     if config.budget.fraction is None:
         raise ConfigError("budget.fraction: expected, because devices have different costs; found budget.absolute")
     if config.trainer.devices * config.trainer.num_nodes > 1:
         raise ConfigError("trainer.devices: expected 1, because devices come one after another here")
     job, rows = Job(config, folder), []
+    file = job.folder / THROUGHPUT_FILE
+    earlier = _read(file)
     for device in devices:
         logger.info("%s:", device)
         try:
             rows.append({"device": device, **_row(job.at(_config_for(config, device), job.folder / device), device, resume)})
+            _keep(file, rows[-1:])
         except ConfigError as error:
             logger.error("%s: %s", device, error)
             rows.append({"device": device, "reason": str(error)})
     if all("reason" in row for row in rows):
         raise ConfigError("; ".join(f"{row['device']}: {row['reason']}" for row in rows))
-    write_json(job.folder / THROUGHPUT_FILE, {"version": 1, "rows": rows})
-    return rows
+    _keep(file, [row for row in rows if "reason" in row])
+    return [*(row for device, row in earlier.items() if device not in devices), *rows]
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a ``throughput.json`` by their devices; none where there is no file."""
+    try:
+        content = read_json(file, "table of devices", THROUGHPUT_VERSION)
+        return {str(row["device"]): dict(row) for row in content["rows"]}
+    except FileNotFoundError:
+        return {}
+    except (KeyError, TypeError):
+        raise ConfigError(f"{file}: rows: expected a list, each with its device") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def _keep(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Put rows into the file, in the place of those of the same devices; a reason does not replace what was measured."""
+    known = _read(file)
+    known |= {row["device"]: row for row in rows if "reason" not in row or "reason" in known.get(row["device"], row)}
+    write_json(file, {"version": THROUGHPUT_VERSION, "rows": list(known.values())})
 
 
 def print_throughput(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """The rows of `throughput` as a table; accuracies and reductions in percent, columns that no row has left out."""
     columns: dict[str, Callable[[Any], str]] = {
-        "device": str, "batch_size": str, "baseline_top1": _percent, "default": _percent, "baseline_top5": _percent, "top5": _percent,
+        "device": str, "budget_fraction": _percent, "batch_size": str,
+        "baseline_top1": _percent, "default": _percent, "baseline_top5": _percent, "top5": _percent,
         "macs": lambda n: f"{n / 1e6:,.1f} M", "macs_reduction": _percent, "original_images_per_s": _speed,
         "images_per_s": _speed, "speedup": lambda n: f"{n:.2f}", "reason": str,
     }  # fmt: skip
@@ -115,7 +142,13 @@ def _row(job: Job, device: str, resume: bool) -> dict[str, Any]:
     else:
         seconds = {"original": metrics["baseline_latency_ms"] / 1e3, "compressed": metrics["latency_ms"] / 1e3}
     speeds = {"original_images_per_s": batch / seconds["original"], "images_per_s": batch / seconds["compressed"]}
-    return {"batch_size": batch, **row, **speeds, "speedup": seconds["original"] / seconds["compressed"]}
+    return {
+        "budget_fraction": job.config.budget.fraction,
+        "batch_size": batch,
+        **row,
+        **speeds,
+        "speedup": seconds["original"] / seconds["compressed"],
+    }
 
 
 def _measured(job: Job, device: str) -> Specification:

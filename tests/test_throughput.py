@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from nni_haloc import throughput as module
 from nni_haloc.config import load_config
+from nni_haloc.device.measuring import measure
 from nni_haloc.models import build_model
-from nni_haloc.predictors import CostTable, count_macs
+from nni_haloc.predictors import CostTable, count_macs, mac_table
+from nni_haloc.ranks import RankRules
 from nni_haloc.throughput import CLOCK, at_hand, print_throughput, throughput
 from nni_haloc.yaml_files import ConfigError
 
@@ -16,17 +19,35 @@ DIGITS = Path(__file__).parents[1] / "examples/digits/run.yml"
 SHORT = {"search.epochs": 1, "finetune.epochs": 0, "budget.fraction": 0.7, "cost.batch_size": 64, "rank_space": {"step": 16}}
 
 
-def test_every_device_has_its_own_plan_and_row(tmp_path, capsys):
-    """On a processor of the day nothing may be faster; then the row says so. The array is the same every day."""
+def test_onnx_runtime_has_its_own_plan_and_row(tmp_path, monkeypatch):
+    """Its costs are measured, and then made to follow the MACs: on a processor of the day nothing may be faster on so small a network."""
+    pytest.importorskip("onnxruntime")
+    counts = mac_table(build_model("digits_cnn"), torch.zeros(1, 1, 8, 8), RankRules(16))
+    measured = []
+
+    def measure_and_mend(spec, runtime, file, *arguments):
+        content = measure(spec, runtime, file, *arguments)
+        measured.append(CostTable.load(file))
+        costs = {layer: {name: counts.costs[layer][name] / 1e6 for name in row} for layer, row in measured[0].costs.items()}
+        CostTable("latency_ms", costs, counts.fixed / 1e6, measured[0].identity).save(file)
+        return content
+
+    monkeypatch.setattr(module, "measure", measure_and_mend)
+    (row,) = throughput(load_config(DIGITS, SHORT), tmp_path, ["onnxruntime"])
+    assert measured[0].identity["runtime"].startswith("onnxruntime")
+    assert measured[0].identity["input"] == [64, 1, 8, 8]
+    assert measured[0].original > 0
+    assert row["images_per_s"] > 0
+    assert row["speedup"] == pytest.approx(row["images_per_s"] / row["original_images_per_s"])
+    assert row["macs_reduction"] >= 0.3 - 1e-9
+    assert json.loads((tmp_path / "throughput.json").read_text())["rows"] == [row]
+
+
+def test_the_array_has_its_own_plan_and_row(tmp_path, capsys):
+    """It is the same every day."""
     pytest.importorskip("zigzag")
-    rows = {row["device"]: row for row in throughput(load_config(DIGITS, SHORT), tmp_path, ["onnxruntime", "eyeriss"])}
-    assert list(json.loads((tmp_path / "throughput.json").read_text())["rows"]) == list(rows.values())
-    table = CostTable.load(tmp_path / "onnxruntime/table.json")
-    assert table.identity["runtime"].startswith("onnxruntime")
-    assert table.identity["input"] == [64, 1, 8, 8]
-    if "reason" not in rows["onnxruntime"]:
-        assert rows["onnxruntime"]["images_per_s"] > 0
-    array = rows["eyeriss"]
+    (array,) = throughput(load_config(DIGITS, SHORT), tmp_path, ["eyeriss"])
+    assert json.loads((tmp_path / "throughput.json").read_text())["rows"] == [array]
     facts = json.loads((tmp_path / "eyeriss/ranks.json").read_text())["chosen_by"]
     assert facts["metric"] == "cycles"
     assert facts["cost"] <= 0.7 * facts["original_cost"]
@@ -35,10 +56,67 @@ def test_every_device_has_its_own_plan_and_row(tmp_path, capsys):
     original = count_macs(build_model("digits_cnn"), torch.zeros(1, 1, 8, 8))
     assert array["macs"] == pytest.approx((1 - array["macs_reduction"]) * original)
     capsys.readouterr()
-    print_throughput("title", list(rows.values()))
+    print_throughput("title", [array])
     printed = capsys.readouterr().out
-    assert all(text in printed for text in ("eyeriss", "96.39 %", f"{array['speedup']:.2f}", f"{CLOCK / facts['cost']:,.0f}"))
+    assert all(text in printed for text in ("eyeriss", "70.00 %", "96.39 %", f"{array['speedup']:.2f}", f"{CLOCK / facts['cost']:,.0f}"))
     assert "top-5" not in printed  # of ten classes
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What each device is found to have, without the work: a number, or an error."""
+    found = {}
+
+    def row(job, device, resume):
+        if isinstance(found[device], BaseException):
+            raise found[device]
+        return {"images_per_s": found[device]}
+
+    monkeypatch.setattr(module, "_row", row)
+    return found
+
+
+def kept(folder):
+    content = json.loads((folder / "throughput.json").read_text())
+    return {row["device"]: row.get("images_per_s", row.get("reason")) for row in content["rows"]}
+
+
+def test_a_later_call_keeps_the_rows_of_other_devices(tmp_path, measured):
+    config = load_config(DIGITS, SHORT)
+    measured |= {"torch": 1.0, "onnxruntime": ConfigError("too slow")}
+    throughput(config, tmp_path, ["torch", "onnxruntime"])
+    assert kept(tmp_path) == {"torch": 1.0, "onnxruntime": "too slow"}
+    measured |= {"eyeriss": 2.0, "onnxruntime": 3.0}
+    rows = throughput(config, tmp_path, ["eyeriss", "onnxruntime"])
+    assert kept(tmp_path) == {"torch": 1.0, "onnxruntime": 3.0, "eyeriss": 2.0}
+    assert [row["device"] for row in rows] == ["torch", "eyeriss", "onnxruntime"]
+    measured |= {"torch": 4.0, "eyeriss": ConfigError("no")}
+    rows = throughput(config, tmp_path, ["torch", "eyeriss"])
+    assert kept(tmp_path) == {"torch": 4.0, "onnxruntime": 3.0, "eyeriss": 2.0}  # measured before
+    assert rows[-1] == {"device": "eyeriss", "reason": "no"}
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_is_measured_is_kept_when_a_later_device_is_interrupted(tmp_path, measured):
+    measured |= {"torch": 1.0, "eyeriss": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        throughput(load_config(DIGITS, SHORT), tmp_path, ["torch", "eyeriss"])
+    assert kept(tmp_path) == {"torch": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a JSON file"),
+        ('{"version": 7}', "expected a table of devices of version 1, found version 7"),
+        ('{"version": 1, "rows": [1]}', "rows: expected a list, each with its device"),
+    ],
+)
+def test_a_damaged_table_is_named_before_the_work_and_left(content, message, tmp_path, measured):
+    (tmp_path / "throughput.json").write_text(content)
+    with pytest.raises(ConfigError, match=f"throughput.json: {message}"):
+        throughput(load_config(DIGITS, SHORT), tmp_path, ["torch"])  # of which nothing is known here
+    assert (tmp_path / "throughput.json").read_text() == content
 
 
 def test_what_cannot_be_done_on_any_device_is_one_line(tmp_path):
