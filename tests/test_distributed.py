@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import nni_haloc
-from nni_haloc import history
+from nni_haloc import Haloc, RankSpace, Recipe, classification, history
 from nni_haloc.config import load_config
 from nni_haloc.models import build_model
+from nni_haloc.nas import run_search
+from nni_haloc.nas.updates import HalocModule
 from nni_haloc.predictors import CostTable, count_macs, mac_table
 from nni_haloc.processes import is_first, start_together
 from nni_haloc.tables import limits_of, rules_of
@@ -22,6 +25,7 @@ DIGITS = Path(__file__).parents[1] / "examples/digits/run.yml"
 
 PROGRAM = """
 import json, os, sys, torch
+from pytorch_lightning import Callback
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from nni_haloc import Haloc, RankRules, RankSpace, Recipe, classification, mac_table
@@ -45,11 +49,17 @@ strategy = Haloc(costs, 0.6 * costs.original, approach_share=1.0, alpha_every=1,
 options = {"devices": processes, "accelerator": "cpu", "enable_progress_bar": False, "use_distributed_sampler": False}
 if processes > 1:
     options["strategy"] = "ddp_find_unused_parameters_true"
-run_search(space, classification(*loaders, Recipe(epochs=3, lr=0.05, schedule="constant"), **options), strategy)
+class Losses(Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        losses.append(module.latest.tolist())
+
+losses = []
+run_search(space, classification(*loaders, Recipe(epochs=3, lr=0.05, schedule="constant"), callbacks=[Losses()], **options), strategy)
 import torch.distributed
 rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 found = {
     "alpha": {n: layer.alpha.tolist() for n, layer in strategy.mixed_layers.items()},
+    "losses": losses,
     "plan": strategy.plan().names,
     "sampled": {n: layer.sampled for n, layer in strategy.mixed_layers.items()},
     "scores": strategy.scores(),
@@ -76,9 +86,43 @@ def test_two_processes_agree_and_are_one(tmp_path, objective):
     assert first == second  # to the last digit
     assert first["plan"] == one["plan"]
     assert first["sampled"] == one["sampled"]
+    assert first["losses"] == [pytest.approx(pair, abs=1e-6) for pair in one["losses"]]
     for layer, alpha in one["alpha"].items():
         assert first["alpha"][layer] == pytest.approx(alpha, abs=1e-6)
     assert first["weights"] == pytest.approx(one["weights"], abs=1e-6)
+
+
+def test_a_layer_that_one_process_does_not_call_counts_as_nothing_there(net, images, loaders):
+    """Without a place for it in what is exchanged, each process would read another layer's numbers, or wait for ever."""
+
+    class Other:
+        """This process beside one that has called ``stem`` and not ``point``; neither has called ``body.0``."""
+
+        world_size, strategy = 2, property(lambda self: self)
+
+        def reduce(self, mine, reduce_op):
+            sent.append(mine)
+            return (mine + theirs) / 2 if theirs is not None else mine
+
+    def exchanged(ce, called):
+        for layer in mixed:
+            layer.pending = torch.ones(len(layer.names)) if layer.label in called else None
+        task = [torch.full_like(layer.alpha.detach(), 2.0) if layer.label in called else None for layer in mixed]
+        ce, task = HalocModule._averaged(SimpleNamespace(trainer=Other(), _mixed=mixed), torch.tensor(ce), task)
+        return float(ce), {x.label: (t, x.pending) for x, t in zip(mixed, task, strict=True)}
+
+    space = RankSpace(net, images[:1])
+    strategy = Haloc(space.costs, space.costs.original)
+    run_search(space, classification(*loaders, Recipe(1, 0.01), enable_progress_bar=False, limit_train_batches=1), strategy)
+    mixed, sent, theirs = list(strategy.mixed_layers.values()), [], None
+    exchanged(3.0, {"stem"})
+    (theirs,) = sent
+    ce, means = exchanged(5.0, {"stem", "point"})
+    assert ce == 4.0
+    assert means["body.0"] == (None, None)
+    for layer, share in (("stem", 1.0), ("point", 0.5)):
+        task, pending = means[layer]
+        assert (task.unique().tolist(), pending.unique().tolist()) == ([2 * share], [share])
 
 
 def haloc(*arguments, **environment):
