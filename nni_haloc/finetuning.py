@@ -21,6 +21,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from .log import logger
 from .modules import accelerated, evaluating
+from .processes import check_startable
 from .recipe import Recipe
 
 TEMPERATURE = 4.0
@@ -69,12 +70,13 @@ def finetune(
     ``on_epoch(epoch, metrics)`` is called after each epoch with ``train_loss`` and, where ``val`` is given, ``val_top1``. ``ckpt_path``:
     a Lightning checkpoint to go on from. ``teacher``: the original network; ``distill``, 0 to 1, is then the share of the loss that is the
     Kullback-Leibler divergence from it at temperature 4 (Hinton et al., 2015), the rest being the cross-entropy. ``trainer`` goes to
-    Lightning's Trainer (devices, precision, loggers, ...).
+    Lightning's Trainer (devices, precision, loggers, ...); ValueError for several devices where no script is run.
     """
     if recipe.epochs:
         callbacks = [*trainer.pop("callbacks", []), *([EpochEnd(on_epoch)] if on_epoch else [])]
         defaults = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
         fit = pl.Trainer(max_epochs=recipe.epochs, callbacks=callbacks, **{**defaults, **trainer})
+        check_startable(fit)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
             fit.fit(_Training(model, recipe, len(train), teacher, distill), train, val, ckpt_path=ckpt_path, weights_only=True)

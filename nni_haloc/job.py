@@ -23,7 +23,7 @@ from .finetuning import accuracy
 from .models import build_model
 from .predictors import count_macs, measure_latency
 from .predictors.analytic import count_params
-from .processes import is_first
+from .processes import check_startable, is_first
 from .ranks import RankPlan
 from .tables import latency_input, runtime_of
 from .yaml_files import ConfigError
@@ -46,7 +46,7 @@ class Job:
             torch.set_num_threads(config.threads)
         seed_everything(config.seed, verbose=False)
         try:
-            Trainer(**trainer_options(config), logger=False, enable_checkpointing=False)
+            check_startable(Trainer(**trainer_options(config), logger=False, enable_checkpointing=False))
         except (MisconfigurationException, ValueError) as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
         try:

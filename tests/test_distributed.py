@@ -17,7 +17,7 @@ from nni_haloc.models import build_model
 from nni_haloc.nas import run_search
 from nni_haloc.nas.updates import HalocModule
 from nni_haloc.predictors import CostTable, count_macs, mac_table
-from nni_haloc.processes import is_first, start_together
+from nni_haloc.processes import check_startable, is_first, start_together
 from nni_haloc.tables import limits_of, rules_of
 from nni_haloc.yaml_files import ConfigError
 
@@ -151,6 +151,48 @@ def test_a_run_in_two_processes_leaves_one_folder(tmp_path):
     assert json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]["default"] == metrics["default"]
     other = haloc("run", DIGITS, "--out", tmp_path / "out", "--resume", *words[2:])
     assert (other.returncode, "made with other settings" in other.stderr) == (2, True)
+
+
+ALONE = """
+import nni_haloc, torch
+from torch.utils.data import DataLoader
+def attempt(make):
+    try:
+        make({"devices": 2, "accelerator": "cpu"})
+    except ValueError as error:
+        print(error)
+loader = DataLoader([(torch.zeros(3), 0)])
+attempt(lambda options: nni_haloc.finetune(torch.nn.Linear(3, 2), loader, nni_haloc.Recipe(1), **options))
+attempt(lambda options: nni_haloc.classification(loader, loader, nni_haloc.Recipe(1), **options))
+from nni_haloc.cli import main
+import sys
+sys.argv[1:] = ["run", RUN, "--set", "trainer.devices=2"]
+main()
+"""
+
+
+@pytest.mark.parametrize(("arguments", "found"), [(["-c"], "python -c"), (["-"], "standard input")])
+def test_a_program_in_no_file_can_not_be_run_twice_and_is_refused_at_once(tmp_path, arguments, found):
+    """Lightning would start `python -c` without the program, and the first process wait for the second."""
+    program = ALONE.replace("RUN", repr(str(DIGITS)))
+    command = [sys.executable, "-W", "ignore", *arguments, *([program] if "-c" in arguments else [])]
+    done = subprocess.run(command, input=program, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    line = f"devices: 2 processes run a script each, or python -m MODULE; found {found}"
+    assert (done.returncode, done.stdout.splitlines()) == (2, [line, line]), done.stderr
+    assert done.stderr.splitlines()[-1] == f"haloc: trainer: {line}"
+    assert "Traceback" not in done.stderr
+
+
+def test_the_second_process_and_a_script_are_not_refused(monkeypatch):
+    trainer = SimpleNamespace(num_devices=2, strategy=SimpleNamespace(launcher=object()))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", [__file__])
+    check_startable(trainer)
+    monkeypatch.setattr(sys, "argv", ["-c"])
+    with pytest.raises(ValueError, match="python -c"):
+        check_startable(trainer)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    check_startable(trainer)
 
 
 def latency_config():
