@@ -17,6 +17,7 @@ ALLOWED = {  # what each file may import of ours; a folder stands for all its fi
     "yaml_files": set(),
     "sections": set(),
     "processes": set(),
+    "interruption": {"processes"},
     "printing": set(),
     "config": {"sections", "yaml_files"},
     "log": {"processes", "yaml_files"},
