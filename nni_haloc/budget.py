@@ -20,6 +20,10 @@ _NEARLY = 1e-8
 
 _NODES = 10_000
 """Nodes of HiGHS's tree, after which the best choice found is taken; where scores are costs in disguise, the proof alone takes hours."""
+_FEASIBILITY_NODES = 1_000_000
+"""The same, where several limits may exclude each other and the first choice within them ends the search."""
+_INFEASIBLE = 2
+"""scipy's status of a proof that there is no solution. That of a limit of nodes is 4, not 1."""
 _CUTS = 8
 """Choices just above a limit that are cut off one by one; after them the room is tightened, which may cut off what just fits, too."""
 
@@ -30,7 +34,11 @@ Candidates = Mapping[str, Iterable[str]]
 
 
 class InfeasibleBudget(ValueError):
-    """No network of the rank space is within the limits; the message names the cheapest possible cost."""
+    """No network of the rank space is within the limits; the message names the cheapest possible cost, where it is known."""
+
+
+class UndecidedBudget(ValueError):
+    """The solver has come to its end with no network within the limits, and without a proof that there is none."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +71,22 @@ def cheapest(candidates: Candidates, costs: CostTable) -> Choice:
 
 
 def check_feasible(candidates: Candidates, limits: Sequence[Limit]) -> Choice:
-    """A choice within every limit; `InfeasibleBudget` names a limit that can't be met, by itself or beside those before it."""
+    """A choice within every limit; `InfeasibleBudget` names a limit that can't be met, by itself or beside those before it.
+
+    `UndecidedBudget` where the solver can't tell: a few limits near what is possible, in ever so many layers.
+    """
     for limit in limits:
         _refuse_unless_met(limit, cheapest(candidates, limit.costs), "")
     choice = cheapest(candidates, limits[0].costs)
     for i, limit in enumerate(limits):
         if not limit.holds(choice):
             cheap = {layer: {name: -limit.costs.costs[layer][name] for name in names} for layer, names in candidates.items()}
-            choice = _best(cheap, limits[: i + 1]) or _best(cheap, limits[:i]) or choice
-            _refuse_unless_met(limit, choice, f" within {' and '.join(map(str, limits[:i]))}")
+            before = " and ".join(map(str, limits[:i]))
+            within = _within(cheap, limits[: i + 1]) or _found(cheap, limits[:i])
+            if within is None:
+                raise InfeasibleBudget(f"budget: no network is within {before} and {limit}")
+            choice = within
+            _refuse_unless_met(limit, choice, f" within {before}")
     return choice
 
 
@@ -80,8 +95,8 @@ def choose(scores: Scores, limits: Sequence[Limit], use: float = 0.0) -> Choice:
 
     ``scores``: layer to candidate to a finite number; the candidates are those that it names. ``use``: the best of the choices that use at
     least this fraction of one of the budgets is taken; where there are none, twice as much may be left unused, and so on. Solved by HiGHS;
-    because its constraints hold only to a tolerance, costs are recomputed exactly and a choice that does not fit is cut off. Raises
-    `InfeasibleBudget`.
+    because its constraints hold only to a tolerance, costs are recomputed exactly and a choice that does not fit is cut off. Where its
+    nodes are used up, the best choice found is taken; where none is found, that of `check_feasible`. Raises what that raises.
     """
     for layer, row in scores.items():
         for candidate, score in row.items():
@@ -90,18 +105,35 @@ def choose(scores: Scores, limits: Sequence[Limit], use: float = 0.0) -> Choice:
     fitting = check_feasible(scores, limits)
     found: list[Choice] = []
     while use > 0 and not found:
-        found = [choice for limit in limits if (choice := _best(scores, limits, (limit, use)))]
+        found = [choice for limit in limits if (choice := _found(scores, limits, (limit, use)))]
         use = min(2 * use - 1, use - 0.01)
     return max(
-        found or [_best(scores, limits) or fitting],
+        found or [_found(scores, limits) or fitting],
         key=lambda choice: math.fsum(scores[layer][candidate] for layer, candidate in choice.items()),
     )
 
 
-def _best(scores: Scores, limits: Sequence[Limit], floor: tuple[Limit, float] | None = None) -> Choice | None:
-    """The best choice within the limits and above the ``floor``, a fraction of one of them; None where the solver finds none.
+def _within(scores: Scores, limits: Sequence[Limit]) -> Choice | None:
+    """The best choice within the limits, or any, where the solver finds none in time; None where there is none."""
+    try:
+        return _best(scores, limits)
+    except UndecidedBudget:
+        return _best({layer: dict.fromkeys(row, 0.0) for layer, row in scores.items()}, limits, nodes=_FEASIBILITY_NODES)
 
-    Every limit must be met by its own cheapest choice.
+
+def _found(scores: Scores, limits: Sequence[Limit], floor: tuple[Limit, float] | None = None) -> Choice | None:
+    """`_best`, or None where the solver can't tell."""
+    try:
+        return _best(scores, limits, floor)
+    except UndecidedBudget:
+        return None
+
+
+def _best(scores: Scores, limits: Sequence[Limit], floor: tuple[Limit, float] | None = None, nodes: int | None = None) -> Choice | None:
+    """The best choice within the limits and above the ``floor``, a fraction of one of them; None where there is none.
+
+    ``nodes``: of HiGHS's tree (None: `_NODES`); `UndecidedBudget` where they do not suffice to find a choice. Every limit must be met by
+    its own cheapest choice.
     """
     least = [cheapest(scores, limit.costs) for limit in limits]
     # A candidate too dear even beside the cheapest of everything else is out, however little: what is left is small against the room.
@@ -137,10 +169,12 @@ def _best(scores: Scores, limits: Sequence[Limit], floor: tuple[Limit, float] | 
             integrality=np.ones(len(flat)),
             bounds=Bounds(0, 1),
             # With presolve, scipy 1.17 has called a choice optimal that was not.
-            options={"mip_rel_gap": 0, "presolve": False, "node_limit": _NODES},
+            options={"mip_rel_gap": 0, "presolve": False, "node_limit": _NODES if nodes is None else nodes},
         )
         if result.x is None:
-            return None
+            if result.status == _INFEASIBLE and attempt <= _CUTS:  # and not for the room that was taken away
+                return None
+            raise UndecidedBudget(f"budget: found no network within {' and '.join(map(str, limits))}, which is no proof that there is none")
         taken = result.x > 0.5
         choice = dict(flat[i] for i in np.flatnonzero(taken))
         over = np.array([limit.costs.total(choice) - limit.budget for limit in limits])

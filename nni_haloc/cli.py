@@ -11,6 +11,7 @@ import typer
 import yaml
 
 from .config import load_config
+from .interruption import stoppable
 from .printing import percent, print_table
 from .sections import Rule
 from .yaml_files import ConfigError, parse_yaml
@@ -37,22 +38,22 @@ Resume = Annotated[bool, typer.Option("--resume", help="go on from the state tha
 def run_command(run_file: RunFile, out: Out = Path("haloc-run"), set_: Changes = None, scale: Scale = None, resume: Resume = False) -> None:
     """Search, compress and fine-tune without an NNI experiment."""
     config, changes = _start(run_file, set_, scale)
-    from .log import log_to
+    from .job import job_in
     from .run import run
 
-    log_to(out / "log.txt")
-    run(config, out, parameters=changes, resume=resume)
+    with job_in(out):
+        run(config, out, parameters=changes, resume=resume)
 
 
 @app.command("train")
 def train_command(run_file: RunFile, set_: Changes = None, scale: Scale = None, resume: Resume = False) -> None:
     """Train the original network where there is none yet, and write the file of weights that the settings name."""
     config, _ = _start(run_file, set_, scale, training=True)
-    from .log import log_to
+    from .job import job_in
     from .original import train_original, training_folder
 
-    log_to(training_folder(config) / "log.txt")
-    train_original(config, resume=resume)
+    with job_in(training_folder(config)):
+        train_original(config, resume=resume)
 
 
 @app.command("baseline")
@@ -80,14 +81,14 @@ def search_command(
     config, _ = _start(run_file, set_, scale)
     if config.rule != "search":
         raise ConfigError(f"rule: `haloc search` is for 'search', found {config.rule!r}: `haloc baseline --rule {config.rule}`")
-    from .job import Job
-    from .log import log_to, logger
+    from .job import Job, job_in
+    from .log import logger
     from .run import search
 
-    log_to(out / "log.txt")
-    job = Job(config, out)
-    logger.info("original: %.2f %% top-1 (validation)", 100 * job.accuracy(job.model, job.loader("val"))[0])
-    search(job, resume=resume)
+    with job_in(out):
+        job = Job(config, out)
+        logger.info("original: %.2f %% top-1 (validation)", 100 * job.accuracy(job.model, job.loader("val"))[0])
+        search(job, resume=resume)
 
 
 def _start(run_file: Path, assignments: list[str] | None, scale: float | None, *, training: bool = False) -> tuple[Any, dict[str, Any]]:
@@ -136,14 +137,14 @@ def throughput_command(
 ) -> None:
     """Compress once for each device at hand, and print accuracy, MACs and images a second of each (the paper's Table 3)."""
     config, _ = _start(run_file, set_, scale)
-    from .log import log_to
+    from .job import job_in
     from .throughput import DEVICES, at_hand, print_throughput, throughput
 
     devices = list(dict.fromkeys(on.split(","))) if on is not None else at_hand()
     if unknown := [device for device in devices if device not in DEVICES]:
         raise ConfigError(f"--on: expected some of {', '.join(DEVICES)}, found {unknown[0]!r}")
-    log_to(out / "log.txt")
-    print_throughput(f"{out}: a plan for each device", throughput(config, out, devices, resume=resume))
+    with job_in(out):
+        print_throughput(f"{out}: a plan for each device", throughput(config, out, devices, resume=resume))
 
 
 @app.command("check")
@@ -229,11 +230,10 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def main() -> None:
-    """Entry point: an error that the user can mend is one line, with exit status 2."""
+    """Entry point: an error that the user can mend is one line, with exit status 2; so is a signal, with the shell's status for it."""
     try:
-        app(standalone_mode=False)  # which would print a usage error in several lines
-    except typer.Abort:
-        sys.exit(130)
+        with stoppable("haloc"):
+            app(standalone_mode=False)  # which would print a usage error in several lines
     except ConfigError as error:
         _leave(str(error))
     except Exception as error:

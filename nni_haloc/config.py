@@ -54,7 +54,8 @@ def load_config(path: str | Path, changes: Mapping[str, Any] | None = None, *, t
     """Read and validate a run's file. ``changes``: dotted key to value (``{"budget.fraction": 0.3}``), as NNI's tuner gives them.
 
     ``rank_space`` may be the path of a file of its own. With ``scale`` below 1, its root is taken of all numbers of epochs, of one epoch at
-    least, and of the images: about that much of the work remains. ``training``: ``weights`` need not be there yet. Raises `ConfigError`
+    least, and of the images; of calibration images, which are gone through once, that share itself remains, 64 at least: about that much of
+    the work remains. ``training``: ``weights`` need not be there yet. Raises `ConfigError`
     with one line that names the file and the key.
     """
     path = Path(path)
@@ -79,7 +80,11 @@ def _scaled(config: Config) -> Config:
     if config.scale == 1:
         return config
     root = math.sqrt(config.scale)
-    parts: dict[str, Any] = {"data": config.data.model_copy(update={"share": root * config.data.share})}
+    images = config.rank_space.calibration_images
+    parts: dict[str, Any] = {
+        "data": config.data.model_copy(update={"share": root * config.data.share}),
+        "rank_space": config.rank_space.model_copy(update={"calibration_images": max(min(images, 64), round(config.scale * images))}),
+    }
     for name in ("train", "search", "finetune"):
         section = getattr(config, name)
         epochs = {"epochs": max(1, round(root * section.epochs))} if section.epochs else {}

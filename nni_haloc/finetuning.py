@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterable
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from .log import logger
+from .log import TimeLeft, logger
 from .modules import accelerated, evaluating
+from .processes import check_startable
 from .recipe import Recipe
 
 TEMPERATURE = 4.0
@@ -69,12 +68,13 @@ def finetune(
     ``on_epoch(epoch, metrics)`` is called after each epoch with ``train_loss`` and, where ``val`` is given, ``val_top1``. ``ckpt_path``:
     a Lightning checkpoint to go on from. ``teacher``: the original network; ``distill``, 0 to 1, is then the share of the loss that is the
     Kullback-Leibler divergence from it at temperature 4 (Hinton et al., 2015), the rest being the cross-entropy. ``trainer`` goes to
-    Lightning's Trainer (devices, precision, loggers, ...).
+    Lightning's Trainer (devices, precision, loggers, ...); ValueError for several devices where no script is run.
     """
     if recipe.epochs:
         callbacks = [*trainer.pop("callbacks", []), *([EpochEnd(on_epoch)] if on_epoch else [])]
         defaults = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
         fit = pl.Trainer(max_epochs=recipe.epochs, callbacks=callbacks, **{**defaults, **trainer})
+        check_startable(fit)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
             fit.fit(_Training(model, recipe, len(train), teacher, distill), train, val, ckpt_path=ckpt_path, weights_only=True)
@@ -110,26 +110,20 @@ class _Training(pl.LightningModule):
 
 
 class Forecast(pl.Callback):
-    """Logs how many iterations there will be before the first, and about how long they will take after some of them."""
-
-    FIRST, LAST = 5, 25
-    """Iterations between which the time is taken, or up to the last one; the first are slower than others."""
+    """Logs how many iterations there will be before the first, and about how long they will take from the first one on."""
 
     def __init__(self, what: str) -> None:
-        self.what, self.done, self.left, self.start = what, 0, 0, 0.0
+        self.what, self.left, self.done, self.of = what, TimeLeft(what), 0, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epochs, size = (trainer.max_epochs or 0) - trainer.current_epoch, int(trainer.num_training_batches)
-        self.done, self.left = 0, epochs * size
-        logger.info("%s: %d iterations, %d epochs of %d", self.what, self.left, epochs, size)
+        self.done, self.of = 0, epochs * size
+        logger.info("%s: %d iterations, %d epochs of %d", self.what, self.of, epochs, size)
+        self.left(0, self.of)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self.done += 1
-        if self.done == self.FIRST:
-            self.start = time.monotonic()
-        elif self.done == min(self.LAST, self.left - 1) > self.FIRST:
-            seconds = (time.monotonic() - self.start) / (self.done - self.FIRST) * (self.left - self.done)
-            logger.info("%s: about %s to go", self.what, timedelta(seconds=round(seconds)))
+        self.left(self.done, self.of)
 
 
 class EpochEnd(pl.Callback):

@@ -11,7 +11,7 @@ from pytorch_lightning import seed_everything
 from torch import nn
 
 from . import checkpoint
-from .budget import InfeasibleBudget
+from .budget import InfeasibleBudget, UndecidedBudget
 from .config import parse_config
 from .finetuning import recalibrate
 from .job import CHECKPOINT_FILE, FRONT_FOLDER, SEARCH_FOLDER, Job
@@ -50,7 +50,7 @@ def front(folder: str | Path, budgets: Sequence[float], out: str | Path | None =
     for fraction in sorted(set(budgets), reverse=True):
         try:
             plan = strategy.plan(fraction * original)
-        except InfeasibleBudget as error:
+        except (InfeasibleBudget, UndecidedBudget) as error:
             logger.info("budget %g: %s", fraction, error)
             infeasible.append({"fraction": fraction, "reason": str(error)})
             continue

@@ -19,7 +19,9 @@ from .yaml_files import ConfigError
 
 HISTORY_FILE = "history.csv"
 COLUMNS = ("iteration", "train_loss", "approach_loss", "expected_cost", "expected_params")
-"""Cross-entropy of the sampled network; Eq. 9's distance of feature maps; Eq. 6 by the first limit's table; the same of parameters."""
+"""Cross-entropy of the sampled network; Eq. 9's distance of feature maps; Eq. 6 by the first limit's table; the same of parameters.
+
+The first two are means over the processes."""
 
 
 class History(pl.Callback):

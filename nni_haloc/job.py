@@ -6,6 +6,8 @@ import copy
 import logging
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from . import data as datasets
 from .compression import METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE, load_weights, save
 from .config import Config
 from .finetuning import accuracy
+from .interruption import stoppable
+from .log import log_to
 from .models import build_model
 from .predictors import count_macs, measure_latency
 from .predictors.analytic import count_params
-from .processes import is_first
+from .processes import check_startable, is_first
 from .ranks import RankPlan
 from .tables import latency_input, runtime_of
 from .yaml_files import ConfigError
@@ -46,7 +50,7 @@ class Job:
             torch.set_num_threads(config.threads)
         seed_everything(config.seed, verbose=False)
         try:
-            Trainer(**trainer_options(config), logger=False, enable_checkpointing=False)
+            check_startable(Trainer(**trainer_options(config), logger=False, enable_checkpointing=False))
         except (MisconfigurationException, ValueError) as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
         try:
@@ -126,8 +130,9 @@ def _splits(config: Config) -> datasets.Splits:
 
 
 def _quiet() -> None:
-    """Lightning's advice on devices and worker numbers, and NNI's on a validation loop, say nothing of a run."""
+    """Lightning's advice on devices and worker numbers, and NNI's on a validation loop and on errors, say nothing of a run."""
     logging.getLogger("nni.nas.evaluator.pytorch.lightning").setLevel(logging.ERROR)
+    logging.getLogger("nni.nas.strategy.base").setLevel(logging.CRITICAL)  # "Strategy failed to execute", of what is raised anyway
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("pytorch_lightning.accelerators.cuda").setLevel(logging.WARNING)
     for message in (".*does not have many workers.*", ".*number of training batches.*", ".*`isinstance.treespec.*", ".*LeafSpec.*"):
@@ -143,6 +148,18 @@ def clear(folder: Path) -> None:
         (folder / file).unlink(missing_ok=True)
     for part in (SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER):
         shutil.rmtree(folder / part, ignore_errors=True)
+
+
+@contextmanager
+def job_in(folder: Path) -> Iterator[None]:
+    """The log of what is done here goes to ``folder``, too; a signal ends it with one line on what the folder keeps."""
+
+    def kept() -> str:
+        return f"{folder} keeps the checkpoint; --resume goes on from it" if any(folder.rglob(CHECKPOINT_FILE)) else "no epoch is done"
+
+    log_to(folder / "log.txt")
+    with stoppable("haloc", kept):
+        yield
 
 
 def trainer_options(config: Config, *, searching: bool = False) -> dict[str, Any]:

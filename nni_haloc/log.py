@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from datetime import timedelta
 from pathlib import Path
 
 from .processes import is_first
@@ -29,3 +31,21 @@ def log_to(path: Path) -> None:
     for handler in (to_file, logging.StreamHandler()):
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
+
+
+class TimeLeft:
+    """Logs about how long the rest of some steps takes: by the first, and by some more, because the first are slower."""
+
+    FIRST, LAST = 5, 25
+    """Steps between which the time is taken for the second line, or up to half of them."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.since, self.start = what, 0, 0.0
+
+    def __call__(self, done: int, of: int) -> None:
+        """``done`` of the steps are over; to be called with 0 first."""
+        if done == 1 < of or done == min(self.LAST, of // 2) > self.FIRST:
+            seconds = (time.monotonic() - self.start) / (done - self.since) * (of - done)
+            logger.info("%s: about %s to go", self.what, timedelta(seconds=round(seconds)))
+        if done in (0, self.FIRST):
+            self.since, self.start = done, time.monotonic()

@@ -16,6 +16,7 @@ from .device.files import write_json
 from .device.measurements import keep_measurements, merge
 from .device.measuring import Progress, Runtime, Timing, measure
 from .device.spec import Specification, draw, share
+from .interruption import stoppable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,7 +64,8 @@ def measure_main(arguments: Sequence[str] | None = None) -> int:
             if options.where != "alone" or options.part != "0/1":
                 raise ValueError("--sample: the entries of a sample are measured alone, by one worker; found --where in-place or --part")
         indices = draw(spec, options.sample) if options.sample != 1 else share(spec, *_part(options.part))
-        content = measure(spec, _runtime(options, model), options.out, timing, progress("measured"), indices)
+        with stoppable("haloc measure", lambda: f"{options.out} keeps what is measured; the same command goes on"):
+            content = measure(spec, _runtime(options, model), options.out, timing, progress("measured"), indices)
         if options.sample != 1:
             content = complete(spec, content)
     write_json(options.out, content)
@@ -231,9 +233,6 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"haloc measure: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("haloc measure: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
     except ModuleNotFoundError as error:
         print(f"haloc measure: needs the package {error.name}, which is not installed", file=sys.stderr)
         sys.exit(2)

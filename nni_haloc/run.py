@@ -21,7 +21,7 @@ from .config import Config
 from .finetuning import EpochEnd, Forecast, accuracy, finetune, recalibrate
 from .history import HISTORY_FILE, History, parameters_of
 from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, SEARCH_FOLDER, Job, clear, finetuning_identity, trainer_options
-from .log import logger
+from .log import TimeLeft, logger
 from .nas import Haloc, RankSpace, SearchDiverged, classification, run_search
 from .processes import is_first
 from .ranks import RankPlan
@@ -132,6 +132,8 @@ def _prepare(config: Config, splits: datasets.Splits, model: nn.Module, example:
     r, s, rules = config.rank_space, config.search, rules_of(config)
     limits = limits_of(config, model, example, rules, folder)
     calibration = splits.images("plain", r.calibration_images, config.seed) if r.decomposition in ("auto", "data") else None
+    shown = 0 if calibration is None else len(calibration)
+    logger.info("to come: %d calibration images, search %d epochs, fine-tuning %d epochs", shown, s.epochs, config.finetune.epochs)
     costs = [limit.costs for limit in limits]
     space = RankSpace(model, example, costs, rules, calibration, None if r.decomposition == "auto" else r.decomposition)
     check_feasible(space.candidates, limits)
@@ -145,8 +147,9 @@ def _prepare(config: Config, splits: datasets.Splits, model: nn.Module, example:
     if s.start == "sensitivity":
         images, labels = splits.labelled("plain", r.calibration_images, config.seed)
         number = sum(map(len, space.candidates.values()))
-        logger.info("the loss that each of %d candidates alone adds, on %d images (search.start)", number, len(images))
-        start = sensitivities(model, space.modules_by_layer, images, labels, bf16=s.precision == "bf16-mixed")
+        logger.info("sensitivities: %d candidates on %d images (search.start)", number, len(images))
+        left = TimeLeft("sensitivities")
+        start = sensitivities(model, space.modules_by_layer, images, labels, bf16=s.precision == "bf16-mixed", progress=left)
     return Haloc(limits, seed=config.seed, start=start, **s.model_dump(include=options)), space
 
 

@@ -23,12 +23,14 @@ def sensitivities(
     batch_size: int = 64,
     *,
     bf16: bool = False,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, dict[str, float]]:
     """Layer to candidate to the mean cross-entropy that it adds, all else left as it was, on ``images (N, ...)`` and ``labels (N,)``.
 
     ``candidates``: layer to candidate name to its trained module. In evaluation mode, ``bf16`` mixed precision; ``model`` is not changed.
     For each candidate that is not the layer's own copy, the network is run from that layer on, where that gives what a whole pass gives
     (tried on two images first). Outputs of one batch are kept meanwhile: ResNet-18's, for 64 images of 224 x 224, take 1.5 GB.
+    ``progress(done, of)`` is told of each batch, and of none beforehand.
     """
     network = copy.deepcopy(model)
     own = dict(network.named_modules())
@@ -37,7 +39,9 @@ def sensitivities(
     others = {layer: {name: m for name, m in row.items() if not _equal(m, own[layer])} for layer, row in candidates.items()}
     with evaluating(network), torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         resumed = _can_be_resumed(network, layers, [list(row.values())[-1:] for row in others.values()], images[:2])
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+        progress(0, len(batches))
+        for done, (x, y) in enumerate(batches, 1):
             run = _ResumedRun(network, layers, x)
             original = _summed_loss(run.result, y)
             for layer, row in others.items():
@@ -45,6 +49,7 @@ def sensitivities(
                     logits = run.replaced(own[layer], module, resumed)
                     added[layer][name] += (_summed_loss(logits, y) - original) / len(labels)
             run.leave()
+            progress(done, len(batches))
     return added
 
 

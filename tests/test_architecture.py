@@ -17,6 +17,7 @@ ALLOWED = {  # what each file may import of ours; a folder stands for all its fi
     "yaml_files": set(),
     "sections": set(),
     "processes": set(),
+    "interruption": {"processes"},
     "printing": set(),
     "config": {"sections", "yaml_files"},
     "log": {"processes", "yaml_files"},
@@ -33,7 +34,7 @@ ALLOWED = {  # what each file may import of ours; a folder stands for all its fi
     "compression": {"candidates", "layers", "models", "modules", "ranks", "tucker"},
     "sensitivity": {"modules"},
     "rules": {"budget", "candidates", "finetuning", "layers", "log", "modules", "ranks", "sensitivity", "tucker"},
-    "finetuning": {"log", "modules", "recipe"},
+    "finetuning": {"log", "modules", "processes", "recipe"},
     "experiment": {"config", "yaml_files"},
     "nas": {
         *(
@@ -45,6 +46,7 @@ ALLOWED = {  # what each file may import of ours; a folder stands for all its fi
             "modules",
             "objective",
             "predictors",
+            "processes",
             "ranks",
             "recipe",
             "report",

@@ -6,10 +6,10 @@ import random
 import re
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from nni_haloc.budget import InfeasibleBudget, Limit, cheapest, check_feasible, choose
+from nni_haloc.budget import InfeasibleBudget, Limit, UndecidedBudget, cheapest, check_feasible, choose
 from nni_haloc.predictors import CostTable
 
 
@@ -108,6 +108,42 @@ def test_a_budget_is_used_wherever_it_can_be(problem, use):
     assert choice in nearly
     if using:
         assert score(scores, choice) >= max(score(scores, c) for c in using) - 1e-4
+
+
+@pytest.fixture
+def gives_up(monkeypatch):
+    """No nodes for HiGHS's tree: it ends without a choice and without a proof, save in a search for any choice."""
+    monkeypatch.setattr("nni_haloc.budget._NODES", 0)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problem=problems(most_limits=3), use=st.sampled_from([0.0, 0.9]))
+def test_where_the_solver_gives_up_every_budget_that_can_be_met_is_met(gives_up, problem, use):
+    scores, limits = problem
+    if any(all(limit.holds(choice) for limit in limits) for choice in every(scores)):
+        choice = choose(scores, limits, use)
+        assert all(limit.holds(choice) for limit in limits)
+        return
+    with pytest.raises(InfeasibleBudget) as error:
+        choose(scores, limits, use)
+    if "no network is within" not in str(error.value):
+        refused_rightly(scores, limits, str(error.value))
+
+
+def test_where_the_solver_can_not_even_tell_that_there_is_no_network_it_says_so(gives_up, monkeypatch):
+    """With n of three layers at r4 a network costs 6 + 4n macs and 21 - 4n params: 1.975 layers would be within both limits."""
+    layers = {layer: ["r2", "r4"] for layer in "abc"}
+    macs, params = (
+        CostTable(metric, {layer: {"dense": 10.0, **row} for layer in layers}, 0.0)
+        for metric, row in (("macs", {"r2": 2.0, "r4": 6.0}), ("params", {"r2": 7.0, "r4": 3.0}))
+    )
+    limits = [Limit(macs, 13.9), Limit(params, 13.1)]
+    assert sorted(check_feasible(layers, [limits[0], Limit(params, 17.0)]).values()) == ["r2", "r2", "r4"]
+    with pytest.raises(InfeasibleBudget, match=r"^budget: no network is within 13\.9 macs and 13\.1 params$"):
+        check_feasible(layers, limits)
+    monkeypatch.setattr("nni_haloc.budget._FEASIBILITY_NODES", 0)
+    with pytest.raises(UndecidedBudget, match=r"found no network within 13\.9 macs and 13\.1 params, which is no proof"):
+        check_feasible(layers, limits)
 
 
 def one(row, fixed=0.0, metric="macs", **more):

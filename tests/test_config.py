@@ -148,6 +148,9 @@ def test_scale_takes_its_root_of_epochs_and_images():
     assert small.data.share == pytest.approx(0.2 * whole.data.share)
     least = load_config(run, {"scale": 1e-4, "finetune.epochs": 0, "search.warmup_epochs": 5})
     assert (least.search.epochs, least.search.warmup_epochs, least.finetune.epochs) == (1, 0, 0)
+    for scale, images, left in ((0.5, 512, 256), (1e-4, 512, 64), (1e-4, 20, 20), (1.0, 512, 512)):
+        changes = {"scale": scale, "rank_space": {"calibration_images": images}}
+        assert load_config(run, changes).rank_space.calibration_images == left
     assert parse_config(small.model_dump(mode="json"), "kept", run.parent) == small  # what a run keeps is not scaled again
 
 

@@ -5,16 +5,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import nni_haloc
-from nni_haloc import history
+from nni_haloc import Haloc, RankSpace, Recipe, classification, history
 from nni_haloc.config import load_config
 from nni_haloc.models import build_model
+from nni_haloc.nas import run_search
+from nni_haloc.nas.updates import HalocModule
 from nni_haloc.predictors import CostTable, count_macs, mac_table
-from nni_haloc.processes import is_first, start_together
+from nni_haloc.processes import check_startable, is_first, start_together
 from nni_haloc.tables import limits_of, rules_of
 from nni_haloc.yaml_files import ConfigError
 
@@ -22,6 +25,7 @@ DIGITS = Path(__file__).parents[1] / "examples/digits/run.yml"
 
 PROGRAM = """
 import json, os, sys, torch
+from pytorch_lightning import Callback
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from nni_haloc import Haloc, RankRules, RankSpace, Recipe, classification, mac_table
@@ -45,11 +49,17 @@ strategy = Haloc(costs, 0.6 * costs.original, approach_share=1.0, alpha_every=1,
 options = {"devices": processes, "accelerator": "cpu", "enable_progress_bar": False, "use_distributed_sampler": False}
 if processes > 1:
     options["strategy"] = "ddp_find_unused_parameters_true"
-run_search(space, classification(*loaders, Recipe(epochs=3, lr=0.05, schedule="constant"), **options), strategy)
+class Losses(Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        losses.append(module.latest.tolist())
+
+losses = []
+run_search(space, classification(*loaders, Recipe(epochs=3, lr=0.05, schedule="constant"), callbacks=[Losses()], **options), strategy)
 import torch.distributed
 rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 found = {
     "alpha": {n: layer.alpha.tolist() for n, layer in strategy.mixed_layers.items()},
+    "losses": losses,
     "plan": strategy.plan().names,
     "sampled": {n: layer.sampled for n, layer in strategy.mixed_layers.items()},
     "scores": strategy.scores(),
@@ -76,9 +86,43 @@ def test_two_processes_agree_and_are_one(tmp_path, objective):
     assert first == second  # to the last digit
     assert first["plan"] == one["plan"]
     assert first["sampled"] == one["sampled"]
+    assert first["losses"] == [pytest.approx(pair, abs=1e-6) for pair in one["losses"]]
     for layer, alpha in one["alpha"].items():
         assert first["alpha"][layer] == pytest.approx(alpha, abs=1e-6)
     assert first["weights"] == pytest.approx(one["weights"], abs=1e-6)
+
+
+def test_a_layer_that_one_process_does_not_call_counts_as_nothing_there(net, images, loaders):
+    """Without a place for it in what is exchanged, each process would read another layer's numbers, or wait for ever."""
+
+    class Other:
+        """This process beside one that has called ``stem`` and not ``point``; neither has called ``body.0``."""
+
+        world_size, strategy = 2, property(lambda self: self)
+
+        def reduce(self, mine, reduce_op):
+            sent.append(mine)
+            return (mine + theirs) / 2 if theirs is not None else mine
+
+    def exchanged(ce, called):
+        for layer in mixed:
+            layer.pending = torch.ones(len(layer.names)) if layer.label in called else None
+        task = [torch.full_like(layer.alpha.detach(), 2.0) if layer.label in called else None for layer in mixed]
+        ce, task = HalocModule._averaged(SimpleNamespace(trainer=Other(), _mixed=mixed), torch.tensor(ce), task)
+        return float(ce), {x.label: (t, x.pending) for x, t in zip(mixed, task, strict=True)}
+
+    space = RankSpace(net, images[:1])
+    strategy = Haloc(space.costs, space.costs.original)
+    run_search(space, classification(*loaders, Recipe(1, 0.01), enable_progress_bar=False, limit_train_batches=1), strategy)
+    mixed, sent, theirs = list(strategy.mixed_layers.values()), [], None
+    exchanged(3.0, {"stem"})
+    (theirs,) = sent
+    ce, means = exchanged(5.0, {"stem", "point"})
+    assert ce == 4.0
+    assert means["body.0"] == (None, None)
+    for layer, share in (("stem", 1.0), ("point", 0.5)):
+        task, pending = means[layer]
+        assert (task.unique().tolist(), pending.unique().tolist()) == ([2 * share], [share])
 
 
 def haloc(*arguments, **environment):
@@ -107,6 +151,48 @@ def test_a_run_in_two_processes_leaves_one_folder(tmp_path):
     assert json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]["default"] == metrics["default"]
     other = haloc("run", DIGITS, "--out", tmp_path / "out", "--resume", *words[2:])
     assert (other.returncode, "made with other settings" in other.stderr) == (2, True)
+
+
+ALONE = """
+import nni_haloc, torch
+from torch.utils.data import DataLoader
+def attempt(make):
+    try:
+        make({"devices": 2, "accelerator": "cpu"})
+    except ValueError as error:
+        print(error)
+loader = DataLoader([(torch.zeros(3), 0)])
+attempt(lambda options: nni_haloc.finetune(torch.nn.Linear(3, 2), loader, nni_haloc.Recipe(1), **options))
+attempt(lambda options: nni_haloc.classification(loader, loader, nni_haloc.Recipe(1), **options))
+from nni_haloc.cli import main
+import sys
+sys.argv[1:] = ["run", RUN, "--set", "trainer.devices=2"]
+main()
+"""
+
+
+@pytest.mark.parametrize(("arguments", "found"), [(["-c"], "python -c"), (["-"], "standard input")])
+def test_a_program_in_no_file_can_not_be_run_twice_and_is_refused_at_once(tmp_path, arguments, found):
+    """Lightning would start `python -c` without the program, and the first process wait for the second."""
+    program = ALONE.replace("RUN", repr(str(DIGITS)))
+    command = [sys.executable, "-W", "ignore", *arguments, *([program] if "-c" in arguments else [])]
+    done = subprocess.run(command, input=program, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    line = f"devices: 2 processes run a script each, or python -m MODULE; found {found}"
+    assert (done.returncode, done.stdout.splitlines()) == (2, [line, line]), done.stderr
+    assert done.stderr.splitlines()[-1] == f"haloc: trainer: {line}"
+    assert "Traceback" not in done.stderr
+
+
+def test_the_second_process_and_a_script_are_not_refused(monkeypatch):
+    trainer = SimpleNamespace(num_devices=2, strategy=SimpleNamespace(launcher=object()))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", [__file__])
+    check_startable(trainer)
+    monkeypatch.setattr(sys, "argv", ["-c"])
+    with pytest.raises(ValueError, match="python -c"):
+        check_startable(trainer)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    check_startable(trainer)
 
 
 def latency_config():

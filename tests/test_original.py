@@ -10,6 +10,7 @@ from test_cli import DIGITS, haloc
 from nni_haloc import Recipe, finetune
 from nni_haloc.compression import load_weights
 from nni_haloc.finetuning import Forecast
+from nni_haloc.log import TimeLeft
 from nni_haloc.models import build_model
 
 
@@ -47,18 +48,21 @@ def test_a_network_is_not_written_as_something_else(run_file):
     assert "weights: expected the name of a .safetensors file" in done.stderr
 
 
-def test_what_is_left_is_told_once(loaders, caplog, monkeypatch):
+@pytest.mark.parametrize("epochs", [1, 10])
+def test_what_is_left_is_told_from_the_first_iteration_on(loaders, monkeypatch, epochs):
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr("nni_haloc.finetuning.time.monotonic", lambda: next(clock))
-    size = len(loaders[0])
+    monkeypatch.setattr("nni_haloc.log.time.monotonic", lambda: next(clock))
+    of = epochs * len(loaders[0])
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
     told = []
-    monkeypatch.setattr("nni_haloc.finetuning.logger.info", lambda text, *args: told.append(text % args))
-    finetune(model, loaders[0], Recipe(epochs=10), callbacks=[Forecast("training")])
-    assert told[0] == f"training: {10 * size} iterations, 10 epochs of {size}"
-    done = min(Forecast.LAST, 10 * size - 1)
-    seconds = 10 * (10 * size - done) / (done - Forecast.FIRST)  # a clock that is asked twice goes on by ten
-    assert told[1:] == [f"training: about {timedelta(seconds=round(seconds))} to go"]
+    monkeypatch.setattr("nni_haloc.log.logger.info", lambda text, *args: told.append(text % args))
+    finetune(model, loaders[0], Recipe(epochs=epochs), callbacks=[Forecast("training")])
+    seconds = [10 * (of - 1)]  # a clock that is asked twice goes on by ten
+    if epochs > 1:
+        done = min(TimeLeft.LAST, of // 2)
+        seconds.append(10 * (of - done) / (done - TimeLeft.FIRST))
+    lines = [f"training: about {timedelta(seconds=round(s))} to go" for s in seconds]
+    assert told == [f"training: {of} iterations, {epochs} epochs of {len(loaders[0])}", *lines]
 
 
 def test_a_training_that_diverged_leaves_no_weights(run_file):

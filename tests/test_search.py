@@ -214,22 +214,48 @@ def test_the_feature_map_term_and_its_gradient_are_those_of_the_mean_square(net,
         hook.remove()
 
 
-def test_a_layer_that_the_original_does_not_call_as_often_is_named(images, loaders):
-    class Moody(nn.Module):
-        """Calls a layer twice in training and once in evaluation."""
+class Moody(nn.Module):
+    """Calls its layers as often in training as it is told to, and all of them once in evaluation, as the original network is."""
 
-        def __init__(self):
-            super().__init__()
-            self.stem, self.body, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+    def __init__(self, stem, body):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+        self.calls = stem, body
 
-        def forward(self, x):
-            x = self.stem(x)
-            for _ in range(2 if self.training else 1):
-                x = torch.relu(self.body(x))
-            return self.head(x.mean((2, 3)))
+    def forward(self, x):
+        stem, body = self.calls if self.training else (1, 1)
+        x = self.stem(x) if stem else x.repeat(1, 3, 1, 1)[:, :8]
+        for _ in range(body):
+            x = torch.relu(self.body(x))
+        return self.head(x.mean((2, 3)))
 
-    with pytest.raises(ValueError, match="layer 'body': the original network has no call to compare with one of shape"):
-        search(Moody(), images, loaders, lam=1.0)
+
+@pytest.mark.parametrize(("calls", "compared"), [((1, 2), 2), ((1, 0), 1), ((0, 1), 1), ((0, 0), 0)])
+def test_a_call_that_the_original_does_not_make_too_has_no_term(images, loaders, calls, compared):
+    class Losses(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            found.append(module.latest.tolist())
+
+    found = []
+    strategy = search(Moody(*calls), images, loaders, callbacks=[Losses()], lam=1.0)
+    assert len(found) == len(loaders[0])
+    assert any(distance > 0 for _, distance in found) == (compared > 0)  # the dense candidate, while it is the original, has none
+    supernet = strategy.supernet.train()
+    with FeatureMaps(supernet, strategy.mixed_layers.values(), supernet.original).compared() as terms:
+        supernet(images)
+    assert len(terms) == compared
+
+
+def test_a_call_on_fewer_images_than_the_originals_has_no_term(images, loaders):
+    """It would be compared with other images' outputs, or, one against many, be spread over them without a word."""
+    strategy = search(Moody(1, 1), images, loaders)
+    supernet, original = strategy.supernet, strategy.supernet.original
+    maps = FeatureMaps(supernet, strategy.mixed_layers.values(), original)
+    supernet.register_forward_pre_hook(lambda _, args: (args[0][:1],))  # runs before the one that has the original run
+    original.register_forward_pre_hook(lambda _, args: (images,))
+    with maps.compared() as terms:
+        supernet(images)
+    assert not terms
 
 
 @pytest.mark.parametrize("options", [{"rules": RankRules(equal=False)}, {"rules": RankRules(kinds=("conv", "pointwise", "linear"))}])

@@ -95,15 +95,18 @@ class FeatureMaps:
 
     @contextmanager
     def compared(self) -> Iterator[list[Tensor]]:
-        """For one forward pass of the supernet: a list that receives one term of Eq. (8) for each call of a mixed layer."""
+        """For one forward pass of the supernet: a list that receives one term of Eq. (8) for each call of a mixed layer.
+
+        A layer's first call is compared with its first in the original network, and so on. Where control flow depends on the images, the
+        two may differ: a call without a counterpart, or whose counterpart has another shape or more images, has no term.
+        """
         targets: dict[str, deque[Tensor]] = {}
         terms: list[Tensor] = []
 
         def compare(name: str, y: Tensor) -> Tensor:
             target = targets[name].popleft() if targets[name] else None
-            if target is None or target.shape[1:] != y.shape[1:]:
-                found = "no call" if target is None else f"an output of shape {tuple(target.shape)}"
-                raise ValueError(f"layer {name!r}: the original network has {found} to compare with one of shape {tuple(y.shape)}")
+            if target is None or target.shape[1:] != y.shape[1:] or len(target) > len(y):
+                return y
             y, term = _Compare.apply(y, target)
             terms.append(term)
             return y

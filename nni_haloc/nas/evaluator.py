@@ -14,6 +14,7 @@ from nni.nas.evaluator.pytorch import Lightning, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..processes import check_startable
 from ..recipe import Recipe
 
 
@@ -39,15 +40,18 @@ class _Classification(LightningModule):
 def classification(train: DataLoader, val: DataLoader, recipe: Recipe, ckpt_path: str | Path | None = None, **trainer: Any) -> Lightning:
     """NNI's Lightning evaluator for the search: alpha learns on ``val``, the weights on ``train``.
 
-    ``ckpt_path``: a Lightning checkpoint of this search to go on from; ``trainer``: options of Lightning's Trainer.
+    ``ckpt_path``: a Lightning checkpoint of this search to go on from; ``trainer``: options of Lightning's Trainer;
+    ValueError for several devices where no script is run.
     """
     steps = max(len(train), len(val))
     defaults = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     module = _Classification(recipe, steps)
+    runs = Trainer(max_epochs=recipe.epochs, **{**defaults, **trainer})
+    check_startable(runs)
     with plain_loaders():
         return Lightning(
             module,
-            Trainer(max_epochs=recipe.epochs, **{**defaults, **trainer}),
+            runs,
             train_dataloaders=train,
             val_dataloaders=val,
             fit_kwargs={"ckpt_path": ckpt_path, "weights_only": True},

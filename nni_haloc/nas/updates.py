@@ -37,8 +37,8 @@ class HalocModule(DartsLightningModule):
         self._strategy = strategy
         self._generator = torch.Generator().manual_seed(strategy.seed)
         self._approach: FeatureMaps | Kernels | None = None
-        self.latest: tuple[Tensor, Tensor] | None = None
-        """Cross-entropy and distance of feature maps of the last weight step."""
+        self.latest: Tensor | None = None
+        """Cross-entropy and distance of feature maps of the last weight step ``(2,)``: means over the processes."""
 
     def on_fit_start(self) -> None:
         supernet = self._strategy.supernet
@@ -85,19 +85,21 @@ class HalocModule(DartsLightningModule):
         self.log("search/probability_loss", loss.detach(), **_EPOCH)
 
     def _averaged(self, ce: Tensor, task: Sequence[Tensor | None]) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """The cross-entropy, its gradients and the layers' gate gradients, averaged over the processes, which sample the same path."""
+        """The cross-entropy, its gradients and the layers' gate gradients, averaged over the processes, which sample the same path.
+
+        A layer that a process has not called counts as nothing there; one that none has called has no gradient.
+        """
         if self.trainer.world_size == 1:
             return ce, task
-        pending = [layer.pending for layer in self._mixed if layer.pending is not None]
-        parts = [ce.detach().reshape(1), *(t for t in task if t is not None), *pending]
-        flat = self.trainer.strategy.reduce(torch.cat([part.to(ce) for part in parts]), reduce_op="mean")
-        mean = iter(flat.split([len(part) for part in parts]))
-        ce = next(mean).squeeze(0)
-        task = [None if t is None else next(mean) for t in task]
-        for layer in self._mixed:
-            if layer.pending is not None:
-                layer.pending = next(mean)
-        return ce, task
+        called = ce.new_tensor([t is not None for t in task])
+        parts = [ce.detach().reshape(1), called]
+        for layer, t in zip(self._mixed, task, strict=True):
+            parts += [torch.zeros_like(layer.alpha) if part is None else part for part in (t, layer.pending)]
+        flat = self.trainer.strategy.reduce(torch.cat([part.detach().to(ce) for part in parts]), reduce_op="mean")
+        ce, called, *means = flat.split([len(part) for part in parts])
+        for layer, share, pending in zip(self._mixed, called, means[1::2], strict=True):
+            layer.pending = pending if share > 0 else None
+        return ce.squeeze(0), [t if share > 0 else None for share, t in zip(called, means[::2], strict=True)]
 
     def _weight_step(self, batch: Any, batch_idx: int) -> None:
         """Update the sampled candidates and the shared rest; a parameter without gradient is not touched by the optimizer."""
@@ -109,11 +111,11 @@ class HalocModule(DartsLightningModule):
         else:
             with self._approach.compared() as terms:
                 ce = self._task_loss(batch, 2 * batch_idx + 1, "train")
-            approach = torch.stack(terms).sum()
+            approach = torch.stack(terms).sum() if terms else torch.zeros_like(ce)  # no mixed layer is called, or none can be compared
             loss = weight_loss(ce, approach, lam)
             self.log("search/approach_loss", approach.detach(), **_EPOCH)
         self._check_finite(loss)
-        self.latest = (ce.detach(), approach.detach())
+        self.latest = self.trainer.strategy.reduce(torch.stack([ce.detach(), approach.detach().to(ce)]), reduce_op="mean")
         self.log("search/weight_loss", loss.detach(), **_EPOCH)
         self.advance_optimization(loss, batch_idx, self._strategy.clip, "norm")
 
