@@ -221,7 +221,7 @@ class RankPlan:
         """Read ``ranks.json``; ValueError names the file and the layer that is wrong."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a JSON file ({error})") from None
         version = content.get("version") if isinstance(content, dict) else None
         if version != PLAN_VERSION or not isinstance(content.get("ranks"), dict):
