@@ -51,7 +51,7 @@ def check_experiment(path: str | Path) -> str:
         return "trials measure a cost table"
     if len(arguments) != 1:
         raise ConfigError(f"{path}: trialCommand: expected 'python3 -m nni_haloc.trial RUN.yml', found {content['trialCommand']!r}")
-    run_file = path.parent / str(content.get("trialCodeDirectory", ".")) / arguments[0]
+    run_file = path.parent / str(content.get("trialCodeDirectory") or ".") / arguments[0]
     first = {key: values[0] for key, values in samples.items()}
     for key, values in samples.items():
         for value in values:
@@ -64,7 +64,7 @@ def check_experiment(path: str | Path) -> str:
 def _examples(path: Path, key: str, entry: Any) -> list[Any]:
     """Values that a tuner may draw for one key: all of a choice, the ends of a range."""
     where = f"{path}: searchSpace.{key}"
-    if not isinstance(entry, Mapping) or entry.get("_type") not in _SAMPLERS:
+    if not isinstance(entry, Mapping) or entry.get("_type") not in list(_SAMPLERS):  # a list: the type may be anything
         found = entry.get("_type") if isinstance(entry, Mapping) else entry
         raise ConfigError(f"{where}: _type: expected one of {', '.join(_SAMPLERS)}, found {found!r}")
     values, kind = entry.get("_value"), entry["_type"]

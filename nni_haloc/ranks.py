@@ -223,7 +223,7 @@ class RankPlan:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise type(error)(f"{path}: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a JSON file ({error})") from None
         version = content.get("version") if isinstance(content, dict) else None
         if version != PLAN_VERSION or not isinstance(content.get("ranks"), dict):

@@ -12,6 +12,15 @@ import yaml
 class ConfigError(ValueError):
     """One line for the user: which key of which file, what was expected, what was found."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(message: str, most: int = 1000) -> str:
+    """A message on one line and of bounded length, whatever names and values from a file are in it."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in message)
+    return line if len(line) <= most else f"{line[: most - 4]} ..."
+
 
 class _Loader(yaml.SafeLoader):
     """Numbers as everybody writes them: YAML 1.1, and so PyYAML, takes 1e-3 for a string."""
@@ -19,6 +28,19 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+0123456789."))
+
+
+_MOST = 100_000
+"""Values of a file. A few lines of aliases of aliases can stand for billions, which nobody means to write."""
+
+
+def _written_out(value: Any, known: dict[int, int], most: int) -> int:
+    """Number of values in a document with its aliases written out; more than ``most`` where one contains itself."""
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if inner and id(value) not in known:
+        known[id(value)] = most + 1  # while it is being counted: it is inside itself
+        known[id(value)] = 1 + sum(_written_out(v, known, most) for v in inner)
+    return known[id(value)] if inner else 1
 
 
 def parse_yaml(text: str) -> Any:
@@ -34,12 +56,17 @@ def read_yaml(path: Path, key: str | None = None, *, exponents: bool = True) -> 
     where = f"{key}: " if key else ""
     try:
         content = (parse_yaml if exponents else yaml.safe_load)(path.read_text(encoding="utf-8"))
+        size = _written_out(content, {}, _MOST)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}{path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{where}{path}{line}: not valid YAML ({getattr(error, 'problem', None) or 'syntax'})") from None
+    except RecursionError:
+        raise ConfigError(f"{where}{path}: nested too deeply") from None
+    if size > _MOST:
+        raise ConfigError(f"{where}{path}: expected at most {_MOST} values, its aliases written out; found more")
     if not isinstance(content, dict):
         raise ConfigError(f"{where}{path}: expected keys and values, found {type(content).__name__}")
     return content
