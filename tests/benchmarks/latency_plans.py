@@ -1,9 +1,9 @@
 """Uniform ranks against the fastest that a cost table knows, ResNet-18 at 588 M MACs: python tests/benchmarks/latency_plans.py
 
 In each setting, batch 1 and 8, default and channels-last, one thread: a table is measured (it goes on where it stopped), and the plan
-of the lowest latency within 2 % of those MACs is taken from it, with and without dense layers. With `--tries`, that plan is polished: the
-best of its neighbours by the table run as whole networks, too, and the fastest is the plan. Then the original and the three networks are timed in alternation. On an idle machine. Untrained weights:
-this says nothing of accuracy.
+of the lowest latency within 2 % of those MACs is taken from it, with and without dense layers. With `--tries`, that plan is polished:
+the best of its neighbours by the table run as whole networks, too, and the fastest is the plan. Then the original and the three
+networks are timed in alternation. On an idle machine. Untrained weights: this says nothing of accuracy.
 """
 
 import json
@@ -77,7 +77,9 @@ def compare(work: Path, batch: int, form: Any, rounds: int, step: int, tries: in
     }
 
 
-def polish(scores: dict[str, dict[str, float]], macs: CostTable, model: nn.Module, runtime: TorchRuntime, shape: Any, tries: int) -> RankPlan:
+def polish(
+    scores: dict[str, dict[str, float]], macs: CostTable, model: nn.Module, runtime: TorchRuntime, shape: tuple[int, ...], tries: int
+) -> RankPlan:
     """The table's best plan, or, with more `tries` than one, the fastest of its neighbours when they run as whole networks."""
     best = choose(scores, [Limit(macs, (1 + NEAR) * MACS)], (1 - NEAR) / (1 + NEAR))
     for _ in range(3 if tries > 1 else 0):  # each generation starts from the one before
