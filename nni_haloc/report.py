@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, fields
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .layers import LayerSpec
+from .printing import text_table
+from .watching import LAYERS, is_scripted_layer
 
-_CONVOLUTIONS = (nn.Linear, nn.modules.conv._ConvNd)
 _OTHERS_OWN = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.PReLU)
 """Modules whose parameters nobody expects to be decomposed."""
 
@@ -60,18 +63,11 @@ def by_reason(left_alone: Mapping[str, str]) -> str:
     return "; ".join(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}" for reason, names in layers.items())
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells in columns, as wide as they need to be."""
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
 def space_report(model: nn.Module, candidates: Mapping[str, Iterable[str]], left_alone: Mapping[str, str]) -> SpaceReport:
     """The report on a model whose layers have these candidates, or are left alone for these reasons."""
     rows = []
     for name, module in model.named_modules():
-        if isinstance(module, _CONVOLUTIONS):
+        if isinstance(module, LAYERS):
             kind: str
             try:
                 kind = LayerSpec.of(name, module).kind
@@ -79,7 +75,9 @@ def space_report(model: nn.Module, candidates: Mapping[str, Iterable[str]], left
                 kind = type(module).__name__
             found = tuple(candidates.get(name, ()))
             reason = "" if found else left_alone.get(name, "not searched")
-            rows.append(LayerReport(name, kind, tuple(module.weight.shape), found, reason))
+            rows.append(LayerReport(name, kind, _shape(module), found, reason))
+        elif is_scripted_layer(module):
+            rows.append(LayerReport(name, module.original_name, _shape(module), (), left_alone.get(name, "not searched")))
         elif not isinstance(module, _OTHERS_OWN):
             for own, parameter in module.named_parameters(name, recurse=False):
                 if parameter.dim() > 1:
@@ -87,3 +85,9 @@ def space_report(model: nn.Module, candidates: Mapping[str, Iterable[str]], left
                         LayerReport(own, "parameter", tuple(parameter.shape), (), f"used by {type(module).__name__} itself, not by a layer")
                     )
     return SpaceReport(rows)
+
+
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    """Of its weight, if it has one yet."""
+    weight = cast(Tensor, layer.weight)
+    return () if is_lazy(weight) else tuple(weight.shape)
