@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 M = TypeVar("M", bound=nn.Module)
@@ -40,7 +40,9 @@ def copy_of(model: M, memo: Mapping[int, Any] | None = None) -> M:
     held = dict(memo or {})
     for module in model.modules():
         for value in tree_leaves(vars(module)):
-            if isinstance(value, Tensor) and not value.is_leaf:
+            if isinstance(value, UninitializedBuffer):  # torch copies parameters of its kind alone
+                held.setdefault(id(value), cast(Any, UninitializedBuffer)(device=value.device, dtype=value.dtype))
+            elif isinstance(value, Tensor) and not value.is_leaf:
                 held.setdefault(id(value), value.detach().clone())
     try:
         with torch.no_grad():  # or the parameters of a scripted module's copy would be computed from its own
@@ -125,6 +127,9 @@ def materialised(model: M, example: Example) -> M:
     model = copy_of(model)
     with evaluating(model):
         call(model, example)
+    for name, module in model.named_modules():
+        if any(map(is_lazy, (*module.parameters(False), *module.buffers(False)))):
+            raise ValueError(f"the example input does not reach {name!r}, a {type(module).__name__} without weights yet: take it away")
     return model
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, fields
-from typing import cast
 
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
 from .layers import LayerSpec
 from .printing import text_table
@@ -75,9 +73,9 @@ def space_report(model: nn.Module, candidates: Mapping[str, Iterable[str]], left
                 kind = type(module).__name__
             found = tuple(candidates.get(name, ()))
             reason = "" if found else left_alone.get(name, "not searched")
-            rows.append(LayerReport(name, kind, _shape(module), found, reason))
+            rows.append(LayerReport(name, kind, tuple(module.weight.shape), found, reason))
         elif is_scripted_layer(module):
-            rows.append(LayerReport(name, module.original_name, _shape(module), (), left_alone.get(name, "not searched")))
+            rows.append(LayerReport(name, module.original_name, tuple(module.weight.shape), (), left_alone.get(name, "not searched")))
         elif not isinstance(module, _OTHERS_OWN):
             for own, parameter in module.named_parameters(name, recurse=False):
                 if parameter.dim() > 1:
@@ -85,9 +83,3 @@ def space_report(model: nn.Module, candidates: Mapping[str, Iterable[str]], left
                         LayerReport(own, "parameter", tuple(parameter.shape), (), f"used by {type(module).__name__} itself, not by a layer")
                     )
     return SpaceReport(rows)
-
-
-def _shape(layer: nn.Module) -> tuple[int, ...]:
-    """Of its weight, if it has one yet."""
-    weight = cast(Tensor, layer.weight)
-    return () if is_lazy(weight) else tuple(weight.shape)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..device.measuring import time_together
@@ -49,16 +49,19 @@ def count_paper_macs(model: nn.Module, example_input: Example) -> int:
 
 
 def _counted(model: nn.Module, example_input: Example, more: Mapping[Any, Callable[..., int]]) -> int:
-    """Half of the floating-point operations for one image; ``more``: functions that count operators that torch does not."""
+    """Half of the floating-point operations for one image; ``more``: functions that count operators that torch does not.
+
+    Attention is run as matrix products, because not all of its fused operations are counted.
+    """
     model = copy_of(model).eval()
-    with FlopCounterMode(display=False, custom_mapping=dict(more)) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=dict(more)) as counter:
         call(model, example_input)
     return counter.get_total_flops() // (2 * batch_size_of(example_input))
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters, shared ones once; those of lazy layers that were never called are none yet."""
-    return sum(p.numel() for p in model.parameters() if not is_lazy(p))
+    """Number of parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def mac_table(model: nn.Module, example_input: Example, rules: RankRules = RankRules()) -> CostTable:
