@@ -44,7 +44,7 @@ class RankSpace(ModelSpace):
         layers = find_layers(model, example_input, rules)
         if "" in layers.specs:
             raise ValueError(f"{type(model).__name__} is a layer itself, without a name to search it by: pass nn.Sequential(model)")
-        costs = costs or mac_table(model, example_input, rules)
+        costs = costs or mac_table(model, example_input, rules, layers)
         tables = [costs] if isinstance(costs, CostTable) else list(costs)
         self.costs = tables[0]
         found = layers.candidates(rules)

@@ -15,7 +15,7 @@ from ..device.measuring import time_together
 from ..device.torch_runtime import TorchRuntime
 from ..layers import LayerSpec, Work
 from ..modules import Example, batch_size_of, call, copy_of, input_shape, materialised
-from ..ranks import Rank, RankRules, find_layers, macs, params
+from ..ranks import Layers, Rank, RankRules, find_layers, macs, params
 from .table import CostTable
 
 FLOAT_BYTES = 4
@@ -64,15 +64,15 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def mac_table(model: nn.Module, example_input: Example, rules: RankRules = RankRules()) -> CostTable:
-    """Multiply-accumulates of every candidate, for one image."""
-    return _table("macs", model, example_input, rules, macs, float(count_macs(model, example_input)))
+def mac_table(model: nn.Module, example_input: Example, rules: RankRules = RankRules(), layers: Layers | None = None) -> CostTable:
+    """Multiply-accumulates of every candidate, for one image; ``layers``: what `find_layers` gave, where that is known."""
+    return _table("macs", model, example_input, rules, macs, float(count_macs(model, example_input)), layers=layers)
 
 
-def param_table(model: nn.Module, example_input: Example, rules: RankRules = RankRules()) -> CostTable:
-    """Parameters of every candidate."""
+def param_table(model: nn.Module, example_input: Example, rules: RankRules = RankRules(), layers: Layers | None = None) -> CostTable:
+    """Parameters of every candidate; ``layers``: see `mac_table`."""
     model = materialised(model, example_input)
-    return _table("params", model, example_input, rules, params, float(count_params(model)))
+    return _table("params", model, example_input, rules, params, float(count_params(model)), layers=layers)
 
 
 def activation_table(model: nn.Module, example_input: Example, rules: RankRules = RankRules()) -> CostTable:
@@ -161,9 +161,10 @@ def _table(
     whole: float | None,
     rest: float = 0.0,
     identity: dict[str, Any] | None = None,
+    layers: Layers | None = None,
 ) -> CostTable:
     """``whole``: the network's cost, or None where ``rest`` says that of everything else."""
-    layers = find_layers(model, example_input, rules)
+    layers = layers or find_layers(model, example_input, rules)
     costs = {}
     for name, row in layers.candidates(rules).items():
         spec = layers.specs[name]
