@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .layers import LayerSpec, last_bias, layout_of
 from .log import logger
-from .modules import evaluating
+from .modules import Example, batch_size_of, batches, call, evaluating
 from .ranks import Rank
 from .tucker import LowRank, Method, Plain, Tucker2, decompose
 
@@ -20,7 +20,7 @@ from .tucker import LowRank, Method, Plain, Tucker2, decompose
 def patch_covariances(
     model: nn.Module,
     specs: Mapping[str, LayerSpec],
-    images: Tensor,
+    images: Example,
     *,
     batch_size: int = 64,
     max_patches: int = 16384,
@@ -31,19 +31,20 @@ def patch_covariances(
     """Uncentred covariance ``E[x x^T]`` of each layer's input patches, ``(D, D)`` with ``D = C k1 k2`` in `unfold`'s order, float32, on
     the CPU.
 
-    One pass of ``model`` over ``images (N, ...)`` in evaluation mode. Of each layer at most about ``max_patches`` patches are taken, and
-    no more than ``max_work / D^2`` or ``2 D`` (9,216 for 512 channels and a 3x3 kernel), at random positions drawn with ``seed``; no
-    others are unfolded. ``shrinkage * D / patches`` of the mean eigenvalue is added to the diagonal: what is fitted to few patches then
-    holds for others too. ``D^2`` numbers a layer are held. Patches with NaN or infinite entries raise ValueError.
+    One pass of ``model`` over ``images (N, ...)``, or a tuple or dict of such inputs, in evaluation mode. Of each layer at most about
+    ``max_patches`` patches are taken, and no more than ``max_work / D^2`` or ``2 D`` (9,216 for 512 channels and a 3x3 kernel), at random
+    positions drawn with ``seed``; no others are unfolded. ``shrinkage * D / patches`` of the mean eigenvalue is added to the diagonal:
+    what is fitted to few patches then holds for others too. ``D^2`` numbers a layer are held. Patches with NaN or infinite entries raise
+    ValueError.
     """
     generator = torch.Generator().manual_seed(seed)
     sums = {name: torch.zeros(_patch_size(spec), _patch_size(spec)) for name, spec in specs.items()}
-    counts = dict.fromkeys(specs, 0)
+    counts, number = dict.fromkeys(specs, 0), batch_size_of(images)
 
     def collect(name: str, spec: LayerSpec, x: Tensor) -> None:
         size = _patch_size(spec)
         limit = min(max_patches, max(max_work / size**2, 2 * size)) / max(1, len(spec.input_shapes))
-        patches = _draw_patches(spec, x, max(1, round(len(x) * limit / len(images))), generator)
+        patches = _draw_patches(spec, x, max(1, round(len(x) * limit / number)), generator)
         _add_gram(sums[name], patches)
         counts[name] += len(patches)
 
@@ -52,9 +53,9 @@ def patch_covariances(
         modules[name].register_forward_pre_hook(lambda _, args, n=name, s=spec: collect(n, s, args[0])) for name, spec in specs.items()
     ]
     try:
-        with evaluating(model), torch.no_grad():
-            for batch in images.split(batch_size):
-                model(batch)
+        with evaluating(model):
+            for part in batches(images, batch_size):
+                call(model, part)
     finally:
         for hook in hooks:
             hook.remove()
@@ -74,7 +75,7 @@ def build_candidates(
     model: nn.Module,
     specs: Mapping[str, LayerSpec],
     candidates: Mapping[str, Mapping[str, Rank]],
-    calibration: Tensor | None = None,
+    calibration: Example | None = None,
     method: Method | None = None,
     memory: int = 2**30,
 ) -> dict[str, dict[str, nn.Module]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from .candidates import build_candidates
 from .layers import LayerSpec
 from .models import build_model
-from .modules import replace_modules
+from .modules import Example, copy_of, first_line, replace_modules
 from .ranks import RankPlan, rank_name
 from .tucker import Method
 
@@ -23,16 +22,17 @@ RANKS_FILE, COSTS_FILE, METRICS_FILE, WEIGHTS_FILE, MODEL_FILE = (
 )  # fmt: skip
 
 
-def compress(model: nn.Module, plan: RankPlan, calibration: Tensor | None = None, method: Method | None = None) -> nn.Module:
+def compress(model: nn.Module, plan: RankPlan, calibration: Example | None = None, method: Method | None = None) -> nn.Module:
     """A compressed copy of a trained ``model``, its layers decomposed afresh at the plan's ranks.
 
-    By the data where ``calibration`` images ``(N, ...)`` are given, else by the weights (`build_candidates`). For the weights that a search
-    trained, see `Haloc.network`. Raises ValueError if the plan names a layer that the model does not have or can't be decomposed so.
+    By the data where ``calibration`` images ``(N, ...)`` are given (a tuple or dict of inputs where the model takes several), else by the
+    weights (`build_candidates`). For the weights that a search trained, see `Haloc.network`. Raises ValueError if the
+    plan names a layer that the model does not have or can't be decomposed so.
     """
     specs = _specs(model, plan)
     wanted = {name: {rank_name(rank): rank} for name, rank in plan.ranks.items() if rank is not None}
     built = build_candidates(model, specs, wanted, calibration, method)
-    compressed = copy.deepcopy(model)
+    compressed = copy_of(model)
     replace_modules(compressed, {name: next(iter(row.values())) for name, row in built.items()})
     return compressed
 
@@ -40,7 +40,7 @@ def compress(model: nn.Module, plan: RankPlan, calibration: Tensor | None = None
 def restructure(model: nn.Module, plan: RankPlan) -> nn.Module:
     """A copy of ``model`` with the plan's layers in place and random weights in them: what a state dict is loaded into."""
     specs = _specs(model, plan)
-    compressed = copy.deepcopy(model)
+    compressed = copy_of(model)
     replace_modules(compressed, {name: specs[name].build(rank) for name, rank in plan.ranks.items() if rank is not None})
     return compressed
 
@@ -49,7 +49,7 @@ def _specs(model: nn.Module, plan: RankPlan) -> dict[str, LayerSpec]:
     modules = dict(model.named_modules())
     specs = {}
     for name, rank in plan.ranks.items():
-        if name not in modules:
+        if not name or name not in modules:
             raise ValueError(f"the plan's layer {name!r} is not in {type(model).__name__}")
         try:
             specs[name] = spec = LayerSpec.of(name, modules[name])
@@ -93,12 +93,12 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             facts = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
             model = build_model(str(facts["name"]), facts.get("arguments"), factories=False)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / MODEL_FILE}: {_first_line(error)}") from None
+            raise ValueError(f"{folder / MODEL_FILE}: {first_line(error)}") from None
     compressed = restructure(model, RankPlan.load(folder / RANKS_FILE))
     try:
         load_model(compressed, str(folder / WEIGHTS_FILE))
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: {_first_line(error)}") from None
+        raise ValueError(f"{folder / WEIGHTS_FILE}: {first_line(error)}") from None
     return compressed.eval()
 
 
@@ -119,7 +119,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle, zip and safetensors each have their own for a bad file
-        raise ValueError(f"{path}: not a file of weights that can be loaded safely ({_first_line(error)})") from None
+        raise ValueError(f"{path}: not a file of weights that can be loaded safely ({first_line(error)})") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -134,7 +134,3 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path}: does not fit the model: {' '.join(str(error).split()[6:40])}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__

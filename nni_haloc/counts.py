@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .compression import restructure
 from .measure import Parser, model_of
 from .predictors.analytic import count_macs, count_paper_macs, count_params
+from .printing import text_table
 from .ranks import Layers, RankPlan, RankRules, find_layers
-from .report import space_report, text_table
+from .report import space_report
 
 
 def table_main(arguments: Sequence[str] | None = None) -> None:

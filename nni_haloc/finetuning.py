@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from .log import TimeLeft, logger
-from .modules import accelerated, evaluating
+from .modules import accelerated, copy_of, evaluating
 from .processes import check_startable
 from .recipe import Recipe
 
@@ -85,7 +84,7 @@ class _Training(pl.LightningModule):
     def __init__(self, model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher: nn.Module | None, distill: float) -> None:
         super().__init__()
         self.model, self.recipe, self.steps_per_epoch = model.train(), recipe, steps_per_epoch
-        self.teacher = [] if teacher is None else [copy.deepcopy(teacher).eval()]  # in a list: no part of what is trained and kept
+        self.teacher = [] if teacher is None else [copy_of(teacher).eval()]  # in a list: no part of what is trained and kept
         self.distill = distill
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

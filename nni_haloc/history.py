@@ -9,12 +9,9 @@ from typing import Any
 import pytorch_lightning as pl
 
 from .budget import Limit
-from .device.files import DENSE
 from .log import logger
-from .nas import Haloc, RankSpace
+from .nas import Haloc
 from .predictors import CostTable
-from .predictors.analytic import count_params
-from .ranks import params
 from .yaml_files import ConfigError
 
 HISTORY_FILE = "history.csv"
@@ -52,18 +49,6 @@ class History(pl.Callback):
         with beside.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([COLUMNS, *([row[0], *(f"{value:.6g}" for value in row[1:])] for row in self.rows)])
         beside.replace(self.path)
-
-
-def parameters_of(space: RankSpace) -> CostTable:
-    """Parameters of every candidate of a space."""
-    rows = {
-        layer: {
-            DENSE: float(params(space.specs[layer], None)),
-            **{name: float(params(space.specs[layer], rank)) for name, rank in row.items()},
-        }
-        for layer, row in space.candidates.items()
-    }
-    return CostTable("params", rows, count_params(space.original) - sum(row[DENSE] for row in rows.values()))
 
 
 def read(path: Path) -> dict[str, list[float]]:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .tucker import LowRank, Tucker2
 
@@ -81,6 +82,8 @@ class LayerSpec:
     @classmethod
     def of(cls, name: str, module: nn.Module, input_shapes: tuple[tuple[int, ...], ...] = ()) -> LayerSpec:
         """The specification of an `nn.Conv2d` (ungrouped) or `nn.Linear`; TypeError for anything else."""
+        if isinstance(module, nn.Linear | nn.Conv2d) and is_lazy(module.weight):
+            raise TypeError(f"{name}: {type(module).__name__} has no weights yet; run the network once")
         bias = getattr(module, "bias", None) is not None
         if isinstance(module, nn.Linear):
             return cls(name, "linear", module.in_features, module.out_features, input_shapes, bias)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .device.files import DENSE
 from .layers import Kind, LayerSpec
-from .modules import Watched, replace_modules
+from .modules import Example, materialised
+from .watching import LAYERS, irreplaceable, is_scripted_layer, obstacle, watched_pass
 
 PLAN_VERSION = 1
 
@@ -138,61 +137,48 @@ class Layers:
         return {name: {rank_name(r): r for r in ranks} for name, ranks in found.items() if any(ranks) or rules.pins(name)}
 
 
-def find_layers(model: nn.Module, example_input: Tensor, rules: RankRules = RankRules()) -> Layers:
-    """Run ``model`` once on ``example_input`` and record every convolution and linear layer: shapes, or why it is left alone.
+def find_layers(model: nn.Module, example_input: Example, rules: RankRules = RankRules()) -> Layers:
+    """Run ``model`` on ``example_input`` and record every convolution and linear layer: shapes, or why it is left alone.
 
-    The pass is made by a copy, in evaluation mode without gradients: the model is left as it was, whatever it does when it is called.
+    ``example_input``: a tensor, a tuple of positional inputs or a dict of keyword inputs. The passes, one to see the calls and one with
+    other layers in place, are made by copies, in evaluation mode without gradients: the model is left as it was, whatever it does when it
+    is called. Raises ValueError if the model can't be copied, or a pattern of the rules matches no layer.
     """
-    model = copy.deepcopy(model).eval()
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
-    called: list[str] = []
-    watched = {name: Watched(name, module, called) for name, module in modules.items()}
-    if "" in watched:  # the model is a layer itself
-        model = watched[""]
-    replace_modules(model, watched)
-    with torch.no_grad():
-        model(example_input)
+    model = materialised(model, example_input)
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
+    seen = watched_pass(model, example_input, modules)
+    calls: dict[str, list[tuple[int, ...]]] = {}
+    for name, shape in seen.calls:
+        calls.setdefault(name, []).append(shape)
 
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     specs: dict[str, LayerSpec] = {}
-    reasons = {name: "not called as a module" for name in modules if name not in called}
-    for name in dict.fromkeys(called):
-        module, calls = modules[name], watched[name].shapes
-        reason = _reason(module, name, rules, holders) or watched[name].reason or _unbatched(module, calls)
+    reasons = {name: "not called as a module" for name in modules if name not in calls}
+    reasons |= {name: "in a scripted or traced module" for name, module in model.named_modules() if is_scripted_layer(module)}
+    for name, shapes in calls.items():
+        module = modules[name]
+        reason = obstacle(module, shapes, holders) or seen.reasons.get(name)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in rules.exclude):
+            reason = "excluded by name"
         if reason:
             reasons[name] = reason
             continue
-        spec = LayerSpec.of(name, module, tuple(calls))
-        if any(rules.candidates(spec)) or rules.pins(name):
+        spec = LayerSpec.of(name, module, tuple(shapes))
+        if spec.kind not in rules.kinds:
+            reasons[name] = f"kind {spec.kind!r} is not among the searched kinds"
+        elif any(rules.candidates(spec)) or rules.pins(name):
             specs[name] = spec
         else:
             reasons[name] = "no rank on the step grid is cheaper than the dense layer"
+    for name, reason in irreplaceable(model, example_input, [name for name in specs if name], seen).items():
+        reasons[name] = reason
+        del specs[name]
     for option, patterns, named in (("exclude", rules.exclude, modules), ("pin", rules.pin, specs)):
         for pattern in patterns:
             if not fnmatch.filter(named, pattern):
                 why = "".join(f"; {name}: {reasons[name]}" for name in fnmatch.filter(reasons, pattern))
                 raise ValueError(f"{option}: no layer of {type(model).__name__} that can be searched matches {pattern!r}{why}")
     return Layers(specs, reasons)
-
-
-def _unbatched(module: nn.Module, calls: Iterable[tuple[int, ...]]) -> str | None:
-    least = 4 if isinstance(module, nn.Conv2d) else 2
-    odd = next((shape for shape in calls if len(shape) < least), None)
-    return None if odd is None else f"called without a batch, on {'x'.join(map(str, odd))}"
-
-
-def _reason(module: nn.Module, name: str, rules: RankRules, holders: Counter[int]) -> str | None:
-    """Why a layer can't be searched, or None."""
-    if type(module) not in (nn.Conv2d, nn.Linear):
-        return f"{type(module).__name__} is not decomposed"
-    if getattr(module, "groups", 1) != 1:
-        return "grouped convolution"
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in rules.exclude):
-        return "excluded by name"
-    if holders[id(module.weight)] > 1:
-        return "its weight is shared with another layer"
-    kind = LayerSpec.of(name, module).kind
-    return None if kind in rules.kinds else f"kind {kind!r} is not among the searched kinds"
 
 
 @dataclass(frozen=True)

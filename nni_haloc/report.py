@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, fields
 
 from torch import nn
 
 from .layers import LayerSpec
+from .printing import text_table
+from .watching import LAYERS, is_scripted_layer
 
-_CONVOLUTIONS = (nn.Linear, nn.modules.conv._ConvNd)
 _OTHERS_OWN = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.PReLU)
 """Modules whose parameters nobody expects to be decomposed."""
 
@@ -60,18 +61,11 @@ def by_reason(left_alone: Mapping[str, str]) -> str:
     return "; ".join(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}" for reason, names in layers.items())
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells in columns, as wide as they need to be."""
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
 def space_report(model: nn.Module, candidates: Mapping[str, Iterable[str]], left_alone: Mapping[str, str]) -> SpaceReport:
     """The report on a model whose layers have these candidates, or are left alone for these reasons."""
     rows = []
     for name, module in model.named_modules():
-        if isinstance(module, _CONVOLUTIONS):
+        if isinstance(module, LAYERS):
             kind: str
             try:
                 kind = LayerSpec.of(name, module).kind
@@ -80,6 +74,8 @@ def space_report(model: nn.Module, candidates: Mapping[str, Iterable[str]], left
             found = tuple(candidates.get(name, ()))
             reason = "" if found else left_alone.get(name, "not searched")
             rows.append(LayerReport(name, kind, tuple(module.weight.shape), found, reason))
+        elif is_scripted_layer(module):
+            rows.append(LayerReport(name, module.original_name, tuple(module.weight.shape), (), left_alone.get(name, "not searched")))
         elif not isinstance(module, _OTHERS_OWN):
             for own, parameter in module.named_parameters(name, recurse=False):
                 if parameter.dim() > 1:

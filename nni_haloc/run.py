@@ -19,12 +19,13 @@ from .checkpoint import EpochCheckpoint
 from .compression import METRICS_FILE
 from .config import Config
 from .finetuning import EpochEnd, Forecast, accuracy, finetune, recalibrate
-from .history import HISTORY_FILE, History, parameters_of
+from .history import HISTORY_FILE, History
 from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, SEARCH_FOLDER, Job, clear, finetuning_identity, trainer_options
 from .log import TimeLeft, logger
 from .nas import Haloc, RankSpace, SearchDiverged, classification, run_search
+from .predictors import param_table
 from .processes import is_first
-from .ranks import RankPlan
+from .ranks import Layers, RankPlan
 from .recipe import Recipe
 from .report import by_reason
 from .sections import Training
@@ -169,7 +170,8 @@ def _search(
 
     train, val = (job.loader(split, shuffle=True, seed=i) for i, split in enumerate(("train", "val")))
     state = EpochCheckpoint(job.folder / SEARCH_FOLDER / CHECKPOINT_FILE, facts, train, val)
-    past = History(state.path.with_name(HISTORY_FILE), strategy, parameters_of(space))
+    parameters = param_table(space.original, job.example, rules_of(job.config), Layers(space.specs, space.left_alone))
+    past = History(state.path.with_name(HISTORY_FILE), strategy, parameters)
     evaluator = classification(
         train,
         val,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .modules import evaluating, replace_modules
+from .modules import copy_of, evaluating, replace_modules
 
 
 def sensitivities(
@@ -32,7 +31,7 @@ def sensitivities(
     (tried on two images first). Outputs of one batch are kept meanwhile: ResNet-18's, for 64 images of 224 x 224, take 1.5 GB.
     ``progress(done, of)`` is told of each batch, and of none beforehand.
     """
-    network = copy.deepcopy(model)
+    network = copy_of(model)
     own = dict(network.named_modules())
     layers = [own[layer] for layer in candidates]
     added = {layer: dict.fromkeys(row, 0.0) for layer, row in candidates.items()}

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torchvision
-from torch import nn
+from nni.nas.nn.pytorch import LayerChoice
 
 from nni_haloc import RankRules, RankSpace
 from nni_haloc.models import build_model
@@ -67,6 +67,31 @@ def some(space, seed=0):
     return {layer: draw.choice(list(row)) for layer, row in space.candidates.items()}
 
 
+def kind_of(layer):
+    """As the layer's own attributes tell it."""
+    if type(layer).__name__ == "Conv2d" and layer.groups == 1:
+        return "conv" if layer.weight[0, 0].numel() > 1 else "pointwise"
+    return "linear" if hasattr(layer, "in_features") else type(layer).__name__
+
+
+def check_report(space, model):
+    """Each layer of the model stands there once, searched or left alone, as what it is; what is searched is a choice in the network."""
+    rows = [row for row in space.report() if row.kind != "parameter"]
+    layers = {n: m for n, m in model.named_modules() if (hasattr(m, "kernel_size") and hasattr(m, "weight")) or hasattr(m, "in_features")}
+    assert [(row.layer, row.kind, row.shape) for row in rows] == [(n, kind_of(m), tuple(m.weight.shape)) for n, m in layers.items()]
+    network = dict(space.model.named_modules())
+    for row in rows:
+        choice = isinstance(network[row.layer], LayerChoice)
+        assert row.candidates == (tuple(network[row.layer].names) if choice else ())
+        assert bool(row.reason) != choice
+        if not choice:
+            assert type(network[row.layer]) is type(layers[row.layer])
+        elif row.kind != "conv":
+            assert all(name == "dense" or int(name[1:]) < min(row.shape[:2]) for name in row.candidates)
+    own = {n for n, p in model.named_parameters() if p.dim() > 1 and n.rpartition(".")[0] not in layers}
+    assert {row.layer for row in space.report()} - set(layers) == own
+
+
 @pytest.mark.parametrize("name", [n for n in CLASSIFICATION + SEGMENTATION + VIDEO if n != "s3d"])
 def test_without_values(name):
     model, x = build_on_meta(name), batch(name).to("meta")
@@ -74,9 +99,7 @@ def test_without_values(name):
         expected = model(x)
         space = RankSpace(model, x, rules=RULES)
         assert shapes(space.freeze(some(space)).eval()(x)) == shapes(expected)
-    report = {row.layer: row for row in space.report()}
-    assert all(row.candidates or row.reason for row in report.values())
-    assert {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))} <= set(report)
+    check_report(space, model)
 
 
 def test_a_model_of_three_dimensional_convolutions_alone_is_refused_in_one_line():

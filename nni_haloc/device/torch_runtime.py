@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Kind, LayerSpec
-from ..modules import replace_modules
+from ..modules import copy_of, replace_modules
 from .files import DENSE, processor
 from .measuring import Run
 from .replay import Replay
@@ -80,7 +79,7 @@ class TorchRuntime:
         entries = {layer: spec.entries[row[choice.get(layer, DENSE)]] for layer, row in spec.layers.items()}
         specs = {layer: layer_spec(layer, entry.layer) for layer, entry in entries.items()}
         if self.model is not None:
-            model = copy.deepcopy(self.model)
+            model = copy_of(self.model)
         elif spec.program is not None:
             model = Replay(spec.program, specs)
         else:
@@ -90,7 +89,7 @@ class TorchRuntime:
 
     def ready(self, module: nn.Module, *shapes: tuple[int, ...], copied: bool = True) -> Run:
         """Forward passes of a module (of a copy of it unless ``copied``) on random inputs of these shapes, warmed up."""
-        model = (module if copied else copy.deepcopy(module)).eval().to(self.device, self._dtype)
+        model = (module if copied else copy_of(module)).eval().to(self.device, self._dtype)
         inputs = [torch.randn(shape).to(self.device, self._dtype) for shape in shapes]
         if self.memory_format == "channels_last":
             model = model.to(memory_format=torch.channels_last)

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nni.nas.nn.pytorch import LayerChoice, ModelSpace
-from torch import Tensor, nn
+from torch import nn
 
 from ..candidates import build_candidates
-from ..modules import replace_modules
+from ..modules import Example, copy_of, materialised, replace_modules
 from ..predictors import CostTable, mac_table, worthwhile
 from ..ranks import RankRules, find_layers
 from ..report import SpaceReport, space_report, why_nothing
@@ -20,27 +20,31 @@ from ..tucker import Method
 class RankSpace(ModelSpace):
     """All rank candidates of a trained network; each searched layer is a `LayerChoice` labelled with the layer's name.
 
-    ``model``: any `nn.Module`; it is copied and never changed. ``example_input``: a batch that it takes. ``costs``: the table or tables
-    that the search will use; candidates that cost at least as much as the dense layer in all of them are dropped (None: MACs), save those
-    of pinned layers. ``calibration``: training images ``(N, ...)`` to decompose for; without them, or with ``decomposition="hosvd"``, the
-    decomposition is by the weights.
+    ``model``: any `nn.Module`; it is copied and never changed (lazy layers get their weights in the copies). ``example_input``: a batch
+    that it takes: a tensor ``(N, ...)``, a tuple of positional inputs or a dict of keyword inputs. ``costs``: the table or tables that the
+    search will use; candidates that cost at least as much as the dense layer in all of them are dropped (None: MACs), save those of
+    pinned layers. ``calibration``: training images ``(N, ...)`` to decompose for, or a tuple or dict of such inputs; without them, or with
+    ``decomposition="hosvd"``, the decomposition is by the weights.
 
     ``forward`` runs every layer's first candidate; ``freeze(sample)`` gives the plain compressed network with copies of the weights.
-    Raises ValueError if nothing in the model can be searched.
+    Raises ValueError if nothing in the model can be searched, if it is a layer itself, or if it can't be copied (it names the attribute).
     """
 
     def __init__(
         self,
         model: nn.Module,
-        example_input: Tensor,
+        example_input: Example,
         costs: CostTable | Sequence[CostTable] | None = None,
         rules: RankRules = RankRules(),
-        calibration: Tensor | None = None,
+        calibration: Example | None = None,
         decomposition: Method | None = None,
     ) -> None:
         super().__init__()
+        model = materialised(model, example_input)
         layers = find_layers(model, example_input, rules)
-        costs = costs or mac_table(model, example_input, rules)
+        if "" in layers.specs:
+            raise ValueError(f"{type(model).__name__} is a layer itself, without a name to search it by: pass nn.Sequential(model)")
+        costs = costs or mac_table(model, example_input, rules, layers)
         tables = [costs] if isinstance(costs, CostTable) else list(costs)
         self.costs = tables[0]
         found = layers.candidates(rules)
@@ -49,10 +53,10 @@ class RankSpace(ModelSpace):
         if not self.candidates:
             raise ValueError(why_nothing(model, self.left_alone))
         # Kept out of the module tree: it is neither mutable nor trained, and must not show among the parameters.
-        object.__setattr__(self, "original", copy.deepcopy(model).eval().requires_grad_(False))
+        object.__setattr__(self, "original", copy_of(model).eval().requires_grad_(False))
         built = build_candidates(self.original, layers.specs, self.candidates, calibration, decomposition)
         self.specs = {name: layers.specs[name] for name in self.candidates}
-        self.model = copy.deepcopy(model)
+        self.model = copy_of(model)
         replace_modules(self.model, {name: LayerChoice(built[name], label=name) for name in self.candidates})
         for module in self.model.modules():
             if hasattr(module, "inplace"):
@@ -73,7 +77,7 @@ class RankSpace(ModelSpace):
         self.validate(dict(sample))
         choices = [module for module in self.model.modules() if isinstance(module, LayerChoice)]
         copies = {choice.label: copy.deepcopy(choice[sample[choice.label]]) for choice in choices}
-        frozen = copy.deepcopy(self.model, {id(choice): copies[choice.label] for choice in choices})
+        frozen = copy_of(self.model, {id(choice): copies[choice.label] for choice in choices})
         inplace = {name for name, module in self.original.named_modules() if getattr(module, "inplace", False)}
         for name, module in frozen.named_modules():
             if name in inplace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast, get_args
 
@@ -16,6 +15,7 @@ from nni.nas.space import RawFormatModelSpace
 from torch import Tensor, nn
 
 from ..budget import Limit, Scores, check_feasible, choose
+from ..modules import copy_of
 from ..objective import Schedule, expected_cost, probability_loss_paper, settle
 from ..predictors import CostTable
 from ..ranks import RankPlan
@@ -123,7 +123,7 @@ class Haloc(DARTS):
         if not isinstance(model, RankSpace):
             raise TypeError(f"Haloc searches a RankSpace, found {type(model).__name__}")
         check_feasible(model.candidates, self.limits)
-        supernet = super().mutate_model(copy.deepcopy(model, {id(model.original): model.original}))
+        supernet = super().mutate_model(copy_of(model, {id(model.original): model.original}))
         # NNI replaces a module under the first of its names; the others must lead to the same mixed layer.
         mixed = {layer.label: layer for layer in self._layers(supernet)}
         for parent in list(supernet.modules()):

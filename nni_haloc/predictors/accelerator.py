@@ -15,11 +15,12 @@ from typing import Any
 
 import matplotlib
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from ..device.files import write_json
 from ..device.measuring import Progress
 from ..layers import LayerSpec
+from ..modules import Example, input_shape
 from ..ranks import DENSE, Rank, RankRules, find_layers
 from .table import CostTable
 
@@ -35,7 +36,7 @@ _PART = "channels in, channels out, kernel rows, kernel columns, output rows, ou
 
 def accelerator_table(
     model: nn.Module,
-    example_input: Tensor,
+    example_input: Example,
     rules: RankRules = RankRules(),
     metric: str = "cycles",
     *,
@@ -54,7 +55,7 @@ def accelerator_table(
     others = [(spec, None) for name, spec in everything.items() if name not in candidates]
     found = iter(accelerator_costs([*searched, *others], metric, cache, progress))
     costs = {name: {candidate: next(found) for candidate in row} for name, row in candidates.items()}
-    identity = {"input": list(example_input.shape[1:]), "device": f"Eyeriss-like {ROWS}x{COLUMNS}", "runtime": f"zigzag-dse {_version()}"}
+    identity = {"input": input_shape(example_input), "device": f"Eyeriss-like {ROWS}x{COLUMNS}", "runtime": f"zigzag-dse {_version()}"}
     return CostTable(metric, costs, sum(found), identity)
 
 

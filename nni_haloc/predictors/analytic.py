@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..device.measuring import time_together
 from ..device.torch_runtime import TorchRuntime
 from ..layers import LayerSpec, Work
-from ..ranks import Rank, RankRules, find_layers, macs, params
+from ..modules import Example, batch_size_of, call, copy_of, input_shape, materialised
+from ..ranks import Layers, Rank, RankRules, find_layers, macs, params
 from .table import CostTable
 
 FLOAT_BYTES = 4
 
 
-def count_macs(model: nn.Module, example_input: Tensor) -> int:
+def count_macs(model: nn.Module, example_input: Example) -> int:
     """Multiply-accumulates of convolutions and matrix products in a forward pass of one image, by torch's own counter.
 
     ``example_input (N, ...)``: the count is divided by N. Biases, normalisation and activations are not counted.
@@ -28,7 +29,7 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
     return _counted(model, example_input, {})
 
 
-def count_paper_macs(model: nn.Module, example_input: Tensor) -> int:
+def count_paper_macs(model: nn.Module, example_input: Example) -> int:
     """The count of the paper's tables, which is that of the `thop` package: `count_macs`, two for each number that batch normalisation
     gives, and one for each number that goes into an average pooling or comes out of it.
 
@@ -47,12 +48,15 @@ def count_paper_macs(model: nn.Module, example_input: Tensor) -> int:
     return _counted(model, example_input, {**dict.fromkeys(norms, normalised), **dict.fromkeys(means, averaged)})
 
 
-def _counted(model: nn.Module, example_input: Tensor, more: Mapping[Any, Callable[..., int]]) -> int:
-    """Half of the floating-point operations for one image; ``more``: functions that count operators that torch does not."""
-    model = copy.deepcopy(model).eval()
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=dict(more)) as counter:
-        model(example_input)
-    return counter.get_total_flops() // (2 * example_input.shape[0])
+def _counted(model: nn.Module, example_input: Example, more: Mapping[Any, Callable[..., int]]) -> int:
+    """Half of the floating-point operations for one image; ``more``: functions that count operators that torch does not.
+
+    Attention is run as matrix products, because not all of its fused operations are counted.
+    """
+    model = copy_of(model).eval()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=dict(more)) as counter:
+        call(model, example_input)
+    return counter.get_total_flops() // (2 * batch_size_of(example_input))
 
 
 def count_params(model: nn.Module) -> int:
@@ -60,17 +64,18 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def mac_table(model: nn.Module, example_input: Tensor, rules: RankRules = RankRules()) -> CostTable:
-    """Multiply-accumulates of every candidate, for one image."""
-    return _table("macs", model, example_input, rules, macs, float(count_macs(model, example_input)))
+def mac_table(model: nn.Module, example_input: Example, rules: RankRules = RankRules(), layers: Layers | None = None) -> CostTable:
+    """Multiply-accumulates of every candidate, for one image; ``layers``: what `find_layers` gave, where that is known."""
+    return _table("macs", model, example_input, rules, macs, float(count_macs(model, example_input)), layers=layers)
 
 
-def param_table(model: nn.Module, example_input: Tensor, rules: RankRules = RankRules()) -> CostTable:
-    """Parameters of every candidate."""
-    return _table("params", model, example_input, rules, params, float(count_params(model)))
+def param_table(model: nn.Module, example_input: Example, rules: RankRules = RankRules(), layers: Layers | None = None) -> CostTable:
+    """Parameters of every candidate; ``layers``: see `mac_table`."""
+    model = materialised(model, example_input)
+    return _table("params", model, example_input, rules, params, float(count_params(model)), layers=layers)
 
 
-def activation_table(model: nn.Module, example_input: Tensor, rules: RankRules = RankRules()) -> CostTable:
+def activation_table(model: nn.Module, example_input: Example, rules: RankRules = RankRules()) -> CostTable:
     """Bytes (float32) that the outputs of all layers take for one image, those between a candidate's factors included.
 
     ``fixed``: the outputs of all other modules without children; what functional calls leave is not counted.
@@ -84,14 +89,16 @@ def activation_table(model: nn.Module, example_input: Tensor, rules: RankRules =
     return _table("activation_bytes", model, example_input, rules, cost, float(whole))
 
 
-def roofline_table(model: nn.Module, example_input: Tensor, rules: RankRules = RankRules(), *, flops: float, bandwidth: float) -> CostTable:
+def roofline_table(
+    model: nn.Module, example_input: Example, rules: RankRules = RankRules(), *, flops: float, bandwidth: float
+) -> CostTable:
     """Milliseconds that every candidate takes at the least for the batch of ``example_input (N, ...)``, of floats.
 
     Each factor takes the longer of its work at ``flops`` (floating-point operations a second) and its traffic at ``bandwidth`` (bytes a
     second; input, output and weights once each). ``fixed``: the other modules' outputs read and written once, and the work of the other
     convolutions and linear layers. For both rates, see `measure_peaks`.
     """
-    images = example_input.shape[0]
+    images = batch_size_of(example_input)
 
     def seconds(work: Work) -> float:
         weights = work.inputs * work.outputs * work.kernel
@@ -111,7 +118,7 @@ def roofline_table(model: nn.Module, example_input: Tensor, rules: RankRules = R
         for size in sizes
     ]
     rest = others + 1e3 * 2 * FLOAT_BYTES * images * sum(plain) / bandwidth
-    identity = {"input": list(example_input.shape), "kind": "roofline", "flops": flops, "bandwidth": bandwidth}
+    identity = {"input": input_shape(example_input, batch=True), "kind": "roofline", "flops": flops, "bandwidth": bandwidth}
     return _table("latency_ms", model, example_input, rules, cost, None, rest, identity)
 
 
@@ -129,38 +136,38 @@ class _Copy(nn.Module):
         return x.clone()
 
 
-def _leaf_outputs(model: nn.Module, example_input: Tensor) -> dict[str, tuple[type[nn.Module], list[int]]]:
+def _leaf_outputs(model: nn.Module, example_input: Example) -> dict[str, tuple[type[nn.Module], list[int]]]:
     """Of each module without children: its class, and the elements of its output in each call, for one image."""
-    model = copy.deepcopy(model).eval()  # not the user's own: hooks, and what it does when it is called
+    model = copy_of(model).eval()  # not the user's own: hooks, and what it does when it is called
     found: dict[str, tuple[type[nn.Module], list[int]]] = {}
     for name, module in model.named_modules():
         if not list(module.children()):
 
             def keep(module: nn.Module, args: Any, out: Any, name: str = name) -> None:
                 if isinstance(out, Tensor):
-                    found.setdefault(name, (type(module), []))[1].append(out.numel() // example_input.shape[0])
+                    found.setdefault(name, (type(module), []))[1].append(out.numel() // batch_size_of(example_input))
 
             module.register_forward_hook(keep)
-    with torch.no_grad():
-        model(example_input)
+    call(model, example_input)
     return found
 
 
 def _table(
     metric: str,
     model: nn.Module,
-    example_input: Tensor,
+    example_input: Example,
     rules: RankRules,
     cost: Callable[[LayerSpec, Rank], float],
     whole: float | None,
     rest: float = 0.0,
     identity: dict[str, Any] | None = None,
+    layers: Layers | None = None,
 ) -> CostTable:
     """``whole``: the network's cost, or None where ``rest`` says that of everything else."""
-    layers = find_layers(model, example_input, rules)
+    layers = layers or find_layers(model, example_input, rules)
     costs = {}
     for name, row in layers.candidates(rules).items():
         spec = layers.specs[name]
         costs[name] = {candidate: float(cost(spec, rank)) for candidate, rank in ({"dense": None} | row).items()}
     fixed = rest if whole is None else whole - sum(row["dense"] for row in costs.values())
-    return CostTable(metric, costs, fixed, identity or {"input": list(example_input.shape[1:])})
+    return CostTable(metric, costs, fixed, identity or {"input": input_shape(example_input)})

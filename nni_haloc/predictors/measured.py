@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from statistics import median
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..device.measuring import Progress, Timing, measure, time_together
 from ..device.torch_runtime import TorchRuntime
+from ..modules import Example, only_tensor
 from ..ranks import RankRules
 from .specification import specify
 from .table import CostTable
@@ -17,7 +18,7 @@ from .table import CostTable
 
 def latency_table(
     model: nn.Module,
-    example_input: Tensor,
+    example_input: Example,
     rules: RankRules = RankRules(),
     runtime: TorchRuntime = TorchRuntime(),
     timing: Timing = Timing(),
@@ -34,14 +35,15 @@ def latency_table(
 
 def measure_latency(
     models: Mapping[str, nn.Module],
-    example_input: Tensor,
+    example_input: Example,
     runtime: TorchRuntime = TorchRuntime(),
     *,
     min_run_time: float = 0.1,
     rounds: int = 5,
 ) -> dict[str, float]:
     """Milliseconds of a forward pass of each network: timed in alternation, the median of ``rounds`` medians."""
+    shape = tuple(only_tensor(example_input).shape)
     with runtime.pinned():
-        runs = {name: runtime.ready(model, tuple(example_input.shape), copied=False) for name, model in models.items()}
+        runs = {name: runtime.ready(model, shape, copied=False) for name, model in models.items()}
         found = [time_together(runs, runtime, min_run_time) for _ in range(rounds)]
     return {name: 1e3 * median(times[name] for times in found) for name in models}

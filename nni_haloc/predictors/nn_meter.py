@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Protocol
 
 import onnx
-from torch import Tensor, nn
+from torch import nn
 
 from ..device.files import DENSE
 from ..device.measurements import METRIC
 from ..device.onnx_models import with_initializers, with_onnx
+from ..modules import Example
 from ..ranks import RankRules
 from .specification import specify
 from .table import CostTable
@@ -23,7 +24,7 @@ class LatencyPredictor(Protocol):
 
 
 def predicted_table(
-    model: nn.Module, example_input: Tensor, predictor: LatencyPredictor, rules: RankRules = RankRules(), device: str = ""
+    model: nn.Module, example_input: Example, predictor: LatencyPredictor, rules: RankRules = RankRules(), device: str = ""
 ) -> CostTable:
     """Milliseconds of every candidate by ``predictor``, each given as a whole ONNX model of its layers.
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..device.replay import record
 from ..device.spec import Entry, Specification
+from ..modules import Example, materialised, only_tensor
 from ..ranks import DENSE, Rank, RankRules, find_layers
 
 
 def specify(
-    model: nn.Module, example_input: Tensor, rules: RankRules = RankRules(), name: str = "", *, program: bool = True
+    model: nn.Module, example_input: Example, rules: RankRules = RankRules(), name: str = "", *, program: bool = True
 ) -> Specification:
     """Every distinct (layer shape, rank) of the rank space; ``name``: the model's, by default its class's.
 
-    ``example_input (N, ...)``: the batch that is timed. ``program``: whether the network's operations are recorded, for a device without
-    the model.
+    ``example_input (N, ...)``: the batch that is timed; ValueError where the model takes more than one tensor. ``program``: whether the
+    network's operations are recorded, for a device without the model.
     """
+    example_input = only_tensor(example_input)
+    model = materialised(model, example_input)
     layers = find_layers(model, example_input, rules)
     numbers: dict[tuple[str, Rank], int] = {}
     entries: list[Entry] = []

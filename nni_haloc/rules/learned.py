@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from ..budget import Choice, Limit, check_feasible, choose
 from ..log import logger
+from ..modules import copy_of
 from ..tucker import Tucker2, hosvd, reconstruct
 from .problem import Problem
 
@@ -39,7 +39,7 @@ def learned(problem: Problem) -> Choice:
     """
     if problem.train is None:
         raise ValueError("rule: 'learned' needs training images beyond the calibration images")
-    network = copy.deepcopy(problem.model).train()
+    network = copy_of(problem.model).train()
     modules = dict(network.named_modules())
     weights: dict[str, nn.Parameter] = {layer: modules[layer].weight for layer in problem.candidates}
     optimizer = torch.optim.SGD(network.parameters(), LR, MOMENTUM)

@@ -14,7 +14,7 @@ from ..budget import Limit, check_feasible
 from ..candidates import build_candidates, patch_covariances
 from ..finetuning import recalibrate
 from ..layers import LayerSpec, kernel_factors
-from ..modules import replace_modules
+from ..modules import copy_of, replace_modules
 from ..ranks import Rank
 from ..sensitivity import loss
 from ..tucker import LowRank, Method, Tucker2, output_error, reconstruct
@@ -82,7 +82,7 @@ class Problem:
         chosen = {layer: {name: self.candidates[layer][name]} for layer, name in choice.items()}
         built = self.__dict__.get("modules")  # all of them, where the rule has asked for them
         built = built or build_candidates(self.model, self.specs, chosen, self.images, self.decomposition)
-        network = copy.deepcopy(self.model)
+        network = copy_of(self.model)
         replace_modules(network, {layer: copy.deepcopy(built[layer][name]) for layer, name in choice.items()})
         return network
 
