@@ -233,7 +233,7 @@ def test_a_compressed_network_is_copied_and_its_state_goes_round(mobile, tmp_pat
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_compressed_network_runs_in_other_formats(mobile, dtype):
-    """As far off the same in float64 as that is with all weights, and all that modules give on, rounded; and no further than a few times."""
+    """A few times as far off as the same in float64 with all weights, and all that modules give on, rounded; no further."""
     network, x = mobile
     other = copy.deepcopy(network).to(dtype).to(memory_format=torch.channels_last)
     exact, rounded = copy.deepcopy(network).double(), copy.deepcopy(network).to(dtype).double()
