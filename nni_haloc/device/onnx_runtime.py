@@ -13,6 +13,30 @@ from .measuring import Run
 from .spec import Specification
 
 
+def open_session(model: bytes | str, threads: int | None = None) -> Any:
+    """An `onnxruntime.InferenceSession` on the processor of an ONNX model, its content or its path; RuntimeError where it is none."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else the threads of one session disturb the next one's
+    with clear_errors():
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """ONNX Runtime's own exceptions, which have no common base, as RuntimeErrors."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as binding
+
+    errors = tuple(v for v in vars(binding).values() if isinstance(v, type) and issubclass(v, Exception))
+    try:
+        yield
+    except errors as error:
+        raise RuntimeError(f"ONNX Runtime: {error}") from None
+
+
 @dataclass(frozen=True)
 class OnnxRuntime:
     """ONNX Runtime's CPU provider with ``threads`` threads (its own choice where None), float32."""
@@ -48,22 +72,12 @@ class OnnxRuntime:
     def ready(self, model: bytes) -> Run:
         """A forward pass of an ONNX model on random inputs of the shapes that it states, warmed up."""
         import numpy as np
-        import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as binding
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads or 0
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # else the threads of one session disturb the next one's
-        errors = tuple(v for v in vars(binding).values() if isinstance(v, type) and issubclass(v, Exception))
-        try:
-            session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-            generator = np.random.default_rng(0)
-            feeds = {x.name: generator.standard_normal(x.shape, dtype=np.float32) for x in session.get_inputs()}
+        session, generator = open_session(model, self.threads), np.random.default_rng(0)
+        feeds = {x.name: generator.standard_normal(x.shape, dtype=np.float32) for x in session.get_inputs()}
+        with clear_errors():
             for _ in range(2):
                 session.run(None, feeds)
-        except errors as error:
-            raise RuntimeError(f"ONNX Runtime: {error}") from None
         return lambda: session.run(None, feeds)
 
     def once(self, run: Run) -> float:
