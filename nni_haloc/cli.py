@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn, get_args
 import typer
 import yaml
 
+from .cli_finished import finished
 from .config import load_config
 from .interruption import stoppable
 from .printing import percent, print_table
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
+app.add_typer(finished)
 
 RULES = get_args(Rule)[1:]
 """All but the search."""
@@ -97,33 +98,6 @@ def _start(run_file: Path, assignments: list[str] | None, scale: float | None, *
     config = load_config(run_file, changes, training=training)
     sys.path.insert(0, str(run_file.parent.absolute()))  # for a model's factory beside the file, as in a trial
     return config, changes
-
-
-@app.command("front")
-def front_command(
-    folder: Annotated[Path, typer.Argument(help="folder of a finished search (haloc search, haloc run, or a trial's)")],
-    budgets: Annotated[str, typer.Option(help="fractions of the original's cost, e.g. 0.6,0.5,0.4")],
-    out: Annotated[Path | None, typer.Option(help="folder for front.json, front.png and the networks (default: FOLDER/front)")] = None,
-    code: Annotated[Path | None, typer.Option(help="folder of your model's factory, where the settings name one")] = None,
-) -> None:
-    """Plan for many budgets from one finished search: a table and a plot of accuracy against cost, without searching again."""
-    try:
-        fractions = [float(text) for text in budgets.split(",")]
-    except ValueError:
-        raise ConfigError(f"--budgets: expected fractions separated by commas, found {budgets!r}") from None
-    if code is not None:
-        sys.path.insert(0, str(code.absolute()))
-    from .fronts import front
-
-    found = front(folder, fractions, out, factories=code is not None)
-    original = found["original"]
-    rows: list[Any] = [("original", original["cost"], percent(1), None, percent(original["top1"], 2), None)]
-    for point in found["points"]:
-        shares = (percent(point["cost_fraction"] / whole) for whole in (1, point["fraction"]))
-        rows.append((point["fraction"], point["cost"], *shares, percent(point["top1"], 2), (out or folder / "front") / point["folder"]))
-    rows += [(point["fraction"], *[None] * 4, point["reason"]) for point in found["infeasible"]]
-    columns = ("budget", found["metric"], "of the original", "of the budget", "top-1", "network")
-    print_table(f"{folder}: top-1 on validation images, not fine-tuned", columns, rows, text={"network"})
 
 
 @app.command("throughput")

@@ -17,8 +17,8 @@ from .modules import Example, copy_of, first_line, replace_modules
 from .ranks import RankPlan, rank_name
 from .tucker import Method
 
-RANKS_FILE, COSTS_FILE, METRICS_FILE, WEIGHTS_FILE, MODEL_FILE = (
-    "ranks.json", "costs.json", "metrics.json", "weights.safetensors", "model.json",
+RANKS_FILE, COSTS_FILE, METRICS_FILE, WEIGHTS_FILE, MODEL_FILE, BENCH_FILE = (
+    "ranks.json", "costs.json", "metrics.json", "weights.safetensors", "model.json", "bench.json",
 )  # fmt: skip
 
 

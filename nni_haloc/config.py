@@ -94,9 +94,10 @@ def _scaled(config: Config) -> Config:
     return config.model_copy(update=parts)
 
 
-def parse_config(content: Mapping[str, Any], source: str | Path, folder: Path = Path()) -> Config:
-    """The validated settings, paths relative to ``folder``; `ConfigError` names their ``source``."""
-    return _validated(Config, content, source, folder)
+def parse_config(content: Mapping[str, Any], source: str | Path, folder: Path = Path(), *, files: bool = True) -> Config:
+    """The validated settings, paths relative to ``folder``; `ConfigError` names their ``source``. ``files``: whether those that the
+    settings name have to be there."""
+    return _validated(Config, content, source, folder, files=files)
 
 
 def load_space(path: str | Path) -> Space:

@@ -63,7 +63,7 @@ def export_onnx(network: nn.Module, example: Tensor, file: str | Path, *, tolera
     ValueError, and ``file`` is what it was before. A network that can't do with any batch size keeps that of ``example``, with a warning
     in the log.
     """
-    with needed("export to ONNX"), _whole(file) as part:
+    with needed("export to ONNX"), whole(file) as part:
         import onnxscript  # noqa: F401  # torch asks for it late, in several lines
 
         program, dynamic = _traced(network, example)
@@ -81,7 +81,7 @@ def export_onnx(network: nn.Module, example: Tensor, file: str | Path, *, tolera
 
 def export_program(network: nn.Module, example: Tensor, file: str | Path, *, tolerance: float = 1e-4) -> float:
     """Write ``network`` as a program of torch.export (``.pt2``), which torch alone runs; everything else as for `export_onnx`."""
-    with _whole(file) as part:
+    with whole(file) as part:
         program, dynamic = _traced(network, example)
         with _quietly():
             torch.export.save(program, part)
@@ -109,7 +109,7 @@ def quantize_onnx(
     if not len(images):
         raise ValueError("quantization: expected training images to calibrate on, found none")
     network = OnnxNetwork(source)
-    with needed("quantization"), _whole(file) as part, _quietly():
+    with needed("quantization"), whole(file) as part, _quietly():
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -209,7 +209,7 @@ def _checked(
 
 
 @contextmanager
-def _whole(file: str | Path) -> Iterator[Path]:
+def whole(file: str | Path) -> Iterator[Path]:
     """Where to write a file that takes the place of ``file`` once it is whole and checked."""
     file = Path(file)
     part = file.with_name(f"{file.stem}.{os.getpid()}.part{file.suffix}")

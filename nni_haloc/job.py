@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from . import checkpoint
 from . import data as datasets
-from .compression import METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE, load_weights, save
+from .compression import BENCH_FILE, METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE, load_weights, save
 from .config import Config
 from .finetuning import accuracy
 from .interruption import stoppable
@@ -32,7 +32,8 @@ from .ranks import RankPlan
 from .tables import latency_input, runtime_of
 from .yaml_files import ConfigError
 
-SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER, CHECKPOINT_FILE = "search", "finetuning", "front", "checkpoint.ckpt"
+SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER, EXPORT_FOLDER = "search", "finetuning", "front", "export"
+CHECKPOINT_FILE = "checkpoint.ckpt"
 
 
 class Job:
@@ -144,9 +145,9 @@ def clear(folder: Path) -> None:
     """Remove what an earlier run left in ``folder``."""
     if not is_first():
         return
-    for file in (RANKS_FILE, WEIGHTS_FILE, METRICS_FILE, MODEL_FILE):
+    for file in (RANKS_FILE, WEIGHTS_FILE, METRICS_FILE, MODEL_FILE, BENCH_FILE):
         (folder / file).unlink(missing_ok=True)
-    for part in (SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER):
+    for part in (SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER, EXPORT_FOLDER):
         shutil.rmtree(folder / part, ignore_errors=True)
 
 

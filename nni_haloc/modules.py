@@ -148,7 +148,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def accelerated(model: nn.Module) -> Iterator[torch.device]:
     """For the time of a block, a network that is on the processor is on the CUDA device, where there is one; gives the device it is on."""
-    home = next(model.parameters()).device
+    home = next((p.device for p in model.parameters()), torch.device("cpu"))
     device = torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
     try:
         model.to(device)

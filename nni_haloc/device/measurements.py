@@ -37,7 +37,7 @@ def finished(spec: Specification, state: Mapping[str, Any], predicted: Mapping[i
     """
     homes, where = spec.homes(), state["identity"]["where"]
     centre = {home: median(values) for home, values in _by_home(state["runs"])}
-    wide = {home: _spread(values) for home, values in _by_home(state["runs"])}
+    wide = {home: spread(values) for home, values in _by_home(state["runs"])}
     for index, (value, error) in (predicted or {}).items():
         centre[homes[index]], wide[homes[index]] = value, error * value
     costs: dict[str, dict[str, float]] = {}
@@ -138,7 +138,7 @@ def _by_home(runs: Mapping[str, Mapping[str, list[float]]]) -> list[tuple[tuple[
     return [((layer, candidate), values) for layer, row in runs.items() for candidate, values in row.items() if values]
 
 
-def _spread(values: list[float]) -> float:
+def spread(values: list[float]) -> float:
     """Interquartile range."""
     if len(values) < 2:
         return 0.0

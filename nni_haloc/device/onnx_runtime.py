@@ -69,12 +69,16 @@ class OnnxRuntime:
 
         return self.ready(with_layers(spec, choice))
 
-    def ready(self, model: bytes) -> Run:
-        """A forward pass of an ONNX model on random inputs of the shapes that it states, warmed up."""
+    def ready(self, model: bytes | str, batch: int | None = None) -> Run:
+        """A forward pass of an ONNX model, its content or its path, on random inputs of the shapes that it states, warmed up.
+
+        ``batch``: the size of the dimension that it leaves open.
+        """
         import numpy as np
 
         session, generator = open_session(model, self.threads), np.random.default_rng(0)
-        feeds = {x.name: generator.standard_normal(x.shape, dtype=np.float32) for x in session.get_inputs()}
+        shapes = {x.name: [n if isinstance(n, int) else batch or 1 for n in x.shape] for x in session.get_inputs()}
+        feeds = {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
         with clear_errors():
             for _ in range(2):
                 session.run(None, feeds)

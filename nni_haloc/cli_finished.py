@@ -1,0 +1,87 @@
+"""The commands of ``haloc`` that take a finished run's folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .printing import percent, print_table
+from .yaml_files import ConfigError
+
+finished = typer.Typer()
+Code = Annotated[Path | None, typer.Option(help="folder of your model's factory, where the settings name one")]
+
+
+@finished.command("front")
+def front_command(
+    folder: Annotated[Path, typer.Argument(help="folder of a finished search (haloc search, haloc run, or a trial's)")],
+    budgets: Annotated[str, typer.Option(help="fractions of the original's cost, e.g. 0.6,0.5,0.4")],
+    out: Annotated[Path | None, typer.Option(help="folder for front.json, front.png and the networks (default: FOLDER/front)")] = None,
+    code: Code = None,
+) -> None:
+    """Plan for many budgets from one finished search: a table and a plot of accuracy against cost, without searching again."""
+    try:
+        fractions = [float(text) for text in budgets.split(",")]
+    except ValueError:
+        raise ConfigError(f"--budgets: expected fractions separated by commas, found {budgets!r}") from None
+    factories = _trusted(code)
+    from .fronts import front
+
+    found = front(folder, fractions, out, factories=factories)
+    original = found["original"]
+    rows: list[Any] = [("original", original["cost"], percent(1), None, percent(original["top1"], 2), None)]
+    for point in found["points"]:
+        shares = (percent(point["cost_fraction"] / whole) for whole in (1, point["fraction"]))
+        rows.append((point["fraction"], point["cost"], *shares, percent(point["top1"], 2), (out or folder / "front") / point["folder"]))
+    rows += [(point["fraction"], *[None] * 4, point["reason"]) for point in found["infeasible"]]
+    columns = ("budget", found["metric"], "of the original", "of the budget", "top-1", "network")
+    print_table(f"{folder}: top-1 on validation images, not fine-tuned", columns, rows, text={"network"})
+
+
+@finished.command("export")
+def export_command(
+    folder: Annotated[Path, typer.Argument(help="folder of a finished run, or of one of its stages")],
+    format_: Annotated[str, typer.Option("--format", help="of onnx, program, safetensors, int8")] = "onnx,program,safetensors,int8",
+    out: Annotated[Path | None, typer.Option(help="folder for the files (default: FOLDER/export)")] = None,
+    code: Code = None,
+) -> None:
+    """Write the compressed network for other runtimes, each file checked: ONNX, torch's exported program, safetensors, ONNX in int8."""
+    factories = _trusted(code)
+    from .deployment import FORMATS, export
+
+    formats = list(dict.fromkeys(format_.split(",")))
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise ConfigError(f"--format: expected some of {', '.join(FORMATS)}, found {unknown[0]!r}")
+    rows = [(name, file, f"{file.stat().st_size:,}", fact) for name, file, fact in export(folder, formats, out, factories=factories)]
+    print_table(f"{folder}", ("format", "file", "bytes", "checked"), rows, text={"format", "file", "checked"})
+
+
+@finished.command("bench")
+def bench_command(
+    folder: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    batch: Annotated[str | None, typer.Option(help="batch sizes, e.g. 1,128 (default: the settings' cost.batch_size)")] = None,
+    threads: Annotated[int | None, typer.Option(help="processor threads (default: the settings' cost.threads)")] = None,
+    split: Annotated[str | None, typer.Option(help="images of the accuracies, val or test (default: the settings' data.score)")] = None,
+    data: Annotated[bool, typer.Option("--data/--no-data", help="without data neither accuracies nor int8")] = True,
+    code: Code = None,
+) -> None:
+    """Time the original and every stage of a run side by side, in torch and ONNX Runtime, int8 too; leaves bench.json in FOLDER."""
+    factories = _trusted(code)
+    from .bench import bench, print_bench
+
+    try:
+        sizes = None if batch is None else [int(text) for text in batch.split(",")]
+    except ValueError:
+        raise ConfigError(f"--batch: expected numbers separated by commas, found {batch!r}") from None
+    found = bench(folder, sizes, threads, split if data else None, data=data, factories=factories)
+    print_bench(f"{folder}: passes in alternation", found)
+
+
+def _trusted(code: Path | None) -> bool:
+    """Whether a model's own factory may be called; it is then found in the folder ``code``."""
+    if code is not None:
+        sys.path.insert(0, str(code.absolute()))
+    return code is not None

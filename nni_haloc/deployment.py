@@ -1,0 +1,129 @@
+"""A finished run's folder: its settings and networks, and the files with which they leave it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .compression import METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE, load, load_weights
+from .config import parse_config
+from .exporting import export_onnx, export_program, quantize_onnx, whole
+from .job import EXPORT_FOLDER, Job
+from .models import build_model
+from .yaml_files import ConfigError
+
+FORMATS = ("onnx", "program", "safetensors", "int8")
+ONNX_FILE, INT8_FILE, PROGRAM_FILE = "model.onnx", "model-int8.onnx", "model.pt2"
+
+
+class Finished:
+    """A finished run's folder, or that of one of its stages, whose settings are the run's; `ConfigError` where it is neither.
+
+    ``data``: whether the files that the settings name have to be there. ``factories``: call a model factory of one's own
+    (``package.module:factory``) on the folder's word.
+    """
+
+    def __init__(self, folder: str | Path, *, data: bool = True, factories: bool = False) -> None:
+        self.folder, self.factories = Path(folder), factories
+        for file in (RANKS_FILE, WEIGHTS_FILE):
+            if not (self.folder / file).is_file():
+                raise ConfigError(f"{self.folder / file}: no such file; expected the folder of a finished run")
+        source, settings = _settings(self.folder)
+        self.config = parse_config(settings, source, files=data)
+
+    @cached_property
+    def job(self) -> Job:
+        """With the data, and the original network."""
+        return Job(self.config, self.folder, factories=self.factories)
+
+    def example(self, batch: int) -> Tensor:
+        """Random images."""
+        return torch.randn((batch, *self.config.data.shape), generator=torch.Generator().manual_seed(0))
+
+    def calibration_images(self) -> Tensor:
+        """Training images, not augmented."""
+        return self.job.splits.images("plain", self.config.rank_space.calibration_images, self.config.seed)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """``original``, ``haloc``, what the folder holds, and each further stage under its folder's name, in the order of their making."""
+        try:
+            original = self._untrained()
+            load_weights(original, self.config.weights)
+            stages = {folder.name: load(folder, self._untrained()) for folder in _stages(self.folder)}
+            return {"original": original.eval(), "haloc": self.network(), **stages}
+        except (OSError, ValueError) as error:
+            raise ConfigError(str(error)) from None
+
+    def network(self) -> nn.Module:
+        """The folder's."""
+        return load(self.folder, self._untrained())
+
+    def _untrained(self) -> nn.Module:
+        return build_model(self.config.model.name, self.config.model.arguments, factories=self.factories)
+
+
+def export(
+    folder: str | Path, formats: Sequence[str] = FORMATS, out: str | Path | None = None, *, factories: bool = False
+) -> list[tuple[str, Path, str]]:
+    """Write the network of a finished run's ``folder``, or of a stage's, in some of `FORMATS`; returns format, file and what was checked.
+
+    ``out`` (None: ``folder/export``) receives the files, each as soon as it is whole; what ``folder`` holds itself stays as it is. Data are
+    needed for ``int8`` alone, which is calibrated on training images. ``factories``: see `Finished`. Raises `ConfigError`.
+    """
+    run = Finished(folder, data="int8" in formats, factories=factories)
+    out = Path(out or run.folder / EXPORT_FOLDER)
+    if out.resolve() == run.folder.resolve():
+        raise ConfigError(f"--out: expected another folder than the run's, found {out}")
+    found: list[tuple[str, Path, str]] = []
+    try:
+        network, example = run.network(), run.example(2)
+        out.mkdir(parents=True, exist_ok=True)
+        for name in formats:
+            if name == "onnx":
+                found.append((name, out / ONNX_FILE, _differs(export_onnx(network, example, out / ONNX_FILE), "in ONNX Runtime")))
+            elif name == "program":
+                found.append((name, out / PROGRAM_FILE, _differs(export_program(network, example, out / PROGRAM_FILE), "loaded back")))
+            elif name == "int8":
+                with TemporaryDirectory() as folder:
+                    export_onnx(network, example, Path(folder) / ONNX_FILE)
+                    quantize_onnx(Path(folder) / ONNX_FILE, run.calibration_images(), out / INT8_FILE)
+                found.append((name, out / INT8_FILE, "runs in ONNX Runtime"))
+            else:
+                for file in (MODEL_FILE, WEIGHTS_FILE, RANKS_FILE):
+                    if (run.folder / file).is_file():
+                        with whole(out / file) as part:
+                            shutil.copyfile(run.folder / file, part)
+                found.append((name, out / WEIGHTS_FILE, f"as in the run's folder, with {RANKS_FILE}"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    return found
+
+
+def _differs(difference: float, how: str) -> str:
+    return f"{how}, {difference:.1e} from torch"
+
+
+def _stages(folder: Path) -> list[Path]:
+    """Folders in a run's that hold a network as it does itself, the oldest first."""
+    found = [path for path in folder.iterdir() if all((path / file).is_file() for file in (RANKS_FILE, WEIGHTS_FILE))]
+    return sorted((path for path in found if path.name != EXPORT_FOLDER), key=lambda path: (path / WEIGHTS_FILE).stat().st_mtime)
+
+
+def _settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Of the run in ``folder``, or that ``folder`` is a stage of, and the file where they stand."""
+    for path in (folder / METRICS_FILE, folder.absolute().parent / METRICS_FILE):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: not a JSON file ({error})") from None
+        if isinstance(content, dict) and isinstance(content.get("config"), dict):
+            return path, content["config"]
+    raise ConfigError(f"{folder / METRICS_FILE}: expected the settings of a finished run, found none; is the run finished?")
