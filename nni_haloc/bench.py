@@ -118,18 +118,20 @@ class _Form:
 def _forms(run: Finished, stage: str, network: nn.Module, scratch: Path, threads: int | None, data: bool) -> Iterator[_Form]:
     weights, plain, small = (scratch / f"{stage}{ending}" for ending in (".safetensors", ".onnx", "-int8.onnx"))
 
-    def form(runtime: str, precision: str, file: Path, make: Callable[[], Any]) -> _Form:
+    def form(runtime: str, precision: str, file: Path, write: Callable[[], Any]) -> _Form:
         made = _Form({"stage": stage, "runtime": runtime, "precision": precision}, file)
         try:
-            made.network = make() or OnnxNetwork(file, threads)
+            write()
+            made.network = network if runtime == "torch" else OnnxNetwork(file, threads)
             made.facts["file_bytes"] = file.stat().st_size
         except (ValueError, OSError) as error:
             made.reason = str(error)
         return made
 
-    yield form("torch", "float32", weights, lambda: save_model(network, str(weights)) or network)
-    yield form("onnxruntime", "float32", plain, lambda: export_onnx(network, run.example(2), plain) and None)
-    if data:
+    yield form("torch", "float32", weights, lambda: save_model(network, str(weights)))
+    found = form("onnxruntime", "float32", plain, lambda: export_onnx(network, run.example(2), plain))
+    yield found
+    if data and found.network is not None:
         yield form("onnxruntime", "int8", small, lambda: quantize_onnx(plain, run.calibration_images(), small))
 
 

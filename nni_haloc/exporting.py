@@ -8,9 +8,10 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,6 @@ _OPSET = 20
 _LARGEST = 3 << 29
 """Bytes of weights from which torch puts them into a file of their own."""
 _CALIBRATION_BATCH = 32
-Activations = Literal["uint8", "int8"]
-Calibration = Literal["minmax", "entropy", "percentile"]
 
 
 class OnnxNetwork(nn.Module):
@@ -64,8 +63,6 @@ def export_onnx(network: nn.Module, example: Tensor, file: str | Path, *, tolera
     in the log.
     """
     with needed("export to ONNX"), whole(file) as part:
-        import onnxscript  # noqa: F401  # torch asks for it late, in several lines
-
         program, dynamic = _traced(network, example)
         if sum(p.nbytes for p in program.state_dict.values()) > _LARGEST:
             raise ValueError(f"{file}: expected less than {_LARGEST >> 20} MiB of weights, which is what one ONNX file holds")
@@ -89,52 +86,39 @@ def export_program(network: nn.Module, example: Tensor, file: str | Path, *, tol
         return _checked(network, loaded, example, dynamic, file, tolerance)
 
 
-def quantize_onnx(
-    source: str | Path,
-    images: Tensor,
-    file: str | Path,
-    *,
-    activations: Activations = "uint8",
-    weights: Activations = "int8",
-    calibration: Calibration = "minmax",
-) -> None:
-    """Write the ONNX file ``source`` in 8 bits, weights with a scale for each channel, by ONNX Runtime's static quantization.
+def quantize_onnx(source: str | Path, images: Tensor, file: str | Path, **options: Any) -> None:
+    """Write the ONNX file ``source`` in 8 bits, by ONNX Runtime's static quantization.
 
-    ``images (N, ...)``: training images, without augmentation, on which the range of every activation is found. ValueError where ``source``
-    can't be quantized; ``file`` is then what it was before.
+    ``images (N, ...)``: training images, not augmented, on which the range of every activation is found. Weights have a scale for each
+    channel. ``options``: others of `onnxruntime.quantization.quantize_static`. ValueError where ``source`` can't be quantized; ``file`` is
+    then what it was before.
     """
-    for value, choices in ((activations, Activations), (weights, Activations), (calibration, Calibration)):
-        if value not in get_args(choices):
-            raise ValueError(f"quantization: expected one of {', '.join(get_args(choices))}, found {value!r}")
     if not len(images):
         raise ValueError("quantization: expected training images to calibrate on, found none")
-    network = OnnxNetwork(source)
     with needed("quantization"), whole(file) as part, _quietly():
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
-        types = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
-        methods = {
-            "minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy, "percentile": CalibrationMethod.Percentile,
-        }  # fmt: skip
+        network = OnnxNetwork(source)
+        defaults = {
+            "quant_format": QuantFormat.QDQ,
+            "per_channel": True,
+            # A processor without VNNI adds pairs of products in 16 bits, which overflow unless weights have 7. Other types are slower.
+            "activation_type": QuantType.QUInt8,
+            "weight_type": QuantType.QInt8,
+            "reduce_range": True,
+            "calibrate_method": CalibrationMethod.MinMax,
+        }
         prepared = part.with_name(f"prepared-{part.name}")
         try:
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-            quantize_static(
-                prepared,
-                part,
-                _Reader(network, images),
-                quant_format=QuantFormat.QDQ,
-                per_channel=True,
-                activation_type=types[activations],
-                weight_type=types[weights],
-                calibrate_method=methods[calibration],
-            )
+            with clear_errors():
+                quantize_static(prepared, part, _Reader(network, images), **{**defaults, **options})
+            found = OnnxNetwork(part)(images[: network.batch or 1])
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
             raise ValueError(f"{source}: can't be quantized: {_first_line(error)}") from None
         finally:
             prepared.unlink(missing_ok=True)
-        found = OnnxNetwork(part)(images[: network.batch or 1])
         if not all(y.isfinite().all() for y in pytree.tree_leaves(found)):
             raise ValueError(f"{source}: quantized, it computes numbers that are not finite")
 
@@ -155,8 +139,10 @@ class _Reader:
 
 @contextmanager
 def needed(what: str) -> Iterator[None]:
-    """A package that is missing is one line."""
+    """ONNX and ONNX Runtime; a package that is missing is one line. Asked for at once: torch does so late and in several lines."""
     try:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            import_module(package)
         yield
     except ModuleNotFoundError as error:
         raise ValueError(f"{what}: needs the package {error.name}, which is not installed (pip install 'nni-haloc[onnx]')") from None
