@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -179,6 +180,7 @@ def test_the_int8_file_is_smaller_and_nearly_as_accurate(exported, run):
     for node in convolutions:  # 8 bits, and a scale for each output channel
         source = makers[node.input[1]]
         assert weights[source.input[0]].data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+        assert np.abs(onnx.numpy_helper.to_array(weights[source.input[0]]).astype(int)).max() <= 64  # 7 of them: sums of 16 bits hold
         assert list(weights[source.input[1]].dims) == [weights[source.input[0]].dims[0]]
     test = digits(0.2).loader("test", 64)
     (before,) = accuracy(load(run), test)
