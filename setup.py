@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["nni_haloc", "nni_haloc.*"]),
-    package_data={"nni_haloc": ["py.typed"]},
+    package_data={"nni_haloc": ["py.typed", "templates/*.html"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         f"nni==3.0; {NNI_PLATFORMS}",
@@ -34,6 +34,7 @@ setup(
         "safetensors>=0.4",
         "typer>=0.15",
         "rich>=13.0",
+        "jinja2>=3.1",
     ],
     extras_require={
         "tensorboard": TENSORBOARD,
@@ -48,6 +49,7 @@ setup(
             "fvcore>=0.1.5",
             "ruff>=0.9",
             "mypy>=1.15",
+            "playwright>=1.40",
             "types-PyYAML",
             "types-requests",
         ],

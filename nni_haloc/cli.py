@@ -189,6 +189,7 @@ _forward("measure", "measure", "Measure what every candidate of every layer cost
 _forward("predict", "measure", "Count or model what every candidate of every layer costs")
 _forward("heatmap", "heatmap", "Draw what every pair of ranks of one layer costs")
 _forward("plot", "figures", "Draw a search: loss, parameters, ranks; or a layer's error over the difference of its ranks")
+_forward("report", "html_report", "Write a finished run's report, one HTML page")
 _forward("table", "counts", "Count a model: layers, rank space, multiply-accumulates and parameters, before and after a plan")
 _forward("spec", "measure", "Write what another device has to measure, without model or weights")
 

@@ -102,6 +102,20 @@ def _curves(runs: Mapping[str, Sequence[Curve]], label: str) -> Figure:
     return figure
 
 
+def finetuning(columns: Mapping[str, Sequence[float]]) -> Figure:
+    """Loss, and accuracy on validation images, after each epoch of a fine-tuning; the accuracy before it at epoch 0."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel="training loss")
+    (loss,) = axes.plot(columns["epoch"], columns["train_loss"], "o-", markersize=4, color="C0", label="training loss")
+    right = axes.twinx()
+    right.set_ylabel("top-1, %")
+    (top1,) = right.plot(columns["epoch"], 100 * np.array(columns["val_top1"]), "s--", markersize=4, color="C1", label="top-1 (validation)")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    axes.grid(alpha=0.3)
+    figure.legend(handles=[loss, top1], loc="outside upper center", ncols=2, fontsize=9)
+    return figure
+
+
 def rank_bars(plans: Mapping[str, Mapping[str, tuple[int, ...] | None]]) -> Figure:
     """Figure 4c: the rank of every layer, the layers as they were marked; r1 above r2 where any differ. Dense layers are said to be."""
     layers = list(dict.fromkeys(layer for plan in plans.values() for layer in plan))

@@ -1,8 +1,9 @@
-"""What happened in each iteration of a search, in ``search/history.csv``: what its figures are drawn from."""
+"""What happened in each iteration of a search and in each epoch of a fine-tuning, in ``history.csv``: what figures are drawn from."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .budget import Limit
 from .log import logger
 from .nas import Haloc
 from .predictors import CostTable
+from .processes import is_first
 from .yaml_files import ConfigError
 
 HISTORY_FILE = "history.csv"
@@ -19,6 +21,10 @@ COLUMNS = ("iteration", "train_loss", "approach_loss", "expected_cost", "expecte
 """Cross-entropy of the sampled network; Eq. 9's distance of feature maps; Eq. 6 by the first limit's table; the same of parameters.
 
 The first two are means over the processes."""
+
+
+EPOCH_COLUMNS = ("epoch", "train_loss", "val_top1")
+"""Of a fine-tuning; epoch 0 is before it, without a loss (NaN)."""
 
 
 class History(pl.Callback):
@@ -43,23 +49,40 @@ class History(pl.Callback):
         self.rows.append([iteration, *pl_module.latest, *(cost.detach() for cost in costs)])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = [[int(row[0]), *map(float, row[1:])] for row in self.rows]
-        beside = self.path.with_suffix(".part")
-        with beside.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *([row[0], *(f"{value:.6g}" for value in row[1:])] for row in self.rows)])
-        beside.replace(self.path)
+        _write(self.path, COLUMNS, self.rows)
 
 
-def read(path: Path) -> dict[str, list[float]]:
+def add_epoch(path: Path, epoch: int, train_loss: float, val_top1: float) -> None:
+    """Add a row to a fine-tuning's history, the rows before it stay. Of several processes the first one writes."""
+    if not is_first():
+        return
+    rows: list[list[float]] = []
+    if epoch and path.exists():
+        try:
+            rows = [list(row) for row in zip(*read(path, EPOCH_COLUMNS).values(), strict=True) if row[0] < epoch]
+        except ConfigError as error:
+            logger.warning("%s; it begins anew", error)
+    _write(path, EPOCH_COLUMNS, [*rows, [epoch, train_loss, val_top1]])
+
+
+def _write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[float]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *([int(row[0]), *(f"{value:.6g}" for value in row[1:])] for row in rows)])
+    beside.replace(path)
+
+
+def read(path: Path, columns: Sequence[str] = COLUMNS) -> dict[str, list[float]]:
     """The columns of a history; `ConfigError` names the file where there is none."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         if not rows:
             raise ValueError("no rows")
-        return {name: [float(row[name]) for row in rows] for name in COLUMNS}
+        return {name: [float(row[name]) for row in rows] for name in columns}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected the folder of a search (haloc search, haloc run)") from None
     except (KeyError, TypeError, ValueError, csv.Error, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected the columns {', '.join(COLUMNS)}, all of them numbers ({error})") from None
+        raise ConfigError(f"{path}: expected the columns {', '.join(columns)}, all of them numbers ({error})") from None

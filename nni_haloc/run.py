@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from .budget import cheapest, check_feasible
 from .checkpoint import EpochCheckpoint
 from .compression import METRICS_FILE
 from .config import Config
+from .environment import versions
 from .finetuning import EpochEnd, Forecast, accuracy, finetune, recalibrate
-from .history import HISTORY_FILE, History
+from .history import HISTORY_FILE, History, add_epoch
 from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, SEARCH_FOLDER, Job, clear, finetuning_identity, trainer_options
 from .log import TimeLeft, logger
 from .nas import Haloc, RankSpace, SearchDiverged, classification, run_search
@@ -69,7 +71,7 @@ def run_job(
         return {}
     metrics = job.metrics(network, job.accuracy(network, test), baseline)
     job.save(network, plan)
-    content = {"metrics": metrics, "parameters": dict(parameters or {}), "config": config.model_dump(mode="json")}
+    content = {"metrics": metrics, "parameters": dict(parameters or {}), "config": config.model_dump(mode="json"), "versions": versions()}
     (job.folder / METRICS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name, value in metrics.items():
         logger.info("%s: %.6g", name, value)
@@ -195,7 +197,9 @@ def train(job: Job, plan: RankPlan, network: nn.Module, report: Report = lambda 
     seed_everything(config.seed, verbose=False)  # the same whether or not the ranks were just chosen
     train, val = job.loader("train", shuffle=True), job.loader("val")
     same = {**finetuning_identity(config), "ranks": plan.names}
+    keep = partial(add_epoch, job.folder / FINETUNING_FOLDER / HISTORY_FILE)
     state = EpochCheckpoint(job.folder / FINETUNING_FOLDER / CHECKPOINT_FILE, {"identity": same}, train, val)
+
     if resume := resume and state.path.exists():
         try:
             saved = checkpoint.read(state.path)
@@ -208,10 +212,12 @@ def train(job: Job, plan: RankPlan, network: nn.Module, report: Report = lambda 
         recalibrate(network, train, config.recalibration_batches)
         (top1,) = accuracy(network, val)
         logger.info("compressed, before fine-tuning: top-1 %.2f %% (validation)", 100 * top1)
+        keep(0, math.nan, top1)
         report({"default": top1})
 
     def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
         logger.info("fine-tuning epoch %d: top-1 %.2f %% (validation)", epoch + 1, 100 * metrics["val_top1"])
+        keep(epoch + 1, metrics["train_loss"], metrics["val_top1"])
         report({"default": metrics["val_top1"], "train_loss": metrics["train_loss"]})
 
     options = {**state.options, **trainer_options(config), "callbacks": [Forecast("fine-tuning"), state]}

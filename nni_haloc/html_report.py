@@ -1,0 +1,230 @@
+"""`haloc report`: a finished run's folder as one HTML page that needs nothing else, and runs nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from . import figures, history
+from .compression import COSTS_FILE, METRICS_FILE, RANKS_FILE, WEIGHTS_FILE
+from .job import FINETUNING_FOLDER, SEARCH_FOLDER
+from .measure import Parser
+from .predictors import CostTable
+from .printing import percent
+from .ranks import RankPlan, rank_name
+from .yaml_files import ConfigError
+
+REPORT_FILE = "report.html"
+STAGES = ("pruned", "quantized")
+"""Folders of what is done to the compressed network afterwards, each with metrics of its own."""
+
+_COLUMNS = {  # of the table of stages: metric to its heading
+    "top1": "top-1", "top5": "top-5", "latency_ms": "latency, ms", "speedup": "speed-up", "macs": "MACs", "params": "parameters",
+    "bytes": "file",
+}  # fmt: skip
+
+
+def report_main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page."""
+    parser = Parser("haloc report", "Write a finished run's report: one HTML page with its metrics, ranks, curves and settings.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of a run, a search or a trial")
+    parser.add_argument("--out", type=Path, help=f"the page (default: FOLDER/{REPORT_FILE})")
+    options = parser.parse_args(arguments)
+    page = html_report(options.folder)
+    out = options.out or options.folder / REPORT_FILE
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{out}: expected a file that can be written, found: {error.strerror}") from None
+    print(out)
+
+
+def html_report(folder: Path) -> str:
+    """The page of a run's folder, or of a trial's with the run's in it; what the folder does not have is left out.
+
+    Raises ValueError naming the file where there is no run, or where one of its files is damaged.
+    """
+    given, folder = folder, folder / "haloc" if (folder / "haloc" / RANKS_FILE).is_file() else folder
+    if not (folder / RANKS_FILE).is_file():
+        raise ConfigError(f"{folder / RANKS_FILE}: no such file; expected the folder of a finished run (haloc run, haloc search, a trial)")
+    plan = RankPlan.load(folder / RANKS_FILE)
+    run = _read(folder / METRICS_FILE)
+    metrics, config = run.get("metrics", {}), run.get("config", {})
+    stages = {"compressed": folder} | {name: folder / name for name in STAGES if (folder / name / METRICS_FILE).is_file()}
+    found = {"compressed": metrics} | {name: _read(path / METRICS_FILE) for name, path in stages.items() if path != folder}
+    found = {name: _flat(content.get("metrics", content)) for name, content in found.items()}
+    try:
+        layers, drawn = _layers(plan, folder), _drawn(plan, folder)
+    except OverflowError as error:
+        raise ConfigError(f"{folder}: numbers too large to draw ({error})") from None
+    settings = yaml.safe_dump({key: value for key, value in config.items() if key not in ("scale", "preset")}, sort_keys=False)
+    environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template(REPORT_FILE).render(
+        title="/".join(given.absolute().parts[-2:]),
+        model=_flat(config.get("model", {})).get("name", ""),
+        facts={key: _shown(value) for key, value in plan.chosen_by.items() if value not in ([], None)},
+        headline=_headline(found["compressed"]),
+        columns=_columns(found, stages),
+        metrics={key: _shown(value) for key, value in found["compressed"].items()},
+        layers=layers,
+        drawn=drawn,
+        parameters={key: _shown(value) for key, value in _flat(run.get("parameters", {})).items()},
+        settings=settings if config else "",
+        download=_data("application/yaml", settings.encode()),
+        given=shlex.quote(str(given)),
+        folder=shlex.quote(str(folder)),
+        searched=(folder / SEARCH_FOLDER / history.HISTORY_FILE).is_file(),
+        versions={key: str(value) for key, value in _flat(run.get("versions", {})).items()},
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a run's JSON file says; nothing where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a JSON file ({error})") from None
+    for part in (content, *(content.get(key, {}) for key in ("metrics", "config", "parameters", "versions") if isinstance(content, dict))):
+        if not isinstance(part, dict):
+            raise ConfigError(f"{path}: expected keys and values, found {type(part).__name__}")
+    return content
+
+
+def _flat(content: Any) -> dict[str, Any]:
+    """The keys of a mapping that have plain values; nothing of anything else."""
+    return {str(k): v for k, v in content.items() if not isinstance(v, (dict, list))} if isinstance(content, Mapping) else {}
+
+
+def _number(value: Any) -> float:
+    """NaN for what is none."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e18 else math.nan
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:,.6g}"
+
+
+def _headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Heading, figure and remark of what a reader looks for first."""
+    m = {key: _number(value) for key, value in metrics.items()}
+    cards = []
+    if "default" in m:
+        cards.append(("top-1", percent(m["default"], 2), f"original {percent(m['baseline_top1'], 2)}" if "baseline_top1" in m else ""))
+    if "latency_ms" in m:
+        cards.append(("latency", f"{m['latency_ms']:.4g} ms", f"{m['speedup']:.2f} times as fast" if "speedup" in m else ""))
+    for key, name in (("macs", "MACs"), ("params", "parameters")):
+        if key in m:
+            less = m.get(f"{key}_reduction", math.nan)
+            cards.append((name, _rounded(m[key]), f"{percent(less)} fewer" if math.isfinite(less) else ""))
+    return cards
+
+
+def _rounded(count: float) -> str:
+    """With a letter for thousands, millions, ..."""
+    for power, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= power:
+            return f"{count / power:.4g}{letter}"
+    return f"{count:.4g}"
+
+
+def _columns(found: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> dict[str, Any]:
+    """The table of stages: ``heads`` of those columns that any has, and ``rows`` of a name and cells."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, metrics in found.items():
+        row = {key: _number(value) for key, value in metrics.items()}
+        row["top1"] = row.get("default", row.get("top1", math.nan))
+        file = folders[name] / WEIGHTS_FILE
+        row["bytes"] = float(file.stat().st_size) if file.is_file() else math.nan
+        rows[name] = row
+    first = rows["compressed"]
+    original = {key: first[f"baseline_{key}"] for key in ("top1", "top5", "latency_ms") if f"baseline_{key}" in first}
+    for key in ("macs", "params"):
+        kept = 1 - first.get(f"{key}_reduction", math.nan)
+        original[key] = float(round(first[key] / kept)) if key in first and kept > 0 and math.isfinite(first[key] / kept) else math.nan
+    rows = {"original": {**original, "speedup": 1.0 if "speedup" in first else math.nan}, **rows}
+    heads = [key for key in _COLUMNS if any(math.isfinite(row.get(key, math.nan)) for row in rows.values())]
+    cells = {name: [_cell(key, row.get(key, math.nan)) for key in heads] for name, row in rows.items()}
+    return {"heads": [_COLUMNS[key] for key in heads], "rows": {name: row for name, row in cells.items() if any(row)}}
+
+
+def _cell(key: str, value: float) -> str:
+    if not math.isfinite(value):
+        return ""
+    if key in ("top1", "top5"):
+        return percent(value, 2)
+    if key == "bytes":
+        return f"{value / 1000:,.1f} kB"
+    return f"{value:,.0f}" if key in ("macs", "params") else f"{value:.2f}" if key == "speedup" else f"{value:.4g}"
+
+
+def _layers(plan: RankPlan, folder: Path) -> dict[str, Any]:
+    """A row for each layer: name, chosen rank, candidates, cost dense and chosen, and the share that is left."""
+    table = CostTable.load(folder / COSTS_FILE) if (folder / COSTS_FILE).is_file() else None
+    rows = []
+    for layer, rank in plan.ranks.items():
+        name, costs = rank_name(rank), table.costs.get(layer, {}) if table else {}
+        dense, chosen = costs.get("dense", math.nan), costs.get(name, math.nan)
+        share = chosen / dense if math.isfinite(chosen) else math.nan
+        shown = [f"{cost:,.4g}" if cost < 1e4 else f"{cost:,.0f}" if math.isfinite(cost) else "" for cost in (dense, chosen)]
+        rows.append(
+            {
+                "layer": layer,
+                "rank": "dense" if rank is None else " x ".join(map(str, rank if len(set(rank)) > 1 else rank[:1])),
+                "candidates": str(len(costs)) if costs else "",
+                "costs": shown,
+                "share": percent(share) if math.isfinite(share) else "",
+                "bar": round(100 * min(1.0, share), 1) if math.isfinite(share) else None,
+            }
+        )
+    return {"metric": table.metric if table else "", "rows": rows}
+
+
+def _drawn(plan: RankPlan, folder: Path) -> dict[str, tuple[str, str]]:
+    """Figures: name to caption and the image as an address."""
+    drawn = {}
+    with rc_context({"text.parse_math": False, "svg.hashsalt": "haloc"}):  # names of layers are no formulas; the same page each time
+        names = {name: _plain(name, i) for i, name in enumerate(plan.ranks)}
+        bars = figures.rank_bars({"plan": {names[layer]: rank for layer, rank in plan.ranks.items()}})
+        drawn["ranks"] = "Rank of every layer", _image(bars)
+        path = folder / SEARCH_FOLDER / history.HISTORY_FILE
+        if path.is_file():
+            columns = history.read(path)
+            drawn["loss"] = "Search: loss of the sampled networks", _image(figures.losses({"search": columns}))
+            drawn["parameters"] = "Search: expected parameters", _image(figures.parameters({"search": columns}))
+        path = folder / FINETUNING_FOLDER / history.HISTORY_FILE
+        if path.is_file():
+            columns = history.read(path, history.EPOCH_COLUMNS)
+            drawn["finetuning"] = "Fine-tuning: loss, and top-1 on validation images", _image(figures.finetuning(columns))
+    return drawn
+
+
+def _plain(name: str, number: int) -> str:
+    """A layer's name for a figure: short, of characters that fonts and SVG have, and still its own."""
+    plain = ascii(name)[1:-1]
+    return plain if len(plain) <= 40 else f"{plain[:32]}...#{number}"
+
+
+def _image(figure: Figure) -> str:
+    out = BytesIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    return _data("image/svg+xml", out.getvalue())
+
+
+def _data(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
