@@ -29,6 +29,8 @@ REPORT_FILE = "report.html"
 STAGES = ("pruned", "quantized")
 """Folders of what is done to the compressed network afterwards, each with metrics of its own."""
 
+_PARTS = ("metrics", "config", "parameters", "versions")
+"""Of ``metrics.json``."""
 _COLUMNS = {  # of the table of stages: metric to its heading
     "top1": "top-1", "top5": "top-5", "latency_ms": "latency, ms", "speedup": "speed-up", "macs": "MACs", "params": "parameters",
     "bytes": "file",
@@ -71,10 +73,10 @@ def html_report(folder: Path) -> str:
         raise ConfigError(f"{folder}: numbers too large to draw ({error})") from None
     settings = yaml.safe_dump({key: value for key, value in config.items() if key not in ("scale", "preset")}, sort_keys=False)
     environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.get_template(REPORT_FILE).render(
+    page = environment.get_template(REPORT_FILE).render(
         title="/".join(given.absolute().parts[-2:]),
         model=_flat(config.get("model", {})).get("name", ""),
-        facts={key: _shown(value) for key, value in plan.chosen_by.items() if value not in ([], None)},
+        facts={key: _shown(value) for key, value in _flat(plan.chosen_by).items() if value is not None},
         headline=_headline(found["compressed"]),
         columns=_columns(found, stages),
         metrics={key: _shown(value) for key, value in found["compressed"].items()},
@@ -88,6 +90,7 @@ def html_report(folder: Path) -> str:
         searched=(folder / SEARCH_FOLDER / history.HISTORY_FILE).is_file(),
         versions={key: str(value) for key, value in _flat(run.get("versions", {})).items()},
     )
+    return page.encode("utf-8", "replace").decode()  # JSON may hold halves of characters
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -98,9 +101,10 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a JSON file ({error})") from None
-    for part in (content, *(content.get(key, {}) for key in ("metrics", "config", "parameters", "versions") if isinstance(content, dict))):
+    parts = {"": content} | {f"{key}: ": content[key] for key in _PARTS if isinstance(content, dict) and key in content}
+    for key, part in parts.items():
         if not isinstance(part, dict):
-            raise ConfigError(f"{path}: expected keys and values, found {type(part).__name__}")
+            raise ConfigError(f"{path}: {key}expected keys and values, found {type(part).__name__}")
     return content
 
 
@@ -122,7 +126,7 @@ def _shown(value: Any) -> str:
 
 def _headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Heading, figure and remark of what a reader looks for first."""
-    m = {key: _number(value) for key, value in metrics.items()}
+    m = {key: number for key, value in metrics.items() if math.isfinite(number := _number(value))}
     cards = []
     if "default" in m:
         cards.append(("top-1", percent(m["default"], 2), f"original {percent(m['baseline_top1'], 2)}" if "baseline_top1" in m else ""))
@@ -130,8 +134,8 @@ def _headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         cards.append(("latency", f"{m['latency_ms']:.4g} ms", f"{m['speedup']:.2f} times as fast" if "speedup" in m else ""))
     for key, name in (("macs", "MACs"), ("params", "parameters")):
         if key in m:
-            less = m.get(f"{key}_reduction", math.nan)
-            cards.append((name, _rounded(m[key]), f"{percent(less)} fewer" if math.isfinite(less) else ""))
+            less = m.get(f"{key}_reduction")
+            cards.append((name, _rounded(m[key]), "" if less is None else f"{percent(less)} fewer"))
     return cards
 
 

@@ -50,3 +50,13 @@ def labels():
 def loaders(images, labels):
     data = TensorDataset(images, labels)
     return tuple(DataLoader(data, 16, shuffle=True, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
+
+
+@pytest.fixture(scope="session")
+def experiment(tmp_path_factory):
+    """Port, id and home of a real NNI experiment of two trials, DONE."""
+    from test_experiment import created
+
+    home = tmp_path_factory.mktemp("home")
+    with created(home, [0.5, 0.3]) as (port, number):
+        yield port, number, home

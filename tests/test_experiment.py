@@ -79,14 +79,6 @@ def started(home, file):
         subprocess.run([*nnictl, "stop", "--all"], env=environment, capture_output=True, timeout=120)
 
 
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    """Port, id and home of an experiment of two trials."""
-    home = tmp_path_factory.mktemp("home")
-    with created(home, [0.5, 0.3]) as (port, number):
-        yield port, number, home
-
-
 def test_every_trial_succeeds(experiment):
     port, _, _ = experiment
     assert [trial["status"] for trial in get(port, "trial-jobs")] == ["SUCCEEDED", "SUCCEEDED"]
