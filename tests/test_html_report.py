@@ -196,8 +196,8 @@ def test_a_layer_of_any_name_is_drawn(tmp_path):
     config=st.dictionaries(TEXT, PLAIN, max_size=3),
 )
 def test_names_and_values_of_files_are_text_whatever_they_are(tmp_path, layers, facts, metrics, config):
-    known = {"html", "head", "meta", "title", "style", "body", "header", "h1", "h2", "h3", "p", "ul", "li", "span", "strong", "section", "div",
-           
+    known = {"html", "head", "meta", "title", "style", "body", "header", "h1", "h2", "h3", "p", "ul", "li", "span", "strong", "section",
+            "div",
             "table", "thead", "tbody", "tr", "th", "td", "dl", "dt", "dd", "figure", "img", "figcaption", "pre", "code",
             "a"}  # fmt: skip
     (tmp_path / "ranks.json").write_text(
