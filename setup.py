@@ -34,6 +34,7 @@ setup(
         "safetensors>=0.4",
         "typer>=0.15",
         "rich>=13.0",
+        "filelock>=3.11",
     ],
     extras_require={
         "tensorboard": TENSORBOARD,
