@@ -83,13 +83,31 @@ def until_done(port):
     assert wait_for(end, 600, 2) == "DONE"
 
 
+def begun(port):
+    """Whether the experiment came to its first trial. On a busy machine its tuner may miss the ten seconds that NNI's manager gives it."""
+
+    def state():
+        answer = get(port, "check-status")
+        return (answer["status"] == "ERROR" and answer["errors"]) or get(port, "trial-jobs")
+
+    found = wait_for(state, every=0.5)
+    if isinstance(found[0], str):
+        assert "Tuner did not connect" in found[0], found
+        return False
+    return True
+
+
 @contextmanager
 def created(home, file):
     """The experiment of a file, running: its port and id."""
-    port = free_port()
     try:
-        done = nnictl(home, "create", "--config", file, "--port", port)
-        assert f"http://127.0.0.1:{port}" in done.stdout + done.stderr
+        for _ in range(4):
+            port = free_port()
+            done = nnictl(home, "create", "--config", file, "--port", port)
+            assert f"http://127.0.0.1:{port}" in done.stdout + done.stderr
+            if begun(port):
+                break
+            nnictl(home, "stop", "--all", check=False)
         yield port, get(port, "experiment")["id"]
     finally:
         nnictl(home, "stop", "--all", check=False)
