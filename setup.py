@@ -35,6 +35,7 @@ setup(
         "typer>=0.15",
         "rich>=13.0",
         "jinja2>=3.1",
+        "filelock>=3.11",
     ],
     extras_require={
         "tensorboard": TENSORBOARD,

@@ -139,9 +139,13 @@ def check_command(experiment_file: Annotated[Path, typer.Argument(help="an NNI e
 def results_command(
     experiment: Annotated[str, typer.Argument(help="id of an NNI experiment, running or stopped")],
     folder: Annotated[Path, typer.Option(help="where NNI keeps its experiments")] = Path.home() / "nni-experiments",
+    folders: Annotated[bool, typer.Option("--folders", help="print each trial's folder, or the command that fetches it, instead")] = False,
 ) -> None:
     """Print an experiment's trials: the parameters that each was given, and what it reported for them."""
-    from .experiment import trial_results
+    from .experiment import trial_folders, trial_results
+
+    if folders:
+        return typer.echo("\n".join(trial_folders(folder, experiment).values()))
 
     rows = trial_results(folder, experiment)
     columns = list(dict.fromkeys(key for row in rows for key in row))

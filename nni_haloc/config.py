@@ -9,7 +9,24 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from .sections import Budget, Cost, Count, Data, Finetune, Model, Rule, Search, Section, Seed, Share, Space, Train, Trainer, WeightsPath
+from .sections import (
+    Budget,
+    Cost,
+    Count,
+    Data,
+    Finetune,
+    Model,
+    Rule,
+    Search,
+    Section,
+    Seed,
+    Share,
+    Space,
+    Train,
+    Trainer,
+    WeightsPath,
+    check_uploaded,
+)
 from .yaml_files import ConfigError, read_yaml
 
 Validated = TypeVar("Validated", bound=Section)
@@ -50,20 +67,23 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def load_config(path: str | Path, changes: Mapping[str, Any] | None = None, *, training: bool = False) -> Config:
+def load_config(
+    path: str | Path, changes: Mapping[str, Any] | None = None, *, training: bool = False, uploaded: Path | None = None
+) -> Config:
     """Read and validate a run's file. ``changes``: dotted key to value (``{"budget.fraction": 0.3}``), as NNI's tuner gives them.
 
     ``rank_space`` may be the path of a file of its own. With ``scale`` below 1, its root is taken of all numbers of epochs, of one epoch at
     least, and of the images; of calibration images, which are gone through once, that share itself remains, 64 at least: about that much of
-    the work remains. ``training``: ``weights`` need not be there yet. Raises `ConfigError`
-    with one line that names the file and the key.
+    the work remains. ``training``: ``weights`` need not be there yet. ``uploaded``: the run is to be on another machine, which gets this
+    folder; relative paths must be inside, absolute ones are that machine's and not looked for here. Raises `ConfigError` with one line that
+    names the file and the key.
     """
     path = Path(path)
     content = read_yaml(path)
     changes = dict(changes or {})
     content["rank_space"] = changes.pop("rank_space", content.get("rank_space", {}))
     if isinstance(content["rank_space"], str):
-        content["rank_space"] = read_yaml(path.parent / content["rank_space"], key="rank_space")
+        content["rank_space"] = _space_file(path, content["rank_space"], uploaded)
     for dotted, value in changes.items():
         _set(content, dotted, value)
     preset = content.get("preset")
@@ -73,7 +93,19 @@ def load_config(path: str | Path, changes: Mapping[str, Any] | None = None, *, t
             for key, value in fixed.items():
                 if values.setdefault(key, value) != value:
                     raise ConfigError(f"{path}: {section}.{key}: preset {preset!r} sets it to {value!r}, found {values[key]!r}")
-    return _scaled(_validated(Config, content, path, path.parent, training=training))
+    return _scaled(_validated(Config, content, path, path.parent, training=training, uploaded=uploaded))
+
+
+def _space_file(path: Path, name: str, uploaded: Path | None) -> Any:
+    """The content of the rank space's own file; nothing where that is another machine's."""
+    if uploaded is not None and Path(name).expanduser().is_absolute():
+        return {}
+    try:
+        if uploaded is not None:
+            check_uploaded(path.parent / name, uploaded)
+    except ValueError as error:
+        raise ConfigError(f"{path}: rank_space: {error}") from None
+    return read_yaml(path.parent / name, key="rank_space")
 
 
 def _scaled(config: Config) -> Config:

@@ -23,8 +23,9 @@ _SAMPLERS = {
 def check_experiment(path: str | Path) -> str:
     """Check an NNI experiment's file and, for trials that run ``nni_haloc.trial``, that each parameter is a setting of their run file.
 
-    NNI itself accepts an unknown ``_type`` and reports a missing ``trainingService`` misleadingly. Raises `ConfigError` with one line;
-    returns a few words on what will run.
+    Where trials run on another machine, the settings' relative paths must be inside ``trialCodeDirectory``, which NNI sends there; absolute
+    ones are that machine's. NNI itself accepts an unknown ``_type`` and reports a missing ``trainingService`` misleadingly. Raises
+    `ConfigError` with one line; returns a few words on what will run.
     """
     path = Path(path)
     content = read_yaml(path, exponents=False)
@@ -51,13 +52,16 @@ def check_experiment(path: str | Path) -> str:
         return "trials measure a cost table"
     if len(arguments) != 1:
         raise ConfigError(f"{path}: trialCommand: expected 'python3 -m nni_haloc.trial RUN.yml', found {content['trialCommand']!r}")
-    run_file = path.parent / str(content.get("trialCodeDirectory") or ".") / arguments[0]
+    code = path.parent / str(content.get("trialCodeDirectory") or ".")
+    run_file = code / arguments[0]
+    here = all(entry.get("platform") == "local" for entry in (service if isinstance(service, list) else [service]))
+    uploaded = None if here else code
     first = {key: values[0] for key, values in samples.items()}
     for key, values in samples.items():
         for value in values:
-            load_config(run_file, {**first, key: value})
+            load_config(run_file, {**first, key: value}, uploaded=uploaded)
     if not samples:
-        load_config(run_file)
+        load_config(run_file, uploaded=uploaded)
     return f"trials run {arguments[0]}, searching {', '.join(samples) or 'nothing'}"
 
 
@@ -104,15 +108,12 @@ def trial_results(folder: str | Path, experiment: str) -> list[dict[str, Any]]:
     Read from the experiment's database, running or stopped. A final result is joined to its parameters by the parameter id that came with
     it, never by the trial's id: NNI may hand a trial other parameters than those it lists for it. Raises `ConfigError` for an unknown id.
     """
-    database = Path(folder) / experiment / "db" / "nni.sqlite"
-    if not database.is_file():
-        raise ConfigError(f"experiment {experiment!r}: no such experiment in {folder}")
-    connection = sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
-    try:
-        events = connection.execute("SELECT trialJobId, event, data FROM TrialJobEvent ORDER BY rowid").fetchall()
-        finals = connection.execute("SELECT trialJobId, parameterId, data FROM MetricData WHERE type = 'FINAL' ORDER BY rowid").fetchall()
-    finally:
-        connection.close()
+    events, finals = _select(
+        folder,
+        experiment,
+        "SELECT trialJobId, event, data FROM TrialJobEvent ORDER BY rowid",
+        "SELECT trialJobId, parameterId, data FROM MetricData WHERE type = 'FINAL' ORDER BY rowid",
+    )
     status: dict[str, str] = {}
     parameters: dict[str, dict[str, Any]] = {}
     listed: dict[str, str] = {}
@@ -129,3 +130,41 @@ def trial_results(folder: str | Path, experiment: str) -> list[dict[str, Any]]:
         metrics = metrics if isinstance(metrics, dict) else {"default": metrics}
         rows.append({"trial": trial, "status": status.get(trial, ""), **parameters.get(number, {}), **metrics})
     return rows
+
+
+def trial_folders(folder: str | Path, experiment: str) -> dict[str, str]:
+    """Where each trial left its results, by its id: a folder, or the command that fetches it from the machine on which the trial ran.
+
+    NNI fetches logs alone. Raises `ConfigError` for an unknown id.
+    """
+    paths, profiles = _select(
+        folder,
+        experiment,
+        "SELECT trialJobId, logPath FROM TrialJobEvent WHERE logPath <> '' ORDER BY rowid",
+        "SELECT params FROM ExperimentProfile ORDER BY revision DESC LIMIT 1",
+    )
+    service = json.loads(profiles[0][0])["trainingService"]
+    services = service if isinstance(service, list) else [service]
+    machines = {machine["host"]: machine for each in services for machine in each.get("machineList") or []}
+    found = {}
+    for trial, path in paths:
+        host, _, there = path.partition(":~/")  # so NNI writes a remote one
+        if host in machines:
+            machine = machines[host]
+            key = ["-i", machine["sshKeyFile"]] if machine.get("sshKeyFile") else []
+            words = ["scp", "-r", "-P", str(machine["port"]), *key, f"{machine['user']}@{host}:{there}/haloc", trial]
+            found[trial] = shlex.join(words)
+        else:
+            found[trial] = f"{path}/haloc"
+    return found
+
+
+def _select(folder: str | Path, experiment: str, *queries: str) -> list[list[tuple[Any, ...]]]:
+    database = Path(folder) / experiment / "db" / "nni.sqlite"
+    if not database.is_file():
+        raise ConfigError(f"experiment {experiment!r}: no such experiment in {folder}")
+    connection = sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
+    try:
+        return [connection.execute(query).fetchall() for query in queries]
+    finally:
+        connection.close()

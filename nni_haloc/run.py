@@ -35,20 +35,22 @@ from .sensitivity import sensitivities
 from .tables import limits_of, rules_of, table_files, with_tables
 from .yaml_files import ConfigError
 
-Report = Callable[[dict[str, float]], None]
+Report = Callable[[dict[str, float], int], None]
+"""Takes an epoch's metrics and their place in the run's curve, from 0 on; a run that goes on may come by its last place once more."""
 
 
 def run(
     config: Config,
     folder: str | Path,
-    report: Report = lambda metrics: None,
+    report: Report = lambda metrics, place: None,
     parameters: Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
 ) -> dict[str, float]:
     """Compress the network of ``config`` and leave everything in ``folder``; returns the final metrics, a flat dict.
 
-    ``report`` is called after each epoch of search and fine-tuning with a flat dict whose ``default`` is the top-1 on validation images.
+    ``report`` is called after each epoch of search and fine-tuning with a flat dict whose ``default`` is the top-1 on validation images,
+    and its place in the curve.
     ``parameters``: what a tuner set, kept in ``metrics.json``. ``resume``: go on from what an interrupted run left in ``folder``.
     Of several processes the first one reports and leaves the results; the others return no metrics. Raises `ConfigError` for settings
     that turn out not to fit, `UnusableCheckpoint` where ``folder`` holds the state of other settings.
@@ -57,10 +59,10 @@ def run(
 
 
 def run_job(
-    job: Job, report: Report = lambda metrics: None, parameters: Mapping[str, Any] | None = None, *, resume: bool = False
+    job: Job, report: Report = lambda metrics, place: None, parameters: Mapping[str, Any] | None = None, *, resume: bool = False
 ) -> dict[str, float]:
     """`run`, of a job that is made already."""
-    config, report = job.config, report if is_first() else lambda metrics: None
+    config, report = job.config, report if is_first() else lambda metrics, place: None
     test = job.loader(config.data.score)
     baseline = job.accuracy(job.model, test)
     logger.info("original: %.2f %% top-1, %d MACs, %d parameters", 100 * baseline[0], *job.size(job.model))
@@ -78,7 +80,7 @@ def run_job(
     return metrics
 
 
-def choose_ranks(job: Job, report: Report = lambda metrics: None, *, resume: bool = False) -> tuple[RankPlan, nn.Module]:
+def choose_ranks(job: Job, report: Report = lambda metrics, place: None, *, resume: bool = False) -> tuple[RankPlan, nn.Module]:
     """The plan, by the search or by the settings' rule, and its network, not fine-tuned; ``report`` and ``resume`` as for `run`."""
     if job.config.rule != "search":
         return by_rule(job, resume)
@@ -87,7 +89,7 @@ def choose_ranks(job: Job, report: Report = lambda metrics: None, *, resume: boo
     return plan, strategy.network(plan)
 
 
-def search(job: Job, report: Report = lambda metrics: None, *, resume: bool = False) -> Haloc:
+def search(job: Job, report: Report = lambda metrics, place: None, *, resume: bool = False) -> Haloc:
     """The search alone: leaves its plan, the network with the searched weights, the costs, and in ``search/`` its own state.
 
     ``report`` and ``resume`` as for `run`; a search that is already finished is read back and not repeated.
@@ -101,7 +103,7 @@ def search(job: Job, report: Report = lambda metrics: None, *, resume: bool = Fa
     return strategy
 
 
-def searched(job: Job, report: Report = lambda metrics: None, *, resume: bool) -> Haloc:
+def searched(job: Job, report: Report = lambda metrics, place: None, *, resume: bool) -> Haloc:
     """The finished search; one that is read back (``resume``) leaves the folder's results as they are."""
     config, state, saved = job.config, job.folder / SEARCH_FOLDER / CHECKPOINT_FILE, None
     if resume and state.exists():
@@ -168,7 +170,7 @@ def _search(
             "search epoch %d: top-1 of sampled networks %.2f %%, expected cost %.1f %% of the original", epoch + 1, 100 * top1, 100 * cost
         )
         searched = {"expected_cost": cost} if math.isfinite(cost) else {}  # not in epochs of warm-up
-        report({"default": top1, **searched, "train_loss": metrics["search/train_loss"]})
+        report({"default": top1, **searched, "train_loss": metrics["search/train_loss"]}, epoch)
 
     train, val = (job.loader(split, shuffle=True, seed=i) for i, split in enumerate(("train", "val")))
     state = EpochCheckpoint(job.folder / SEARCH_FOLDER / CHECKPOINT_FILE, facts, train, val)
@@ -191,9 +193,10 @@ def _search(
         raise ConfigError(f"search: {error}") from None
 
 
-def train(job: Job, plan: RankPlan, network: nn.Module, report: Report = lambda metrics: None, *, resume: bool = False) -> nn.Module:
+def train(job: Job, plan: RankPlan, network: nn.Module, report: Report = lambda metrics, place: None, *, resume: bool = False) -> nn.Module:
     """Recalibration and fine-tuning, from the folder's checkpoint where ``resume`` says so and the settings are still the same."""
     config = job.config
+    place = config.search.epochs if config.rule == "search" else 0
     seed_everything(config.seed, verbose=False)  # the same whether or not the ranks were just chosen
     train, val = job.loader("train", shuffle=True), job.loader("val")
     same = {**finetuning_identity(config), "ranks": plan.names}
@@ -213,12 +216,12 @@ def train(job: Job, plan: RankPlan, network: nn.Module, report: Report = lambda 
         (top1,) = accuracy(network, val)
         logger.info("compressed, before fine-tuning: top-1 %.2f %% (validation)", 100 * top1)
         keep(0, math.nan, top1)
-        report({"default": top1})
+        report({"default": top1}, place)
 
     def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
         logger.info("fine-tuning epoch %d: top-1 %.2f %% (validation)", epoch + 1, 100 * metrics["val_top1"])
         keep(epoch + 1, metrics["train_loss"], metrics["val_top1"])
-        report({"default": metrics["val_top1"], "train_loss": metrics["train_loss"]})
+        report({"default": metrics["val_top1"], "train_loss": metrics["train_loss"]}, place + 1 + epoch)
 
     options = {**state.options, **trainer_options(config), "callbacks": [Forecast("fine-tuning"), state]}
     options |= {"precision": config.finetune.precision}

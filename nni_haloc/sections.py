@@ -12,9 +12,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def check_uploaded(path: Path, uploaded: Path) -> None:
+    """Raise ValueError for a path outside the folder that NNI sends to another machine."""
+    if not path.resolve().is_relative_to(uploaded.resolve()):
+        raise ValueError(f"{path} is outside {uploaded}, the folder that is sent to the other machine")
+
+
 def _existing(path: str, info: ValidationInfo) -> str:
     folder: Path = (info.context or {}).get("folder", Path())
     found = folder / Path(path).expanduser()
+    uploaded: Path | None = (info.context or {}).get("uploaded")
+    if uploaded is not None:
+        if found == Path(path).expanduser():  # absolute: the other machine's
+            return path
+        check_uploaded(found, uploaded)
     if (info.context or {}).get("files", True) and not found.exists():
         raise ValueError(f"no such file or folder: {found}")
     return str(found.absolute())

@@ -55,8 +55,8 @@ def loaders(images, labels):
 @pytest.fixture(scope="session")
 def experiment(tmp_path_factory):
     """Port, id and home of a real NNI experiment of two trials, DONE."""
-    from test_experiment import created
+    from nni_experiments import digits_experiment
 
     home = tmp_path_factory.mktemp("home")
-    with created(home, [0.5, 0.3]) as (port, number):
+    with digits_experiment(home, [0.5, 0.3]) as (port, number):
         yield port, number, home

@@ -109,7 +109,7 @@ def test_a_run_killed_in_fine_tuning_goes_on_there(undisturbed, tmp_path):
 
 
 def test_a_trial_that_nni_starts_again_goes_on(undisturbed, tmp_path):
-    settings = DIGITS.read_text().replace("../../search_spaces", str(ROOT / "search_spaces"))
+    settings = DIGITS.read_text()
     settings = settings.replace("digits.safetensors", str(DIGITS.with_name("digits.safetensors")))
     settings = settings.replace("epochs: 10, lr: 0.02, alpha", "epochs: 3, schedule: onecycle, lr: 0.02, alpha")
     settings = settings.replace("epochs: 10, lr: 0.02, schedule: onecycle", "epochs: 1, lr: 0.02")

@@ -1,82 +1,16 @@
-"""A real NNI experiment: created by nnictl on a private home and port, watched through its REST API, always stopped."""
+"""A real NNI experiment on this machine, from its file to what its trials leave."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from nni_experiments import DIGITS, digits_experiment, finished, get
 
 from nni_haloc import load
-from nni_haloc.experiment import check_experiment, trial_results, warm_up_manager
+from nni_haloc.experiment import check_experiment, trial_results
 from nni_haloc.measure import measure_main, spec_main
 from nni_haloc.predictors import CostTable
-
-DIGITS = Path(__file__).parents[1] / "examples" / "digits"
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def get(port, path):
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/nni/{path}", timeout=10) as answer:
-        return json.load(answer)
-
-
-@contextmanager
-def created(home, budgets):
-    """The digits example with fewer epochs and one trial a budget, when it is DONE: its port and id."""
-    code = home / "digits"
-    shutil.copytree(DIGITS, code)
-    run = (code / "run.yml").read_text()
-    run = run.replace("epochs: 10", "epochs: 2").replace("../../search_spaces", str(DIGITS.parents[1] / "search_spaces"))
-    (code / "run.yml").write_text(run)
-    experiment = (
-        (code / "haloc.yml")
-        .read_text()
-        .replace("[0.5, 0.3, 0.15]", str(budgets))
-        .replace("maxTrialNumber: 3", f"maxTrialNumber: {len(budgets)}")
-    )
-    (code / "haloc.yml").write_text(experiment)
-    with started(home, code / "haloc.yml") as found:
-        yield found
-
-
-@contextmanager
-def started(home, file):
-    """The experiment of a file when it is DONE: its port and id."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | {"HOME": str(home), "PATH": path}
-    nnictl = [sys.executable, "-m", "nni.tools.nnictl.nnictl"]
-    warm_up_manager()
-    port = free_port()
-    try:
-        create = subprocess.run(
-            [*nnictl, "create", "--config", str(file), "--port", str(port)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert create.returncode == 0, create.stdout + create.stderr
-        assert f"http://127.0.0.1:{port}" in create.stdout + create.stderr
-        end = time.monotonic() + 600
-        while (status := get(port, "check-status")["status"]) not in ("DONE", "ERROR"):
-            assert time.monotonic() < end, f"still {status}"
-            time.sleep(2)
-        assert status == "DONE"
-        yield port, get(port, "experiment")["id"]
-    finally:
-        subprocess.run([*nnictl, "stop", "--all"], env=environment, capture_output=True, timeout=120)
 
 
 def test_every_trial_succeeds(experiment):
@@ -118,7 +52,7 @@ def test_results_are_read_from_the_experiment(experiment):
 
 
 def test_a_trial_that_cannot_succeed_fails_with_its_line(tmp_path):
-    with created(tmp_path, [0.001]) as (port, number):
+    with digits_experiment(tmp_path, [0.001]) as (port, number):
         (trial,) = get(port, "trial-jobs")
         assert trial["status"] == "FAILED"
         assert [r["status"] for r in trial_results(tmp_path / "nni-experiments", number)] == ["FAILED"]
@@ -136,7 +70,7 @@ def test_workers_measure_a_table_together(tmp_path):
     file = code / "measure.yml"
     file.write_text(file.read_text().replace("--threads 1", "--threads 1 --rounds 1 --min-run-time 0.001"))
     assert check_experiment(file) == "trials measure a cost table"
-    with started(tmp_path, file) as (_, number):
+    with finished(tmp_path, file) as (_, number):
         rows = trial_results(tmp_path / "nni-experiments", number)
     assert [(row["part"], row["status"]) for row in rows] == [("0/3", "SUCCEEDED"), ("1/3", "SUCCEEDED"), ("2/3", "SUCCEEDED")]
     shares = [str(path) for path in (tmp_path / "nni-experiments" / number).glob("environments/*/trials/*/haloc/costs.json")]

@@ -16,10 +16,7 @@ from nni_haloc.models import build_model
 
 @pytest.fixture
 def run_file(tmp_path):
-    (tmp_path / "search_spaces").mkdir()
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    shutil.copy(DIGITS.parents[2] / "search_spaces" / "digits_cnn.yml", tmp_path / "search_spaces")
-    return shutil.copy(DIGITS, tmp_path / "a" / "b" / "run.yml")
+    return shutil.copy(DIGITS, tmp_path / "run.yml")
 
 
 def test_a_network_is_trained_and_then_compressed(run_file, tmp_path):
