@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import warnings
@@ -19,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .device.onnx_runtime import clear_errors, open_session
 from .log import logger
+from .modules import copy_of, first_line
 
 _OPSET = 20
 _LARGEST = 3 << 29
@@ -41,7 +41,7 @@ class OnnxNetwork(nn.Module):
             try:
                 self._session = open_session(str(file), threads)
             except RuntimeError as error:
-                raise ValueError(f"{file}: {_first_line(error)}") from None
+                raise ValueError(f"{file}: {first_line(error)}") from None
         self._input = self._session.get_inputs()[0]
         size = self._input.shape[0] if self._input.shape else None
         self.batch: int | None = size if isinstance(size, int) else None
@@ -70,7 +70,8 @@ def export_onnx(network: nn.Module, example: Tensor, file: str | Path, *, tolera
             try:
                 exported = torch.onnx.export(program, (), dynamo=True, optimize=True, verbose=False, opset_version=_OPSET)
             except torch.onnx.errors.OnnxExporterError as error:
-                raise ValueError(f"{file}: the network can't be exported to ONNX: {_first_line(error.__cause__ or error)}") from None
+                reason = error.__cause__ if isinstance(error.__cause__, Exception) else error  # its own line says which step it was
+                raise ValueError(f"{file}: the network can't be exported to ONNX: {first_line(reason)}") from None
             assert exported is not None
             exported.save(part, external_data=False)
         return _checked(network, OnnxNetwork(part), example, dynamic, file, tolerance)
@@ -116,7 +117,7 @@ def quantize_onnx(source: str | Path, images: Tensor, file: str | Path, **option
                 quantize_static(prepared, part, _Reader(network, images), **{**defaults, **options})
             found = OnnxNetwork(part)(images[: network.batch or 1])
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-            raise ValueError(f"{source}: can't be quantized: {_first_line(error)}") from None
+            raise ValueError(f"{source}: can't be quantized: {first_line(error)}") from None
         finally:
             prepared.unlink(missing_ok=True)
         if not all(y.isfinite().all() for y in pytree.tree_leaves(found)):
@@ -156,7 +157,7 @@ def _traced(network: nn.Module, example: Tensor) -> tuple[Any, bool]:
             with _quietly():
                 program = torch.export.export(plain, (_random(example, size),), dynamic_shapes=shapes)
         except Exception as error:  # of many kinds, those of the network's own code among them
-            reasons.append(_first_line(error))
+            reasons.append(first_line(error).split(" For more information")[0])
             continue
         if shapes is None:
             logger.warning("%s: exported for batches of %d alone, because of: %s", name, size, reasons[0])
@@ -166,7 +167,7 @@ def _traced(network: nn.Module, example: Tensor) -> tuple[Any, bool]:
 
 def _plain(network: nn.Module) -> nn.Module:
     """A copy on the processor, in float32, evaluation mode and the default memory format."""
-    return copy.deepcopy(network).eval().to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
+    return copy_of(network).eval().to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
 
 
 def _random(example: Tensor, size: int) -> Tensor:
@@ -221,7 +222,3 @@ def _quietly() -> Iterator[None]:
         finally:
             for each, level in zip(noisy, levels, strict=True):
                 each.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].split(" For more information")[0][:200] or type(error).__name__

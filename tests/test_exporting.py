@@ -134,6 +134,21 @@ def test_what_torch_cannot_export_is_one_line_and_loses_nothing(write, tmp_path,
     assert capfd.readouterr() == ("", "")
 
 
+class Unknown(nn.Module):
+    """ONNX has no such operation."""
+
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
+def test_what_onnx_does_not_have_is_one_line(tmp_path, capfd):
+    with pytest.raises(ValueError, match=r"net\.onnx: the network can't be exported to ONNX: .*bessel_j0") as raised:
+        export_onnx(Unknown(), images(2, 3, 8, 8), tmp_path / "net.onnx")
+    assert "\n" not in str(raised.value)
+    assert content_of(tmp_path) == {}
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(("write", "damage"), [(export_onnx, 0.01), (export_program, 0.01), (export_program, torch.nan)])
 def test_a_file_that_differs_from_torch_is_refused(write, damage, net, tmp_path, monkeypatch):
     """The exporter's fault is put in by hand: what it traces is another network."""
