@@ -8,7 +8,7 @@ import sys
 import nni
 import psutil
 import pytest
-from nni_experiments import created, digits_code, get, nnictl, until_done, wait_for, with_budgets
+from nni_experiments import created, digits_code, get, resume, until_done, wait_for, with_budgets
 
 from nni_haloc.experiment import trial_results
 from nni_haloc.trial import Reports
@@ -139,7 +139,7 @@ def test_nnictl_resume_after_the_manager_was_killed_ends_as_if_it_had_not_been(t
             for process in manager, trial:  # the trial ends by itself
                 wait_for(lambda process=process: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 60)
             assert not (folder / "metrics.json").exists(), "killed too late for this test to mean anything"
-            nnictl(tmp_path, "resume", number, "--port", port)
+            resume(tmp_path, number, port)
 
         kill("search/checkpoint.ckpt", 1, True)
         kill("finetuning/checkpoint.ckpt", 2, False)
