@@ -8,7 +8,7 @@ import sys
 import nni
 import psutil
 import pytest
-from nni_experiments import created, digits_code, get, nnictl, until_done, wait_for, with_budgets
+from nni_experiments import created, digits_code, get, resume, until_done, wait_for, with_budgets
 
 from nni_haloc.experiment import trial_results
 from nni_haloc.trial import Reports
@@ -115,7 +115,7 @@ def folders(home, number):
 
 
 def test_nnictl_resume_after_the_manager_was_killed_ends_as_if_it_had_not_been(tmp_path):
-    """Killed with its trial in the first search, and without it in the second fine-tuning; resumed on the same port both times."""
+    """Killed with all its processes in the first trial's search, and alone in the second's fine-tuning; both times resumed on the same port."""
     code = digits_code(tmp_path / "digits", EPOCHS)
     expected = {}
     for budget in BUDGETS:
@@ -127,19 +127,20 @@ def test_nnictl_resume_after_the_manager_was_killed_ends_as_if_it_had_not_been(t
 
     with created(tmp_path, with_budgets(code / "haloc.yml", BUDGETS)) as (port, number):
 
-        def kill(state, trials, with_trial):
-            """End the manager when that many trials have begun and the last one has left ``state``."""
+        def kill(state, trials, all_):
+            """End the manager, or all its processes, when that many trials have begun and the last one has left ``state``."""
             wait_for(lambda: len(folders(tmp_path, number)) == trials)
             folder = max(folders(tmp_path, number).values(), key=lambda path: path.stat().st_ctime)
             wait_for((folder / state).exists)
             manager = manager_of(tmp_path, number)
-            (trial,) = [p for p in manager.children(recursive=True) if "nni_haloc.trial" in p.cmdline() and p.name() != "bash"]
-            for process in [manager, trial][: 1 + with_trial]:
+            processes = [manager, *manager.children(recursive=True)]
+            assert any("nni_haloc.trial" in process.cmdline() for process in processes)
+            for process in processes if all_ else [manager]:
                 process.send_signal(signal.SIGKILL)
-            for process in manager, trial:  # the trial ends by itself
+            for process in processes:  # the trial, and NNI's tuner, which would else answer the new manager on the same port
                 wait_for(lambda process=process: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 60)
             assert not (folder / "metrics.json").exists(), "killed too late for this test to mean anything"
-            nnictl(tmp_path, "resume", number, "--port", port)
+            resume(tmp_path, number, port)
 
         kill("search/checkpoint.ckpt", 1, True)
         kill("finetuning/checkpoint.ckpt", 2, False)
