@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from . import checkpoint
@@ -15,7 +16,7 @@ from .ranks import RankPlan, find_layers
 from .report import why_nothing
 from .rules import Problem, described, plan
 from .tables import limits_of, rules_of
-from .yaml_files import ConfigError
+from .yaml_files import ConfigError, one_line
 
 EVERY_RANK = {"uniform", "energy", "alds", "vbmf", "error-knapsack", "learned"}
 """Rules that run no candidate: they see every rank where the settings leave the step open, so that they can use the whole budget."""
@@ -46,7 +47,9 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
         problem = _problem(job)
         found, network = _by_nni(job, problem) if config.rule in NNI_STRATEGIES else _by_thumb(problem, config.rule)
     except (OSError, ValueError) as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(one_line(error)) from None
+    except torch.linalg.LinAlgError as error:  # of a rule's own; those of the candidates name their layer
+        raise ConfigError(f"rule: {config.rule}: a singular value decomposition failed ({str(error).splitlines()[0]})") from None
     clear(job.folder)
     fact = found.chosen_by
     logger.info(

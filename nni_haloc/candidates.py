@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -82,7 +83,8 @@ def build_candidates(
     """A trained layer for every candidate: layer name to candidate name to module, each with weights of its own.
 
     ``method``: ``data`` where ``calibration`` images are given, else ``warm_hooi``, unless named. The model is not changed. The patch
-    covariances of as many layers as ``memory`` bytes hold, of one at least, come from one pass over the images.
+    covariances of as many layers as ``memory`` bytes hold, of one at least, come from one pass over the images. Raises ValueError naming
+    the layer whose decomposition fails.
     """
     method = method or ("data" if calibration is not None else "warm_hooi")
     if method == "data" and calibration is None:
@@ -99,7 +101,11 @@ def build_candidates(
                 continue
             weight = weight.cpu()
             ranks = [r for r in candidates[name].values() if r is not None]
-            factors[name] = decompose(weight if spec.kind == "conv" else weight.flatten(1), ranks, method, covariances.pop(name, None))
+            try:
+                factors[name] = decompose(weight if spec.kind == "conv" else weight.flatten(1), ranks, method, covariances.pop(name, None))
+            except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:
+                reason = str(error).strip().split("\n")[0]
+                raise ValueError(f"layer {name!r}: its decomposition by {method!r} failed ({reason})") from None
             kept_plain += [f"{name} {rank}" for rank, found in zip(ranks, factors[name], strict=True) if isinstance(found, Plain)]
     if kept_plain:
         logger.info("decomposed by the weights, because the data gave nothing better: %s", ", ".join(kept_plain))

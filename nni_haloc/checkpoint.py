@@ -17,6 +17,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
 from .config import Config
+from .device.files import whole
 from .yaml_files import ConfigError
 
 VERSION = 2
@@ -109,7 +110,7 @@ class EpochCheckpoint(Checkpoint):
 
 
 class _WholeFiles(TorchCheckpointIO):
-    """Writes beside the old file and then replaces it, so that a process killed at any time leaves a whole one.
+    """Replaces the old file at once, so that a process killed at any time leaves a whole one.
 
     Lightning's own writer goes through the system's folder for temporary files, which may be on another disk: then it copies.
     """
@@ -117,12 +118,10 @@ class _WholeFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".part")
-        with beside.open("wb") as file:
+        with whole(path) as part, part.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
 
 
 def _random_states() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .config import load_config
 from .interruption import stoppable
 from .printing import percent, print_table
 from .sections import Rule
-from .yaml_files import ConfigError, parse_yaml
+from .yaml_files import ConfigError, one_line, parse_yaml
 
 app = typer.Typer(
     help="Hardware-aware low-rank compression of convolutional networks.",
@@ -181,7 +181,7 @@ def _forward(name: str, module: str, text: str) -> None:
     def command(context: typer.Context) -> None:
         try:
             getattr(import_module(f".{module}", __package__), f"{name}_main")(context.args)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise ConfigError(str(error)) from None
         except ModuleNotFoundError as error:
             raise ConfigError(f"{name}: needs the package {error.name}, which is not installed") from None
@@ -215,6 +215,8 @@ def main() -> None:
             app(standalone_mode=False)  # which would print a usage error in several lines
     except ConfigError as error:
         _leave(str(error))
+    except OSError as error:  # a full disk, a folder that is read-only: what was there before is still there
+        _leave(one_line(error))
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's errors; where click is, depends on typer's version
             raise

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .candidates import build_candidates
+from .device.files import whole, write_json
 from .layers import LayerSpec
 from .models import build_model
 from .modules import Example, copy_of, first_line, replace_modules
@@ -63,15 +64,20 @@ def _specs(model: nn.Module, plan: RankPlan) -> dict[str, LayerSpec]:
 
 
 def save(folder: str | Path, compressed: nn.Module, plan: RankPlan, model: Mapping[str, Any] | None = None) -> None:
-    """Write ``ranks.json``, the weights and, where ``model`` (``name`` and ``arguments`` of `build_model`) is given, ``model.json``."""
+    """Write ``ranks.json``, the weights and, where ``model`` (``name`` and ``arguments`` of `build_model`) is given, ``model.json``.
+
+    Figures in the folder, which are of other weights, are removed. OSError names the file that can't be written; then all stays as it was.
+    """
     from safetensors.torch import save_model
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plan.save(folder / RANKS_FILE)
-    save_model(compressed, str(folder / WEIGHTS_FILE))
-    if model is not None:
-        (folder / MODEL_FILE).write_text(json.dumps(dict(model), indent=2) + "\n", encoding="utf-8")
+    with whole(folder / WEIGHTS_FILE) as part:
+        save_model(compressed, str(part))
+        if model is not None:
+            write_json(folder / MODEL_FILE, model)
+        plan.save(folder / RANKS_FILE)
+        (folder / METRICS_FILE).unlink(missing_ok=True)
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:

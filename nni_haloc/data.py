@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
+
+from .image_files import class_folders, read_all
+from .tensor_images import TensorImages
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,6 +56,11 @@ class Splits:
             return self
         return Splits(drawn(self.train), drawn(self.plain), drawn(self.val), drawn(self.test), self.classes)
 
+    def missing(self, split: str) -> list[str]:
+        """The classes of which a split has no image."""
+        found = set(_labels(getattr(self, split)))
+        return [name for label, name in enumerate(self.classes) if label not in found]
+
     def images(self, split: str, number: int, seed: int = 0) -> Tensor:
         """``number`` images ``(N, C, H, W)`` of a split, drawn without replacement."""
         return self.labelled(split, number, seed)[0]
@@ -68,45 +75,6 @@ class Splits:
         return torch.stack(images), torch.tensor(labels)
 
 
-class TensorImages(Dataset):
-    """Images held in memory as bytes, normalised and, where asked, shifted by up to ``pad`` pixels and mirrored at random, by the batch.
-
-    ``images (N, C, H, W)`` uint8; ``labels (N,)``. Much faster than a transform per image for small ones.
-    """
-
-    def __init__(
-        self, images: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float], *, pad: int = 0, mirror: bool = False
-    ) -> None:
-        self.images, self.labels, self.pad, self.mirror = images, labels, pad, mirror
-        self.mean, self.std = (torch.tensor(v).reshape(-1, 1, 1) for v in (mean, std))
-
-    def part(self, index: Tensor) -> TensorImages:
-        """These images alone, augmented alike."""
-        result = copy.copy(self)
-        result.images, result.labels = self.images[index], self.labels[index]
-        return result
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        chosen = torch.as_tensor(indices)
-        x = (self.images[chosen].float() / 255 - self.mean) / self.std
-        n, _, height, width = x.shape
-        if self.pad:
-            padded = torch.nn.functional.pad(x, (self.pad,) * 4)
-            top, left = torch.randint(0, 2 * self.pad + 1, (2, n, 1))
-            rows, columns = top + torch.arange(height), left + torch.arange(width)
-            x = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-        if self.mirror:
-            x = torch.where((torch.rand(n) < 0.5)[:, None, None, None], x.flip(3), x)
-        return x.contiguous(), self.labels[chosen]
-
-
 Scale = Sequence[float] | None
 
 
@@ -119,9 +87,10 @@ def digits(
     bunch = load_digits()
     images = torch.from_numpy((bunch.images * (255 / 16)).astype(np.uint8))[:, None]
     labels = torch.from_numpy(bunch.target).long()
+    classes = [str(n) for n in range(10)]
     return _in_memory(
-        (images[:-360], labels[:-360]), (images[-360:], labels[-360:]), [str(n) for n in range(10)], mean or (0.305,), std or (0.376,),
-        pad=1, mirror=False, chosen=_validation(labels[:-360], val_fraction, seed, val_list, None),
+        (images[:-360], labels[:-360]), (images[-360:], labels[-360:]), classes, mean or (0.305,), std or (0.376,),
+        pad=1, mirror=False, chosen=_validation(labels[:-360], classes, val_fraction, seed, val_list, None),
     )  # fmt: skip
 
 
@@ -143,7 +112,7 @@ def cifar10(
     except RuntimeError:
         raise FileNotFoundError(f"no CIFAR-10 in {root} (set download: true to fetch it)") from None
     pairs = [(torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets)) for d in (train, test)]
-    chosen = _validation(pairs[0][1], val_fraction, seed, val_list, None)
+    chosen = _validation(pairs[0][1], train.classes, val_fraction, seed, val_list, None)
     return _in_memory(pairs[0], pairs[1], train.classes, mean or CIFAR10_MEAN, std or CIFAR10_STD, pad=4, mirror=True, chosen=chosen)
 
 
@@ -165,45 +134,31 @@ def image_folder(
     ``size`` and augmented by shifts of ``size // 8`` pixels and mirroring; otherwise random resized crops, as is usual for ImageNet.
     """
     from torchvision import transforms
-    from torchvision.datasets import ImageFolder
 
     root, mean, std = Path(root), mean or IMAGENET_MEAN, std or IMAGENET_STD
     for part in ("train", test):
         if not (root / part).is_dir():
             raise FileNotFoundError(f"no folder {part!r} in {root}")
-    try:
-        files, test_files = ImageFolder(str(root / "train")), ImageFolder(str(root / test))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(str(error).split(".")[0]) from None
+    files, test_files = (class_folders(root / part) for part in ("train", test))
     if files.classes != test_files.classes:
         raise ValueError(f"{root}: the classes of 'train' and {test!r} differ")
     names = [str(Path(path).relative_to(root / "train")) for path, _ in files.samples]
-    chosen = _validation(torch.tensor(files.targets), val_fraction, seed, val_list, names)
+    chosen = _validation(torch.tensor(files.targets), files.classes, val_fraction, seed, val_list, names)
     if in_memory:
-        pairs = [_read(folder, size) for folder in (files, test_files)]
+        pairs = [read_all(folder, size) for folder in (files, test_files)]
         return _in_memory(pairs[0], pairs[1], files.classes, mean, std, pad=size // 8, mirror=True, chosen=chosen)
     end = [transforms.ToTensor(), transforms.Normalize(mean, std)]
     augment = transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *end])
     plain = transforms.Compose([transforms.Resize(round(size * 8 / 7)), transforms.CenterCrop(size), *end])
-    augmented, clean = (ImageFolder(str(root / "train"), transform=t) for t in (augment, plain))
+    augmented, clean = (class_folders(root / "train", t) for t in (augment, plain))
     kept = np.setdiff1d(np.arange(len(names)), chosen).tolist()
     return Splits(
         Subset(augmented, kept),
         Subset(clean, kept),
         Subset(clean, chosen.tolist()),
-        ImageFolder(str(root / test), transform=plain),
+        class_folders(root / test, plain),
         files.classes,
     )
-
-
-def _read(folder: Any, size: int) -> tuple[Tensor, Tensor]:
-    """All images of an `ImageFolder` as bytes."""
-    images, labels = [], []
-    for image, label in folder:
-        image = image.convert("RGB")
-        images.append(torch.from_numpy(np.array(image if image.size == (size, size) else image.resize((size, size)))))
-        labels.append(label)
-    return torch.stack(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
 
 def _in_memory(
@@ -225,12 +180,19 @@ def _in_memory(
     return Splits(part(kept, pad=pad, mirror=mirror), part(kept), part(chosen), TensorImages(*test, mean, std), classes)
 
 
-def _validation(labels: Tensor, fraction: float, seed: int, listed: str | Path | None, names: list[str] | None) -> np.ndarray:
+def _validation(
+    labels: Tensor, classes: list[str], fraction: float, seed: int, listed: str | Path | None, names: list[str] | None
+) -> np.ndarray:
     """Sorted indices of the validation images: those in the file ``listed`` (paths; without ``names``, indices), else a stratified draw."""
     if listed is None:
         from sklearn.model_selection import train_test_split
 
-        _, chosen = train_test_split(np.arange(len(labels)), test_size=fraction, random_state=seed, stratify=labels.numpy())
+        counts = labels.bincount()
+        try:
+            _, chosen = train_test_split(np.arange(len(labels)), test_size=fraction, random_state=seed, stratify=labels.numpy())
+        except ValueError as error:
+            few = f"class {classes[int(counts.argmin())]!r} has {int(counts.min())} of {len(labels)} training images"
+            raise ValueError(f"val_fraction: expected validation images of every class, found {few} ({error})") from None
         return np.sort(chosen)
     index = {name: i for i, name in enumerate(names if names is not None else map(str, range(len(labels))))}
     lines = [line.strip() for line in Path(listed).read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -240,6 +202,13 @@ def _validation(labels: Tensor, fraction: float, seed: int, listed: str | Path |
     if not lines or len(set(lines)) == len(index):
         raise ValueError(f"{listed}: must list some of the training images, and not all, found {len(lines)}")
     return np.sort([index[line] for line in set(lines)])
+
+
+def _labels(data: Any) -> list[int]:
+    if isinstance(data, Subset):
+        whole = _labels(data.dataset)
+        return [whole[i] for i in data.indices]
+    return data.labels.tolist() if _batched(data) else data.targets
 
 
 def _batched(data: Any) -> bool:

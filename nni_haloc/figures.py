@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from . import history
 from .compression import RANKS_FILE
+from .device.files import whole
 from .job import SEARCH_FOLDER
 from .layers import LayerSpec
 from .measure import Parser, named_model
 from .ranks import RankPlan
 from .tucker import decompose, reconstruct
-from .yaml_files import ConfigError
 
 Columns = Mapping[str, Sequence[float]]
 """Of a history: see `history.COLUMNS`."""
@@ -213,10 +213,8 @@ def _names(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in (".png", ".svg"):
-            figure.savefig(path.with_suffix(suffix), dpi=150)
-    except OSError as error:
-        raise ConfigError(f"{path.parent}: expected a folder that can be written to, found: {error.strerror}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for kind in ("png", "svg"):
+        with whole(path.with_suffix(f".{kind}")) as part:
+            figure.savefig(part, dpi=150, format=kind)
     print(f"{path}.png, .svg")

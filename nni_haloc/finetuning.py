@@ -25,6 +25,10 @@ TEMPERATURE = 4.0
 """Of distillation: divides both networks' logits."""
 
 
+class TrainingDiverged(ArithmeticError):
+    """The loss, or a weight, is no longer finite."""
+
+
 def recalibrate(model: nn.Module, loader: Iterable[tuple[Tensor, Any]], batches: int = 50) -> None:
     """Set the BatchNorm statistics of ``model`` anew from ``batches`` augmented training batches, equally weighted; nothing else changes.
 
@@ -67,7 +71,8 @@ def finetune(
     ``on_epoch(epoch, metrics)`` is called after each epoch with ``train_loss`` and, where ``val`` is given, ``val_top1``. ``ckpt_path``:
     a Lightning checkpoint to go on from. ``teacher``: the original network; ``distill``, 0 to 1, is then the share of the loss that is the
     Kullback-Leibler divergence from it at temperature 4 (Hinton et al., 2015), the rest being the cross-entropy. ``trainer`` goes to
-    Lightning's Trainer (devices, precision, loggers, ...); ValueError for several devices where no script is run.
+    Lightning's Trainer (devices, precision, loggers, ...). Raises `TrainingDiverged`; ValueError for several
+    devices where no script is run.
     """
     if recipe.epochs:
         callbacks = [*trainer.pop("callbacks", []), *([EpochEnd(on_epoch)] if on_epoch else [])]
@@ -77,6 +82,9 @@ def finetune(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
             fit.fit(_Training(model, recipe, len(train), teacher, distill), train, val, ckpt_path=ckpt_path, weights_only=True)
+        for name, value in model.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise TrainingDiverged(f"the training diverged: {name} is no longer finite; lower its learning rate")
     return model.eval()
 
 
@@ -97,6 +105,9 @@ class _Training(pl.LightningModule):
             log_q, log_p = (F.log_softmax(z / TEMPERATURE, 1) for z in (logits, target))
             distance = TEMPERATURE**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
             loss = (1 - self.distill) * loss + self.distill * distance
+        if not torch.isfinite(loss):
+            place = f"epoch {self.current_epoch + 1}, iteration {batch_idx + 1}"
+            raise TrainingDiverged(f"the training diverged: loss {float(loss.detach())} in {place}; lower its learning rate")
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
 

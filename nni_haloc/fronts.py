@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from . import checkpoint
 from .budget import InfeasibleBudget, UndecidedBudget
 from .config import parse_config
+from .device.files import whole, write_json
 from .finetuning import recalibrate
 from .job import CHECKPOINT_FILE, FRONT_FOLDER, SEARCH_FOLDER, Job
 from .log import logger
@@ -68,7 +68,7 @@ def front(folder: str | Path, budgets: Sequence[float], out: str | Path | None =
         "infeasible": infeasible,
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / FRONT_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(out / FRONT_FILE, content)
     plot(content, out / PLOT_FILE)
     return content
 
@@ -91,7 +91,8 @@ def plot(content: dict[str, Any], path: str | Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")
     axes.set_title(f"One search at {content['searched_at']:.3g} of the original's cost, plans for other budgets", fontsize=10)
-    figure.savefig(path, dpi=150)
+    with whole(path) as part:
+        figure.savefig(part, dpi=150, format=Path(path).suffix[1:])
 
 
 def _finished(folder: Path, factories: bool) -> tuple[Job, Haloc]:

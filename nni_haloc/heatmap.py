@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import nn
 
-from .device.files import DENSE
+from .device.files import DENSE, whole
 from .device.measurements import keep_measurements
 from .device.measuring import Timing, measure
 from .device.replay import Replay
@@ -102,4 +102,5 @@ def draw_heatmap(costs: dict[tuple[int, int], float], dense: float, unit: str, t
         axis.set_ticks(range(0, len(ranks), every), [str(r) for r in ranks[::every]])
     axes.set_title(f"{title}\nwhite: as the dense layer, {dense:.4g} {unit}", fontsize=10)
     figure.colorbar(image, label=unit)
-    figure.savefig(path, dpi=150)
+    with whole(path) as part:
+        figure.savefig(part, dpi=150, format=path.suffix[1:])

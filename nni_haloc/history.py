@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from .budget import Limit
+from .device.files import whole
 from .log import logger
 from .nas import Haloc
 from .predictors import CostTable
@@ -68,10 +69,8 @@ def add_epoch(path: Path, epoch: int, train_loss: float, val_top1: float) -> Non
 
 def _write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[float]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    with beside.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *([int(row[0]), *(f"{value:.6g}" for value in row[1:])] for row in rows)])
-    beside.replace(path)
 
 
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> dict[str, list[float]]:

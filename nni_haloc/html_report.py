@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from . import figures, history
 from .compression import COSTS_FILE, METRICS_FILE, RANKS_FILE, WEIGHTS_FILE
+from .device.files import whole
 from .job import FINETUNING_FOLDER, SEARCH_FOLDER
 from .measure import Parser
 from .predictors import CostTable
@@ -47,7 +48,8 @@ def report_main(arguments: Sequence[str] | None = None) -> None:
     out = options.out or options.folder / REPORT_FILE
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, encoding="utf-8")
+        with whole(out) as part:
+            part.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{out}: expected a file that can be written, found: {error.strerror}") from None
     print(out)

@@ -23,14 +23,14 @@ from .compression import BENCH_FILE, METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGH
 from .config import Config
 from .finetuning import accuracy
 from .interruption import stoppable
-from .log import log_to
+from .log import log_to, logger
 from .models import build_model
 from .predictors import count_macs, measure_latency
 from .predictors.analytic import count_params
 from .processes import check_startable, is_first
 from .ranks import RankPlan
 from .tables import latency_input, runtime_of
-from .yaml_files import ConfigError
+from .yaml_files import ConfigError, one_line
 
 SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER, EXPORT_FOLDER = "search", "finetuning", "front", "export"
 CHECKPOINT_FILE = "checkpoint.ckpt"
@@ -57,6 +57,7 @@ class Job:
         try:
             runtime_of(config)
             self.splits = _splits(config)
+            self._tell_missing_classes()
             self.model = build_model(config.model.name, config.model.arguments, factories=factories)
             if trained:
                 load_weights(self.model, config.weights)
@@ -64,7 +65,12 @@ class Job:
                 self.model.to(memory_format=torch.channels_last)  # trained as it will run; on a processor that is faster, too
             self.example = self.splits.images("test", 1)
         except (OSError, ValueError) as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError(one_line(error)) from None
+
+    def _tell_missing_classes(self) -> None:
+        for split, what in {"train": "training", "val": "validation", "test": "test"}.items():
+            if missing := self.splits.missing(split):
+                logger.warning("%s images: none of class %s", what, ", ".join(map(repr, missing)))
 
     def at(self, config: Config, folder: Path) -> Job:
         """A job of the same data and trained network with other settings, in another folder."""
@@ -108,6 +114,13 @@ class Job:
     def size(self, network: nn.Module) -> tuple[int, int]:
         """MACs for one image, and parameters."""
         return count_macs(network, self.example), count_params(network)
+
+    def has(self, plan: RankPlan) -> bool:
+        """Whether an earlier start left the network of this plan in the folder."""
+        try:
+            return RankPlan.load(self.folder / RANKS_FILE).ranks == plan.ranks and (self.folder / WEIGHTS_FILE).exists()
+        except (OSError, ValueError):
+            return False
 
     def save(self, network: nn.Module, plan: RankPlan, folder: Path | None = None) -> None:
         """Leave a compressed network and its plan in ``folder`` (None: the job's)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,17 @@ from .processes import is_first
 from .yaml_files import ConfigError
 
 logger = logging.getLogger("nni_haloc")
+
+
+class _File(logging.FileHandler):
+    """Says once that nothing more can be written, where `logging` would show a traceback for each line; the run goes on."""
+
+    refused = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.refused:
+            self.refused = True
+            print(f"{self.baseFilename}: no log from here on: {sys.exc_info()[1]}", file=sys.stderr)
 
 
 def log_to(path: Path) -> None:
@@ -23,7 +35,7 @@ def log_to(path: Path) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(path, encoding="utf-8")
+        to_file = _File(path, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path.parent}: expected a folder that can be written to, found: {error.strerror}") from None
     logger.setLevel(logging.INFO)

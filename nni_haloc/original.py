@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_model
 
 from . import checkpoint
 from .checkpoint import EpochCheckpoint
 from .config import Config
-from .finetuning import Forecast, finetune
+from .device.files import whole
+from .finetuning import Forecast, TrainingDiverged, finetune
 from .job import CHECKPOINT_FILE, Job, trainer_options
 from .log import logger
 from .processes import is_first
@@ -48,12 +48,14 @@ def train_original(config: Config, *, resume: bool = False) -> dict[str, float]:
         logger.info("training epoch %d: top-1 %.2f %% (validation)", epoch + 1, 100 * metrics["val_top1"])
 
     options = {**state.options, **trainer_options(config), "callbacks": [Forecast("training"), state], "precision": config.train.precision}
-    finetune(job.model, train, recipe_of(config.train), val, on_epoch, state.path if resume else None, **options)
+    try:
+        finetune(job.model, train, recipe_of(config.train), val, on_epoch, state.path if resume else None, **options)
+    except TrainingDiverged as error:
+        raise ConfigError(f"train: {error}") from None
     if not is_first():
         return {}
-    if not all(torch.isfinite(value).all() for value in job.model.state_dict().values()):
-        raise ConfigError("train: the training diverged: weights are no longer finite; lower its learning rate")
-    save_model(job.model, str(out))
+    with whole(out) as part:
+        save_model(job.model, str(part))
     accuracies = dict(zip(("top1", "top5"), job.accuracy(job.model, test), strict=False))
     logger.info("%s: %s", out, ", ".join(f"{name} {100 * value:.2f} %" for name, value in accuracies.items()))
     return accuracies

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .device.files import DENSE
+from .device.files import DENSE, write_json
 from .layers import Kind, LayerSpec
 from .modules import Example, materialised
 from .watching import LAYERS, irreplaceable, is_scripted_layer, obstacle, watched_pass
@@ -200,7 +200,7 @@ class RankPlan:
         """Write ``ranks.json``."""
         ranks = {layer: DENSE if rank is None else list(rank) for layer, rank in self.ranks.items()}
         content = {"version": PLAN_VERSION, "ranks": ranks, "chosen_by": dict(self.chosen_by)}
-        Path(path).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(path, content)
 
     @classmethod
     def load(cls, path: str | Path) -> RankPlan:

@@ -76,11 +76,12 @@ def _cholesky(symmetric: Tensor) -> Tensor:
     """Lower factor of ``symmetric`` with the smallest sufficient ridge, from 1e-10 (float64) or 1e-6 of the mean eigenvalue on."""
     mean = float(symmetric.diagonal().mean().clamp_min(torch.finfo(symmetric.dtype).tiny))
     ridge = 1e-10 if symmetric.dtype == torch.float64 else 1e-6
-    while True:
+    while ridge < 1e3:  # where the matrix is finite, less is enough
         factor, failed = torch.linalg.cholesky_ex(symmetric + ridge * mean * torch.eye(len(symmetric)).to(symmetric))
         if not failed:
             return factor
         ridge *= 10
+    raise torch.linalg.LinAlgError("no ridge makes the covariance positive definite")
 
 
 def roots(symmetric: Tensor, ridge: float = 1e-8) -> tuple[Tensor, Tensor]:

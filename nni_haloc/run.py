@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,8 +18,9 @@ from .budget import cheapest, check_feasible
 from .checkpoint import EpochCheckpoint
 from .compression import METRICS_FILE
 from .config import Config
+from .device.files import write_json
 from .environment import versions
-from .finetuning import EpochEnd, Forecast, accuracy, finetune, recalibrate
+from .finetuning import EpochEnd, Forecast, TrainingDiverged, accuracy, finetune, recalibrate
 from .history import HISTORY_FILE, History, add_epoch
 from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, SEARCH_FOLDER, Job, clear, finetuning_identity, trainer_options
 from .log import TimeLeft, logger
@@ -33,7 +33,7 @@ from .report import by_reason
 from .sections import Training
 from .sensitivity import sensitivities
 from .tables import limits_of, rules_of, table_files, with_tables
-from .yaml_files import ConfigError
+from .yaml_files import ConfigError, one_line
 
 Report = Callable[[dict[str, float], int], None]
 """Takes an epoch's metrics and their place in the run's curve, from 0 on; a run that goes on may come by its last place once more."""
@@ -74,7 +74,7 @@ def run_job(
     metrics = job.metrics(network, job.accuracy(network, test), baseline)
     job.save(network, plan)
     content = {"metrics": metrics, "parameters": dict(parameters or {}), "config": config.model_dump(mode="json"), "versions": versions()}
-    (job.folder / METRICS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(job.folder / METRICS_FILE, content)
     for name, value in metrics.items():
         logger.info("%s: %.6g", name, value)
     return metrics
@@ -92,14 +92,14 @@ def choose_ranks(job: Job, report: Report = lambda metrics, place: None, *, resu
 def search(job: Job, report: Report = lambda metrics, place: None, *, resume: bool = False) -> Haloc:
     """The search alone: leaves its plan, the network with the searched weights, the costs, and in ``search/`` its own state.
 
-    ``report`` and ``resume`` as for `run`; a search that is already finished is read back and not repeated.
+    ``report`` and ``resume`` as for `run`; a search that is already finished is read back and not repeated, and its network left as it is.
     """
     strategy = searched(job, report, resume=resume)
     plan = strategy.plan()
     for fact in (plan.chosen_by, *plan.chosen_by["also"]):
         logger.info("plan: cost %.6g of %.6g %s, budget %.6g", *(fact[k] for k in ("cost", "original_cost", "metric", "budget")))
-    (job.folder / METRICS_FILE).unlink(missing_ok=True)  # of other weights than those that are saved now
-    job.save(strategy.network(plan), plan)
+    if not (resume and job.has(plan)):  # what is there may be fine-tuned already: it stays until there is something better
+        job.save(strategy.network(plan), plan)
     return strategy
 
 
@@ -118,7 +118,7 @@ def searched(job: Job, report: Report = lambda metrics, place: None, *, resume: 
     try:
         strategy, space = _prepare(config, job.splits, job.model, job.example, job.folder)
     except (OSError, ValueError) as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(one_line(error)) from None
     if saved is None:
         clear(job.folder)  # of an earlier run; not before this one's settings have proved good
     facts = {
@@ -227,7 +227,10 @@ def train(job: Job, plan: RankPlan, network: nn.Module, report: Report = lambda 
     options |= {"precision": config.finetune.precision}
     if config.finetune.distill:
         options |= {"teacher": job.model, "distill": config.finetune.distill}
-    return finetune(network, train, recipe_of(config.finetune), val, on_epoch, state.path if resume else None, **options)
+    try:
+        return finetune(network, train, recipe_of(config.finetune), val, on_epoch, state.path if resume else None, **options)
+    except TrainingDiverged as error:
+        raise ConfigError(f"finetune: {error}") from None
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -49,6 +50,10 @@ def sensitivities(
                     added[layer][name] += (_summed_loss(logits, y) - original) / len(labels)
             run.leave()
             progress(done, len(batches))
+    for label, losses in added.items():
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise ValueError(f"layer {label!r}, candidate {name!r}: the loss on the calibration images is {value}")
     return added
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .budget import Limit
 from .compression import COSTS_FILE
 from .config import Config
-from .device.files import processor
+from .device.files import processor, whole
 from .log import logger
 from .predictors import CostTable, TorchRuntime, activation_table, latency_table, mac_table, param_table
 from .predictors.accelerator import CACHE, accelerator_table
@@ -53,7 +53,8 @@ def limits_of(config: Config, model: nn.Module, example: Tensor, rules: RankRule
         limits.append(Limit(table, also.of(table.original)))
     if is_first():
         for limit, path in zip(limits, files, strict=True):
-            limit.costs.save(path)
+            if str(path) not in (config.cost.table, *(also.table for also in config.budget.also)):
+                limit.costs.save(path)
     return limits
 
 
@@ -67,7 +68,9 @@ def with_tables(config: Config, folder: Path, tables: list[str]) -> Config:
     files = table_files(folder, config)
     if is_first():
         for path, content in zip(files, tables, strict=True):
-            path.write_text(content, encoding="utf-8")
+            if not path.exists() or path.read_text(encoding="utf-8") != content:  # the folder of a finished search may be read-only
+                with whole(path) as part:
+                    part.write_text(content, encoding="utf-8")
     cost = config.cost.model_copy(update={"table": str(files[0])})
     also = [limit.model_copy(update={"table": str(path)}) for limit, path in zip(config.budget.also, files[1:], strict=True)]
     return config.model_copy(update={"cost": cost, "budget": config.budget.model_copy(update={"also": also})})

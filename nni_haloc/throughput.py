@@ -24,7 +24,7 @@ from .printing import percent, print_table
 from .ranks import RankPlan
 from .run import run_job
 from .tables import latency_input, rules_of, runtime_of
-from .yaml_files import ConfigError
+from .yaml_files import ConfigError, one_line
 
 DEVICES = {"torch": None, "onnxruntime": "onnxruntime", "eyeriss": "zigzag", "cuda": None}
 """Names that ``--on`` takes, and the package that each needs."""
@@ -164,6 +164,6 @@ def _measured(job: Job, device: str) -> Specification:
         else:
             measure(spec, runtime_of(config, job.model), file, Timing(), progress("measured"))
     except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(one_line(error)) from None
     job.config = config.model_copy(update={"cost": config.cost.model_copy(update={"table": str(file)})})
     return spec

@@ -29,7 +29,7 @@ from .compression import COSTS_FILE
 from .config import load_config
 from .log import log_to, logger
 from .processes import is_first
-from .yaml_files import ConfigError
+from .yaml_files import ConfigError, one_line
 
 LOCK_FILE, REPORTED_FILE = "trial.lock", "reported.json"
 
@@ -99,8 +99,8 @@ def main(run_file: str, parameters: dict, folder: Path) -> int:
             metrics = run(config, folder, reports.point, parameters)
         if is_first():
             reports.final(metrics)
-    except ConfigError as error:
-        logger.error("%s", error)
+    except (ConfigError, OSError) as error:
+        logger.error("%s", one_line(error))
         return 2
     return 0
 
@@ -114,7 +114,7 @@ def measure_share(arguments: list[str], parameters: dict, folder: Path) -> int:
         entries = measure_main([*arguments, *words, "--out", str(folder / COSTS_FILE)])
         Reports(folder / REPORTED_FILE, [arguments, words]).final({"default": entries})
     except (ValueError, OSError) as error:
-        logger.error("%s", error)
+        logger.error("%s", one_line(error))
         return 2
     return 0
 

@@ -22,6 +22,11 @@ def printable(message: str, most: int = 1000) -> str:
     return line if len(line) <= most else f"{line[: most - 4]} ..."
 
 
+def one_line(error: Exception) -> str:
+    """What went wrong, for the user; of the system's errors, with which file."""
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename and error.strerror else str(error)
+
+
 class _Loader(yaml.SafeLoader):
     """Numbers as everybody writes them: YAML 1.1, and so PyYAML, takes 1e-3 for a string."""
 

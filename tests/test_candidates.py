@@ -10,6 +10,7 @@ from nni_haloc.layers import LayerSpec, TuckerConv2d
 from nni_haloc.models import build_model
 from nni_haloc.modules import replace_modules
 from nni_haloc.ranks import RankRules, find_layers
+from nni_haloc.reduced_rank import _cholesky
 from nni_haloc.tucker import data_aware, hosvd, output_error, reconstruct, warm_hooi
 
 
@@ -175,3 +176,19 @@ def test_a_network_without_values_has_candidates_without_values():
     network = space.freeze({layer: list(row)[-1] for layer, row in space.candidates.items()})
     assert all(p.is_meta for p in network.parameters())
     assert network.eval()(x).shape == (2, 10)
+
+
+@pytest.mark.parametrize("method", ["data", "warm_hooi", "hosvd"])
+def test_a_decomposition_that_fails_names_its_layer(net, images, monkeypatch, method):
+    def fails(*_):
+        raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge\nand more")
+
+    layers = find_layers(net, images[:1], RankRules())
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    with pytest.raises(ValueError, match=rf"^layer 'stem': its decomposition by '{method}' failed \(linalg.eigh: .* failed to converge\)$"):
+        build_candidates(net, layers.specs, layers.candidates(RankRules()), images, method)
+
+
+def test_a_covariance_that_no_ridge_helps_is_an_error_and_no_endless_loop():
+    with pytest.raises(torch.linalg.LinAlgError, match="no ridge"):
+        _cholesky(torch.full((3, 3), float("nan")))

@@ -1,13 +1,20 @@
 """Splits: disjoint, reproducible, from real files."""
 
 import pickle
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+from nni_haloc.config import load_config
 from nni_haloc.data import TensorImages, cifar10, digits, image_folder
+from nni_haloc.job import Job
+from nni_haloc.models import build_model
+from nni_haloc.yaml_files import ConfigError
 
 
 @pytest.fixture
@@ -132,3 +139,66 @@ def test_a_share_is_of_every_split_and_the_same_whether_augmented_or_not(folder,
     again = splits.shared(0.5, seed=3)
     assert all(torch.equal(half.plain[i][0], again.plain[i][0]) for i in range(len(half.plain)))
     assert splits.shared(1.0) is splits
+
+
+def run_file(folder, **data):
+    settings = {"name": "folder", "root": str(folder), "size": 12, "val_fraction": 0.3, **data}
+    content = {"model": {"name": "resnet20"}, "weights": str(folder / "w.pt"), "data": settings, "budget": {"fraction": 0.5}}
+    torch.save(build_model("resnet20").state_dict(), folder / "w.pt")
+    (folder / "run.yml").write_text(yaml.safe_dump(content))
+    return folder / "run.yml"
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_class_without_validation_images_is_told(folder, monkeypatch, in_memory):
+    listed, told = folder / "val.txt", []
+    listed.write_text("cat/1.png\ncat/4.png\n")
+    monkeypatch.setattr("nni_haloc.job.logger.warning", lambda text, *args: told.append(text % args))
+    job = Job(load_config(run_file(folder, val_list=str(listed), in_memory=in_memory)), folder / "out")
+    assert told == ["validation images: none of class 'dog'"]
+    assert job.splits.missing("train") == []
+
+
+def test_a_class_of_one_image_is_named(folder):
+    for path in sorted((folder / "train" / "dog").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(ValueError, match="val_fraction: expected validation images of every class, found class 'dog' has 1 of 11 training"):
+        image_folder(folder, 12, 0.3)
+
+
+def test_a_class_folder_without_images_is_named(folder):
+    (folder / "test" / "e.mu").mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"^Found no valid file for the classes e\.mu in {folder / 'test'}$"):
+        image_folder(folder, 12)
+
+
+def test_a_folder_without_classes_is_named(folder):
+    shutil.rmtree(folder / "train" / "cat")
+    shutil.rmtree(folder / "train" / "dog")
+    with pytest.raises(FileNotFoundError, match=rf"Couldn't find any class folder in {folder / 'train'}"):
+        image_folder(folder, 12)
+
+
+def damaged(folder, damage):
+    path = folder / "train" / "cat" / "3.png"
+    path.write_bytes(path.read_bytes()[:200] if damage == "truncated" else b"no image at all")
+    return re.escape(f"{path}: {damage}")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not an image that can be read"])
+def test_a_damaged_image_is_named_when_it_is_read(folder, damage):
+    line = damaged(folder, damage)
+    with pytest.raises(ConfigError, match=f"^{line}$"):
+        image_folder(folder, 12, 0.3, in_memory=True)
+    (folder / "val.txt").write_text("dog/1.png")
+    splits = image_folder(folder, 12, val_list=folder / "val.txt")
+    for workers in (0, 1):
+        with pytest.raises(ConfigError, match=f"^{line}$"):
+            list(splits.loader("train", 4, workers=workers))
+
+
+def test_a_data_set_smaller_than_a_batch_is_one_batch(folder):
+    splits = image_folder(folder, 12, 0.3, in_memory=True)
+    for split, number in (("train", 14), ("val", 6)):
+        (batch,) = splits.loader(split, 128, shuffle=True)
+        assert len(batch[0]) == number

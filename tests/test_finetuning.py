@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nni_haloc import Recipe, accuracy, finetune, recalibrate
 from nni_haloc.config import load_config
+from nni_haloc.finetuning import TrainingDiverged
 from nni_haloc.job import Job
 from nni_haloc.run import choose_ranks
 
@@ -101,3 +102,17 @@ def test_a_network_that_is_measured_in_channels_last_is_trained_in_it(tmp_path):
     kernels = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d) and m.weight.shape[1] > 1 and m.kernel_size > (1, 1)]
     assert len(kernels) == 3  # the fourth has one input channel
     assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+
+
+@pytest.mark.parametrize(("weight", "found"), [(float("nan"), "nan"), (1e38, "inf|nan")])
+def test_a_loss_that_is_not_finite_ends_the_training(net, loaders, weight, found):
+    with torch.no_grad():
+        net.head.weight.fill_(weight)
+    with pytest.raises(TrainingDiverged, match=rf"the training diverged: loss ({found}) in epoch 1, iteration 1; lower its learning rate$"):
+        finetune(net, loaders[0], Recipe(1, 0.01), enable_progress_bar=False)
+
+
+def test_weights_that_the_last_step_made_infinite_are_no_result(net, images, labels):
+    data = DataLoader(TensorDataset(images, labels), 64)
+    with pytest.raises(TrainingDiverged, match=r"the training diverged: .* is no longer finite; lower its learning rate$"):
+        finetune(net, data, Recipe(1, 1e38, weight_decay=1e3, schedule="constant"), enable_progress_bar=False)

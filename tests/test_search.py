@@ -704,3 +704,23 @@ def test_without_a_number_of_epochs_lambda_stays_and_the_cost_is_at_the_budget(n
     run_search(RankSpace(net, images[:1], costs), evaluator, strategy)
     assert set(used) == {1.0}
     assert float(strategy.expected_cost().detach()) == pytest.approx(strategy.budget, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"alpha_lr": 1e30}, {"objective": "paper", "theta": 1e4}, {"alpha_lr": 1e30, "alpha_optimizer": "sgd"}]
+)
+def test_an_exploding_alpha_is_a_divergence(net, images, loaders, options):
+    """It ended with a plan that was chosen by rounding, or in the solver's error."""
+    from nni_haloc.nas import SearchDiverged
+
+    with pytest.raises(SearchDiverged, match=r"the search diverged: alpha of layer '.*' moved by \S+ in one step; lower alpha_lr$"):
+        search(net, images, loaders, **options)
+
+
+def test_a_network_with_layers_of_zeros_is_searched(net, images, loaders):
+    with torch.no_grad():
+        net.stem.weight.zero_()
+        net.point.weight.zero_()
+    strategy = search(net, images, loaders)
+    assert strategy.costs.total(strategy.plan().names) <= strategy.budget
+    assert all(torch.isfinite(value).all() for value in strategy.network().state_dict().values())

@@ -171,3 +171,11 @@ class Counted:
 
     def __deepcopy__(self, memo):
         return Counted(self.calls, self.name, memo.get(id(self.module), self.module))
+
+
+def test_a_candidate_whose_loss_is_not_finite_is_named(net, images, labels):
+    bad = copy.deepcopy(net.stem)
+    with torch.no_grad():
+        bad.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"^layer 'stem', candidate 'r2': the loss on the calibration images is nan$"):
+        sensitivities(net, {"stem": {"r2": bad}}, images, labels)

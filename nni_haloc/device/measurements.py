@@ -41,18 +41,18 @@ def finished(spec: Specification, state: Mapping[str, Any], predicted: Mapping[i
     for index, (value, error) in (predicted or {}).items():
         centre[homes[index]], wide[homes[index]] = value, error * value
     costs: dict[str, dict[str, float]] = {}
-    spread: dict[str, dict[str, float]] = {}
+    spreads: dict[str, dict[str, float]] = {}
     for layer, row in spec.layers.items():
         dense = centre[homes[row[DENSE]]]
-        costs[layer], spread[layer] = {}, {}
+        costs[layer], spreads[layer] = {}, {}
         for candidate, index in row.items():
             value = centre[homes[index]]
             if where == "in-place" and candidate != DENSE:
                 value = max(_LEAST * dense, dense + value)
             costs[layer][candidate] = value
-            spread[layer][candidate] = wide[homes[index]] / value
+            spreads[layer][candidate] = wide[homes[index]] / value
     fixed = max(0.0, median(state[NETWORK]) - sum(row[DENSE] for row in costs.values()))
-    return costs_content(METRIC, state["identity"], fixed, costs, spread)
+    return costs_content(METRIC, state["identity"], fixed, costs, spreads)
 
 
 def keep_measurements(path: str | Path) -> None:

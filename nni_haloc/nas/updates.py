@@ -21,12 +21,16 @@ _ROUNDING = 3e-4
 """Gradients of alpha below this share of the largest layer's say nothing: float32 decompositions of a kernel differ by about 1e-4."""
 
 
+_EXPLOSION = 1e4
+"""A step of a logit after which the candidates' probabilities say nothing: e to that power is beyond float64, and 1 is enough to learn."""
+
+
 _EPOCH: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": 1}
 """Of a figure that is logged: the mean over an epoch's iterations, each of the same weight, and over the processes."""
 
 
 class SearchDiverged(ArithmeticError):
-    """The loss of a sampled network is no longer finite."""
+    """The loss of a sampled network is no longer finite, or alpha has exploded."""
 
 
 class HalocModule(DartsLightningModule):
@@ -78,8 +82,10 @@ class HalocModule(DartsLightningModule):
                 from_task = torch.zeros_like(from_task)
             layer.alpha.grad = from_cost if from_task is None else by_ce * from_task + from_cost
         optimizer = self.architecture_optimizers()
+        before = [alpha.detach().clone() for alpha in alphas]
         optimizer.step()
         optimizer.zero_grad()
+        self._check_step(before)
         s.settle(self._progress(batch_idx + 1, after=self.warmup_epochs))
         self.log("search/expected_cost", s.expected_cost().detach(), **{**_EPOCH, "on_step": True})
         self.log("search/probability_loss", loss.detach(), **_EPOCH)
@@ -128,6 +134,12 @@ class HalocModule(DartsLightningModule):
         if not all(torch.isfinite(t).all() for t in (loss, *gradients)):
             found, epoch = float(loss.detach()), self.trainer.current_epoch + 1
             raise SearchDiverged(f"the search diverged: loss {found} in epoch {epoch}; lower its learning rate")
+
+    def _check_step(self, before: Sequence[Tensor]) -> None:
+        for layer, alpha in zip(self._mixed, before, strict=True):
+            step = float((layer.alpha.detach() - alpha).abs().max())
+            if not step <= _EXPLOSION:
+                raise SearchDiverged(f"the search diverged: alpha of layer {layer.label!r} moved by {step:.3g} in one step; lower alpha_lr")
 
     def _draw(self, searching: bool) -> None:
         for layer in self._mixed:
