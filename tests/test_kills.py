@@ -19,8 +19,7 @@ from test_checkpoint import differences
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-ROOT = Path(__file__).parents[1]
-DIGITS = ROOT / "examples" / "digits" / "run.yml"
+DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "run.yml"
 MOMENTS = 20 if os.environ.get("HALOC_SLOW") else 2
 SETTINGS = {
     "data.share": 0.25, "rank_space.calibration_images": 32, "rank_space.step": 4, "search.epochs": 6, "search.schedule": "onecycle",
@@ -117,7 +116,8 @@ def test_a_fine_tuning_that_is_killed_at_any_moment_ends_as_an_undisturbed_one(c
 
 
 def test_a_measuring_that_is_killed_at_any_moment_keeps_its_entries_and_measures_none_twice(commands, tmp_path):
-    rounds, space = 3, ROOT / "search_spaces" / "digits_cnn.yml"
+    rounds, space = 3, tmp_path / "space.yml"
+    space.write_text("kinds: [conv]\n")
 
     def words(folder):
         options = ["--rank-space", space, "--rounds", rounds, "--min-run-time", 0.01, "--threads", 1]
