@@ -117,8 +117,7 @@ def test_a_fine_tuning_that_is_killed_at_any_moment_ends_as_an_undisturbed_one(c
 
 def test_a_measuring_that_is_killed_at_any_moment_keeps_its_entries_and_measures_none_twice(commands, tmp_path):
     rounds, space = 3, tmp_path / "space.yml"
-    space.write_text("kinds: [conv]
-")
+    space.write_text("kinds: [conv]\n")
 
     def words(folder):
         options = ["--rank-space", space, "--rounds", rounds, "--min-run-time", 0.01, "--threads", 1]
