@@ -115,7 +115,7 @@ def folders(home, number):
 
 
 def test_nnictl_resume_after_the_manager_was_killed_ends_as_if_it_had_not_been(tmp_path):
-    """Killed with all its processes in the first trial's search, and alone in the second's fine-tuning; both times resumed on the same port."""
+    """All processes killed in the first search, the manager alone in the second fine-tuning; resumed on the same port both times."""
     code = digits_code(tmp_path / "digits", EPOCHS)
     expected = {}
     for budget in BUDGETS:
