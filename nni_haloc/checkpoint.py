@@ -23,7 +23,7 @@ from .yaml_files import ConfigError
 VERSION = 2
 _KEY = "nni_haloc"
 _NO_PART = {  # settings that the state of a search does not depend on
-    "finetune": None, "train": None, "scale": None, "recalibration_batches": None, "threads": None,
+    "finetune": None, "prune": None, "quantize": None, "train": None, "scale": None, "recalibration_batches": None, "threads": None,
     "data": {"workers", "score", "download"}, "search": {"tensorboard"},
 }  # fmt: skip
 

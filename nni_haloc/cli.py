@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
 
 import typer
-import yaml
 
-from .cli_finished import finished
+from .cli_finished import assignment, finished
 from .config import load_config
 from .interruption import stoppable
 from .printing import percent, print_table
 from .sections import Rule
-from .yaml_files import ConfigError, one_line, parse_yaml
+from .yaml_files import ConfigError, one_line
 
 app = typer.Typer(
     help="Hardware-aware low-rank compression of convolutional networks.",
@@ -93,7 +92,7 @@ def search_command(
 
 
 def _start(run_file: Path, assignments: list[str] | None, scale: float | None, *, training: bool = False) -> tuple[Any, dict[str, Any]]:
-    changes = dict(_assignment(text) for text in assignments or [])
+    changes = dict(assignment(text) for text in assignments or [])
     changes |= {} if scale is None else {"scale": scale}
     config = load_config(run_file, changes, training=training)
     sys.path.insert(0, str(run_file.parent.absolute()))  # for a model's factory beside the file, as in a trial
@@ -196,16 +195,6 @@ _forward("plot", "figures", "Draw a search: loss, parameters, ranks; or a layer'
 _forward("report", "html_report", "Write a finished run's report, one HTML page")
 _forward("table", "counts", "Count a model: layers, rank space, multiply-accumulates and parameters, before and after a plan")
 _forward("spec", "measure", "Write what another device has to measure, without model or weights")
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set: expected KEY=VALUE, found {text!r}")
-    try:
-        return key, parse_yaml(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {key}: not a YAML value: {value!r}") from None
 
 
 def main() -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from .printing import percent, print_table
-from .yaml_files import ConfigError
+from .yaml_files import ConfigError, parse_yaml
 
 finished = typer.Typer()
 Code = Annotated[Path | None, typer.Option(help="folder of your model's factory, where the settings name one")]
@@ -78,6 +79,67 @@ def bench_command(
         raise ConfigError(f"--batch: expected numbers separated by commas, found {batch!r}") from None
     found = bench(folder, sizes, threads, split if data else None, data=data, factories=factories)
     print_bench(f"{folder}: passes in alternation", found)
+
+
+Epochs = Annotated[int | None, typer.Option(help="of the training that follows (default: the settings')")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting, e.g. prune.lr=0.01")]
+StageOf = Annotated[Path, typer.Argument(help="folder of a finished run, or of one of its stages")]
+StageResume = Annotated[bool, typer.Option("--resume", help="go on from the state that an interrupted stage of these settings left")]
+
+
+@finished.command("prune")
+def prune_command(
+    folder: StageOf,
+    pruner: Annotated[str | None, typer.Option(help="of l1, fpgm, taylor")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="share of the channels to take out, above 0 and below 1")] = None,
+    epochs: Epochs = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the results (default: FOLDER/pruned)")] = None,
+    set_: Changes = None,
+    code: Code = None,
+    resume: StageResume = False,
+) -> None:
+    """Prune a finished run's network by a pruner of NNI's, take the pruned channels out, and fine-tune it."""
+    _stage("prune", folder, {"pruner": pruner, "sparsity": sparsity, "epochs": epochs}, out, set_, code, resume)
+
+
+@finished.command("quantize")
+def quantize_command(
+    folder: StageOf,
+    quantizer: Annotated[str | None, typer.Option(help="of ptq, qat, lsq")] = None,
+    epochs: Epochs = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the results (default: FOLDER/quantized)")] = None,
+    set_: Changes = None,
+    code: Code = None,
+    resume: StageResume = False,
+) -> None:
+    """Quantize a finished run's network to 8 bits: as a quantizer of NNI's simulates it, and for ONNX Runtime, which is faster for it."""
+    _stage("quantize", folder, {"quantizer": quantizer, "epochs": epochs}, out, set_, code, resume)
+
+
+def _stage(
+    stage: str, folder: Path, options: dict[str, Any], out: Path | None, changes: list[str] | None, code: Path | None, resume: bool
+) -> None:
+    settings = {f"{stage}.{key}": value for key, value in options.items() if value is not None} | dict(map(assignment, changes or []))
+    factories = _trusted(code)
+    from .deployment import Finished
+    from .job import job_in
+    from .stages import stage_of
+
+    Finished(folder, factories=factories)  # before a folder is made
+    with job_in(out or folder):
+        metrics = stage_of(folder, stage, settings, out, factories=factories, resume=resume)
+    print_table(str(out or folder), ("metric", "value"), list(metrics.items()), text={"metric"})
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """Of ``--set``: the key and the value of ``KEY=VALUE``."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set: expected KEY=VALUE, found {text!r}")
+    try:
+        return key, parse_yaml(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {key}: not a YAML value: {value!r}") from None
 
 
 def _trusted(code: Path | None) -> bool:

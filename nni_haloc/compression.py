@@ -94,18 +94,70 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         if not (folder / file).is_file():
             hint = "; pass the uncompressed model as load(folder, model)" if file == MODEL_FILE else ""
             raise FileNotFoundError(f"{folder / file}: no such file{hint}")
-    if model is None:
+    pruned = False
+    if (folder / MODEL_FILE).is_file():
         try:
             facts = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
-            model = build_model(str(facts["name"]), facts.get("arguments"), factories=False)
+            pruned = facts.get("pruned", False) is True
+            if model is None:
+                model = build_model(str(facts["name"]), facts.get("arguments"), factories=False)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / MODEL_FILE}: {first_line(error)}") from None
+    assert model is not None
     compressed = restructure(model, RankPlan.load(folder / RANKS_FILE))
     try:
+        if pruned:
+            shrink(compressed, _shapes(folder / WEIGHTS_FILE))
         load_model(compressed, str(folder / WEIGHTS_FILE))
-    except (RuntimeError, SafetensorError) as error:
+    except (RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: {first_line(error)}") from None
     return compressed.eval()
+
+
+def shrink(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Put smaller layers, with random weights, in the place of those of ``model`` whose weight has another of the ``shapes``.
+
+    ``shapes``: of parameters, by name; others stay. ValueError, naming the layer, for a layer other than a convolution, ungrouped or
+    depthwise, a linear layer or BatchNorm, and for a shape that no pruning makes of it.
+    """
+    smaller: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for key, value in own:
+            new, old = shapes.get(f"{name}.{key}", tuple(value.shape)), tuple(value.shape)
+            if new == old:
+                continue
+            made = _smaller(module, new) if len(new) == len(old) and all(0 < n <= o for n, o in zip(new, old, strict=True)) else None
+            if made is None:
+                expected = f"{key} of {list(old)} or, pruned, less"
+                raise ValueError(f"layer {name!r}: expected {expected}; found {list(new)} ({type(module).__name__})")
+            smaller[name] = made.to(value.device)
+            break
+    replace_modules(model, smaller)
+
+
+def _smaller(module: nn.Module, shape: tuple[int, ...]) -> nn.Module | None:
+    """A layer like this one, whose first parameter or buffer has the shape; None where there is none."""
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        return type(module)(shape[0], module.eps, module.momentum, module.affine, module.track_running_stats)
+    if isinstance(module, nn.Linear) and len(shape) == 2:
+        return nn.Linear(shape[1], shape[0], module.bias is not None)
+    if not isinstance(module, nn.Conv2d) or shape[2:] != module.kernel_size:
+        return None
+    depthwise = module.groups == module.in_channels == module.out_channels
+    if module.groups > 1 and not depthwise:
+        return None
+    groups = shape[0] if depthwise else 1
+    geometry: dict[str, Any] = {key: getattr(module, key) for key in ("stride", "padding", "dilation", "padding_mode")}
+    return nn.Conv2d(shape[1] * groups, shape[0], shape[2:], groups=groups, bias=module.bias is not None, **geometry)  # type: ignore[arg-type]
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of every tensor in a safetensors file; the file is at least as large as they say."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -16,6 +16,8 @@ from .sections import (
     Data,
     Finetune,
     Model,
+    Prune,
+    Quantize,
     Rule,
     Search,
     Section,
@@ -44,6 +46,8 @@ class Config(Section):
     rule: Rule = "search"
     search: Search = Search()
     finetune: Finetune = Finetune()
+    prune: Prune | None = None
+    quantize: Quantize | None = None
     train: Train = Train()
     trainer: Trainer = Trainer()
     scale: Share = 1.0
@@ -85,7 +89,7 @@ def load_config(
     if isinstance(content["rank_space"], str):
         content["rank_space"] = _space_file(path, content["rank_space"], uploaded)
     for dotted, value in changes.items():
-        _set(content, dotted, value)
+        set_dotted(content, dotted, value)
     preset = content.get("preset")
     for section, fixed in PRESETS.get(preset if isinstance(preset, str) else "", {}).items():
         values = content.setdefault(section, {})
@@ -117,8 +121,14 @@ def _scaled(config: Config) -> Config:
         "data": config.data.model_copy(update={"share": root * config.data.share}),
         "rank_space": config.rank_space.model_copy(update={"calibration_images": max(min(images, 64), round(config.scale * images))}),
     }
-    for name in ("train", "search", "finetune"):
+    if config.quantize is not None:
+        images = config.quantize.calibration_images
+        calibrating = {"calibration_images": max(min(images, 64), round(config.scale * images))}
+        config = config.model_copy(update={"quantize": config.quantize.model_copy(update=calibrating)})
+    for name in ("train", "search", "finetune", "prune", "quantize"):
         section = getattr(config, name)
+        if section is None:
+            continue
         epochs = {"epochs": max(1, round(root * section.epochs))} if section.epochs else {}
         if name == "search":
             epochs["warmup_epochs"] = min(math.ceil(root * section.warmup_epochs), epochs["epochs"] - 1)
@@ -144,7 +154,8 @@ def _validated(section: type[Validated], content: Mapping[str, Any], source: str
         raise ConfigError(f"{source}: {_explain(error)}") from None
 
 
-def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
+def set_dotted(content: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a key of nested sections in place."""
     *sections, key = dotted.split(".")
     for section in sections:
         if not isinstance(content.setdefault(section, {}), dict):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def recalibrate(model: nn.Module, loader: Iterable[tuple[Tensor, Any]], batches:
 
     Augmented ones, because those are what the network was trained on: plain images cost the original network points.
     """
+    if not batches:
+        return
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [m.momentum for m in norms]
     with evaluating(model), accelerated(model) as device, torch.no_grad():
@@ -64,15 +67,18 @@ def finetune(
     ckpt_path: str | Path | None = None,
     teacher: nn.Module | None = None,
     distill: float = 0.5,
+    layers: Sequence[str] = (),
+    feature_weight: float = 0.0,
     **trainer: Any,
 ) -> nn.Module:
     """Train ``model`` in place by the recipe, with a progress bar, and return it in evaluation mode.
 
     ``on_epoch(epoch, metrics)`` is called after each epoch with ``train_loss`` and, where ``val`` is given, ``val_top1``. ``ckpt_path``:
     a Lightning checkpoint to go on from. ``teacher``: the original network; ``distill``, 0 to 1, is then the share of the loss that is the
-    Kullback-Leibler divergence from it at temperature 4 (Hinton et al., 2015), the rest being the cross-entropy. ``trainer`` goes to
-    Lightning's Trainer (devices, precision, loggers, ...). Raises `TrainingDiverged`; ValueError for several
-    devices where no script is run.
+    Kullback-Leibler divergence from it at temperature 4 (Hinton et al., 2015), the rest being the cross-entropy. ``feature_weight`` times
+    the sum over ``layers`` of the mean squared distance between their outputs and the teacher's is added to it: Eq. (8) and (9), the weight
+    being lambda. ``trainer`` goes to Lightning's Trainer (devices, precision, loggers, ...). Raises `TrainingDiverged`;
+    ValueError for several devices where no script is run.
     """
     if recipe.epochs:
         callbacks = [*trainer.pop("callbacks", []), *([EpochEnd(on_epoch)] if on_epoch else [])]
@@ -81,7 +87,8 @@ def finetune(
         check_startable(fit)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
-            fit.fit(_Training(model, recipe, len(train), teacher, distill), train, val, ckpt_path=ckpt_path, weights_only=True)
+            task = _Training(model, recipe, len(train), teacher, distill, layers if feature_weight else (), feature_weight)
+            fit.fit(task, train, val, ckpt_path=ckpt_path, weights_only=True)
         for name, value in model.state_dict().items():
             if not torch.isfinite(value).all():
                 raise TrainingDiverged(f"the training diverged: {name} is no longer finite; lower its learning rate")
@@ -89,27 +96,41 @@ def finetune(
 
 
 class _Training(pl.LightningModule):
-    def __init__(self, model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher: nn.Module | None, distill: float) -> None:
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher: nn.Module | None, distill: float, layers: Sequence[str],
+        feature_weight: float,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.recipe, self.steps_per_epoch = model.train(), recipe, steps_per_epoch
         self.teacher = [] if teacher is None else [copy_of(teacher).eval()]  # in a list: no part of what is trained and kept
-        self.distill = distill
+        self.distill, self.layers, self.feature_weight = distill, layers, feature_weight
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        logits = self.model(x)
-        loss = F.cross_entropy(logits, y)
-        for teacher in self.teacher:
-            with torch.no_grad():
-                target = teacher.to(x.device)(x)
-            log_q, log_p = (F.log_softmax(z / TEMPERATURE, 1) for z in (logits, target))
-            distance = TEMPERATURE**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-            loss = (1 - self.distill) * loss + self.distill * distance
+        loss = self._taught(x, y, self.teacher[0].to(x.device)) if self.teacher else F.cross_entropy(self.model(x), y)
         if not torch.isfinite(loss):
             place = f"epoch {self.current_epoch + 1}, iteration {batch_idx + 1}"
             raise TrainingDiverged(f"the training diverged: loss {float(loss.detach())} in {place}; lower its learning rate")
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
+
+    def _taught(self, x: Tensor, y: Tensor, teacher: nn.Module) -> Tensor:
+        features: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        terms: list[Tensor] = []
+
+        def compare(name: str, output: Tensor) -> None:
+            terms.append(F.mse_loss(output.clone(), features[name].pop(0)))  # of copies: an activation may write into the output
+
+        with torch.no_grad(), _observed(teacher, self.layers, lambda name, output: features[name].append(output.clone())):
+            target = teacher(x)
+        with _observed(self.model, self.layers, compare):
+            logits = self.model(x)
+        loss = F.cross_entropy(logits, y)
+        if self.distill:
+            log_q, log_p = (F.log_softmax(z / TEMPERATURE, 1) for z in (logits, target))
+            distance = TEMPERATURE**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+            loss = (1 - self.distill) * loss + self.distill * distance
+        return loss + self.feature_weight * torch.stack(terms).sum() if terms else loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
@@ -117,6 +138,18 @@ class _Training(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.recipe.optimizers(self.model.parameters(), math.ceil(self.steps_per_epoch / self.trainer.world_size))
+
+
+@contextmanager
+def _observed(model: nn.Module, layers: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """For the time of a block, ``see(name, output)`` at each call of each layer."""
+    modules = dict(model.named_modules())
+    hooks = [modules[name].register_forward_hook(lambda _, __, output, name=name: see(name, output)) for name in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Forecast(pl.Callback):

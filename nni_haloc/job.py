@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from . import checkpoint
 from . import data as datasets
-from .compression import BENCH_FILE, METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE, load_weights, save
+from .compression import BENCH_FILE, METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE, load_weights, restructure, save
 from .config import Config
 from .finetuning import accuracy
 from .interruption import stoppable
@@ -33,7 +33,7 @@ from .tables import latency_input, runtime_of
 from .yaml_files import ConfigError, one_line
 
 SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER, EXPORT_FOLDER = "search", "finetuning", "front", "export"
-CHECKPOINT_FILE = "checkpoint.ckpt"
+PRUNED_FOLDER, QUANTIZED_FOLDER, CHECKPOINT_FILE = "pruned", "quantized", "checkpoint.ckpt"
 
 
 class Job:
@@ -123,9 +123,12 @@ class Job:
             return False
 
     def save(self, network: nn.Module, plan: RankPlan, folder: Path | None = None) -> None:
-        """Leave a compressed network and its plan in ``folder`` (None: the job's)."""
+        """Leave a compressed network and its plan in ``folder`` (None: the job's); it may have been pruned since."""
         if is_first():
-            save(folder or self.folder, network, plan, {"name": self.config.model.name, "arguments": self.config.model.arguments})
+            facts: dict[str, Any] = {"name": self.config.model.name, "arguments": self.config.model.arguments}
+            whole = {key: value.shape for key, value in restructure(self.model, plan).state_dict().items()}
+            facts |= {"pruned": True} if any(value.shape != whole[key] for key, value in network.state_dict().items()) else {}
+            save(folder or self.folder, network, plan, facts)
 
 
 def _splits(config: Config) -> datasets.Splits:
@@ -160,7 +163,7 @@ def clear(folder: Path) -> None:
         return
     for file in (RANKS_FILE, WEIGHTS_FILE, METRICS_FILE, MODEL_FILE, BENCH_FILE):
         (folder / file).unlink(missing_ok=True)
-    for part in (SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER, EXPORT_FOLDER):
+    for part in (SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER, EXPORT_FOLDER, PRUNED_FOLDER, QUANTIZED_FOLDER):
         shutil.rmtree(folder / part, ignore_errors=True)
 
 

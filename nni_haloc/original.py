@@ -14,7 +14,7 @@ from .finetuning import Forecast, TrainingDiverged, finetune
 from .job import CHECKPOINT_FILE, Job, trainer_options
 from .log import logger
 from .processes import is_first
-from .run import recipe_of
+from .training import recipe_of
 from .yaml_files import ConfigError
 
 

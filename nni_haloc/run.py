@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning import seed_everything
 from torch import Tensor, nn
 
 from . import checkpoint
@@ -20,23 +18,21 @@ from .compression import METRICS_FILE
 from .config import Config
 from .device.files import write_json
 from .environment import versions
-from .finetuning import EpochEnd, Forecast, TrainingDiverged, accuracy, finetune, recalibrate
-from .history import HISTORY_FILE, History, add_epoch
+from .finetuning import EpochEnd, Forecast
+from .history import HISTORY_FILE, History
 from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, SEARCH_FOLDER, Job, clear, finetuning_identity, trainer_options
 from .log import TimeLeft, logger
 from .nas import Haloc, RankSpace, SearchDiverged, classification, run_search
 from .predictors import param_table
 from .processes import is_first
 from .ranks import Layers, RankPlan
-from .recipe import Recipe
 from .report import by_reason
 from .sections import Training
 from .sensitivity import sensitivities
+from .stages import chain
 from .tables import limits_of, rules_of, table_files, with_tables
+from .training import Report, place_of, recipe_of, trained
 from .yaml_files import ConfigError, one_line
-
-Report = Callable[[dict[str, float], int], None]
-"""Takes an epoch's metrics and their place in the run's curve, from 0 on; a run that goes on may come by its last place once more."""
 
 
 def run(
@@ -69,10 +65,11 @@ def run_job(
     plan, network = choose_ranks(job, report, resume=resume)
     network = train(job, plan, network, report, resume=resume)
 
+    metrics = job.metrics(network, job.accuracy(network, test), baseline) if is_first() else {}
+    job.save(network, plan)
+    metrics = chain(job, plan, network, metrics, report, resume=resume)
     if not is_first():
         return {}
-    metrics = job.metrics(network, job.accuracy(network, test), baseline)
-    job.save(network, plan)
     content = {"metrics": metrics, "parameters": dict(parameters or {}), "config": config.model_dump(mode="json"), "versions": versions()}
     write_json(job.folder / METRICS_FILE, content)
     for name, value in metrics.items():
@@ -195,42 +192,23 @@ def _search(
 
 def train(job: Job, plan: RankPlan, network: nn.Module, report: Report = lambda metrics, place: None, *, resume: bool = False) -> nn.Module:
     """Recalibration and fine-tuning, from the folder's checkpoint where ``resume`` says so and the settings are still the same."""
-    config = job.config
-    place = config.search.epochs if config.rule == "search" else 0
-    seed_everything(config.seed, verbose=False)  # the same whether or not the ranks were just chosen
-    train, val = job.loader("train", shuffle=True), job.loader("val")
-    same = {**finetuning_identity(config), "ranks": plan.names}
-    keep = partial(add_epoch, job.folder / FINETUNING_FOLDER / HISTORY_FILE)
-    state = EpochCheckpoint(job.folder / FINETUNING_FOLDER / CHECKPOINT_FILE, {"identity": same}, train, val)
-
-    if resume := resume and state.path.exists():
-        try:
-            saved = checkpoint.read(state.path)
-            checkpoint.check_same(state.path, saved["identity"], same)
-            logger.info("fine-tuning: %d of %d epochs are done: %s", saved["epochs"], config.finetune.epochs, state.path)
-        except checkpoint.UnusableCheckpoint as error:
-            logger.info("%s; fine-tuning anew", error)
-            resume = False
-    if not resume:
-        recalibrate(network, train, config.recalibration_batches)
-        (top1,) = accuracy(network, val)
-        logger.info("compressed, before fine-tuning: top-1 %.2f %% (validation)", 100 * top1)
-        keep(0, math.nan, top1)
-        report({"default": top1}, place)
-
-    def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
-        logger.info("fine-tuning epoch %d: top-1 %.2f %% (validation)", epoch + 1, 100 * metrics["val_top1"])
-        keep(epoch + 1, metrics["train_loss"], metrics["val_top1"])
-        report({"default": metrics["val_top1"], "train_loss": metrics["train_loss"]}, place + 1 + epoch)
-
-    options = {**state.options, **trainer_options(config), "callbacks": [Forecast("fine-tuning"), state]}
-    options |= {"precision": config.finetune.precision}
-    if config.finetune.distill:
-        options |= {"teacher": job.model, "distill": config.finetune.distill}
-    try:
-        return finetune(network, train, recipe_of(config.finetune), val, on_epoch, state.path if resume else None, **options)
-    except TrainingDiverged as error:
-        raise ConfigError(f"finetune: {error}") from None
+    section = job.config.finetune
+    options: dict[str, Any] = {}
+    if section.distill_features:
+        options = {"teacher": job.model, "distill": section.distill}
+        options |= {"layers": list(plan.ranks), "feature_weight": section.distill_features}
+    same = {**finetuning_identity(job.config), "ranks": plan.names}
+    return trained(
+        job,
+        network,
+        section,
+        job.folder / FINETUNING_FOLDER / CHECKPOINT_FILE,
+        same,
+        report,
+        place_of(job.config, "finetune"),
+        resume=resume,
+        **options,
+    )
 
 
 def _tensorboard(folder: Path) -> Any:
@@ -240,8 +218,3 @@ def _tensorboard(folder: Path) -> Any:
         return TensorBoardLogger(folder, name=SEARCH_FOLDER, version="")
     except ModuleNotFoundError:
         raise ConfigError("search.tensorboard: needs the package tensorboard (pip install 'nni-haloc[tensorboard]')") from None
-
-
-def recipe_of(training: Training) -> Recipe:
-    """A section of the settings as the recipe that it names."""
-    return Recipe(training.epochs, training.lr, training.momentum, training.weight_decay, training.schedule)

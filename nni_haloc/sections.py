@@ -170,11 +170,39 @@ class Training(Section):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 
 
-class Finetune(Training):
+class Distilled(Training):
     """``distill``: the share of the loss that is distance from the original network's outputs, see `nni_haloc.finetune`."""
 
-    epochs: Annotated[int, Field(ge=0)] = 10
     distill: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Finetune(Distilled):
+    """``distill_features``: the weight, Eq. (9)'s lambda, of the distance of the searched layers' outputs from the original's."""
+
+    epochs: Annotated[int, Field(ge=0)] = 10
+    distill_features: NonNegative = 0.0
+
+
+class Prune(Distilled):
+    """NNI's pruner, see `nni_haloc.chain.prune`, and the fine-tuning after it. ``batches``: of training images, for ``taylor``."""
+
+    epochs: Annotated[int, Field(ge=0)] = 10
+    lr: Positive = 0.02
+    pruner: Literal["l1", "fpgm", "taylor"] = "l1"
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    batches: Count = 20
+
+
+class Quantize(Distilled):
+    """NNI's quantizer, see `nni_haloc.chain.simulate`, and its training, which ``ptq`` has none of. ``int8``: whether the network is
+    quantized for ONNX Runtime, too. ``calibration_images``: training images, for both."""
+
+    epochs: Annotated[int, Field(ge=0)] = 2
+    lr: Positive = 0.001
+    schedule: Literal["step", "onecycle", "constant"] = "constant"
+    quantizer: Literal["ptq", "qat", "lsq"] = "ptq"
+    calibration_images: Count = 512
+    int8: bool = True
 
 
 class Train(Training):

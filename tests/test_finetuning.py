@@ -95,6 +95,35 @@ def test_distillation_descends_the_softened_divergence_from_the_original(share):
     assert all(torch.equal(a, b) for a, b in zip(before.values(), teacher.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_feature_maps_are_drawn_to_the_originals_as_in_equation_9(share):
+    """One step of plain gradient descent, against the definition written out; an activation writes into the outputs that are compared."""
+    torch.manual_seed(0)
+    student, teacher = (nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4)).double() for _ in range(2))
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 4, (8,))
+    w1, w2 = (student[i].weight.detach().clone().requires_grad_() for i in (0, 2))
+    first = x @ w1.T + student[0].bias.detach()
+    logits = first.clamp_min(0) @ w2.T + student[2].bias.detach()
+    first_target = teacher[0](x).detach()
+    target = teacher[2](first_target.clamp_min(0)).detach()
+    entropy = -torch.log(torch.exp(logits)[range(8), y] / torch.exp(logits).sum(1)).mean()
+    p, q = (torch.exp(z / 4) / torch.exp(z / 4).sum(1, keepdim=True) for z in (target, logits))
+    loss = (1 - share) * entropy + share * 16 * (p * torch.log(p / q)).sum(1).mean()
+    (loss + 0.7 * ((first - first_target) ** 2).mean() + 0.7 * ((logits - target) ** 2).mean()).backward()
+    recipe = Recipe(1, 0.1, momentum=0.0, weight_decay=0.0, schedule="constant")
+    options = {"teacher": teacher, "distill": share, "layers": ["0", "2"], "feature_weight": 0.7}
+    finetune(student, DataLoader(TensorDataset(x, y), 8), recipe, **options, precision="64-true", enable_progress_bar=False)
+    for w, layer in ((w1, student[0]), (w2, student[2])):
+        torch.testing.assert_close(layer.weight.detach(), (w - 0.1 * w.grad).detach())
+    assert not any(module._forward_hooks for module in [*student, *teacher])
+
+
+def test_no_batches_of_recalibration_leave_the_statistics_alone(net, loaders):
+    before = copy.deepcopy(net.state_dict())
+    recalibrate(net, loaders[0], 0)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
 def test_a_network_that_is_measured_in_channels_last_is_trained_in_it(tmp_path):
     example = Path(__file__).parents[1] / "examples" / "digits" / "run.yml"
     job = Job(load_config(example, {"cost.memory_format": "channels_last", "rule": "uniform"}), tmp_path)

@@ -1,15 +1,20 @@
 """NNI 3.0's defects that this project gets round, one test each: a changed dependency shows itself here."""
 
 import ast
+import copy
 import json
 import sqlite3
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import nni
 import pytest
+import pytorch_lightning as pl
 import torch
+from nni.compression.pruning import L1NormPruner
+from nni.compression.quantization import LsqQuantizer
 from nni.nas.evaluator import FunctionalEvaluator
 from nni.nas.evaluator.pytorch import Lightning
 from nni.nas.execution import SequentialExecutionEngine
@@ -26,6 +31,9 @@ from torch import nn
 
 from nni_haloc import Limit, RankSpace
 from nni_haloc.budget import cheapest
+from nni_haloc.chain import simulate
+from nni_haloc.chain.groups import channel_groups
+from nni_haloc.chain.workarounds import Loop, ModelSpeedup, pruning_settings, speed_up, traced
 from nni_haloc.experiment import check_experiment, trial_results, warm_up_manager
 from nni_haloc.nas.multitrial import run_multitrial
 from nni_haloc.yaml_files import ConfigError
@@ -205,6 +213,112 @@ def test_a_multi_trial_experiment_would_make_each_network_anew_from_arguments_un
     run_multitrial(space, [Limit(space.costs, space.costs.original)], lambda network: seen.append(network.head.weight) or 0.0, "random", 2)
     assert all(torch.equal(weight, net.head.weight) for weight in seen)
     assert len(seen) == 2
+
+
+class Shifted(nn.Module):
+    """A convolution whose channels BatchNorm shifts, one that adds to them, and one that takes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b, self.c = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 2, 1)
+        nn.init.constant_(self.norm.bias, 0.5)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.a(x)))
+        return self.c(x + self.b(x))
+
+
+@pytest.fixture
+def shifted():
+    torch.manual_seed(0)
+    return Shifted().eval()
+
+
+def stock_masks(model, settings, x):
+    """What NNI's pruner leaves: the masks, and what the masked network computes."""
+    pruner = L1NormPruner(model, settings)
+    pruner.track_forward(x)
+    _, masks = pruner.compress()
+    output = model(x).detach()
+    pruner.unwrap_model()
+    return masks, output
+
+
+EACH = [{"op_types": ["Conv2d"], "exclude_op_names": ["c"], "sparse_ratio": 0.5}]
+
+
+def test_nnis_tracer_fails_and_torchs_is_passed(shifted):
+    x = torch.randn(2, 3, 6, 6)
+    masks, _ = stock_masks(shifted, EACH, x)
+    with pytest.raises(AttributeError, match="startswith"):
+        ModelSpeedup(shifted, x, masks)
+    assert ModelSpeedup(shifted, x, masks, graph_module=traced(shifted)).speedup_model() is shifted
+
+
+def test_a_masked_channel_leaves_batch_norm_as_a_constant_unless_its_output_is_masked_too(shifted):
+    """And added channels are unmasked unless they are masked together: only with both is the sped-up network the masked one."""
+    x = torch.randn(2, 3, 6, 6)
+    groups, _ = channel_groups(shifted, traced(shifted).graph)
+    settings = pruning_settings(groups, 0.5)
+    assert [group.convolutions for group in groups] == [["a", "b"]]
+    unaligned = [row for row in settings if row["target_names"] != ["_output_"]]
+    apart = copy.deepcopy(settings)
+    del apart[0]["target_settings"]["weight"]["dependency_group_id"]
+    differences, channels = [], []
+    for chosen in (settings, unaligned, apart):
+        model = copy.deepcopy(shifted)
+        masks, expected = stock_masks(model, chosen, x)
+        differences.append(float((speed_up(model, x, masks)(x).detach() - expected).abs().max()))
+        channels.append(model.b.out_channels)
+    assert differences[0] < 1e-6
+    assert channels[0] == 3
+    assert differences[1] > 1e-2
+    assert channels[2] > 3 or differences[2] > 1e-2
+
+
+def test_the_stock_speed_up_prints_needs_gradients_and_leaves_new_layers_in_training_mode(shifted, capsys):
+    x = torch.randn(2, 3, 6, 6)
+    masks, _ = stock_masks(shifted, pruning_settings(channel_groups(shifted, traced(shifted).graph)[0], 0.5), x)
+    with torch.no_grad(), pytest.raises((AttributeError, TypeError), match="NoneType"):
+        ModelSpeedup(copy.deepcopy(shifted), x, copy.deepcopy(masks), graph_module=traced(copy.deepcopy(shifted))).speedup_model()
+    stock = copy.deepcopy(shifted)
+    ModelSpeedup(stock, x, copy.deepcopy(masks), graph_module=traced(stock)).speedup_model()
+    assert stock.norm.training
+    assert capsys.readouterr().out
+    with torch.no_grad():
+        ours = speed_up(shifted, x, masks)
+    assert not any(module.training for module in ours.modules())
+    assert capsys.readouterr().out == ""
+
+
+def test_lightning_has_no_setter_for_the_limit_of_steps_that_nnis_evaluator_sets():
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", max_epochs=1)
+    with pytest.raises(AttributeError, match="max_steps"):
+        trainer.fit_loop.max_steps = 1
+
+
+def test_the_stock_lsq_starts_every_scale_at_a_hundredth_and_ours_where_the_range_is(shifted):
+    x = 10 * torch.randn(2, 3, 6, 6)
+    settings = [{"op_names": ["a"], "target_names": ["_input_", "weight"], "quant_dtype": "int8", "quant_scheme": "symmetric"}]
+    stock = LsqQuantizer(copy.deepcopy(shifted), settings, Loop(lambda after_step: None))
+    stock.track_forward(x)
+    assert [float(row["scale"]) for row in stock.get_calibration_config()["a"].values()] == pytest.approx([0.01, 0.01])
+    rows = simulate(shifted, x, "lsq", lambda network, after_step: None).calibration()["a"]
+    assert rows["_input_0"]["scale"] == pytest.approx([float(x.abs().max()) / 127])
+    assert rows["weight"]["scale"] == pytest.approx([float(shifted.a.weight.abs().max()) / 127])
+
+
+def test_qat_still_calls_an_old_name_in_each_backward_pass(shifted):
+    x, warned = torch.randn(2, 3, 6, 6), []
+
+    def train(network, after_step):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            network.train()(x).sum().backward()
+        warned.extend(str(w.message) for w in found)
+
+    simulate(shifted, x, "qat", train)
+    assert any("saved_variables" in text for text in warned)
 
 
 def test_a_trial_asks_for_its_parameters_before_any_heavy_import():

@@ -1,0 +1,69 @@
+"""NNI's pruners, with speed-up: channels are taken out, of Tucker layers the ranks too."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from nni.compression.pruning import FPGMPruner, L1NormPruner, TaylorPruner
+from torch import Tensor, nn
+
+from ..log import logger
+from ..modules import accelerated, evaluating
+from ..report import by_reason
+from .groups import channel_groups
+from .workarounds import Loop, Masks, pruning_settings, speed_up, traced
+
+Pruner = Literal["l1", "fpgm", "taylor"]
+
+
+def prune(
+    network: nn.Module, example: Tensor, sparsity: float, pruner: Pruner = "l1", batches: Iterable[tuple[Tensor, Tensor]] = ()
+) -> nn.Module:
+    """A copy of ``network`` without the share ``sparsity`` of the output channels of each group of its convolutions, in evaluation mode.
+
+    By NNI: ``l1`` (L1Norm), ``fpgm`` or ``taylor``, which needs the gradients of ``batches`` of images and labels. Which convolutions are
+    pruned, and which only together: see `channel_groups`. ``example (N, C, H, W)``. The network computes what the masked one computes.
+    Raises ValueError for a network that can't be traced, or has nothing to prune.
+    """
+    return speed_up(*masked(network, example, sparsity, pruner, batches))
+
+
+def masked(
+    network: nn.Module, example: Tensor, sparsity: float, pruner: Pruner = "l1", batches: Iterable[tuple[Tensor, Tensor]] = ()
+) -> tuple[nn.Module, Tensor, Masks]:
+    """What NNI's speed-up takes: a copy of ``network``, its weights as they were, the example and the masks."""
+    if pruner not in get_args(Pruner):
+        raise ValueError(f"pruner: expected one of {', '.join(get_args(Pruner))}, found {pruner!r}")
+    if not 0 < sparsity < 1:
+        raise ValueError(f"sparsity: expected a number between 0 and 1, found {sparsity}")
+    network = copy.deepcopy(network).eval()
+    groups, left_alone = channel_groups(network, traced(network).graph)
+    if not groups:
+        raise ValueError(f"nothing to prune in {type(network).__name__} ({by_reason(left_alone) or 'no convolution'})")
+    logger.info("%d groups of channels to prune; left alone: %s", len(groups), by_reason(left_alone) or "none")
+    settings, found = pruning_settings(groups, sparsity), list(batches)
+    if pruner == "taylor":
+        if not found:
+            raise ValueError("pruner: 'taylor' needs training images")
+        made = TaylorPruner(network, settings, Loop(lambda after_step: _gradients(network, found, after_step)), len(found))
+    else:
+        made = {"l1": L1NormPruner, "fpgm": FPGMPruner}[pruner](network, settings)
+    example = example.to(next(network.parameters()).device)
+    made.track_forward(example)
+    _, masks = made.compress()
+    made.unwrap_model()
+    return network, example, masks
+
+
+def _gradients(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], after_step: Callable[[], None]) -> None:
+    """A backward pass for each batch; nothing is trained."""
+    with evaluating(network), accelerated(network) as device, torch.enable_grad():
+        for images, labels in batches:
+            network.zero_grad()
+            F.cross_entropy(network(images.to(device)), labels.to(device)).backward()
+            after_step()
+    network.zero_grad()

@@ -1,0 +1,171 @@
+"""A run that goes on after HALOC: pruned, quantized; its figures, its folders, its resuming, and the commands that do the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import haloc
+
+from nni_haloc import accuracy, load
+from nni_haloc.config import load_config
+from nni_haloc.data import digits
+from nni_haloc.exporting import OnnxNetwork
+from nni_haloc.predictors import count_macs
+from nni_haloc.run import run
+
+DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "run.yml"
+SHORT = {"rule": "uniform", "finetune.epochs": 1, "data.share": 0.5, "recalibration_batches": 5, "cost.batch_size": 8}
+PRUNE = {"epochs": 2, "sparsity": 0.3}
+OF_NO_TIME = ("latency_ms", "speedup", "images_per_s")
+
+
+class Stopped(Exception):
+    pass
+
+
+def chain(folder, resume=False, until=99, **sections):
+    """A run's metrics and reports, stopped by the one numbered ``until``, which is not counted."""
+    reports = []
+
+    def report(metrics, place):
+        if len(reports) == until:
+            raise Stopped
+        reports.append((place, metrics))
+
+    config = load_config(DIGITS, SHORT | sections)
+    if until == 99:
+        return run(config, folder, report, resume=resume), reports
+    with pytest.raises(Stopped):
+        run(config, folder, report, resume=resume)
+    return {}, reports
+
+
+def untimed(metrics):
+    return {key: value for key, value in metrics.items() if not key.endswith(OF_NO_TIME)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("chain")
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    return chain(folder, prune=PRUNE, quantize={"epochs": 1, "quantizer": "qat", "calibration_images": 64})
+
+
+def test_every_stage_reports_flat_metrics_and_the_last_one_the_default(whole):
+    metrics, reports = whole
+    assert all(type(value) in (int, float) for value in metrics.values())
+    assert list(metrics)[-12:] == [
+        "haloc_top1", "haloc_bytes", "pruned_top1", "pruned_macs", "pruned_params", "pruned_latency_ms", "pruned_bytes",
+        "quantized_top1", "int8_top1", "onnx_latency_ms", "int8_latency_ms", "int8_bytes",
+    ]  # fmt: skip
+    assert metrics["default"] == metrics["int8_top1"]
+    assert metrics["pruned_macs"] < metrics["macs"]
+    assert metrics["pruned_bytes"] < metrics["haloc_bytes"]
+    assert all(0.3 < metrics[key] <= 1 for key in metrics if key.endswith("top1"))
+    assert len(reports) == (1 + 1) + (1 + 2) + (1 + 1)
+    assert [place for place, _ in reports] == list(range(7))
+    assert all(0 <= row["default"] <= 1 for _, row in reports)
+
+
+def test_each_stages_folder_gives_back_what_was_reported(folder, whole):
+    metrics, _ = whole
+    data = digits(0.2).shared(0.5)
+    test = data.loader("test", 64)
+    small = load(folder / "pruned")  # by its name: without NNI and without the original
+    assert accuracy(small, test)[0] == pytest.approx(metrics["pruned_top1"])
+    assert count_macs(small, data.images("test", 1)) == metrics["pruned_macs"]
+    assert sum(p.numel() for p in small.parameters()) == metrics["pruned_params"]
+    assert accuracy(load(folder), test)[0] == pytest.approx(metrics["haloc_top1"])
+    quantized = load(folder / "quantized")
+    assert str(quantized) == str(small)
+    assert any(not torch.equal(a, b) for a, b in zip(quantized.parameters(), small.parameters(), strict=True))  # trained once more
+    assert accuracy(OnnxNetwork(folder / "quantized" / "int8.onnx"), test)[0] == pytest.approx(metrics["int8_top1"])
+    content = json.loads((folder / "quantized" / "quantization.json").read_text())
+    assert content["quantizer"] == "qat"
+    assert {name for name, _ in small.named_modules()} >= set(content["layers"])
+
+
+def test_a_finished_chain_is_read_back_without_training_reporting_or_timing(folder, whole):
+    again, reports = chain(folder, resume=True, prune=PRUNE, quantize={"epochs": 1, "quantizer": "qat", "calibration_images": 64})
+    assert reports == []
+    assert {k: v for k, v in again.items() if k not in ("speedup", "images_per_s", "latency_ms", "baseline_latency_ms")} == {
+        k: v for k, v in whole[0].items() if k not in ("speedup", "images_per_s", "latency_ms", "baseline_latency_ms")
+    }
+
+
+@pytest.mark.parametrize("quantizer", ["qat", "lsq"])
+def test_a_chain_that_was_stopped_in_a_stage_goes_on_there_and_reports_nothing_twice(tmp_path, quantizer):
+    sections = {"prune": PRUNE | {"pruner": "taylor"}, "quantize": {"quantizer": quantizer, "int8": False, "calibration_images": 64}}
+    metrics, reports = chain(tmp_path / "undisturbed", **sections)
+    assert len(reports) == 2 + 3 + 3
+    _, first = chain(tmp_path / "stopped", until=4, **sections)  # before the second epoch of fine-tuning after pruning
+    _, second = chain(tmp_path / "stopped", resume=True, until=3, **sections)  # and before the second of the quantizer's training
+    found, third = chain(tmp_path / "stopped", resume=True, **sections)
+    assert [*first, *second, *third] == reports
+    assert untimed(found) == untimed(metrics)
+    for stage in ("pruned", "quantized"):
+        ours, theirs = (tmp_path / run / stage / "weights.safetensors" for run in ("stopped", "undisturbed"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_stage_of_other_settings_is_made_anew(tmp_path):
+    first, _ = chain(tmp_path, prune={"epochs": 0, "sparsity": 0.3, "pruner": "fpgm"})
+    other, reports = chain(tmp_path, resume=True, prune={"epochs": 0, "sparsity": 0.6, "pruner": "fpgm"})
+    assert other["pruned_macs"] < first["pruned_macs"]
+    assert len(reports) == 1  # of the pruned network
+
+
+def test_without_the_sections_a_run_is_what_it_was(tmp_path):
+    metrics, _ = chain(tmp_path)
+    assert not any(key.startswith(("haloc_", "pruned_", "quantized_", "int8_")) for key in metrics)
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_new_run_leaves_no_stage_of_an_earlier_one(tmp_path):
+    for name in ("pruned", "quantized"):
+        (tmp_path / name).mkdir()
+    chain(tmp_path)
+    assert not (tmp_path / "pruned").exists()
+    assert not (tmp_path / "quantized").exists()
+
+
+def test_the_commands_prune_and_quantize_a_finished_run(folder, whole, tmp_path):
+    done = haloc("prune", folder, "--sparsity", "0.5", "--pruner", "fpgm", "--epochs", "0", "--out", tmp_path / "half")
+    assert done.returncode == 0, done.stderr
+    assert "pruned_macs" in done.stdout
+    half = json.loads((tmp_path / "half" / "metrics.json").read_text())
+    assert half["metrics"]["pruned_macs"] < whole[0]["pruned_macs"]
+    assert half["config"]["prune"] | {"sparsity": 0.5, "pruner": "fpgm", "epochs": 0} == half["config"]["prune"]
+    done = haloc("quantize", tmp_path / "half", "--quantizer", "ptq", "--set", "quantize.int8=false", "--out", tmp_path / "small")
+    assert done.returncode == 0, done.stderr
+    assert str(load(tmp_path / "small")) == str(load(tmp_path / "half"))
+    metrics = json.loads((tmp_path / "small" / "metrics.json").read_text())["metrics"]
+    assert set(metrics) == {"default", "quantized_top1"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "FOLDER", "--sparsity", "1.5"], "prune.sparsity: input should be less than 1, found 1.5"),
+        (["prune", "FOLDER", "--pruner", "l3"], "prune.pruner: input should be 'l1', 'fpgm' or 'taylor', found 'l3'"),
+        (["quantize", "FOLDER", "--quantizer", "bnn"], "quantize.quantizer: input should be 'ptq', 'qat' or 'lsq', found 'bnn'"),
+        (["quantize", "FOLDER", "--set", "quantize.bits=4"], "quantize.bits: unknown key"),
+        (["prune", "none"], "none/ranks.json: no such file; expected the folder of a finished run"),
+        (["quantize", "none"], "none/ranks.json: no such file; expected the folder of a finished run"),
+        (["run", DIGITS, "--set", "prune.sparsity=1.5"], "prune.sparsity: input should be less than 1, found 1.5"),
+        (["run", DIGITS, "--set", "prune={pruner: agp}"], "prune.pruner: input should be 'l1', 'fpgm' or 'taylor', found 'agp'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(folder, whole, arguments, message, tmp_path):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
+    done = haloc(*(folder if word == "FOLDER" else word for word in arguments), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("haloc: ")
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
+    assert list(tmp_path.iterdir()) == []
