@@ -36,6 +36,7 @@ setup(
         "rich>=13.0",
         "jinja2>=3.1",
         "filelock>=3.11",
+        "packaging>=23.0",
     ],
     extras_require={
         "tensorboard": TENSORBOARD,

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .environment import check_supported
+
 if TYPE_CHECKING:
     from .budget import Limit
     from .compression import compress, load, save
@@ -31,6 +33,9 @@ _HOMES = {
     "sensitivity": ("sensitivities",),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)
+
+
+check_supported()
 
 
 def __getattr__(name: str) -> Any:

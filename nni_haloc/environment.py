@@ -1,9 +1,9 @@
-"""What a run was made with."""
+"""The Python and the packages that are here: whether they will do, and what a run was made with."""
 
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 
 from .device.files import processor
 
@@ -22,3 +22,31 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def check_supported() -> None:
+    """ImportError, one line, if Python or an installed package is of a version that nni-haloc's own metadata rule out.
+
+    A package that is not there is no matter: on a device that measures, most of them are not. Without metadata, or without `packaging`
+    to read them, nothing is checked.
+    """
+    try:
+        from packaging.requirements import Requirement
+        from packaging.specifiers import SpecifierSet
+
+        own = distribution("nni-haloc")
+    except (ModuleNotFoundError, PackageNotFoundError):
+        return
+    python = own.metadata["Requires-Python"] or ""
+    if platform.python_version() not in SpecifierSet(python, prereleases=True):
+        raise ImportError(f"nni-haloc {own.version} needs Python {python}, found {platform.python_version()}")
+    for text in own.requires or []:
+        needed = Requirement(text)
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(needed.name)
+        except PackageNotFoundError:
+            continue
+        if not needed.specifier.contains(found, prereleases=True):
+            raise ImportError(f"nni-haloc {own.version} needs {needed.name} {needed.specifier}, found {found}")
