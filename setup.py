@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 NNI_PLATFORMS = "platform_machine == 'x86_64' or platform_machine == 'AMD64'"  # nni has wheels for these alone
 TENSORBOARD = ["tensorboard>=2.18"]
-ACCELERATOR = ["zigzag-dse>=3.9,<4; python_version >= '3.11'", "six"]  # six: needed and not declared
+ACCELERATOR = ["zigzag-dse>=3.9,<4; python_version >= '3.11'", "six>=1.16"]  # six: needed and not declared
 ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 
 setup(
@@ -52,8 +52,8 @@ setup(
             "ruff>=0.9",
             "mypy>=1.15",
             "playwright>=1.40",
-            "types-PyYAML",
-            "types-requests",
+            "types-PyYAML>=6.0",
+            "types-requests>=2.31",
         ],
         "docs": ["mkdocs>=1.6"],
     },
