@@ -16,7 +16,7 @@ from .ranks import RankPlan, find_layers
 from .report import why_nothing
 from .rules import Problem, described, plan
 from .tables import limits_of, rules_of
-from .yaml_files import ConfigError, one_line
+from .yaml_files import ConfigError, reason_of
 
 EVERY_RANK = {"uniform", "energy", "alds", "vbmf", "error-knapsack", "learned"}
 """Rules that run no candidate: they see every rank where the settings leave the step open, so that they can use the whole budget."""
@@ -47,7 +47,7 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
         problem = _problem(job)
         found, network = _by_nni(job, problem) if config.rule in NNI_STRATEGIES else _by_thumb(problem, config.rule)
     except (OSError, ValueError) as error:
-        raise ConfigError(one_line(error)) from None
+        raise ConfigError(reason_of(error)) from None
     except torch.linalg.LinAlgError as error:  # of a rule's own; those of the candidates name their layer
         raise ConfigError(f"rule: {config.rule}: a singular value decomposition failed ({str(error).splitlines()[0]})") from None
     clear(job.folder)

@@ -14,7 +14,7 @@ from .config import load_config
 from .interruption import stoppable
 from .printing import percent, print_table
 from .sections import Rule
-from .yaml_files import ConfigError, one_line
+from .yaml_files import ConfigError, reason_of
 
 app = typer.Typer(
     help="Hardware-aware low-rank compression of convolutional networks.",
@@ -205,7 +205,7 @@ def main() -> None:
     except ConfigError as error:
         _leave(str(error))
     except OSError as error:  # a full disk, a folder that is read-only: what was there before is still there
-        _leave(one_line(error))
+        _leave(reason_of(error))
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's errors; where click is, depends on typer's version
             raise

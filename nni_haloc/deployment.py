@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from .compression import METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE, load, load_weights
 from .config import parse_config
-from .exporting import export_onnx, export_program, quantize_onnx, whole
+from .device.files import whole
+from .exporting import export_onnx, export_program, quantize_onnx
 from .job import EXPORT_FOLDER, Job
 from .models import build_model
-from .yaml_files import ConfigError
+from .yaml_files import ConfigError, reason_of
 
 FORMATS = ("onnx", "program", "safetensors", "int8")
 ONNX_FILE, INT8_FILE, PROGRAM_FILE = "model.onnx", "model-int8.onnx", "model.pt2"
@@ -106,7 +107,7 @@ def export(
                             shutil.copyfile(run.folder / file, part)
                 found.append((name, out / WEIGHTS_FILE, f"as in the run's folder, with {RANKS_FILE}"))
     except (OSError, ValueError) as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(reason_of(error)) from None
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .device.files import whole
 from .device.onnx_runtime import clear_errors, open_session
 from .log import logger
 from .modules import copy_of, first_line
@@ -193,18 +193,6 @@ def _checked(
             f"{file}: expected torch's outputs, at most {largest:.4g}, to a share of {tolerance:g}; they differ by {difference:.4g}"
         )
     return difference
-
-
-@contextmanager
-def whole(file: str | Path) -> Iterator[Path]:
-    """Where to write a file that takes the place of ``file`` once it is whole and checked."""
-    file = Path(file)
-    part = file.with_name(f"{file.stem}.{os.getpid()}.part{file.suffix}")
-    try:
-        yield part
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from .predictors.analytic import count_params
 from .processes import check_startable, is_first
 from .ranks import RankPlan
 from .tables import latency_input, runtime_of
-from .yaml_files import ConfigError, one_line
+from .yaml_files import ConfigError, reason_of
 
 SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER, EXPORT_FOLDER = "search", "finetuning", "front", "export"
 PRUNED_FOLDER, QUANTIZED_FOLDER, CHECKPOINT_FILE = "pruned", "quantized", "checkpoint.ckpt"
@@ -65,7 +65,7 @@ class Job:
                 self.model.to(memory_format=torch.channels_last)  # trained as it will run; on a processor that is faster, too
             self.example = self.splits.images("test", 1)
         except (OSError, ValueError) as error:
-            raise ConfigError(one_line(error)) from None
+            raise ConfigError(reason_of(error)) from None
 
     def _tell_missing_classes(self) -> None:
         for split, what in {"train": "training", "val": "validation", "test": "test"}.items():

@@ -17,7 +17,7 @@ from .device.measurements import keep_measurements, merge
 from .device.measuring import Progress, Runtime, Timing, measure
 from .device.spec import Specification, draw, share
 from .interruption import stoppable
-from .yaml_files import one_line
+from .yaml_files import reason_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -232,7 +232,7 @@ def main() -> None:
     try:
         measure_main()
     except (ValueError, OSError) as error:
-        print(f"haloc measure: {one_line(error)}", file=sys.stderr)
+        print(f"haloc measure: {reason_of(error)}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
         print(f"haloc measure: needs the package {error.name}, which is not installed", file=sys.stderr)

@@ -32,7 +32,7 @@ from .sensitivity import sensitivities
 from .stages import chain
 from .tables import limits_of, rules_of, table_files, with_tables
 from .training import Report, place_of, recipe_of, trained
-from .yaml_files import ConfigError, one_line
+from .yaml_files import ConfigError, reason_of
 
 
 def run(
@@ -115,7 +115,7 @@ def searched(job: Job, report: Report = lambda metrics, place: None, *, resume: 
     try:
         strategy, space = _prepare(config, job.splits, job.model, job.example, job.folder)
     except (OSError, ValueError) as error:
-        raise ConfigError(one_line(error)) from None
+        raise ConfigError(reason_of(error)) from None
     if saved is None:
         clear(job.folder)  # of an earlier run; not before this one's settings have proved good
     facts = {

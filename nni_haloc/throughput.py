@@ -24,7 +24,7 @@ from .printing import percent, print_table
 from .ranks import RankPlan
 from .run import run_job
 from .tables import latency_input, rules_of, runtime_of
-from .yaml_files import ConfigError, one_line
+from .yaml_files import ConfigError, reason_of
 
 DEVICES = {"torch": None, "onnxruntime": "onnxruntime", "eyeriss": "zigzag", "cuda": None}
 """Names that ``--on`` takes, and the package that each needs."""
@@ -121,7 +121,8 @@ def _config_for(config: Config, device: str) -> Config:
     changes: dict[str, Any] = {"metric": "cycles" if device == "eyeriss" else "latency_ms", "table": None}
     changes |= {"device": "cuda" if device == "cuda" else "cpu"}
     changes |= {"memory_format": "contiguous"} if device == "onnxruntime" else {}
-    return config.model_copy(update={"cost": config.cost.model_copy(update=changes)})
+    cost = config.cost.model_copy(update=changes)
+    return config.model_copy(update={"cost": cost, "prune": None, "quantize": None})  # the table is of HALOC's networks
 
 
 def _row(job: Job, device: str, resume: bool) -> dict[str, Any]:
@@ -164,6 +165,6 @@ def _measured(job: Job, device: str) -> Specification:
         else:
             measure(spec, runtime_of(config, job.model), file, Timing(), progress("measured"))
     except (ValueError, OSError) as error:
-        raise ConfigError(one_line(error)) from None
+        raise ConfigError(reason_of(error)) from None
     job.config = config.model_copy(update={"cost": config.cost.model_copy(update={"table": str(file)})})
     return spec

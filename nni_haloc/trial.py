@@ -27,9 +27,10 @@ from filelock import FileLock, Timeout
 
 from .compression import COSTS_FILE
 from .config import load_config
+from .device.files import write_json
 from .log import log_to, logger
 from .processes import is_first
-from .yaml_files import ConfigError, one_line
+from .yaml_files import ConfigError, reason_of
 
 LOCK_FILE, REPORTED_FILE = "trial.lock", "reported.json"
 
@@ -75,13 +76,11 @@ class Reports:
             ) from None
 
     def _note(self) -> None:
-        beside = self.path.with_suffix(".part")
         content = {"identity": self.identity, "intermediate": self.intermediate, "final": self.final_sent}
         try:
-            beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
-            beside.replace(self.path)
+            write_json(self.path, content)
         except OSError as error:
-            raise ConfigError(f"{self.path}: expected to write here, found: {error.strerror}") from None
+            raise ConfigError(reason_of(error)) from None
 
 
 def main(run_file: str, parameters: dict, folder: Path) -> int:
@@ -100,7 +99,7 @@ def main(run_file: str, parameters: dict, folder: Path) -> int:
         if is_first():
             reports.final(metrics)
     except (ConfigError, OSError) as error:
-        logger.error("%s", one_line(error))
+        logger.error("%s", reason_of(error))
         return 2
     return 0
 
@@ -114,7 +113,7 @@ def measure_share(arguments: list[str], parameters: dict, folder: Path) -> int:
         entries = measure_main([*arguments, *words, "--out", str(folder / COSTS_FILE)])
         Reports(folder / REPORTED_FILE, [arguments, words]).final({"default": entries})
     except (ValueError, OSError) as error:
-        logger.error("%s", one_line(error))
+        logger.error("%s", reason_of(error))
         return 2
     return 0
 

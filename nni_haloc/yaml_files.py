@@ -22,7 +22,7 @@ def printable(message: str, most: int = 1000) -> str:
     return line if len(line) <= most else f"{line[: most - 4]} ..."
 
 
-def one_line(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What went wrong, for the user; of the system's errors, with which file."""
     return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename and error.strerror else str(error)
 
