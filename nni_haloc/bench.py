@@ -15,7 +15,7 @@ from torch import nn
 
 from .compression import BENCH_FILE
 from .deployment import Finished
-from .device.files import write_json
+from .device.files import read_json, write_json
 from .device.measurements import spread
 from .device.measuring import Run, Runtime, time_together
 from .device.onnx_runtime import OnnxRuntime
@@ -28,6 +28,9 @@ from .printing import percent, print_table
 from .yaml_files import ConfigError
 
 SPLITS = ("val", "test")
+VERSION = 1
+TEXT = ("stage", "runtime", "precision", "why not")
+"""Headings of the table's columns that are no numbers."""
 
 
 def bench(
@@ -72,13 +75,33 @@ def bench(
         for size in sizes:
             rows += _timed(forms, run.example(size).shape, runtime, onnx, rounds, min_run_time)
         identities = {"torch": runtime.identity(), "onnxruntime": onnx.identity() if find_spec("onnxruntime") else None}
-    content = {"version": 1, **identities, "split": split if data else None, "rounds": rounds, "rows": rows}
+    content = {"version": VERSION, **identities, "split": split if data else None, "rounds": rounds, "rows": rows}
     write_json(run.folder / BENCH_FILE, content)
     return content
 
 
 def print_bench(title: str, content: Mapping[str, Any]) -> None:
     """What ``bench.json`` says, as a table."""
+    heads, cells = _shown(content)
+    print_table(title, heads, cells, text=TEXT)
+
+
+def bench_table(path: Path) -> dict[str, Any]:
+    """What a ``bench.json`` says, as text: ``heads``, ``rows``, and ``rounds`` and ``device``. `ConfigError` names a damaged file."""
+    try:
+        content = read_json(path, "bench", VERSION)
+        heads, rows = _shown(content)
+        torch = content["torch"]
+        device = f"{torch['device']}, {torch['runtime']}, threads: {torch['threads']}"
+        return {"heads": heads, "rows": rows, "rounds": content["rounds"], "device": device}
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"{path}: expected what haloc bench writes ({error!r})") from None
+
+
+def _shown(content: Mapping[str, Any]) -> tuple[list[str], list[list[str | None]]]:
+    """Headings of those columns that any row has, and the rows."""
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
         "stage": ("stage", str), "runtime": ("runtime", str), "precision": ("precision", str), "batch_size": ("batch", str),
         "latency_ms": ("latency, ms", "{:.3g}".format), "spread_ms": ("spread, ms", "{:.2g}".format),
@@ -88,7 +111,7 @@ def print_bench(title: str, content: Mapping[str, Any]) -> None:
     }  # fmt: skip
     used = [key for key in columns if any(key in row for row in content["rows"])]
     cells = [[columns[key][1](row[key]) if key in row else None for key in used] for row in content["rows"]]
-    print_table(title, [columns[key][0] for key in used], cells, text={"stage", "runtime", "precision", "why not"})
+    return [columns[key][0] for key in used], cells
 
 
 @dataclass

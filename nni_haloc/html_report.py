@@ -17,9 +17,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from . import figures, history
-from .compression import COSTS_FILE, METRICS_FILE, RANKS_FILE, WEIGHTS_FILE
+from .bench import TEXT, bench_table
+from .compression import BENCH_FILE, COSTS_FILE, METRICS_FILE, RANKS_FILE, WEIGHTS_FILE
 from .device.files import whole
-from .job import FINETUNING_FOLDER, SEARCH_FOLDER
+from .job import FINETUNING_FOLDER, PRUNED_FOLDER, QUANTIZED_FOLDER, SEARCH_FOLDER
 from .measure import Parser
 from .predictors import CostTable
 from .printing import percent
@@ -27,15 +28,17 @@ from .ranks import RankPlan, rank_name
 from .yaml_files import ConfigError
 
 REPORT_FILE = "report.html"
-STAGES = ("pruned", "quantized")
-"""Folders of what is done to the compressed network afterwards, each with metrics of its own."""
-
 _PARTS = ("metrics", "config", "parameters", "versions")
 """Of ``metrics.json``."""
-_COLUMNS = {  # of the table of stages: metric to its heading
-    "top1": "top-1", "top5": "top-5", "latency_ms": "latency, ms", "speedup": "speed-up", "macs": "MACs", "params": "parameters",
-    "bytes": "file",
+_ROWS = {  # of the table of stages: name to what its metrics begin with
+    "original": "baseline_", "haloc": "haloc_", "pruned": "pruned_", "quantized (simulated)": "quantized_",
+    "float32 in ONNX Runtime": "onnx_", "int8 in ONNX Runtime": "int8_",
 }  # fmt: skip
+_COLUMNS = {"top1": "top-1", "top5": "top-5", "latency_ms": "latency, ms", "macs": "MACs", "params": "parameters", "bytes": "file"}
+_TRAININGS = {
+    FINETUNING_FOLDER: "Fine-tuning", PRUNED_FOLDER: "Fine-tuning of the pruned network", QUANTIZED_FOLDER: "Quantization-aware training",
+}  # fmt: skip
+_TEMPLATES = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
 
 def report_main(arguments: Sequence[str] | None = None) -> None:
@@ -65,26 +68,26 @@ def html_report(folder: Path) -> str:
         raise ConfigError(f"{folder / RANKS_FILE}: no such file; expected the folder of a finished run (haloc run, haloc search, a trial)")
     plan = RankPlan.load(folder / RANKS_FILE)
     run = _read(folder / METRICS_FILE)
-    metrics, config = run.get("metrics", {}), run.get("config", {})
-    stages = {"compressed": folder} | {name: folder / name for name in STAGES if (folder / name / METRICS_FILE).is_file()}
-    found = {"compressed": metrics} | {name: _read(path / METRICS_FILE) for name, path in stages.items() if path != folder}
-    found = {name: _flat(content.get("metrics", content)) for name, content in found.items()}
+    metrics, config = _flat(run.get("metrics", {})), run.get("config", {})
+    rows = _rows(metrics, folder)
     try:
         layers, drawn = _layers(plan, folder), _drawn(plan, folder)
     except OverflowError as error:
         raise ConfigError(f"{folder}: numbers too large to draw ({error})") from None
     settings = yaml.safe_dump({key: value for key, value in config.items() if key not in ("scale", "preset")}, sort_keys=False)
-    environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    page = environment.get_template(REPORT_FILE).render(
+    page = _TEMPLATES.get_template(REPORT_FILE).render(
         title="/".join(given.absolute().parts[-2:]),
         model=_flat(config.get("model", {})).get("name", ""),
         facts={key: _shown(value) for key, value in _flat(plan.chosen_by).items() if value is not None},
-        headline=_headline(found["compressed"]),
-        columns=_columns(found, stages),
-        metrics={key: _shown(value) for key, value in found["compressed"].items()},
+        headline=_headline(metrics, rows),
+        stages=_table(rows),
+        batch=_flat(config.get("cost", {})).get("batch_size", ""),
+        texts=TEXT,
+        bench=bench_table(folder / BENCH_FILE) if (folder / BENCH_FILE).is_file() else None,
+        metrics={key: _shown(value) for key, value in metrics.items()},
         layers=layers,
         drawn=drawn,
-        parameters={key: _shown(value) for key, value in _flat(run.get("parameters", {})).items()},
+        parameters={key: _shown(value) for key, value in run.get("parameters", {}).items()},
         settings=settings if config else "",
         download=_data("application/yaml", settings.encode()),
         given=shlex.quote(str(given)),
@@ -126,18 +129,39 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:,.6g}"
 
 
-def _headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _rows(metrics: Mapping[str, Any], folder: Path) -> dict[str, dict[str, float]]:
+    """The figures of every stage, by the names of `_COLUMNS`; those that a command of its own made are in the stage's folder alone."""
+    m, folders = dict(metrics), (PRUNED_FOLDER, QUANTIZED_FOLDER)
+    if not any(f"{stage}_top1" in m for stage in folders):  # then what has no stage's name is HALOC's
+        m["haloc_top1"] = m.get("default")
+        m["haloc_bytes"] = (folder / WEIGHTS_FILE).stat().st_size if (folder / WEIGHTS_FILE).is_file() else None
+    for stage in folders:
+        m |= _flat(_read(folder / stage / METRICS_FILE).get("metrics", {}))
+    m |= {f"haloc_{key}": m.get(key) for key in ("top5", "latency_ms", "macs", "params")}
+    for key in ("macs", "params"):
+        kept = 1 - _number(m.get(f"{key}_reduction"))
+        m[f"baseline_{key}"] = float(round(before)) if kept > 0 and math.isfinite(before := _number(m.get(key)) / kept) else None
+    found = {row: {key: _number(m.get(start + key)) for key in _COLUMNS} for row, start in _ROWS.items()}
+    return {row: {key: value for key, value in cells.items() if math.isfinite(value)} for row, cells in found.items()}
+
+
+def _headline(metrics: Mapping[str, Any], rows: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str, str]]:
     """Heading, figure and remark of what a reader looks for first."""
-    m = {key: number for key, value in metrics.items() if math.isfinite(number := _number(value))}
-    cards = []
-    if "default" in m:
-        cards.append(("top-1", percent(m["default"], 2), f"original {percent(m['baseline_top1'], 2)}" if "baseline_top1" in m else ""))
-    if "latency_ms" in m:
-        cards.append(("latency", f"{m['latency_ms']:.4g} ms", f"{m['speedup']:.2f} times as fast" if "speedup" in m else ""))
+    original, haloc, cards = rows["original"], rows["haloc"], []
+    if "top1" in haloc:
+        cards.append(("top-1", percent(haloc["top1"], 2), f"original {percent(original['top1'], 2)}" if "top1" in original else ""))
+    if "latency_ms" in haloc:
+        speedup = _number(metrics.get("speedup"))
+        cards.append(("latency", f"{haloc['latency_ms']:.4g} ms", f"{speedup:.2f} times as fast" if math.isfinite(speedup) else ""))
     for key, name in (("macs", "MACs"), ("params", "parameters")):
-        if key in m:
-            less = m.get(f"{key}_reduction")
-            cards.append((name, _rounded(m[key]), "" if less is None else f"{percent(less)} fewer"))
+        if key in haloc:
+            less = _number(metrics.get(f"{key}_reduction"))
+            cards.append((name, _rounded(haloc[key]), f"{percent(less)} fewer" if math.isfinite(less) else ""))
+    for row in ("pruned", "int8 in ONNX Runtime"):
+        (name, _, where), cells = row.partition(" in "), rows[row]
+        if "top1" in cells:
+            remark = f"{cells['latency_ms']:.4g} ms{where and f' in {where}'}" if "latency_ms" in cells else ""
+            cards.append((f"top-1, {name}", percent(cells["top1"], 2), remark))
     return cards
 
 
@@ -149,34 +173,19 @@ def _rounded(count: float) -> str:
     return f"{count:.4g}"
 
 
-def _columns(found: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> dict[str, Any]:
-    """The table of stages: ``heads`` of those columns that any has, and ``rows`` of a name and cells."""
-    rows: dict[str, dict[str, float]] = {}
-    for name, metrics in found.items():
-        row = {key: _number(value) for key, value in metrics.items()}
-        row["top1"] = row.get("default", row.get("top1", math.nan))
-        file = folders[name] / WEIGHTS_FILE
-        row["bytes"] = float(file.stat().st_size) if file.is_file() else math.nan
-        rows[name] = row
-    first = rows["compressed"]
-    original = {key: first[f"baseline_{key}"] for key in ("top1", "top5", "latency_ms") if f"baseline_{key}" in first}
-    for key in ("macs", "params"):
-        kept = 1 - first.get(f"{key}_reduction", math.nan)
-        original[key] = float(round(first[key] / kept)) if key in first and kept > 0 and math.isfinite(first[key] / kept) else math.nan
-    rows = {"original": {**original, "speedup": 1.0 if "speedup" in first else math.nan}, **rows}
-    heads = [key for key in _COLUMNS if any(math.isfinite(row.get(key, math.nan)) for row in rows.values())]
-    cells = {name: [_cell(key, row.get(key, math.nan)) for key in heads] for name, row in rows.items()}
-    return {"heads": [_COLUMNS[key] for key in heads], "rows": {name: row for name, row in cells.items() if any(row)}}
+def _table(rows: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Of stages: ``heads`` of those columns that any has, and ``rows`` of a name and cells."""
+    heads = [key for key in _COLUMNS if any(key in row for row in rows.values())]
+    cells = {name: [_cell(key, row[key]) if key in row else "" for key in heads] for name, row in rows.items() if row}
+    return {"heads": [_COLUMNS[key] for key in heads], "rows": cells}
 
 
 def _cell(key: str, value: float) -> str:
-    if not math.isfinite(value):
-        return ""
     if key in ("top1", "top5"):
         return percent(value, 2)
     if key == "bytes":
         return f"{value / 1000:,.1f} kB"
-    return f"{value:,.0f}" if key in ("macs", "params") else f"{value:.2f}" if key == "speedup" else f"{value:.4g}"
+    return f"{value:,.0f}" if key in ("macs", "params") else f"{value:.4g}"
 
 
 def _layers(plan: RankPlan, folder: Path) -> dict[str, Any]:
@@ -213,10 +222,10 @@ def _drawn(plan: RankPlan, folder: Path) -> dict[str, tuple[str, str]]:
             columns = history.read(path)
             drawn["loss"] = "Search: loss of the sampled networks", _image(figures.losses({"search": columns}))
             drawn["parameters"] = "Search: expected parameters", _image(figures.parameters({"search": columns}))
-        path = folder / FINETUNING_FOLDER / history.HISTORY_FILE
-        if path.is_file():
-            columns = history.read(path, history.EPOCH_COLUMNS)
-            drawn["finetuning"] = "Fine-tuning: loss, and top-1 on validation images", _image(figures.finetuning(columns))
+        for name, caption in _TRAININGS.items():
+            if (path := folder / name / history.HISTORY_FILE).is_file():
+                columns = history.read(path, history.EPOCH_COLUMNS)
+                drawn[name] = f"{caption}: loss, and top-1 on validation images", _image(figures.finetuning(columns))
     return drawn
 
 
