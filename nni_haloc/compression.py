@@ -66,7 +66,7 @@ def _specs(model: nn.Module, plan: RankPlan) -> dict[str, LayerSpec]:
 def save(folder: str | Path, compressed: nn.Module, plan: RankPlan, model: Mapping[str, Any] | None = None) -> None:
     """Write ``ranks.json``, the weights and, where ``model`` (``name`` and ``arguments`` of `build_model`) is given, ``model.json``.
 
-    Figures in the folder, which are of other weights, are removed. OSError names the file that can't be written; then all stays as it was.
+    ``metrics.json`` there, which is of other weights, is removed. OSError names the file that can't be written; the old weights then stay.
     """
     from safetensors.torch import save_model
 
