@@ -50,12 +50,13 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
         raise ConfigError(reason_of(error)) from None
     except torch.linalg.LinAlgError as error:  # of a rule's own; those of the candidates name their layer
         raise ConfigError(f"rule: {config.rule}: a singular value decomposition failed ({str(error).splitlines()[0]})") from None
-    clear(job.folder)
     fact = found.chosen_by
     logger.info(
         "plan of rule %s: cost %.6g of %.6g %s, budget %.6g", *(fact[k] for k in ("rule", "cost", "original_cost", "metric", "budget"))
     )
-    job.save(network, found)
+    if not (resume and job.has(found)):  # what is there may be fine-tuned already, and stages follow it
+        clear(job.folder)
+        job.save(network, found)
     return found, network
 
 

@@ -123,10 +123,10 @@ def _stage(
     factories = _trusted(code)
     from .deployment import Finished
     from .job import job_in
-    from .stages import stage_of
+    from .stages import stage_folder, stage_of
 
     Finished(folder, factories=factories)  # before a folder is made
-    with job_in(out or folder):
+    with job_in(out or folder, stage_folder(folder, stage, out)):
         metrics = stage_of(folder, stage, settings, out, factories=factories, resume=resume)
     print_table(str(out or folder), ("metric", "value"), list(metrics.items()), text={"metric"})
 

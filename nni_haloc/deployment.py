@@ -50,8 +50,9 @@ class Finished:
         return torch.randn((batch, *self.config.data.shape), generator=torch.Generator().manual_seed(0))
 
     def calibration_images(self) -> Tensor:
-        """Training images, not augmented."""
-        return self.job.splits.images("plain", self.config.rank_space.calibration_images, self.config.seed)
+        """Training images, not augmented: as many as the settings' section ``quantize`` says, where it is set."""
+        section = self.config.quantize or self.config.rank_space
+        return self.job.splits.images("plain", section.calibration_images, self.config.seed)
 
     def networks(self) -> dict[str, nn.Module]:
         """``original``, ``haloc``, what the folder holds, and each further stage under its folder's name, in the order of their making."""

@@ -52,7 +52,11 @@ def recalibrate(model: nn.Module, loader: Iterable[tuple[Tensor, Any]], batches:
 
 def accuracy(model: nn.Module, loader: DataLoader, topk: tuple[int, ...] = (1,)) -> tuple[float, ...]:
     """Top-k accuracies, 0 to 1, over a loader of ``(images, labels)``."""
-    with evaluating(model), accelerated(model) as device, torch.inference_mode():
+    with (
+        evaluating(model),
+        accelerated(model) as device,
+        torch.no_grad(),
+    ):  # not inference mode: what NNI's wrappers keep of a pass is trained with, by several processes synchronised
         batches = [(model(images.to(device)).cpu(), labels) for images, labels in loader]
     logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return tuple(float(multiclass_accuracy(logits, labels, num_classes=logits.shape[1], top_k=k, average="micro")) for k in topk)
@@ -83,6 +87,7 @@ def finetune(
     if recipe.epochs:
         callbacks = [*trainer.pop("callbacks", []), *([EpochEnd(on_epoch)] if on_epoch else [])]
         defaults = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+        defaults |= {"inference_mode": False}  # see `accuracy`
         fit = pl.Trainer(max_epochs=recipe.epochs, callbacks=callbacks, **{**defaults, **trainer})
         check_startable(fit)
         with warnings.catch_warnings():

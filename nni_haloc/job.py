@@ -168,11 +168,12 @@ def clear(folder: Path) -> None:
 
 
 @contextmanager
-def job_in(folder: Path) -> Iterator[None]:
-    """The log of what is done here goes to ``folder``, too; a signal ends it with one line on what the folder keeps."""
+def job_in(folder: Path, stage: Path | None = None) -> Iterator[None]:
+    """The log of what is done here goes to ``folder``, too; a signal ends it with one line on what the folder, or a ``stage``'s, keeps."""
 
     def kept() -> str:
-        return f"{folder} keeps the checkpoint; --resume goes on from it" if any(folder.rglob(CHECKPOINT_FILE)) else "no epoch is done"
+        found = any(folder.rglob(CHECKPOINT_FILE)) if stage is None else (stage / CHECKPOINT_FILE).is_file()
+        return f"{stage or folder} keeps the checkpoint; --resume goes on from it" if found else "no epoch is done"
 
     log_to(folder / "log.txt")
     with stoppable("haloc", kept):

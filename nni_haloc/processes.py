@@ -20,6 +20,14 @@ def start_together() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def wait_for_all() -> None:
+    """Where several processes have started: each waits here until all of them come, so that none works while another takes the time."""
+    import torch.distributed as dist  # not above: a command without torch starts in no time
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
 def check_startable(trainer: Any) -> None:
     """ValueError where a Lightning ``trainer`` is to start other processes and can't: by running again a program that is in no file."""
     main, script = sys.modules["__main__"], sys.argv[0]

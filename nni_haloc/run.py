@@ -24,12 +24,12 @@ from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, SEARCH_FOLDER, Job, clear, 
 from .log import TimeLeft, logger
 from .nas import Haloc, RankSpace, SearchDiverged, classification, run_search
 from .predictors import param_table
-from .processes import is_first
+from .processes import is_first, wait_for_all
 from .ranks import Layers, RankPlan
 from .report import by_reason
 from .sections import Training
 from .sensitivity import sensitivities
-from .stages import chain
+from .stages import chain, check
 from .tables import limits_of, rules_of, table_files, with_tables
 from .training import Report, place_of, recipe_of, trained
 from .yaml_files import ConfigError, reason_of
@@ -59,6 +59,7 @@ def run_job(
 ) -> dict[str, float]:
     """`run`, of a job that is made already."""
     config, report = job.config, report if is_first() else lambda metrics, place: None
+    check(job)
     test = job.loader(config.data.score)
     baseline = job.accuracy(job.model, test)
     logger.info("original: %.2f %% top-1, %d MACs, %d parameters", 100 * baseline[0], *job.size(job.model))
@@ -67,11 +68,14 @@ def run_job(
 
     metrics = job.metrics(network, job.accuracy(network, test), baseline) if is_first() else {}
     job.save(network, plan)
+    content = {"metrics": metrics, "parameters": dict(parameters or {}), "config": config.model_dump(mode="json"), "versions": versions()}
+    if is_first():
+        write_json(job.folder / METRICS_FILE, content)  # a finished run's, whatever becomes of its stages
+    wait_for_all()
     metrics = chain(job, plan, network, metrics, report, resume=resume)
     if not is_first():
         return {}
-    content = {"metrics": metrics, "parameters": dict(parameters or {}), "config": config.model_dump(mode="json"), "versions": versions()}
-    write_json(job.folder / METRICS_FILE, content)
+    write_json(job.folder / METRICS_FILE, content | {"metrics": metrics})
     for name, value in metrics.items():
         logger.info("%s: %.6g", name, value)
     return metrics

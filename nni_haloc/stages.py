@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from itertools import islice
@@ -21,8 +22,9 @@ from .device.measuring import time_together
 from .device.onnx_runtime import OnnxRuntime
 from .job import CHECKPOINT_FILE, PRUNED_FOLDER, QUANTIZED_FOLDER, Job, finetuning_identity
 from .log import logger
+from .modules import evaluating
 from .predictors import measure_latency
-from .processes import is_first
+from .processes import is_first, wait_for_all
 from .ranks import RankPlan
 from .tables import latency_input, runtime_of
 from .training import Report, place_of, trained
@@ -30,6 +32,8 @@ from .yaml_files import ConfigError
 
 CALIBRATION_FILE = "quantization.json"
 INT8_FILES = ("float32.onnx", "int8.onnx")
+FOLDERS = {"prune": PRUNED_FOLDER, "quantize": QUANTIZED_FOLDER}
+"""Of each stage, by its section."""
 
 
 def chain(
@@ -68,8 +72,8 @@ def prune_stage(
 
     config, section = job.config, job.config.prune
     assert section is not None
-    same = {**finetuning_identity(config), "ranks": plan.names, "prune": section.model_dump()}
-    if resume and (done := _finished(out, same)) is not None:
+    same = {**_identity(config, plan, network), "prune": section.model_dump()}
+    if resume and (done := _finished(out, config, same)) is not None:
         logger.info("pruning: done: %s", out)
         return _laid_out(load(out, job.model), config), done
     seed_everything(config.seed, verbose=False)
@@ -77,11 +81,13 @@ def prune_stage(
     network = _or_one_line("prune", lambda: prune(network, job.example, section.sparsity, section.pruner, batches))
     what = "fine-tuning of the pruned network"
     network = trained(job, network, section, out / CHECKPOINT_FILE, same, report, place_of(config, "prune"), what=what, resume=resume)
+    if is_first():
+        latency = measure_latency({"pruned": network}, latency_input(config, job.example), runtime_of(config))["pruned"]
+    wait_for_all()
     if not is_first():
         return network, {}
     top1, *_ = job.accuracy(network, job.loader(config.data.score))
     macs, params = job.size(network)
-    latency = measure_latency({"pruned": network}, latency_input(config, job.example), runtime_of(config))["pruned"]
     job.save(network, plan, out)
     size = (out / WEIGHTS_FILE).stat().st_size
     metrics = {"pruned_top1": top1, "pruned_macs": macs, "pruned_params": params, "pruned_latency_ms": latency, "pruned_bytes": size}
@@ -98,15 +104,14 @@ def quantize_stage(job: Job, plan: RankPlan, network: nn.Module, report: Report,
 
     config, section = job.config, job.config.quantize
     assert section is not None
-    same = {**finetuning_identity(config), "ranks": plan.names, "quantize": section.model_dump()}
-    same["prune"] = None if config.prune is None else config.prune.model_dump()
-    if resume and (done := _finished(out, same)) is not None:
+    same = {**_identity(config, plan, network), "quantize": section.model_dump()}
+    if resume and (done := _finished(out, config, same)) is not None:
         logger.info("quantizing: done: %s", out)
         return done
     seed_everything(config.seed, verbose=False)
     images = job.splits.images("plain", section.calibration_images, config.seed)
 
-    def train(wrapped: nn.Module, after_step: Callable[[], None]) -> None:
+    def train(wrapped: nn.Module) -> None:
         state, what = out / CHECKPOINT_FILE, "quantization-aware training"
         trained(job, wrapped, section, state, same, report, place_of(config, "quantize"), what=what, recalibrated=False, resume=resume)
 
@@ -123,24 +128,30 @@ def quantize_stage(job: Job, plan: RankPlan, network: nn.Module, report: Report,
     metrics: dict[str, float] = {"default": top1, "quantized_top1": top1}
     if section.int8:
         metrics |= _or_one_line("quantize.int8", lambda: _int8(job, network, images, out))
-        metrics["default"] = metrics["int8_top1"]
+        metrics["default"] = metrics.get("int8_top1", top1)
     return _leave(out, metrics, config, same)
 
 
 def _int8(job: Job, network: nn.Module, images: torch.Tensor, out: Path) -> dict[str, float]:
-    """The network in ONNX Runtime, in float32 and in 8 bits; latencies are of the settings' batch, the two timed in alternation."""
+    """The network in ONNX Runtime, in float32 and in 8 bits; latencies are of the settings' batch, the two timed in alternation.
+
+    Without a top-1 where the network takes that one batch size alone.
+    """
     from .exporting import OnnxNetwork, export_onnx, quantize_onnx
 
     config = job.config
     float32, int8 = (out / name for name in INT8_FILES)
-    export_onnx(network, job.example, float32)
+    export_onnx(network, latency_input(config, job.example), float32)
     quantize_onnx(float32, images, int8)
     runtime = OnnxRuntime(config.cost.threads)
     runs = {name: runtime.ready(str(file), config.cost.batch_size) for name, file in (("onnx", float32), ("int8", int8))}
     times = [time_together(runs, runtime, 0.1) for _ in range(5)]
-    (top1, *_) = job.accuracy(OnnxNetwork(int8, config.cost.threads), job.loader(config.data.score))
     latency = {f"{name}_latency_ms": 1e3 * median(found[name] for found in times) for name in runs}
-    return {"int8_top1": top1, **latency, "int8_bytes": int8.stat().st_size}
+    small = OnnxNetwork(int8, config.cost.threads)
+    if small.batch is not None:
+        logger.warning("no int8_top1: %s takes batches of %d alone", int8, small.batch)
+        return {**latency, "int8_bytes": int8.stat().st_size}
+    return {"int8_top1": job.accuracy(small, job.loader(config.data.score))[0], **latency, "int8_bytes": int8.stat().st_size}
 
 
 def stage_of(
@@ -149,8 +160,11 @@ def stage_of(
     """The stage ``prune`` or ``quantize`` of a finished run's folder, or of a stage's, with the run's settings; its metrics.
 
     ``settings``: dotted keys to values that take the place of the run's. ``out`` (None: in ``folder``, as in a run). ``factories``: see
-    `Finished`. Raises `ConfigError`.
+    `Finished`. Raises `ConfigError`, also where ``out`` is a folder that the network comes from.
     """
+    out = stage_folder(folder, stage, out)
+    if "scale" in settings:
+        raise ConfigError(f"scale: of a whole run, not of a stage; set {stage}.epochs")
     run = Finished(folder, factories=factories)
     content = run.config.model_dump(mode="json")
     content[stage] = content[stage] or {}
@@ -158,18 +172,60 @@ def stage_of(
         set_dotted(content, key, value)
     run.config = parse_config(content, folder / METRICS_FILE)
     job, plan = run.job, RankPlan.load(folder / RANKS_FILE)
+    check(job, stage)
     network = _laid_out(_or_one_line(str(folder), run.network), run.config)
     if stage == "prune":
-        return prune_stage(job, plan, network, lambda metrics, place: None, out or folder / PRUNED_FOLDER, resume=resume)[1]
-    return quantize_stage(job, plan, network, lambda metrics, place: None, out or folder / QUANTIZED_FOLDER, resume=resume)
+        return prune_stage(job, plan, network, lambda metrics, place: None, out, resume=resume)[1]
+    return quantize_stage(job, plan, network, lambda metrics, place: None, out, resume=resume)
+
+
+def stage_folder(folder: Path, stage: str, out: Path | None = None) -> Path:
+    """Where a stage of ``folder`` is left; `ConfigError` where that is the folder itself, or the run's that it is a stage of."""
+    out = out or folder / FOLDERS[stage]
+    if folder.resolve().is_relative_to(out.resolve()) and (out / RANKS_FILE).exists():
+        raise ConfigError(f"--out: expected another folder than the run's, found {out}")
+    return out
+
+
+def check(job: Job, *stages: str) -> None:
+    """`ConfigError` where one of the ``stages`` (none: those of the settings) is sure to fail: known before anything is trained."""
+    stages, config = stages or tuple(FOLDERS), job.config
+    if config.prune and "prune" in stages:
+        from .chain import traced
+
+        with evaluating(job.model):
+            _or_one_line("prune", lambda: traced(job.model))
+    if config.quantize and config.quantize.int8 and "quantize" in stages:
+        from .exporting import needed
+
+        def import_packages() -> None:
+            with needed("ONNX Runtime"):
+                pass
+
+        _or_one_line("quantize.int8", import_packages)
 
 
 def _laid_out(network: nn.Module, config: Config) -> nn.Module:
     return network.to(memory_format=torch.channels_last) if config.cost.memory_format == "channels_last" else network
 
 
-def _finished(out: Path, identity: Mapping[str, Any]) -> dict[str, float] | None:
+def _identity(config: Config, plan: RankPlan, network: nn.Module) -> dict[str, Any]:
+    """What the state of a stage's training depends on, beside its section: the network that it starts from, too."""
+    digest = hashlib.sha256()
+    for name, value in network.named_parameters():  # not the BatchNorm statistics: those are each process's own
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return {**finetuning_identity(config), "ranks": plan.names, "network": f"sha256 {digest.hexdigest()}"}
+
+
+def _figures(config: Config, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage's metrics depend on: more than the state of its training."""
+    return {**identity, "data.score": config.data.score, "threads": config.threads}
+
+
+def _finished(out: Path, config: Config, identity: Mapping[str, Any]) -> dict[str, float] | None:
     """The metrics of a stage that is finished in ``out``, if it is the same."""
+    identity = _figures(config, identity)
     try:
         content = json.loads((out / METRICS_FILE).read_text(encoding="utf-8"))
         return dict(content["metrics"]) if content["identity"] == json.loads(json.dumps(identity)) else None
@@ -179,7 +235,7 @@ def _finished(out: Path, identity: Mapping[str, Any]) -> dict[str, float] | None
 
 def _leave(out: Path, metrics: dict[str, float], config: Config, identity: Mapping[str, Any]) -> dict[str, float]:
     """Write a stage's ``metrics.json``, last of its files."""
-    write_json(out / METRICS_FILE, {"metrics": metrics, "config": config.model_dump(mode="json"), "identity": dict(identity)})
+    write_json(out / METRICS_FILE, {"metrics": metrics, "config": config.model_dump(mode="json"), "identity": _figures(config, identity)})
     for name, value in metrics.items():
         logger.info("%s: %.6g", name, value)
     return metrics

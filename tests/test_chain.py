@@ -8,8 +8,8 @@ import torch
 from conftest import SmallNet
 from torch import nn
 
-from nni_haloc import RankPlan, Recipe, compress, finetune, load, save
-from nni_haloc.chain import prune, simulate
+from nni_haloc import RankPlan, Recipe, accuracy, compress, finetune, load, save
+from nni_haloc.chain import prune, quantizing, simulate
 from nni_haloc.chain.groups import channel_groups
 from nni_haloc.chain.pruning import masked
 from nni_haloc.chain.workarounds import speed_up, traced
@@ -225,7 +225,7 @@ def rounded(network, calibration, x):
 def test_the_simulated_network_is_the_one_that_its_calibration_describes(tucker, images, loaders, quantizer):
     steps = []
     train = partial(finetune, train=loaders[0], recipe=Recipe(1, 0.01), enable_progress_bar=False)
-    simulated = simulate(tucker, images, quantizer, lambda network, after_step: steps.append(after_step()) or train(network))
+    simulated = simulate(tucker, images, quantizer, lambda network: steps.append(1) or train(network))
     with torch.no_grad():
         found = simulated.network(images)
     calibration = simulated.calibration()
@@ -238,6 +238,51 @@ def test_the_simulated_network_is_the_one_that_its_calibration_describes(tucker,
     assert set(network.state_dict()) == set(tucker.state_dict())
     error = (found - network(images)).abs().max()
     assert 0 < error < 0.1 * found.abs().max()
+
+
+def test_calibration_takes_the_images_in_parts_and_finds_the_ranges_of_one_pass(tucker, monkeypatch):
+    images, sizes = torch.randn(150, 3, 8, 8, generator=torch.Generator().manual_seed(3)), []
+    images[149] *= 5  # the largest of all are in the last part
+    tucker.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    found = simulate(tucker, images).calibration()
+    assert max(sizes) == 64
+    assert sum(sizes) == 150
+    monkeypatch.setattr(quantizing, "_BATCH", 150)
+    assert found == simulate(tucker, images).calibration()
+    first = next(name for name, module in tucker.named_modules() if isinstance(module, nn.Conv2d))
+    assert found[first]["_input_0"]["scale"][0] * 127 == pytest.approx(float(images.abs().max()))
+
+
+@pytest.mark.parametrize("quantizer", ["qat", "lsq"])
+def test_training_takes_the_rounding_and_the_ranges_from_its_first_step_on(tucker, images, quantizer):
+    """NNI's tasks after the optimizer's steps, which `simulate` leaves out, would change neither."""
+    large, seen = torch.cat([images[:64], 100 * images]), []
+
+    def train(network):
+        with torch.no_grad():
+            seen.append((network(images), {n: p.clone() for n, p in network.state_dict().items() if n.endswith("scale")}))
+            network(100 * images)
+
+    found = simulate(tucker, large, quantizer, train)
+    ((output, scales),) = seen
+    assert 0 < (output - tucker(images)).abs().max() < 0.1 * output.abs().max()
+    with torch.no_grad():
+        assert torch.equal(found.network(images), output)
+    assert all(torch.equal(p, found.network.state_dict()[n]) for n, p in scales.items())
+
+
+@pytest.mark.parametrize("quantizer", ["qat", "lsq"])
+def test_a_wrapped_network_can_be_trained_by_several_processes_after_an_accuracy(tucker, images, loaders, quantizer):
+    """DDP writes into the buffers; tensors of inference mode refuse that."""
+    found = []
+
+    def train(network):
+        accuracy(network, loaders[0])
+        found.extend(value.is_inference() for value in (*network.parameters(), *network.buffers()))
+
+    simulate(tucker, images, quantizer, train)
+    assert found
+    assert not any(found)
 
 
 def test_a_bad_quantizer_or_nothing_to_quantize_is_said(tucker, images):

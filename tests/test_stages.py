@@ -1,18 +1,27 @@
 """A run that goes on after HALOC: pruned, quantized; its figures, its folders, its resuming, and the commands that do the same."""
 
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from test_cli import haloc
+from torch import nn
 
-from nni_haloc import accuracy, load
+from nni_haloc import accuracy, load, stages
+from nni_haloc import run as run_module
 from nni_haloc.config import load_config
 from nni_haloc.data import digits
+from nni_haloc.deployment import Finished
 from nni_haloc.exporting import OnnxNetwork
+from nni_haloc.job import CHECKPOINT_FILE, Job, job_in
 from nni_haloc.predictors import count_macs
 from nni_haloc.run import run
+from nni_haloc.stages import stage_of
+from nni_haloc.yaml_files import ConfigError
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "run.yml"
 SHORT = {"rule": "uniform", "finetune.epochs": 1, "data.share": 0.5, "recalibration_batches": 5, "cost.batch_size": 8}
@@ -169,3 +178,143 @@ def test_a_mistake_is_one_line_and_changes_nothing(folder, whole, arguments, mes
     assert "Traceback" not in done.stderr
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
     assert list(tmp_path.iterdir()) == []
+
+
+SMALL = {"quantize.quantizer": "ptq", "quantize.int8": False}
+NO_TRAINING = {"finetune.epochs": 0, "recalibration_batches": 1, "data.share": 0.2}
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
+
+
+@pytest.mark.parametrize(("source", "out"), [(".", "."), ("pruned", "pruned"), ("pruned", "."), (".", "pruned/..")])
+@pytest.mark.parametrize("stage", ["prune", "quantize"])
+def test_a_stage_takes_no_folder_that_its_network_comes_from(folder, whole, stage, source, out):
+    before = files(folder)
+    with pytest.raises(ConfigError, match="--out: expected another folder than the run's, found "):
+        stage_of(folder / source, stage, {}, folder / out)
+    assert files(folder) == before
+
+
+def test_a_stage_of_another_network_is_made_anew(folder, whole, tmp_path):
+    first = stage_of(folder, "quantize", SMALL, tmp_path / "here")
+    assert stage_of(folder, "quantize", SMALL, tmp_path / "here", resume=True) == first
+    assert str(load(tmp_path / "here")) == str(load(folder))
+    other = stage_of(folder / "pruned", "quantize", SMALL, tmp_path / "here", resume=True)
+    assert str(load(tmp_path / "here")) == str(load(folder / "pruned"))
+    assert other == stage_of(folder / "pruned", "quantize", SMALL, tmp_path / "there")
+
+
+@pytest.mark.parametrize(("key", "value"), [("data.score", "val"), ("threads", 2)])
+def test_a_stages_figures_are_of_their_settings_and_its_training_is_used_again(folder, whole, tmp_path, caplog, monkeypatch, key, value):
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    settings = {"quantize.quantizer": "qat", "quantize.epochs": 1, "quantize.int8": False}
+    stage_of(folder, "quantize", settings, tmp_path)
+    caplog.set_level("INFO", "nni_haloc")
+    stage_of(folder, "quantize", settings | {key: value}, tmp_path, resume=True)
+    assert "quantizing: done" not in caplog.text
+    assert "quantization-aware training: 1 of 1 epochs are done" in caplog.text
+    assert "epoch 1: top-1" not in caplog.text
+    top, *rest = key.split(".")
+    config = json.loads((tmp_path / "metrics.json").read_text())["config"][top]
+    assert (config[rest[0]] if rest else config) == value
+
+
+def test_a_package_that_int8_needs_is_missed_before_anything_is_done(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setattr(run_module, "choose_ranks", lambda *args, **options: pytest.fail("ranks were chosen"))
+    with pytest.raises(ConfigError, match=r"^quantize.int8: .*needs the package onnx, which is not installed"):
+        chain(tmp_path, quantize={})
+    stages.check(Job(load_config(DIGITS, SHORT | {"quantize": {"int8": False}}), tmp_path))
+
+
+def test_a_network_that_cannot_be_traced_is_refused_before_anything_is_done(tmp_path, monkeypatch):
+    class Untraceable(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    monkeypatch.setattr("nni_haloc.job.build_model", lambda *args, **options: nn.Sequential(Untraceable(1, 1, 1), nn.Flatten()))
+    monkeypatch.setattr(run_module, "choose_ranks", lambda *args, **options: pytest.fail("ranks were chosen"))
+    monkeypatch.setattr("nni_haloc.job.load_weights", lambda *args: None)
+    Untraceable.__module__ = __name__
+    with pytest.raises(ConfigError, match="^prune: torch.fx cannot trace Sequential"):
+        chain(tmp_path, prune=PRUNE)
+
+
+def test_a_stage_that_fails_leaves_the_runs_own_metrics(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise ConfigError("prune: failed")
+
+    monkeypatch.setattr(stages, "prune_stage", fail)
+    with pytest.raises(ConfigError, match="prune: failed"):
+        chain(tmp_path, prune=PRUNE, **NO_TRAINING)
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert {"default", "macs", "latency_ms"} <= set(content["metrics"])
+    assert accuracy(Finished(tmp_path).network(), digits(0.2).shared(0.2).loader("test", 64))[0] == content["metrics"]["default"]
+
+
+def test_resuming_a_rules_run_without_fine_tuning_keeps_its_stages(tmp_path):
+    sections = NO_TRAINING | {"prune": {"epochs": 0}}
+    first, _ = chain(tmp_path, **sections)
+    found, reports = chain(tmp_path, resume=True, **sections)
+    assert [place for place, _ in reports] == [0]  # of the network that is not fine-tuned
+    assert found["pruned_latency_ms"] == first["pruned_latency_ms"]
+
+
+def test_a_network_of_one_batch_size_has_no_int8_accuracy_and_the_log_says_so(tmp_path, caplog):
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 2, 3), nn.Linear(72, 10)
+
+        def forward(self, x):
+            return self.head(self.conv(x).reshape(8, 72))
+
+    job = Job(load_config(DIGITS, SHORT), tmp_path)
+    metrics = stages._int8(job, Fixed().eval(), job.splits.images("plain", 16, 0), tmp_path)
+    assert set(metrics) == {"onnx_latency_ms", "int8_latency_ms", "int8_bytes"}
+    assert f"no int8_top1: {tmp_path / 'int8.onnx'} takes batches of 8 alone" in caplog.text
+
+
+def test_ctrl_c_in_a_stage_promises_its_own_checkpoint_alone(tmp_path, capsys):
+    for stage in (None, tmp_path / "quantized"):
+        (tmp_path / "search").mkdir(exist_ok=True)
+        (tmp_path / "search" / CHECKPOINT_FILE).touch()
+        with pytest.raises(SystemExit), job_in(tmp_path, stage):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert capsys.readouterr().err.splitlines() == [
+        f"haloc: stopped by Ctrl-C; {tmp_path} keeps the checkpoint; --resume goes on from it",
+        "haloc: stopped by Ctrl-C; no epoch is done",
+    ]
+
+
+@pytest.mark.parametrize("stage", ["prune", "quantize"])
+def test_the_scale_of_a_run_is_none_of_a_stage(folder, whole, tmp_path, stage):
+    with pytest.raises(ConfigError, match=f"^scale: of a whole run, not of a stage; set {stage}.epochs$"):
+        stage_of(folder, stage, {"scale": 0.1}, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_and_bench_calibrate_on_as_many_images_as_the_chain(folder, whole, tmp_path):
+    assert len(Finished(folder).calibration_images()) == 64
+    content = json.loads((folder / "metrics.json").read_text())
+    content["config"]["quantize"], content["config"]["rank_space"]["calibration_images"] = None, 50
+    for name in ("ranks.json", "weights.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "metrics.json").write_text(json.dumps(content))
+    assert len(Finished(tmp_path).calibration_images()) == 50
+
+
+def test_other_processes_wait_while_the_first_takes_the_time(tmp_path, monkeypatch):
+    events = []
+    measured = lambda models, *args: events.append("timed") or dict.fromkeys(models, 1.0)  # noqa: E731
+    for module in ("nni_haloc.job", "nni_haloc.stages"):
+        monkeypatch.setattr(f"{module}.measure_latency", measured)
+    for module in ("nni_haloc.run", "nni_haloc.stages"):
+        monkeypatch.setattr(f"{module}.wait_for_all", lambda: events.append("all are here"))
+    for rank, expected in (("0", ["timed", "all are here"] * 2), ("1", ["all are here"] * 2)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        events.clear()
+        chain(tmp_path / rank, prune={"epochs": 0}, **NO_TRAINING)
+        assert events == expected

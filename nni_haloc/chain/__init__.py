@@ -2,5 +2,6 @@
 
 from .pruning import prune
 from .quantizing import Simulated, simulate
+from .workarounds import traced
 
-__all__ = ["Simulated", "prune", "simulate"]
+__all__ = ["Simulated", "prune", "simulate", "traced"]

@@ -14,7 +14,9 @@ from ..modules import evaluating
 from .workarounds import Loop, start_lsq
 
 Quantizer = Literal["ptq", "qat", "lsq"]
-Training = Callable[[nn.Module, Callable[[], None]], Any]
+Training = Callable[[nn.Module], Any]
+_BATCH = 64
+"""Of calibration images."""
 
 
 class Simulated:
@@ -34,14 +36,12 @@ class Simulated:
         return self.network
 
 
-def simulate(
-    network: nn.Module, images: Tensor, quantizer: Quantizer = "ptq", train: Training = lambda network, after_step: None
-) -> Simulated:
+def simulate(network: nn.Module, images: Tensor, quantizer: Quantizer = "ptq", train: Training = lambda network: None) -> Simulated:
     """A copy of ``network`` with the weights and inputs of its convolutions and linear layers rounded to 8 bits, by NNI.
 
-    ``images (N, ...)``: training images on which the ranges are found. ``ptq`` leaves it at that; ``qat`` and ``lsq`` train with the
-    rounding in place: ``train(network, after_step)``, which calls ``after_step`` after each step. Weights have a scale for each output
-    channel, under ``lsq`` one for all.
+    ``images (N, ...)``: training images on which the ranges are found. ``ptq`` leaves it at that; ``qat`` and ``lsq`` start from the ranges
+    of the first 64 and train with the rounding in place: ``train(network)``. Weights have a scale for each output channel, under ``lsq``
+    one for all.
     """
     if quantizer not in get_args(Quantizer):
         raise ValueError(f"quantizer: expected one of {', '.join(get_args(Quantizer))}, found {quantizer!r}")
@@ -55,18 +55,19 @@ def simulate(
 
     def calibrate() -> None:
         with evaluating(network), torch.no_grad():
-            network(images)
+            for batch in images.split(_BATCH):
+                network(batch)
 
     if quantizer == "ptq":
         made: Any = PtqQuantizer(network, settings, Loop(lambda after_step: None, calibrate))
         made.compress(max_steps=1, max_epochs=None)
         return Simulated(network.eval(), made)
     kind = {"qat": QATQuantizer, "lsq": LsqQuantizer}[quantizer]
-    made = kind(network, settings, Loop(lambda after_step: train(network, after_step)))
+    made = kind(network, settings, Loop(lambda after_step: train(network)))  # both round from the first step on: they have no use for it
     end = start_lsq(made) if quantizer == "lsq" else lambda: None
     for wrapper in made._module_wrappers.values():
         wrapper.training = True  # the quantizer tracks ranges in training alone; BatchNorm must not
-    made.track_forward(images)
+    made.track_forward(images[:_BATCH])
     end()
     network.eval()
     made.compress(max_steps=None, max_epochs=1)  # as long as `train` says
