@@ -62,7 +62,7 @@ def export_onnx(network: nn.Module, example: Tensor, file: str | Path, *, tolera
     ValueError, and ``file`` is what it was before. A network that can't do with any batch size keeps that of ``example``, with a warning
     in the log.
     """
-    with needed("export to ONNX"), whole(file) as part:
+    with needed("export to ONNX"), whole(file, shared=True) as part:
         program, dynamic = _traced(network, example)
         if sum(p.nbytes for p in program.state_dict.values()) > _LARGEST:
             raise ValueError(f"{file}: expected less than {_LARGEST >> 20} MiB of weights, which is what one ONNX file holds")
@@ -79,7 +79,7 @@ def export_onnx(network: nn.Module, example: Tensor, file: str | Path, *, tolera
 
 def export_program(network: nn.Module, example: Tensor, file: str | Path, *, tolerance: float = 1e-4) -> float:
     """Write ``network`` as a program of torch.export (``.pt2``), which torch alone runs; everything else as for `export_onnx`."""
-    with whole(file) as part:
+    with whole(file, shared=True) as part:
         program, dynamic = _traced(network, example)
         with _quietly():
             torch.export.save(program, part)
@@ -96,7 +96,7 @@ def quantize_onnx(source: str | Path, images: Tensor, file: str | Path, **option
     """
     if not len(images):
         raise ValueError("quantization: expected training images to calibrate on, found none")
-    with needed("quantization"), whole(file) as part, _quietly():
+    with needed("quantization"), whole(file, shared=True) as part, _quietly():
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 

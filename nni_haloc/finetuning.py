@@ -52,11 +52,8 @@ def recalibrate(model: nn.Module, loader: Iterable[tuple[Tensor, Any]], batches:
 
 def accuracy(model: nn.Module, loader: DataLoader, topk: tuple[int, ...] = (1,)) -> tuple[float, ...]:
     """Top-k accuracies, 0 to 1, over a loader of ``(images, labels)``."""
-    with (
-        evaluating(model),
-        accelerated(model) as device,
-        torch.no_grad(),
-    ):  # not inference mode: what NNI's wrappers keep of a pass is trained with, by several processes synchronised
+    # Not inference mode: NNI's wrappers keep tensors of a pass as buffers, which several processes synchronise in training.
+    with evaluating(model), accelerated(model) as device, torch.no_grad():
         batches = [(model(images.to(device)).cpu(), labels) for images, labels in loader]
     logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return tuple(float(multiclass_accuracy(logits, labels, num_classes=logits.shape[1], top_k=k, average="micro")) for k in topk)

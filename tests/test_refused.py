@@ -25,6 +25,11 @@ COMMANDS = {
     "measure": ["measure", *MEASURE, "--rounds", 2],
     "plot": ["plot", FINISHED],
     "front": ["front", FINISHED, "--budgets", "0.6"],
+    "prune": ["prune", FINISHED, "--epochs", 0],
+    "quantize": ["quantize", FINISHED, "--set", "quantize.int8=false"],
+    "export": ["export", FINISHED, "--format", "onnx,safetensors"],
+    "bench": ["bench", FINISHED, "--no-data"],
+    "report": ["report", FINISHED],
     "throughput": ["throughput", DIGITS, "--on", "torch", "--out", OUT, *SHORT],
 }
 

@@ -318,3 +318,24 @@ def test_other_processes_wait_while_the_first_takes_the_time(tmp_path, monkeypat
         events.clear()
         chain(tmp_path / rank, prune={"epochs": 0}, **NO_TRAINING)
         assert events == expected
+
+
+def test_the_settings_of_distillation_reach_the_trainings(tmp_path, monkeypatch):
+    calls = []
+
+    def finetune(network, *args, **options):
+        calls.append({key: options.get(key) for key in ("teacher", "distill", "layers", "feature_weight")})
+        return network.eval()
+
+    monkeypatch.setattr("nni_haloc.training.finetune", finetune)
+    sections = {"finetune.distill": 0.2, "finetune.distill_features": 0.5, "prune": {"epochs": 1, "distill": 0.4}}
+    chain(tmp_path, **NO_TRAINING, **sections, quantize={"quantizer": "qat", "int8": False, "calibration_images": 8})
+    teachers = [row.pop("teacher") for row in calls]
+    layers = list(json.loads((tmp_path / "ranks.json").read_text())["ranks"])
+    assert calls == [
+        {"distill": 0.2, "layers": layers, "feature_weight": 0.5},
+        {"distill": 0.4, "layers": None, "feature_weight": None},
+        {"distill": None, "layers": None, "feature_weight": None},
+    ]
+    assert teachers[0] is teachers[1] is not None
+    assert teachers[2] is None
