@@ -214,7 +214,7 @@ def _identity(config: Config, plan: RankPlan, network: nn.Module) -> dict[str, A
     digest = hashlib.sha256()
     for name, value in network.named_parameters():  # not the BatchNorm statistics: those are each process's own
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return {**finetuning_identity(config), "ranks": plan.names, "network": f"sha256 {digest.hexdigest()}"}
 
 
