@@ -61,7 +61,7 @@ def test_a_search_that_goes_on_keeps_its_rows(folder, tmp_path):
 
     config = load_config(DIGITS, SETTINGS)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        search(Job(config, tmp_path), lambda metrics: next(reports) or stop(metrics))
+        search(Job(config, tmp_path), lambda metrics, place: next(reports) or stop(metrics))
     search(Job(config, tmp_path), resume=True)
     again = history.read(tmp_path / "search" / "history.csv")
     assert again["iteration"] == whole["iteration"]
