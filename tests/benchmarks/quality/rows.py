@@ -174,7 +174,7 @@ def _trained(job: Job, plan: RankPlan, chosen: nn.Module) -> dict[str, Any]:
     curve: list[float] = []
     logger.info("%s", job.folder.name)
     started = time.process_time()
-    network = train(job, plan, copy.deepcopy(chosen), lambda metrics: curve.append(metrics["default"]))
+    network = train(job, plan, copy.deepcopy(chosen), lambda metrics, place: curve.append(metrics["default"]))
     finetune_s = time.process_time() - started
     (top1,) = job.accuracy(network, job.loader(job.config.data.score))
     return {"top1": top1, "val": curve, "epochs": job.config.finetune.epochs, "finetune_s": finetune_s}
