@@ -21,7 +21,8 @@ from nni_haloc.finetuning import accuracy, recalibrate
 from nni_haloc.job import _quiet, _splits
 from nni_haloc.models import build_model
 from nni_haloc.nas import Haloc, classification, run_search
-from nni_haloc.run import _prepare, _recipe
+from nni_haloc.run import _prepare
+from nni_haloc.training import recipe_of
 from nni_haloc.yaml_files import parse_yaml
 
 
@@ -78,7 +79,7 @@ def measure(mode, config, splits):
     trace = Trace(strategy)
     train, val = (splits.loader(split, d.batch_size, shuffle=True, seed=config.seed + i) for i, split in enumerate(("train", "val")))
     options = {"callbacks": [trace], "precision": config.search.precision, "enable_progress_bar": False}
-    run_search(space, classification(train, val, _recipe(config.search), limit_train_batches=ARGS.batches, **options), strategy)
+    run_search(space, classification(train, val, recipe_of(config.search), limit_train_batches=ARGS.batches, **options), strategy)
     plan = strategy.plan()
     network = strategy.network(plan)
     seed_everything(config.seed, verbose=False)
