@@ -111,7 +111,10 @@ def build_on_meta(name):
     try:
         with torch.device("meta"):
             return build(name)
-    except NotImplementedError:  # its constructor looks at values
+    except ValueError as error:
+        if "NotImplementedError" not in str(error):
+            raise
+        # Its constructor looks at values.
         return build(name).to("meta")
 
 
