@@ -33,7 +33,8 @@ def check_experiment(path: str | Path) -> str:
         if not content.get(key):
             raise ConfigError(f"{path}: {key}: missing")
     service = content["trainingService"]
-    if not isinstance(service, list) and not (isinstance(service, dict) and isinstance(service.get("platform"), str)):
+    services = service if isinstance(service, list) else [service]
+    if not all(isinstance(one, dict) and isinstance(one.get("platform"), str) for one in services):
         raise ConfigError(f"{path}: trainingService.platform: expected a name such as 'local', found {service!r}")
     space = content.get("searchSpace")
     if space is None and "searchSpaceFile" in content:
@@ -54,7 +55,7 @@ def check_experiment(path: str | Path) -> str:
         raise ConfigError(f"{path}: trialCommand: expected 'python3 -m nni_haloc.trial RUN.yml', found {content['trialCommand']!r}")
     code = path.parent / str(content.get("trialCodeDirectory") or ".")
     run_file = code / arguments[0]
-    here = all(entry.get("platform") == "local" for entry in (service if isinstance(service, list) else [service]))
+    here = all(one["platform"] == "local" for one in services)
     uploaded = None if here else code
     first = {key: values[0] for key, values in samples.items()}
     for key, values in samples.items():

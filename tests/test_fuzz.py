@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
@@ -169,6 +169,7 @@ EXPERIMENT = yaml.safe_load((DIGITS / "haloc.yml").read_text())
 
 
 @given(changed(EXPERIMENT))
+@example(EXPERIMENT | {"searchSpace": {}, "trainingService": [None]})
 @FUZZED
 def test_an_experiment(tmp_path, content):
     file = tmp_path / "case" / "haloc.yml"
