@@ -1,8 +1,7 @@
 """Uniform ranks against the fastest that a cost table knows, ResNet-18 at 588 M MACs: python tests/benchmarks/latency_plans.py
 
 In each setting, batch 1 and 8, default and channels-last, one thread: a table is measured (it goes on where it stopped), and the plan
-of the lowest latency within 2 % of those MACs is taken from it, with and without dense layers. With `--tries`, that plan is polished:
-the best of its neighbours by the table run as whole networks, too, and the fastest is the plan. Then the original and the three
+of the lowest latency within 2 % of those MACs is taken from it, with and without dense layers. Then the original and the three
 networks are timed in alternation. On an idle machine. Untrained weights: this says nothing of accuracy.
 """
 
@@ -11,7 +10,6 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from torch import nn
@@ -35,19 +33,18 @@ def main(
     work: Annotated[Path, typer.Option(help="folder for the tables")] = Path("latency-plans"),
     rounds: Annotated[int, typer.Option(help="of five passes or more of each network")] = 9,
     step: Annotated[int, typer.Option(help="distance between candidate ranks")] = 8,
-    tries: Annotated[int, typer.Option(help="plans to run as whole networks, the fastest is taken; 1: the table's word")] = 1,
     out: Annotated[Path, typer.Option(help="JSON lines, appended to")] = RAW,
     report: Annotated[bool, typer.Option(help="print the table of all raw results, measure nothing")] = False,
 ) -> None:
     for batch, form in () if report else SETTINGS:
-        line = compare(work, batch, form, rounds, step, tries)
+        line = compare(work, batch, form, rounds, step)
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     print(table([json.loads(line) for line in out.read_text().splitlines()]))
 
 
-def compare(work: Path, batch: int, form: Any, rounds: int, step: int, tries: int) -> dict[str, Any]:
+def compare(work: Path, batch: int, form: Any, rounds: int, step: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model, shape = build_model("torchvision:resnet18").eval(), (batch, 3, 224, 224)
     example, rules = torch.randn(shape), RankRules(step=step, kinds=("conv",), exclude=("conv1",))
@@ -59,7 +56,7 @@ def compare(work: Path, batch: int, form: Any, rounds: int, step: int, tries: in
     plans = {"uniform": uniform(model, example, rules)}
     for name, skipped in (("fastest", ()), ("fastest without dense", ("dense",))):
         scores = {layer: {c: -cost for c, cost in row.items() if c not in skipped} for layer, row in times.costs.items()}
-        plans[name] = polish(scores, macs, model, runtime, shape, tries)
+        plans[name] = ranks(choose(scores, [Limit(macs, (1 + NEAR) * MACS)], (1 - NEAR) / (1 + NEAR)))
     networks = {"original": model} | {name: restructure(model, plan) for name, plan in plans.items()}
     counts = {name: count_macs(network, example) for name, network in networks.items()}
     assert all(abs(counts[name] / MACS - 1) <= NEAR + 1e-6 for name in plans), counts
@@ -75,37 +72,6 @@ def compare(work: Path, batch: int, form: Any, rounds: int, step: int, tries: in
         "macs": counts,
         "plans": {name: plan.names for name, plan in plans.items()},
     }
-
-
-def polish(
-    scores: dict[str, dict[str, float]], macs: CostTable, model: nn.Module, runtime: TorchRuntime, shape: tuple[int, ...], tries: int
-) -> RankPlan:
-    """The table's best plan, or, with more `tries` than one, the fastest of its neighbours when they run as whole networks."""
-    best = choose(scores, [Limit(macs, (1 + NEAR) * MACS)], (1 - NEAR) / (1 + NEAR))
-    for _ in range(3 if tries > 1 else 0):  # each generation starts from the one before
-        names = neighbours(best, scores, macs, tries)
-        plans = {str(i): ranks(choice) for i, choice in enumerate(names)}
-        with runtime.pinned():
-            runs = {i: runtime.ready(restructure(model, plan), shape, copied=False) for i, plan in plans.items()}
-            times: dict[str, list[float]] = {i: [] for i in runs}
-            while len(runs) > 1:  # the slower half drops out, the others run again, more often
-                for _ in range(3 + tries // len(runs)):
-                    for i, seconds in time_together(runs, runtime, 0.1).items():
-                        times[i].append(seconds)
-                runs = {i: runs[i] for i in sorted(runs, key=lambda i: median(times[i]))[: len(runs) // 2]}
-        best = names[int(next(iter(runs)))]
-    return ranks(best)
-
-
-def neighbours(best: dict[str, str], scores: dict[str, dict[str, float]], macs: CostTable, number: int) -> list[dict[str, str]]:
-    """A choice and others near it, up to four layers changed, within the MACs, that the table calls the fastest of five thousand."""
-    random, found = np.random.default_rng(0), {}
-    for _ in range(5000):
-        layers = random.choice(list(best), random.integers(1, 5), replace=False)
-        other = best | {layer: str(random.choice(list(scores[layer]))) for layer in layers}
-        if other != best and abs(macs.total(other) / MACS - 1) <= NEAR:
-            found[tuple(other.items())] = sum(scores[layer][name] for layer, name in other.items())
-    return [best, *(dict(items) for items in sorted(found, key=lambda items: -found[items])[: number - 1])]
 
 
 def ranks(choice: dict[str, str]) -> RankPlan:
