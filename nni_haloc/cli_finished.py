@@ -112,7 +112,7 @@ def quantize_command(
     code: Code = None,
     resume: StageResume = False,
 ) -> None:
-    """Quantize a finished run's network to 8 bits: as a quantizer of NNI's simulates it, and for ONNX Runtime, which is faster for it."""
+    """Quantize a finished run's network to 8 bits: as a quantizer of NNI's simulates it, and as an ONNX file that runs in int8."""
     _stage("quantize", folder, {"quantizer": quantizer, "epochs": epochs}, out, set_, code, resume)
 
 

@@ -18,6 +18,7 @@ with warnings.catch_warnings():  # two of torch's functions under their old name
 from nni.compression.quantization import LsqQuantizer
 from nni.compression.utils import Evaluator
 
+from ..modules import first_line
 from .groups import ChannelGroup
 
 Masks = dict[str, dict[str, Tensor]]
@@ -28,8 +29,7 @@ def traced(model: nn.Module) -> fx.GraphModule:
     try:
         return fx.symbolic_trace(model)
     except Exception as error:  # whatever the model's code makes of a proxy
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise ValueError(f"torch.fx cannot trace {type(model).__name__} ({reason})") from None
+        raise ValueError(f"torch.fx cannot trace {type(model).__name__} ({first_line(error)})") from None
 
 
 def speed_up(model: nn.Module, example: Tensor, masks: Masks) -> nn.Module:
@@ -95,7 +95,7 @@ class Loop(Evaluator):
 
     def patch_optimizer_step(self, before_step_tasks: list[Any], after_step_tasks: list[Any]) -> None:
         if before_step_tasks:
-            raise NotImplementedError
+            raise NotImplementedError("tasks before a step: L1Norm, FPGM and Taylor, PTQ, QAT and LSQ have none")
         self._after += after_step_tasks
 
     def train(self, max_steps: int | None = None, max_epochs: int | None = None) -> None:
