@@ -314,6 +314,16 @@ def test_no_code_of_a_file_of_weights_runs(tmp_path, zipped):
     assert not Path(mark).exists()
 
 
+@pytest.mark.parametrize("key", ["a\nb", "a\x1b[31mb", "a\u2028b", "x" * 5000])
+def test_a_key_of_any_kind_leaves_the_message_on_one_short_line(tmp_path, key):
+    file = tmp_path / "case" / "space.yml"
+    file.write_text(yaml.safe_dump({key: 1}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="unknown key|\\.\\.\\.$") as caught:
+        load_space(file)
+    assert_one_line(str(caught.value), file)
+    assert str(caught.value).isprintable()
+
+
 LAUGHS = "".join(f"{n}: &{n} [{', '.join([f'*{m}'] * 9)}]\n" for m, n in zip("abcdefgh", "bcdefghi", strict=True))
 
 
