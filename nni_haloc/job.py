@@ -175,8 +175,7 @@ def job_in(folder: Path, stage: Path | None = None) -> Iterator[None]:
         found = any(folder.rglob(CHECKPOINT_FILE)) if stage is None else (stage / CHECKPOINT_FILE).is_file()
         return f"{stage or folder} keeps the checkpoint; --resume goes on from it" if found else "no epoch is done"
 
-    log_to(folder / "log.txt")
-    with stoppable("haloc", kept):
+    with log_to(folder / "log.txt"), stoppable("haloc", kept):
         yield
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,24 +27,37 @@ class _File(logging.FileHandler):
             print(f"{self.baseFilename}: no log from here on: {sys.exc_info()[1]}", file=sys.stderr)
 
 
-def log_to(path: Path) -> None:
-    """Send the run's log to ``path`` (its folder is made) and to standard error. `ConfigError` where nothing can be written there.
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Send what is logged here to ``path`` (its folder is made) and to standard error. `ConfigError` where nothing can be written there.
 
     Of several processes the first one logs.
     """
-    if not is_first():
-        logger.disabled = True
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        to_file = _File(path, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path.parent}: expected a folder that can be written to, found: {error.strerror}") from None
-    logger.setLevel(logging.INFO)
+    before = logger.level, logger.propagate, logger.disabled
+    handlers = _handlers(path) if is_first() else []
+    logger.disabled = not handlers
     logger.propagate = False
-    for handler in (to_file, logging.StreamHandler()):
+    logger.setLevel(logging.INFO)
+    for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            with suppress(OSError):  # what is left in it can't be written; that was said
+                handler.close()
+        level, logger.propagate, logger.disabled = before
+        logger.setLevel(level)
+
+
+def _handlers(path: Path) -> list[logging.Handler]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return [_File(path, encoding="utf-8"), logging.StreamHandler()]
+    except OSError as error:
+        raise ConfigError(f"{path.parent}: expected a folder that can be written to, found: {error.strerror}") from None
 
 
 class TimeLeft:

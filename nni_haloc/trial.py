@@ -20,6 +20,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] != ["measure"] and len(sys.argv) != 2:
         sys.exit("usage: python3 -m nni_haloc.trial RUN.yml, or measure and options of `haloc measure`")
     FOLDER = Path(os.environ.get("NNI_OUTPUT_DIR", ".")) / "haloc"
+    LOG = ExitStack()
     try:
-        log_to(FOLDER / "log.txt")
+        LOG.enter_context(log_to(FOLDER / "log.txt"))
         HELD = _alone(FOLDER) if is_first() else None
     except (ConfigError, OSError) as error:
         sys.exit(str(error))

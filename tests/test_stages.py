@@ -212,6 +212,7 @@ def test_a_stages_figures_are_of_their_settings_and_its_training_is_used_again(f
     settings = {"quantize.quantizer": "qat", "quantize.epochs": 1, "quantize.int8": False}
     stage_of(folder, "quantize", settings, tmp_path)
     caplog.set_level("INFO", "nni_haloc")
+    caplog.clear()
     stage_of(folder, "quantize", settings | {key: value}, tmp_path, resume=True)
     assert "quantizing: done" not in caplog.text
     assert "quantization-aware training: 1 of 1 epochs are done" in caplog.text

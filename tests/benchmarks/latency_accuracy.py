@@ -44,14 +44,14 @@ def main(
 ) -> None:
     changes = {key: parse_yaml(value) for key, _, value in (text.partition("=") for text in set_ or [])}
     config = load_config(run_file, {**changes, "seed": seed})
-    log_to(work / "log.txt")
     known = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    for number in () if report else map(int, rows.split(",")):
-        name = list(ROWS)[number]
-        if not any((line["name"], line["seed"]) == (name, seed) for line in known):
-            line = {"name": name, "seed": seed, **one(name, config, table, work / f"{number}-{seed}")}
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+    with log_to(work / "log.txt"):
+        for number in () if report else map(int, rows.split(",")):
+            name = list(ROWS)[number]
+            if not any((line["name"], line["seed"]) == (name, seed) for line in known):
+                line = {"name": name, "seed": seed, **one(name, config, table, work / f"{number}-{seed}")}
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
     if report:
         print(printed(Job(config, work), [json.loads(line) for line in out.read_text().splitlines()]))
 

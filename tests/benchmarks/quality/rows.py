@@ -94,10 +94,10 @@ def main(
         sys.exit(f"--tier: expected one of {', '.join(TIERS)}; --score: that of the rows in {out}")
     rows = TIERS[tier](seeds)
     first, of = map(int, part.split("/"))
-    log_to(work / f"log-{first}.txt")
-    for index, row in enumerate(rows):
-        if index % of == first and (not method or row.method in method) and not _complete(row, read(out)):
-            _make(row, files | dict(_pair(text) for text in set_ or []), out, work, score)
+    with log_to(work / f"log-{first}.txt"):
+        for index, row in enumerate(rows):
+            if index % of == first and (not method or row.method in method) and not _complete(row, read(out)):
+                _make(row, files | dict(_pair(text) for text in set_ or []), out, work, score)
 
 
 def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) -> None:
