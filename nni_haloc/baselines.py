@@ -7,6 +7,7 @@ from torch import nn
 
 from . import checkpoint
 from .compression import RANKS_FILE, restructure
+from .errors import ConfigError, first_line, reason_of
 from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, Job, clear, finetuning_identity
 from .log import logger
 from .nas import RankSpace
@@ -16,7 +17,6 @@ from .ranks import RankPlan, find_layers
 from .report import why_nothing
 from .rules import Problem, described, plan
 from .tables import limits_of, rules_of
-from .yaml_files import ConfigError, reason_of
 
 EVERY_RANK = {"uniform", "energy", "alds", "vbmf", "error-knapsack", "learned"}
 """Rules that run no candidate: they see every rank where the settings leave the step open, so that they can use the whole budget."""
@@ -49,7 +49,7 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
     except (OSError, ValueError) as error:
         raise ConfigError(reason_of(error)) from None
     except torch.linalg.LinAlgError as error:  # of a rule's own; those of the candidates name their layer
-        raise ConfigError(f"rule: {config.rule}: a singular value decomposition failed ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"rule: {config.rule}: a singular value decomposition failed ({first_line(error)})") from None
     fact = found.chosen_by
     logger.info(
         "plan of rule %s: cost %.6g of %.6g %s, budget %.6g", *(fact[k] for k in ("rule", "cost", "original_cost", "metric", "budget"))

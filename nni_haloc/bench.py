@@ -20,12 +20,12 @@ from .device.measurements import spread
 from .device.measuring import Run, Runtime, time_together
 from .device.onnx_runtime import OnnxRuntime
 from .device.torch_runtime import TorchRuntime
+from .errors import ConfigError
 from .exporting import OnnxNetwork, export_onnx, quantize_onnx
 from .log import logger
 from .predictors import count_macs
 from .predictors.analytic import count_params
 from .printing import percent, print_table
-from .yaml_files import ConfigError
 
 SPLITS = ("val", "test")
 VERSION = 1

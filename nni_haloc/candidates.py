@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .errors import first_line
 from .layers import LayerSpec, last_bias, layout_of
 from .log import logger
 from .modules import Example, batch_size_of, batches, call, evaluating
@@ -104,7 +105,7 @@ def build_candidates(
             try:
                 factors[name] = decompose(weight if spec.kind == "conv" else weight.flatten(1), ranks, method, covariances.pop(name, None))
             except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:
-                reason = str(error).strip().split("\n")[0]
+                reason = first_line(error)
                 raise ValueError(f"layer {name!r}: its decomposition by {method!r} failed ({reason})") from None
             kept_plain += [f"{name} {rank}" for rank, found in zip(ranks, factors[name], strict=True) if isinstance(found, Plain)]
     if kept_plain:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from .config import Config
 from .device.files import whole
-from .yaml_files import ConfigError
+from .errors import ConfigError, first_line
 
 VERSION = 2
 _KEY = "nni_haloc"
@@ -58,7 +58,7 @@ def read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {**content[_KEY]["facts"], "epochs": content["epoch"] + 1}
     except Exception as error:  # torch, pickle and zip each have their own for a bad file
-        reason = str(error).strip().split("\n")[0][:100] or type(error).__name__
+        reason = first_line(error)
         raise UnusableCheckpoint(f"{path}: not a checkpoint that can be read ({reason})") from None
 
 

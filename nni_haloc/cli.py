@@ -11,10 +11,10 @@ import typer
 
 from .cli_finished import assignment, finished
 from .config import load_config
+from .errors import ConfigError, reason_of
 from .interruption import stoppable
 from .printing import percent, print_table
 from .sections import Rule
-from .yaml_files import ConfigError, reason_of
 
 app = typer.Typer(
     help="Hardware-aware low-rank compression of convolutional networks.",

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from .errors import ConfigError
 from .printing import percent, print_table
-from .yaml_files import ConfigError, parse_yaml
+from .yaml_files import parse_yaml
 
 finished = typer.Typer()
 Code = Annotated[Path | None, typer.Option(help="folder of your model's factory, where the settings name one")]

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .candidates import build_candidates
 from .device.files import whole, write_json
+from .errors import first_line
 from .layers import LayerSpec
 from .models import build_model
-from .modules import Example, copy_of, first_line, replace_modules
+from .modules import Example, copy_of, replace_modules
 from .ranks import RankPlan, rank_name
 from .tucker import Method
 

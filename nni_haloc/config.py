@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
+from .errors import ConfigError
 from .sections import (
     Budget,
     Cost,
@@ -29,7 +30,7 @@ from .sections import (
     WeightsPath,
     check_uploaded,
 )
-from .yaml_files import ConfigError, read_yaml
+from .yaml_files import read_yaml
 
 Validated = TypeVar("Validated", bound=Section)
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from .compression import METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE, load, load_weights
 from .config import parse_config
 from .device.files import whole
+from .errors import ConfigError, reason_of
 from .exporting import export_onnx, export_program, quantize_onnx
 from .job import EXPORT_FOLDER, Job
 from .models import build_model
-from .yaml_files import ConfigError, reason_of
 
 FORMATS = ("onnx", "program", "safetensors", "int8")
 ONNX_FILE, INT8_FILE, PROGRAM_FILE = "model.onnx", "model-int8.onnx", "model.pt2"

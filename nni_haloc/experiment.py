@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .config import load_config
-from .yaml_files import ConfigError, read_yaml
+from .errors import ConfigError
+from .yaml_files import read_yaml
 
 _SAMPLERS = {
     "choice": 1, "randint": 2, "uniform": 2, "quniform": 3, "loguniform": 2, "qloguniform": 3, "normal": 2, "qnormal": 3, "lognormal": 2,

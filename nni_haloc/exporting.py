@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from .device.files import whole
 from .device.onnx_runtime import clear_errors, open_session
+from .errors import first_line
 from .log import logger
-from .modules import copy_of, first_line
+from .modules import copy_of
 
 _OPSET = 20
 _LARGEST = 3 << 29

@@ -13,12 +13,12 @@ from . import checkpoint
 from .budget import InfeasibleBudget, UndecidedBudget
 from .config import parse_config
 from .device.files import whole, write_json
+from .errors import ConfigError
 from .finetuning import recalibrate
 from .job import CHECKPOINT_FILE, FRONT_FOLDER, SEARCH_FOLDER, Job
 from .log import logger
 from .nas import Haloc
 from .run import searched
-from .yaml_files import ConfigError
 
 FRONT_FILE, PLOT_FILE = "front.json", "front.png"
 _AXES = {

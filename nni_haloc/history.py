@@ -11,11 +11,11 @@ import pytorch_lightning as pl
 
 from .budget import Limit
 from .device.files import whole
+from .errors import ConfigError
 from .log import logger
 from .nas import Haloc
 from .predictors import CostTable
 from .processes import is_first
-from .yaml_files import ConfigError
 
 HISTORY_FILE = "history.csv"
 COLUMNS = ("iteration", "train_loss", "approach_loss", "expected_cost", "expected_params")

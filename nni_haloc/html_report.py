@@ -20,12 +20,12 @@ from . import figures, history
 from .bench import TEXT, bench_table
 from .compression import BENCH_FILE, COSTS_FILE, METRICS_FILE, RANKS_FILE, WEIGHTS_FILE
 from .device.files import whole
+from .errors import ConfigError
 from .job import FINETUNING_FOLDER, PRUNED_FOLDER, QUANTIZED_FOLDER, SEARCH_FOLDER
 from .measure import Parser
 from .predictors import CostTable
 from .printing import percent
 from .ranks import RankPlan, rank_name
-from .yaml_files import ConfigError
 
 REPORT_FILE = "report.html"
 _PARTS = ("metrics", "config", "parameters", "versions")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .yaml_files import ConfigError
+from .errors import ConfigError
 
 
 class DamagedImage(ConfigError):

@@ -21,6 +21,7 @@ from . import checkpoint
 from . import data as datasets
 from .compression import BENCH_FILE, METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE, load_weights, restructure, save
 from .config import Config
+from .errors import ConfigError, first_line, reason_of
 from .finetuning import accuracy
 from .interruption import stoppable
 from .log import log_to, logger
@@ -30,7 +31,6 @@ from .predictors.analytic import count_params
 from .processes import check_startable, is_first
 from .ranks import RankPlan
 from .tables import latency_input, runtime_of
-from .yaml_files import ConfigError, reason_of
 
 SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER, EXPORT_FOLDER = "search", "finetuning", "front", "export"
 PRUNED_FOLDER, QUANTIZED_FOLDER, CHECKPOINT_FILE = "pruned", "quantized", "checkpoint.ckpt"
@@ -89,7 +89,7 @@ class Job:
         try:
             return accuracy(model, loader, (1, 5) if len(self.splits.classes) > 10 else (1,))
         except (RuntimeError, IndexError) as error:
-            name, reason = self.config.model.name, str(error).splitlines()[0]
+            name, reason = self.config.model.name, first_line(error)
             raise ConfigError(f"model: {name} does not take the data's images or classes ({reason})") from None
 
     def metrics(self, network: nn.Module, result: tuple[float, ...], baseline: tuple[float, ...]) -> dict[str, float]:

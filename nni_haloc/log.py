@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
+from .errors import ConfigError
 from .processes import is_first
-from .yaml_files import ConfigError
 
 logger = logging.getLogger("nni_haloc")
 

@@ -16,8 +16,8 @@ from .device.files import write_json
 from .device.measurements import keep_measurements, merge
 from .device.measuring import Progress, Runtime, Timing, measure
 from .device.spec import Specification, draw, share
+from .errors import reason_of
 from .interruption import stoppable
-from .yaml_files import reason_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .errors import first_line
+
 M = TypeVar("M", bound=nn.Module)
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """A network's input: a tensor ``(N, ...)``, a tuple of positional inputs or a dict of keyword inputs."""
@@ -67,11 +69,6 @@ def _culprit(model: nn.Module, memo: Mapping[int, Any]) -> str | None:
                 where = f"of its submodule {name!r}" if name else "of its own"
                 return f"the attribute {attribute!r} {where} ({first_line(error)}); take it away, or give its class a __deepcopy__"
     return None
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def call(model: nn.Module, example: Example) -> Any:

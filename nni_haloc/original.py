@@ -10,12 +10,12 @@ from . import checkpoint
 from .checkpoint import EpochCheckpoint
 from .config import Config
 from .device.files import whole
+from .errors import ConfigError
 from .finetuning import Forecast, TrainingDiverged, finetune
 from .job import CHECKPOINT_FILE, Job, trainer_options
 from .log import logger
 from .processes import is_first
 from .training import recipe_of
-from .yaml_files import ConfigError
 
 
 def training_folder(config: Config) -> Path:

@@ -18,6 +18,7 @@ from .compression import METRICS_FILE
 from .config import Config
 from .device.files import write_json
 from .environment import versions
+from .errors import ConfigError, reason_of
 from .finetuning import EpochEnd, Forecast
 from .history import HISTORY_FILE, History
 from .job import CHECKPOINT_FILE, FINETUNING_FOLDER, SEARCH_FOLDER, Job, clear, finetuning_identity, trainer_options
@@ -32,7 +33,6 @@ from .sensitivity import sensitivities
 from .stages import chain, check
 from .tables import limits_of, rules_of, table_files, with_tables
 from .training import Report, place_of, recipe_of, trained
-from .yaml_files import ConfigError, reason_of
 
 
 def run(

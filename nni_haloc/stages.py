@@ -20,6 +20,7 @@ from .deployment import Finished
 from .device.files import write_json
 from .device.measuring import time_together
 from .device.onnx_runtime import OnnxRuntime
+from .errors import ConfigError
 from .job import CHECKPOINT_FILE, PRUNED_FOLDER, QUANTIZED_FOLDER, Job, finetuning_identity
 from .log import logger
 from .modules import evaluating
@@ -28,7 +29,6 @@ from .processes import is_first, wait_for_all
 from .ranks import RankPlan
 from .tables import latency_input, runtime_of
 from .training import Report, place_of, trained
-from .yaml_files import ConfigError
 
 CALIBRATION_FILE = "quantization.json"
 INT8_FILES = ("float32.onnx", "int8.onnx")

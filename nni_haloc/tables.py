@@ -13,6 +13,7 @@ from .budget import Limit
 from .compression import COSTS_FILE
 from .config import Config
 from .device.files import processor, whole
+from .errors import ConfigError
 from .log import logger
 from .predictors import CostTable, TorchRuntime, activation_table, latency_table, mac_table, param_table
 from .predictors.accelerator import CACHE, accelerator_table
@@ -20,7 +21,6 @@ from .predictors.stairs import rank_stairs
 from .processes import is_first, start_together
 from .ranks import RankRules
 from .sections import Metric, Space
-from .yaml_files import ConfigError
 
 
 def rules_of(config: Config, step: int | None = None) -> RankRules:

@@ -16,6 +16,7 @@ from .device.files import read_json, write_json
 from .device.measuring import Timing, measure, time_together
 from .device.onnx_runtime import OnnxRuntime
 from .device.spec import Specification
+from .errors import ConfigError, reason_of
 from .job import Job
 from .log import logger
 from .measure import progress
@@ -24,7 +25,6 @@ from .printing import percent, print_table
 from .ranks import RankPlan
 from .run import run_job
 from .tables import latency_input, rules_of, runtime_of
-from .yaml_files import ConfigError, reason_of
 
 DEVICES = {"torch": None, "onnxruntime": "onnxruntime", "eyeriss": "zigzag", "cuda": None}
 """Names that ``--on`` takes, and the package that each needs."""

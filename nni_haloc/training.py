@@ -14,13 +14,13 @@ from torch import nn
 from . import checkpoint
 from .checkpoint import EpochCheckpoint
 from .config import Config
+from .errors import ConfigError
 from .finetuning import Forecast, TrainingDiverged, accuracy, finetune, recalibrate
 from .history import HISTORY_FILE, add_epoch
 from .job import Job, trainer_options
 from .log import logger
 from .recipe import Recipe
 from .sections import Distilled, Training
-from .yaml_files import ConfigError
 
 Report = Callable[[dict[str, float], int], None]
 """Takes an epoch's metrics and their place in the run's curve, from 0 on; a run that goes on may come by its last place once more."""

@@ -29,9 +29,9 @@ from filelock import FileLock, Timeout
 from .compression import COSTS_FILE
 from .config import load_config
 from .device.files import write_json
+from .errors import ConfigError, reason_of
 from .log import log_to, logger
 from .processes import is_first
-from .yaml_files import ConfigError, reason_of
 
 LOCK_FILE, REPORTED_FILE = "trial.lock", "reported.json"
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from .modules import Example, call, copy_of, first_line, replace_modules
+from .errors import first_line
+from .modules import Example, call, copy_of, replace_modules
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 """What a rank space looks at: convolutions and linear layers."""

@@ -8,23 +8,7 @@ from typing import Any
 
 import yaml
 
-
-class ConfigError(ValueError):
-    """One line for the user: which key of which file, what was expected, what was found."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
-
-
-def printable(message: str, most: int = 1000) -> str:
-    """A message on one line and of bounded length, whatever names and values from a file are in it."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in message)
-    return line if len(line) <= most else f"{line[: most - 4]} ..."
-
-
-def reason_of(error: Exception) -> str:
-    """What went wrong, for the user; of the system's errors, with which file."""
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename and error.strerror else str(error)
+from .errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):

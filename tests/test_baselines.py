@@ -13,9 +13,9 @@ from nni_haloc.baselines import by_rule
 from nni_haloc.checkpoint import UnusableCheckpoint
 from nni_haloc.cli import app
 from nni_haloc.config import load_config
+from nni_haloc.errors import ConfigError
 from nni_haloc.job import Job
 from nni_haloc.predictors import CostTable, mac_table
-from nni_haloc.yaml_files import ConfigError
 
 LEARNED = ("baseline", DIGITS, "--rule", "learned", "--budget", "0.25", "--set", "finetune.epochs=1")
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from nni_haloc.config import Config, load_config, parse_config
-from nni_haloc.yaml_files import ConfigError
+from nni_haloc.errors import ConfigError
 
 GOOD = {"model": {"name": "digits_cnn"}, "weights": "w.pt", "data": {"name": "digits"}, "budget": {"fraction": 0.3}}
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from nni_haloc.config import load_config
 from nni_haloc.data import TensorImages, cifar10, digits, image_folder
+from nni_haloc.errors import ConfigError
 from nni_haloc.job import Job
 from nni_haloc.models import build_model
-from nni_haloc.yaml_files import ConfigError
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import torch
 import nni_haloc
 from nni_haloc import Haloc, RankSpace, Recipe, classification, history
 from nni_haloc.config import load_config
+from nni_haloc.errors import ConfigError
 from nni_haloc.models import build_model
 from nni_haloc.nas import run_search
 from nni_haloc.nas.updates import HalocModule
 from nni_haloc.predictors import CostTable, count_macs, mac_table
 from nni_haloc.processes import check_startable, is_first, start_together
 from nni_haloc.tables import limits_of, rules_of
-from nni_haloc.yaml_files import ConfigError
 
 DIGITS = Path(__file__).parents[1] / "examples/digits/run.yml"
 

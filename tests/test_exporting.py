@@ -22,10 +22,10 @@ from nni_haloc.data import digits
 from nni_haloc.deployment import Finished, export
 from nni_haloc.device.onnx_runtime import OnnxRuntime
 from nni_haloc.device.torch_runtime import TorchRuntime
+from nni_haloc.errors import ConfigError
 from nni_haloc.exporting import OnnxNetwork, export_onnx, export_program, quantize_onnx
 from nni_haloc.models import build_model
 from nni_haloc.predictors import count_macs
-from nni_haloc.yaml_files import ConfigError
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "examples" / "digits" / "run.yml"

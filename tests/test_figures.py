@@ -18,6 +18,7 @@ from torch import nn
 
 from nni_haloc import figures, history
 from nni_haloc.config import load_config
+from nni_haloc.errors import ConfigError
 from nni_haloc.figures import discrepancy, losses, parameters, rank_bars
 from nni_haloc.history import COLUMNS
 from nni_haloc.job import Job
@@ -25,7 +26,6 @@ from nni_haloc.predictors import CostTable, param_table
 from nni_haloc.ranks import RankPlan
 from nni_haloc.run import search
 from nni_haloc.tables import rules_of
-from nni_haloc.yaml_files import ConfigError
 
 TRAINED = ["--model", "digits_cnn", "--weights", DIGITS.with_name("digits.safetensors")]
 SETTINGS = {"search.epochs": 2, "search.lam": 1.0}

@@ -15,11 +15,11 @@ from nni_haloc.compression import load_weights
 from nni_haloc.config import load_config
 from nni_haloc.data import digits
 from nni_haloc.device.files import UNITS
+from nni_haloc.errors import ConfigError
 from nni_haloc.job import Job
 from nni_haloc.models import build_model
 from nni_haloc.predictors import CostTable, count_macs
 from nni_haloc.run import search
-from nni_haloc.yaml_files import ConfigError
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "run.yml"
 ORIGINAL = 1493632

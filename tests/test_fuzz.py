@@ -24,10 +24,10 @@ from nni_haloc.compression import load, load_weights, restructure
 from nni_haloc.config import load_config, load_space
 from nni_haloc.device.measurements import read_measurements, subject
 from nni_haloc.device.spec import Specification
+from nni_haloc.errors import ConfigError
 from nni_haloc.experiment import check_experiment
 from nni_haloc.predictors import CostTable
 from nni_haloc.ranks import RankPlan
-from nni_haloc.yaml_files import ConfigError
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 CASES = 700 if os.environ.get("HALOC_SLOW") else 60

@@ -34,9 +34,9 @@ from nni_haloc.budget import cheapest
 from nni_haloc.chain import simulate
 from nni_haloc.chain.groups import channel_groups
 from nni_haloc.chain.workarounds import Loop, ModelSpeedup, pruning_settings, speed_up, traced
+from nni_haloc.errors import ConfigError
 from nni_haloc.experiment import check_experiment, trial_results, warm_up_manager
 from nni_haloc.nas.multitrial import run_multitrial
-from nni_haloc.yaml_files import ConfigError
 
 PACKAGE = Path(__file__).parents[1] / "nni_haloc"
 

@@ -12,8 +12,8 @@ import pytest
 from nni_experiments import digits_code, finished, free_port, get, wait_for, with_budgets
 
 from nni_haloc import load
+from nni_haloc.errors import ConfigError
 from nni_haloc.experiment import check_experiment, trial_folders, trial_results
-from nni_haloc.yaml_files import ConfigError
 
 SSHD = shutil.which("sshd", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"]))
 needs_sshd = pytest.mark.skipif(not (SSHD and shutil.which("scp")), reason="no SSH server here (Debian: openssh-server, openssh-client)")

@@ -13,9 +13,9 @@ import psutil
 import pytest
 from nni_experiments import created, digits_code, get, resume, until_done, wait_for, with_budgets
 
+from nni_haloc.errors import ConfigError
 from nni_haloc.experiment import trial_results
 from nni_haloc.trial import Reports
-from nni_haloc.yaml_files import ConfigError
 
 BUDGETS = [0.5, 0.3]
 TRIED = [0.5, 0.5, 0.3]

@@ -31,6 +31,7 @@ from nni_haloc import (
 )
 from nni_haloc.budget import cheapest
 from nni_haloc.config import load_config
+from nni_haloc.errors import ConfigError
 from nni_haloc.models import build_model
 from nni_haloc.nas import run_search
 from nni_haloc.nas import supernet as supernet_module
@@ -40,7 +41,6 @@ from nni_haloc.predictors import count_macs
 from nni_haloc.predictors.analytic import count_params
 from nni_haloc.run import run
 from nni_haloc.tucker import reconstruct
-from nni_haloc.yaml_files import ConfigError
 
 QUIET = {"enable_progress_bar": False}
 

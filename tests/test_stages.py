@@ -16,12 +16,12 @@ from nni_haloc import run as run_module
 from nni_haloc.config import load_config
 from nni_haloc.data import digits
 from nni_haloc.deployment import Finished
+from nni_haloc.errors import ConfigError
 from nni_haloc.exporting import OnnxNetwork
 from nni_haloc.job import CHECKPOINT_FILE, Job, job_in
 from nni_haloc.predictors import count_macs
 from nni_haloc.run import run
 from nni_haloc.stages import stage_of
-from nni_haloc.yaml_files import ConfigError
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "run.yml"
 SHORT = {"rule": "uniform", "finetune.epochs": 1, "data.share": 0.5, "recalibration_batches": 5, "cost.batch_size": 8}

@@ -9,11 +9,11 @@ import torch
 from nni_haloc import throughput as module
 from nni_haloc.config import load_config
 from nni_haloc.device.measuring import measure
+from nni_haloc.errors import ConfigError
 from nni_haloc.models import build_model
 from nni_haloc.predictors import CostTable, count_macs, mac_table
 from nni_haloc.ranks import RankRules
 from nni_haloc.throughput import CLOCK, at_hand, print_throughput, throughput
-from nni_haloc.yaml_files import ConfigError
 
 DIGITS = Path(__file__).parents[1] / "examples/digits/run.yml"
 SHORT = {"search.epochs": 1, "finetune.epochs": 0, "budget.fraction": 0.7, "cost.batch_size": 64, "rank_space": {"step": 16}}

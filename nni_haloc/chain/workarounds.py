@@ -18,7 +18,7 @@ with warnings.catch_warnings():  # two of torch's functions under their old name
 from nni.compression.quantization import LsqQuantizer
 from nni.compression.utils import Evaluator
 
-from ..modules import first_line
+from ..errors import first_line
 from .groups import ChannelGroup
 
 Masks = dict[str, dict[str, Tensor]]

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, Protocol
 
+from ..errors import first_line
 from .files import COSTS_VERSION, DENSE, UNITS, write_json
 from .measurements import METRIC, NETWORK, STATE, finished, read_measurements, subject, unmeasured
 from .spec import Specification
@@ -111,7 +112,7 @@ def measure(
             # The device is gone, out of memory, or cannot run this; or a specification that was written by hand makes no sense.
             except (RuntimeError, TypeError, LookupError, AttributeError) as error:
                 what = "the network" if index is None else "layer {!r}, candidate {!r}".format(*homes[index])
-                reason = str(error).strip().split("\n")[0]
+                reason = first_line(error)
                 reason = reason if isinstance(error, RuntimeError) else f"the specification is damaged ({type(error).__name__}: {reason})"
                 raise ValueError(f"{what}: {reason}; what was measured until then {'is in ' + str(out) if out else 'is lost'}") from None
             state["identity"] |= {"date": time.strftime("%Y-%m-%d"), "runs": timing.rounds}

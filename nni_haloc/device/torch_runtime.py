@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..errors import first_line
 from ..layers import Kind, LayerSpec
 from ..modules import copy_of, replace_modules
 from .files import DENSE, processor
@@ -48,7 +49,7 @@ class TorchRuntime:
             torch.empty(1, device=self.device, dtype=self._dtype)
             self._wait()
         except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = first_line(error)
             raise ValueError(f"device {self.device!r}, dtype {self.dtype!r}: torch cannot use it here ({reason})") from None
 
     @property
