@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of a search, a fine-tuning and a measuring: the same command goes on, and ends as if nothing had happened.
+"""SIGKILL at random moments of a search, a fine-tuning, a stage or a measuring: the same command goes on and ends as if nothing had happened.
 
 A process that was killed is followed by another, which may be killed too, until one comes to its end; then the next folder is begun. Two
 moments of each in CI, twenty in the slow suite, ``HALOC_SLOW=1``. Every fourth kill waits for a file that is just being written.
@@ -113,6 +113,26 @@ def test_a_fine_tuning_that_is_killed_at_any_moment_ends_as_an_undisturbed_one(c
         measured = {"latency_ms", "baseline_latency_ms", "speedup", "images_per_s"}
         assert all(ours["metrics"][key] == value for key, value in theirs["metrics"].items() if key not in measured)
         assert ours["config"] == theirs["config"]
+
+
+@pytest.mark.parametrize("stage", ["prune", "quantize"])
+def test_a_stage_that_is_killed_at_any_moment_ends_as_an_undisturbed_one(commands, undisturbed, tmp_path, stage):
+    source = undisturbed[2]
+    before = {name: (source / name).read_bytes() for name in ("ranks.json", "weights.safetensors", "metrics.json")}
+    options = {"prune": ["--pruner", "taylor", "--sparsity", 0.3], "quantize": ["--quantizer", "qat", "--set", "quantize.int8=false"]}
+
+    def words(folder):
+        return [stage, source, "--out", folder, "--epochs", 3, *options[stage], "--resume"]
+
+    expected = tmp_path / "expected"
+    seconds = commands.done(*words(expected))
+    for folder in killed_again_and_again(commands, 3, fresh(tmp_path), seconds, words):
+        assert whole_files(folder) == whole_files(expected)
+        assert (folder / "weights.safetensors").read_bytes() == (expected / "weights.safetensors").read_bytes()
+        assert list(differences(*(torch.load(f / "checkpoint.ckpt", weights_only=True) for f in (folder, expected)))) == []
+        ours, theirs = (json.loads((f / "metrics.json").read_text())["metrics"] for f in (folder, expected))
+        assert all(ours[key] == value for key, value in theirs.items() if not key.endswith(("latency_ms", "speedup", "images_per_s")))
+    assert before == {name: (source / name).read_bytes() for name in before}
 
 
 def test_a_measuring_that_is_killed_at_any_moment_keeps_its_entries_and_measures_none_twice(commands, tmp_path):

@@ -2,7 +2,8 @@
 
 In each setting, batch 1 and 8, default and channels-last, one thread: a table is measured (it goes on where it stopped), and the plan
 of the lowest latency within 2 % of those MACs is taken from it, with and without dense layers. Then the original and the three
-networks are timed in alternation. On an idle machine. Untrained weights: this says nothing of accuracy.
+networks are timed in alternation: as they are; with the normalisation folded into the convolutions, as for deployment; and, fed images in
+the default format, with their weights in channels-last. On an idle machine. Untrained weights: this says nothing of accuracy.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 
 from nni_haloc.budget import Limit, choose
 from nni_haloc.compression import restructure
@@ -20,6 +22,7 @@ from nni_haloc.device.measuring import Timing, measure, time_together
 from nni_haloc.device.torch_runtime import TorchRuntime
 from nni_haloc.measure import progress
 from nni_haloc.models import build_model
+from nni_haloc.modules import copy_of
 from nni_haloc.predictors import CostTable, count_macs, mac_table, specify
 from nni_haloc.ranks import RankPlan, RankRules, find_layers, parse_rank
 
@@ -27,6 +30,12 @@ RAW = Path(__file__).parents[2] / "docs" / "raw" / "latency_plans.jsonl"
 MACS, NEAR = 588e6, 0.02
 SETTINGS = [(batch, form) for form in ("contiguous", "channels_last") for batch in (1, 8)]
 NETWORKS = ("original", "uniform", "fastest", "fastest without dense")
+FORMS: dict[str, Any] = {
+    "as they are": lambda network: network,
+    "normalisation folded": fuse,
+    "channels-last weights": lambda network: copy_of(network).to(memory_format=torch.channels_last),
+    "both": lambda network: fuse(network).to(memory_format=torch.channels_last),
+}
 
 
 def main(
@@ -61,13 +70,18 @@ def compare(work: Path, batch: int, form: Any, rounds: int, step: int) -> dict[s
     counts = {name: count_macs(network, example) for name, network in networks.items()}
     assert all(abs(counts[name] / MACS - 1) <= NEAR + 1e-6 for name in plans), counts
     with runtime.pinned():
-        runs = {name: runtime.ready(network, shape, copied=False) for name, network in networks.items()}
+        runs = {
+            (form_, name): runtime.ready(change(network), shape, copied=False)
+            for form_, change in list(FORMS.items())[: 4 if form == "contiguous" else 2]
+            for name, network in networks.items()
+        }
         found = [time_together(runs, runtime, 0.2) for _ in range(rounds)]
+    milliseconds = {form_: {name: [1e3 * times_[form_, name] for times_ in found] for name in networks} for form_, _ in runs}
     return {
         "batch": batch,
         "memory_format": form,
         "identity": times.identity,
-        "milliseconds": {name: [1e3 * times_[name] for times_ in found] for name in runs},
+        "milliseconds": milliseconds,
         "predicted": {name: times.total(plan.names) for name, plan in plans.items() if name != "uniform"},
         "macs": counts,
         "plans": {name: plan.names for name, plan in plans.items()},
@@ -90,15 +104,17 @@ def uniform(model: nn.Module, example: torch.Tensor, rules: RankRules) -> RankPl
 
 def table(lines: list[dict[str, Any]]) -> str:
     last = {(line["batch"], line["memory_format"]): line for line in lines}
-    result = ["| batch, format | " + " | ".join(f"{n}, ms" for n in NETWORKS) + " | uniform | fastest | without dense | under uniform |"]
-    result.append("| --- " * (len(NETWORKS) + 5) + "|")
+    columns = ["batch, format", "networks", *(f"{n}, ms" for n in NETWORKS), "uniform", "fastest", "without dense", "under uniform"]
+    result = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for (batch, form), line in last.items():
-        times = line["milliseconds"]
-        middle = {name: median(values) for name, values in times.items()}
-        cells = [f"{middle[name]:.1f} ({quantiles(times[name])[0]:.1f} to {quantiles(times[name])[2]:.1f})" for name in NETWORKS]
-        ups = [f"{median(a / b for a, b in zip(times['original'], times[name], strict=True)):.2f} x" for name in NETWORKS[1:]]
-        under = median(1 - a / b for a, b in zip(times["fastest"], times["uniform"], strict=True))
-        result.append(f"| {batch}, {form} | " + " | ".join([*cells, *ups, f"{100 * under:.0f} %"]) + " |")
+        for number, (form_, times) in enumerate(line["milliseconds"].items()):
+            cells = ["" if number else f"{batch}, {form}", form_]
+            for name in NETWORKS:
+                low, middle, high = quantiles(times[name])
+                cells.append(f"{middle:.1f} ({low:.1f} to {high:.1f})")
+            cells += [f"{median(a / b for a, b in zip(times['original'], times[name], strict=True)):.2f} x" for name in NETWORKS[1:]]
+            cells.append(f"{100 * median(1 - a / b for a, b in zip(times['fastest'], times['uniform'], strict=True)):.0f} %")
+            result.append("| " + " | ".join(cells) + " |")
     return "\n".join(result)
 
 
