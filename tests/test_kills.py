@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of a search, a fine-tuning, a stage or a measuring: the same command goes on and ends as if nothing had happened.
+"""SIGKILL at random moments of a search, a fine-tuning, a stage or a measuring: the same command goes on, and ends as if not disturbed.
 
 A process that was killed is followed by another, which may be killed too, until one comes to its end; then the next folder is begun. Two
 moments of each in CI, twenty in the slow suite, ``HALOC_SLOW=1``. Every fourth kill waits for a file that is just being written.
