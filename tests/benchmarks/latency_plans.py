@@ -32,9 +32,9 @@ SETTINGS = [(batch, form) for form in ("contiguous", "channels_last") for batch 
 NETWORKS = ("original", "uniform", "fastest", "fastest without dense")
 FORMS: dict[str, Any] = {
     "as they are": lambda network: network,
-    "normalisation folded": fuse,
+    "normalisation folded": lambda network: fuse(network.eval()),
     "channels-last weights": lambda network: copy_of(network).to(memory_format=torch.channels_last),
-    "both": lambda network: fuse(network).to(memory_format=torch.channels_last),
+    "both": lambda network: fuse(network.eval()).to(memory_format=torch.channels_last),
 }
 
 
