@@ -58,7 +58,7 @@ def read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {**content[_KEY]["facts"], "epochs": content["epoch"] + 1}
     except Exception as error:  # torch, pickle and zip each have their own for a bad file
-        reason = first_line(error)
+        reason = first_line(error).split(". ")[0]  # torch goes on with advice to load it unsafely
         raise UnusableCheckpoint(f"{path}: not a checkpoint that can be read ({reason})") from None
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+import threading
 
 import nni
 import psutil
@@ -122,22 +122,28 @@ def folders(home, number):
 
 @pytest.fixture
 def orphans():
-    """Make this process the parent of what its descendants leave behind.
+    """Make this process the parent of what its descendants leave behind, and reap that.
 
     `nnictl` leaves its manager to init, and takes a killed manager for a running one until somebody reaps it; some containers have nobody.
     """
     subreaper = 36  # PR_SET_CHILD_SUBREAPER
-    libc = ctypes.CDLL(None)
+    libc, over = ctypes.CDLL(None), threading.Event()
+
+    def reap():
+        before = set()
+        while not over.wait(0.2):
+            ended = {child.pid for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE}
+            for pid in ended & before:  # a child of `subprocess` is not there that long
+                os.waitpid(pid, 0)
+            before = ended - before
+
     assert libc.prctl(subreaper, 1, 0, 0, 0) == 0
+    thread = threading.Thread(target=reap)
+    thread.start()
     yield
+    over.set()
+    thread.join()
     libc.prctl(subreaper, 0, 0, 0, 0)
-
-
-def gone(pid):
-    """Whether a killed process is there no more, not even as a zombie."""
-    with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
-    return not psutil.pid_exists(pid)
 
 
 def test_nnictl_resume_after_the_manager_was_killed_ends_as_if_it_had_not_been(tmp_path, orphans):
@@ -164,7 +170,7 @@ def test_nnictl_resume_after_the_manager_was_killed_ends_as_if_it_had_not_been(t
             for process in processes if all_ else [manager]:
                 process.send_signal(signal.SIGKILL)
             for process in processes:  # the trial, and NNI's tuner, which would else answer the new manager on the same port
-                wait_for(lambda process=process: gone(process.pid), 60)
+                wait_for(lambda process=process: not process.is_running(), 60)
             assert not (folder / "metrics.json").exists(), "killed too late for this test to mean anything"
             resume(tmp_path, number, port)
 

@@ -2,8 +2,9 @@
 
 In each setting, batch 1 and 8, default and channels-last, one thread: a table is measured (it goes on where it stopped), and the plan
 of the lowest latency within 2 % of those MACs is taken from it, with and without dense layers. Then the original and the three
-networks are timed in alternation: as they are; with the normalisation folded into the convolutions, as for deployment; and, fed images in
-the default format, with their weights in channels-last. On an idle machine. Untrained weights: this says nothing of accuracy.
+networks are timed in alternation: as they are; with the normalisation folded into the convolutions, as for deployment; and, in the
+default format, with weights in channels-last, without and with the folding. Best on an idle machine. Untrained weights: this says
+nothing of accuracy.
 """
 
 import json
