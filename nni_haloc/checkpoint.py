@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from .config import Config
 from .device.files import whole
-from .errors import ConfigError, first_line
+from .errors import ConfigError, first_sentence
 
 VERSION = 2
 _KEY = "nni_haloc"
@@ -58,8 +58,7 @@ def read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {**content[_KEY]["facts"], "epochs": content["epoch"] + 1}
     except Exception as error:  # torch, pickle and zip each have their own for a bad file
-        reason = first_line(error).split(". ")[0]  # torch goes on with advice to load it unsafely
-        raise UnusableCheckpoint(f"{path}: not a checkpoint that can be read ({reason})") from None
+        raise UnusableCheckpoint(f"{path}: not a checkpoint that can be read ({first_sentence(error)})") from None
 
 
 def check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .candidates import build_candidates
 from .device.files import whole, write_json
-from .errors import first_line
+from .errors import first_line, first_sentence
 from .layers import LayerSpec
 from .models import build_model
 from .modules import Example, copy_of, replace_modules
@@ -150,7 +150,7 @@ def _smaller(module: nn.Module, shape: tuple[int, ...]) -> nn.Module | None:
         return None
     groups = shape[0] if depthwise else 1
     geometry: dict[str, Any] = {key: getattr(module, key) for key in ("stride", "padding", "dilation", "padding_mode")}
-    return nn.Conv2d(shape[1] * groups, shape[0], shape[2:], groups=groups, bias=module.bias is not None, **geometry)  # type: ignore[arg-type]
+    return nn.Conv2d(shape[1] * groups, shape[0], (shape[2], shape[3]), groups=groups, bias=module.bias is not None, **geometry)
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -158,7 +158,8 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
     with safe_open(str(path), "pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()  # it is no mapping
+        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -178,7 +179,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle, zip and safetensors each have their own for a bad file
-        raise ValueError(f"{path}: not a file of weights that can be loaded safely ({first_line(error)})") from None
+        raise ValueError(f"{path}: not a file of weights that can be loaded safely ({first_sentence(error)})") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

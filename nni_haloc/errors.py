@@ -21,6 +21,11 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
+def first_sentence(error: Exception) -> str:
+    """`first_line` without what follows: torch goes on with advice to load a file unsafely, in bold."""
+    return first_line(error).split(". ")[0]
+
+
 def reason_of(error: Exception) -> str:
     """What went wrong, for the user; of the system's errors, with which file."""
     return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename and error.strerror else str(error)

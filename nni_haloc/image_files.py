@@ -37,6 +37,8 @@ def _opened(file: str) -> Any:
         return default_loader(file)
     except Exception as error:  # Pillow has many, by the kind of damage
         reason = "truncated" if "truncated" in str(error) else "not an image that can be read"
+        if isinstance(error, OSError) and error.strerror:  # the system's: nothing is known of the image
+            reason = error.strerror
         raise DamagedImage(f"{file}: {reason}") from None
 
 

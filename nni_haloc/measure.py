@@ -16,7 +16,7 @@ from .device.files import write_json
 from .device.measurements import keep_measurements, merge
 from .device.measuring import Progress, Runtime, Timing, measure
 from .device.spec import Specification, draw, share
-from .errors import reason_of
+from .errors import first_line, reason_of
 from .interruption import stoppable
 
 if TYPE_CHECKING:
@@ -168,8 +168,7 @@ def model_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor, RankRules]
         with torch.no_grad():
             model(example)
     except Exception as error:  # of the model's own code
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--input: {options.model} does not take {options.input} ({reason})") from None
+        raise ValueError(f"--input: {options.model} does not take {options.input} ({first_line(error)})") from None
     return model, example, rules
 
 

@@ -181,11 +181,15 @@ def test_a_folder_without_classes_is_named(folder):
 
 def damaged(folder, damage):
     path = folder / "train" / "cat" / "3.png"
-    path.write_bytes(path.read_bytes()[:200] if damage == "truncated" else b"no image at all")
+    if damage == "No such file or directory":
+        path.unlink()
+        path.symlink_to("nowhere")
+    else:
+        path.write_bytes(path.read_bytes()[:200] if damage == "truncated" else b"no image at all")
     return re.escape(f"{path}: {damage}")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "not an image that can be read"])
+@pytest.mark.parametrize("damage", ["truncated", "not an image that can be read", "No such file or directory"])
 def test_a_damaged_image_is_named_when_it_is_read(folder, damage):
     line = damaged(folder, damage)
     with pytest.raises(ConfigError, match=f"^{line}$"):
