@@ -2,9 +2,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-NNI_PLATFORMS = "platform_machine == 'x86_64' or platform_machine == 'AMD64'"  # nni has wheels for these alone
+NNI_PLATFORMS = (
+    "platform_machine == 'x86_64' or platform_machine == 'AMD64'"  # nni has wheels for these alone
+)
 TENSORBOARD = ["tensorboard>=2.18"]
-ACCELERATOR = ["zigzag-dse>=3.9,<4; python_version >= '3.11'", "six>=1.16"]  # six: needed and not declared
+ACCELERATOR = [
+    "zigzag-dse>=3.9,<4; python_version >= '3.11'",
+    "six>=1.16",
+]  # six: needed and not declared
 ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 
 setup(
@@ -15,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["nni_haloc", "nni_haloc.*"]),
-    package_data={"nni_haloc": ["py.typed", "templates/*.html"]},
+    package_data={"nni_haloc": ["py.typed", "results/templates/*.html"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         f"nni==3.0; {NNI_PLATFORMS}",
@@ -50,6 +55,7 @@ setup(
             "hypothesis>=6.100",
             "fvcore>=0.1.5",
             "ruff>=0.9",
+            "import-linter>=2.0",
             "mypy>=1.15",
             "playwright>=1.40",
             "types-PyYAML>=6.0",
@@ -57,5 +63,5 @@ setup(
         ],
         "docs": ["mkdocs>=1.6"],
     },
-    entry_points={"console_scripts": ["haloc=nni_haloc.cli:main"]},
+    entry_points={"console_scripts": ["haloc=nni_haloc.cli.main:main"]},
 )

@@ -8,29 +8,45 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .environment import check_supported
+from nni_haloc.utils.versions import check_supported
 
 if TYPE_CHECKING:
-    from .budget import Limit
-    from .compression import compress, load, save
-    from .finetuning import accuracy, finetune, recalibrate
-    from .fronts import front
-    from .nas import Haloc, RankSpace, TableProfiler, classification
-    from .predictors import CostTable, Timing, TorchRuntime, latency_table, mac_table, measure_latency, param_table
-    from .ranks import RankPlan, RankRules
-    from .recipe import Recipe
-    from .sensitivity import sensitivities
+    from nni_haloc.costs.analytic import mac_table, param_table
+    from nni_haloc.costs.device.measuring import Timing
+    from nni_haloc.costs.device.torch_runtime import TorchRuntime
+    from nni_haloc.costs.measured import latency_table, measure_latency
+    from nni_haloc.costs.table import CostTable
+    from nni_haloc.plan.budget import Limit
+    from nni_haloc.plan.compression import compress
+    from nni_haloc.plan.rank_plan import RankPlan
+    from nni_haloc.plan.sensitivity import sensitivities
+    from nni_haloc.results.front import front
+    from nni_haloc.runs.saved import load, save
+    from nni_haloc.search.evaluator import classification
+    from nni_haloc.search.space import RankSpace, TableProfiler
+    from nni_haloc.search.strategy import Haloc
+    from nni_haloc.space.ranks import RankRules
+    from nni_haloc.training.finetuning import accuracy, finetune, recalibrate
+    from nni_haloc.training.recipe import Recipe
 
 _HOMES = {
-    "budget": ("Limit",),
-    "compression": ("compress", "load", "save"),
-    "finetuning": ("accuracy", "finetune", "recalibrate"),
-    "fronts": ("front",),
-    "nas": ("Haloc", "RankSpace", "TableProfiler", "classification"),
-    "predictors": ("CostTable", "Timing", "TorchRuntime", "latency_table", "mac_table", "measure_latency", "param_table"),
-    "ranks": ("RankPlan", "RankRules"),
-    "recipe": ("Recipe",),
-    "sensitivity": ("sensitivities",),
+    "costs.analytic": ("mac_table", "param_table"),
+    "costs.device.measuring": ("Timing",),
+    "costs.device.torch_runtime": ("TorchRuntime",),
+    "costs.measured": ("latency_table", "measure_latency"),
+    "costs.table": ("CostTable",),
+    "plan.budget": ("Limit",),
+    "plan.compression": ("compress",),
+    "plan.rank_plan": ("RankPlan",),
+    "plan.sensitivity": ("sensitivities",),
+    "results.front": ("front",),
+    "runs.saved": ("load", "save"),
+    "search.evaluator": ("classification",),
+    "search.space": ("RankSpace", "TableProfiler"),
+    "search.strategy": ("Haloc",),
+    "space.ranks": ("RankRules",),
+    "training.finetuning": ("accuracy", "finetune", "recalibrate"),
+    "training.recipe": ("Recipe",),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)
 

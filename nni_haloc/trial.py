@@ -9,7 +9,9 @@ import nni
 if __name__ == "__main__":
     PARENT = os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        sys.exit("trialCommand: expected no torchrun: each process would ask for parameters; trainer.devices starts as many as it says")
+        sys.exit(
+            "trialCommand: expected no torchrun: each process would ask for parameters; trainer.devices starts as many as it says"
+        )
     # First of all, before anything that takes time or may fail: the manager hands parameters out in the order in which it is asked, so a
     # trial that asks late, or dies before it asks, passes its parameters on to another. The trial's other processes must not ask at all.
     handed_on = os.environ.get("NNI_HALOC_PARAMETERS")
@@ -26,12 +28,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .compression import COSTS_FILE
-from .config import load_config
-from .device.files import write_json
-from .errors import ConfigError, reason_of
-from .log import log_to, logger
-from .processes import is_first
+from nni_haloc.inputs.config import load_config
+from nni_haloc.runs.folder import COSTS_FILE
+from nni_haloc.utils.errors import ConfigError, reason_of
+from nni_haloc.utils.files import write_json
+from nni_haloc.utils.log import log_to, logger
+from nni_haloc.utils.processes import is_first
 
 LOCK_FILE, REPORTED_FILE = "trial.lock", "reported.json"
 
@@ -45,12 +47,18 @@ class Reports:
     """
 
     def __init__(self, path: Path, identity: Any) -> None:
-        self.path, self.identity = path, hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.path, self.identity = (
+            path,
+            hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        )
         self.intermediate, self.final_sent = 0, False
         try:
             noted = json.loads(path.read_text(encoding="utf-8"))
             if noted["identity"] == self.identity:
-                self.intermediate, self.final_sent = int(noted["intermediate"]), bool(noted["final"])
+                self.intermediate, self.final_sent = (
+                    int(noted["intermediate"]),
+                    bool(noted["final"]),
+                )
         except (OSError, ValueError, KeyError, TypeError):
             pass  # of a first start
         nni.trial.overwrite_intermediate_seq(self.intermediate)
@@ -77,7 +85,11 @@ class Reports:
             ) from None
 
     def _note(self) -> None:
-        content = {"identity": self.identity, "intermediate": self.intermediate, "final": self.final_sent}
+        content = {
+            "identity": self.identity,
+            "intermediate": self.intermediate,
+            "final": self.final_sent,
+        }
         try:
             write_json(self.path, content)
         except OSError as error:
@@ -89,8 +101,8 @@ def main(run_file: str, parameters: dict, folder: Path) -> int:
     try:
         config = load_config(run_file, parameters)
         reports = Reports(folder / REPORTED_FILE, config.model_dump(mode="json"))
-        from .checkpoint import UnusableCheckpoint
-        from .run import run
+        from nni_haloc.runs.run import run
+        from nni_haloc.training.checkpoint import UnusableCheckpoint
 
         try:  # a trial that NNI starts again has its folder already
             metrics = run(config, folder, reports.point, parameters, resume=True)
@@ -108,7 +120,7 @@ def main(run_file: str, parameters: dict, folder: Path) -> int:
 def measure_share(arguments: list[str], parameters: dict, folder: Path) -> int:
     """One trial of an experiment that measures a cost table: options of `haloc measure`, by the tuner too (``part``); the exit status."""
     words = [word for key, value in parameters.items() for word in (f"--{key}", str(value))]
-    from .measure import measure_main
+    from nni_haloc.costs.measure import measure_main
 
     try:
         entries = measure_main([*arguments, *words, "--out", str(folder / COSTS_FILE)])
@@ -145,7 +157,9 @@ if __name__ == "__main__":
     if "NNI_PLATFORM" in os.environ:
         _end_with(PARENT)
     if sys.argv[1:2] != ["measure"] and len(sys.argv) != 2:
-        sys.exit("usage: python3 -m nni_haloc.trial RUN.yml, or measure and options of `haloc measure`")
+        sys.exit(
+            "usage: python3 -m nni_haloc.trial RUN.yml, or measure and options of `haloc measure`"
+        )
     FOLDER = Path(os.environ.get("NNI_OUTPUT_DIR", ".")) / "haloc"
     LOG = ExitStack()
     try:
@@ -153,4 +167,8 @@ if __name__ == "__main__":
         HELD = _alone(FOLDER) if is_first() else None
     except (ConfigError, OSError) as error:
         sys.exit(str(error))
-    sys.exit(measure_share(sys.argv[2:], PARAMETERS, FOLDER) if sys.argv[1] == "measure" else main(sys.argv[1], PARAMETERS, FOLDER))
+    sys.exit(
+        measure_share(sys.argv[2:], PARAMETERS, FOLDER)
+        if sys.argv[1] == "measure"
+        else main(sys.argv[1], PARAMETERS, FOLDER)
+    )

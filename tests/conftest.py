@@ -6,32 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from helpers.networks import SmallNet
+from helpers.paths import ROOT
 from torch.utils.data import DataLoader, TensorDataset
 
 torch.set_num_threads(1)  # the networks here are too small to share out
-
-
-class SmallNet(nn.Module):
-    """Two searchable 3x3 convolutions, a searchable 1x1 one, BatchNorm, in-place activations, a shortcut and a classifier."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.body = nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(inplace=True))
-        self.point = nn.Conv2d(12, 12, 1)
-        self.act = nn.ReLU(inplace=True)
-        self.head = nn.Linear(12, 4)
-
-    def forward(self, x):
-        x = torch.relu(self.norm(self.stem(x)))
-        x = self.body(x)
-        return self.head((x + self.act(self.point(x))).mean((2, 3)))
 
 
 @pytest.fixture
@@ -57,13 +39,16 @@ def labels():
 @pytest.fixture
 def loaders(images, labels):
     data = TensorDataset(images, labels)
-    return tuple(DataLoader(data, 16, shuffle=True, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
+    return tuple(
+        DataLoader(data, 16, shuffle=True, generator=torch.Generator().manual_seed(seed))
+        for seed in (3, 4)
+    )
 
 
 @pytest.fixture(scope="session")
 def experiment(tmp_path_factory):
     """Port, id and home of a real NNI experiment of two trials, DONE."""
-    from nni_experiments import digits_experiment
+    from helpers.nni_experiments import digits_experiment
 
     home = tmp_path_factory.mktemp("home")
     with digits_experiment(home, [0.5, 0.3]) as (port, number):
@@ -72,9 +57,9 @@ def experiment(tmp_path_factory):
 
 SERVER = """
 import json, os, sys, traceback
-import nni_haloc.run, nni_haloc.measure, nni_haloc.predictors
-import nni_haloc.figures, nni_haloc.fronts, nni_haloc.throughput, nni_haloc.original
-from nni_haloc.cli import main
+import nni_haloc.runs.run, nni_haloc.costs.measure, nni_haloc.costs
+import nni_haloc.results.figures, nni_haloc.results.front, nni_haloc.runs.devices, nni_haloc.runs.original
+from nni_haloc.cli.main import main
 for line in sys.stdin:
     words, output = json.loads(line)
     pid = os.fork()
@@ -102,11 +87,17 @@ class Commands:
     def __init__(self, output):
         self.output = output
         self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+            [sys.executable, "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
         )
 
     def start(self, *words):
-        self.server.stdin.write(json.dumps([[str(word) for word in words], str(self.output)]) + "\n")
+        self.server.stdin.write(
+            json.dumps([[str(word) for word in words], str(self.output)]) + "\n"
+        )
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 

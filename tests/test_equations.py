@@ -2,27 +2,34 @@
 
 import importlib
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.optimize
 import scipy.special
 import torch
+from helpers.paths import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nni_haloc.objective import expected_cost, probability_loss_paper, settle, weight_loss
+from nni_haloc.search.objective import expected_cost, probability_loss_paper, settle, weight_loss
 
 
 def test_expected_cost_is_a_weighted_sum_with_its_own_gradient():
-    alpha = [torch.randn(3, dtype=torch.float64, requires_grad=True), torch.randn(2, dtype=torch.float64, requires_grad=True)]
+    alpha = [
+        torch.randn(3, dtype=torch.float64, requires_grad=True),
+        torch.randn(2, dtype=torch.float64, requires_grad=True),
+    ]
     costs = [torch.tensor([3.0, 2.0, 1.0]), torch.tensor([5.0, 4.0])]
     probs = [a.softmax(-1) for a in alpha]
     e = expected_cost(probs, costs, fixed=7)
-    assert float(e.detach()) == pytest.approx(7 + sum(float((p @ c.double()).detach()) for p, c in zip(probs, costs, strict=True)))
+    assert float(e.detach()) == pytest.approx(
+        7 + sum(float((p @ c.double()).detach()) for p, c in zip(probs, costs, strict=True))
+    )
     for a, p, c, g in zip(alpha, probs, costs, torch.autograd.grad(e, alpha), strict=True):
-        torch.testing.assert_close(g, (p * (c.double() - p @ c.double())).detach())  # dE/dalpha_j = p_j (c_j - E_i)
+        torch.testing.assert_close(
+            g, (p * (c.double() - p @ c.double())).detach()
+        )  # dE/dalpha_j = p_j (c_j - E_i)
         assert a.grad is None
 
 
@@ -37,7 +44,11 @@ def test_the_papers_loss_follows_the_product_rule(eta, theta):
 def expected_costs(logits, sizes, costs, fixed):
     """Eq. (6) of every limit, layer by layer."""
     result = np.array(fixed, dtype=float)
-    for z, c in zip(np.split(logits, np.cumsum(sizes)[:-1]), np.split(costs, np.cumsum(sizes)[:-1], axis=1), strict=True):
+    for z, c in zip(
+        np.split(logits, np.cumsum(sizes)[:-1]),
+        np.split(costs, np.cumsum(sizes)[:-1], axis=1),
+        strict=True,
+    ):
         result += c @ (np.exp(z - z.max()) / np.exp(z - z.max()).sum())
     return result
 
@@ -47,9 +58,13 @@ def settlings(draw):
     """Logits, and costs over budgets that some probabilities meet exactly or with a little to spare."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     sizes = draw(st.lists(st.integers(1, 8), min_size=1, max_size=20))
-    costs = rng.lognormal(0, 1, (draw(st.integers(1, 3)), sum(sizes))) * draw(st.sampled_from([1e-3, 1.0, 1e6]))
+    costs = rng.lognormal(0, 1, (draw(st.integers(1, 3)), sum(sizes))) * draw(
+        st.sampled_from([1e-3, 1.0, 1e6])
+    )
     fixed = costs.mean(1) * rng.uniform(0, 2)
-    budgets = expected_costs(rng.normal(0, 2, sum(sizes)), sizes, costs, fixed) * rng.uniform(1, 1.1, len(costs))
+    budgets = expected_costs(rng.normal(0, 2, sum(sizes)), sizes, costs, fixed) * rng.uniform(
+        1, 1.1, len(costs)
+    )
     return rng.normal(0, 1, sum(sizes)), sizes, costs / budgets[:, None], fixed / budgets
 
 
@@ -59,11 +74,18 @@ def test_settled_logits_meet_every_limit_and_use_one(problem):
     logits, sizes, costs, fixed = problem
     settled, prices = settle(*problem)
     after = expected_costs(settled, sizes, costs, fixed)
-    assert expected_costs(logits - prices @ costs, sizes, costs, fixed) == pytest.approx(after, abs=1e-6)
+    assert expected_costs(logits - prices @ costs, sizes, costs, fixed) == pytest.approx(
+        after, abs=1e-6
+    )
     assert after.max() <= 1 + 1e-7
-    if after.max() < 1 - 1e-7:  # nowhere to go: the limit that binds most can't be reached by paying for cost
+    if (
+        after.max() < 1 - 1e-7
+    ):  # nowhere to go: the limit that binds most can't be reached by paying for cost
         k = int(np.argmax(expected_costs(logits, sizes, costs, fixed)))
-        assert expected_costs(-np.argsort(np.argsort(-costs[k])) * 1e5, sizes, costs, fixed)[k] < 1 + 1e-7
+        assert (
+            expected_costs(-np.argsort(np.argsort(-costs[k])) * 1e5, sizes, costs, fixed)[k]
+            < 1 + 1e-7
+        )
 
 
 @settings(max_examples=100, deadline=None)
@@ -79,38 +101,54 @@ def test_limits_that_conflict_are_met_and_prices_forget_what_was(seed):
     settled, prices = settle(rng.normal(0, 2, 24), sizes, costs, fixed)
     after = expected_costs(settled, sizes, costs, fixed)
     assert after.max() == pytest.approx(1, abs=1e-6)
-    assert (prices[after < 1 - 1e-4] < 1e-3 * max(prices.max(), 1)).all()  # none where there is room to spare
+    assert (
+        prices[after < 1 - 1e-4] < 1e-3 * max(prices.max(), 1)
+    ).all()  # none where there is room to spare
 
 
 def test_settling_takes_the_nearest_probabilities_at_the_budget():
     """Against a general-purpose optimizer: of all probabilities with that expected cost, the least Kullback-Leibler divergence."""
     rng = np.random.default_rng(0)
     logits, costs, fixed = rng.normal(0, 1, 7), rng.uniform(0.05, 0.8, (1, 7)), np.array([0.1])
-    ours = [scipy.special.softmax(z) for z in np.split(settle(logits, [3, 4], costs, fixed)[0], [3])]
+    ours = [
+        scipy.special.softmax(z) for z in np.split(settle(logits, [3, 4], costs, fixed)[0], [3])
+    ]
     before = [scipy.special.softmax(z) for z in np.split(logits, [3])]
 
     def divergence(p):
-        return sum(float((q * np.log(q / b)).sum()) for q, b in zip(np.split(p, [3]), before, strict=True))
+        return sum(
+            float((q * np.log(q / b)).sum()) for q, b in zip(np.split(p, [3]), before, strict=True)
+        )
 
     constraints = [
         {"type": "eq", "fun": lambda p: p[:3].sum() - 1},
         {"type": "eq", "fun": lambda p: p[3:].sum() - 1},
         {"type": "eq", "fun": lambda p: fixed[0] + costs[0] @ p - 1},
     ]
-    found = scipy.optimize.minimize(divergence, np.concatenate(before), bounds=[(1e-9, 1)] * 7, constraints=constraints, tol=1e-12)
+    found = scipy.optimize.minimize(
+        divergence,
+        np.concatenate(before),
+        bounds=[(1e-9, 1)] * 7,
+        constraints=constraints,
+        tol=1e-12,
+    )
     np.testing.assert_allclose(np.concatenate(ours), found.x, atol=1e-4)
 
 
 def test_settling_leaves_alone_what_no_network_can_use():
     logits = np.array([0.3, -0.2])
-    settled, prices = settle(logits, [2], np.array([[0.5, 1.0]]), np.array([0.0]))  # the dearest just meets it
+    settled, prices = settle(
+        logits, [2], np.array([[0.5, 1.0]]), np.array([0.0])
+    )  # the dearest just meets it
     np.testing.assert_array_equal(settled, logits)
     assert not prices.any()
 
 
 def test_a_budget_of_the_cheapest_network_settles_there():
     after, _ = settle(np.zeros(4), [2, 2], np.array([[0.5, 3.0, 0.25, 0.26]]), np.array([0.25]))
-    assert expected_costs(after, [2, 2], np.array([[0.5, 3.0, 0.25, 0.26]]), [0.25]) == pytest.approx(1.0)
+    assert expected_costs(
+        after, [2, 2], np.array([[0.5, 3.0, 0.25, 0.26]]), [0.25]
+    ) == pytest.approx(1.0)
 
 
 def test_the_loss_of_the_weights_is_a_weighted_sum():
@@ -118,12 +156,14 @@ def test_the_loss_of_the_weights_is_a_weighted_sum():
 
 
 def test_the_table_of_equations_matches_the_code():
-    table = (Path(__file__).parents[1] / "docs" / "equations.md").read_text()
+    table = (ROOT / "docs" / "equations.md").read_text()
     rows = re.findall(r"^\| (\d+)[^|]*\| `([\w.]+)` \| `([\w/.:]+)` \|", table, re.M)
     assert {int(number) for number, _, _ in rows} == set(range(1, 10))
     for number, function, test in rows:
         module, _, attribute = function.rpartition(".")
         documented = getattr(importlib.import_module(f"nni_haloc.{module}"), attribute).__doc__
-        assert re.search(rf"Eq\. \({number}\)|Eq\. \((\d)\)-\((\d)\)", documented), f"{function} does not say Eq. ({number})"
+        assert re.search(rf"Eq\. \({number}\)|Eq\. \((\d)\)-\((\d)\)", documented), (
+            f"{function} does not say Eq. ({number})"
+        )
         file, _, name = test.partition("::")
-        assert f"def {name}(" in (Path(__file__).parents[1] / file).read_text()
+        assert f"def {name}(" in (ROOT / file).read_text()

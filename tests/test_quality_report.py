@@ -2,12 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 from scipy import stats
 
-STUDY = Path(__file__).parent / "benchmarks" / "quality"
+STUDY = ROOT / "tests" / "benchmarks" / "quality"
 sys.path.insert(0, str(STUDY))
 import report  # noqa: E402
 import rows  # noqa: E402
@@ -15,9 +15,29 @@ import rows  # noqa: E402
 
 def line(method, top1, seed=0, table=rows.EQUAL_TUNING, choose_s=1.0, epochs=6, **changes):
     found = {
-        **{"method": method, "metric": "macs", "fraction": 0.28, "seed": seed, "decomposition": "auto", "score": "test", "table": table},
-        **{"choose_s": choose_s, "finetune_s": 60.0 * epochs, "epochs": epochs, "top1": top1, "val": [0.5, top1]},
-        **{"cost_fraction": 0.279, "macs_fraction": 0.279, "params_fraction": 0.3, "ranks": {"layer1.0.conv1": "r4"}, "search": None},
+        **{
+            "method": method,
+            "metric": "macs",
+            "fraction": 0.28,
+            "seed": seed,
+            "decomposition": "auto",
+            "score": "test",
+            "table": table,
+        },
+        **{
+            "choose_s": choose_s,
+            "finetune_s": 60.0 * epochs,
+            "epochs": epochs,
+            "top1": top1,
+            "val": [0.5, top1],
+        },
+        **{
+            "cost_fraction": 0.279,
+            "macs_fraction": 0.279,
+            "params_fraction": 0.3,
+            "ranks": {"layer1.0.conv1": "r4"},
+            "search": None,
+        },
     }
     return found | changes
 
@@ -37,30 +57,61 @@ def test_leads_are_differences_seed_by_seed_with_students_interval():
 
 
 @pytest.mark.parametrize(
-    ("centre", "half", "said"), [(1, 0.5, "ahead"), (-1, 0.5, "behind"), (0.3, 0.5, "tied"), (0.3, 0.8, "not told apart")]
+    ("centre", "half", "said"),
+    [(1, 0.5, "ahead"), (-1, 0.5, "behind"), (0.3, 0.5, "tied"), (0.3, 0.8, "not told apart")],
 )
 def test_a_tie_is_an_interval_that_holds_0_and_is_narrow(centre, half, said):
     assert report.verdict(centre, half) == said
 
 
 def test_two_seeds_have_no_verdict_and_a_missing_search_no_lead():
-    lines = [line("haloc", 0.84, i) for i in range(2)] + [line("uniform", 0.83, i) for i in range(2)]
-    assert cells(report.table(lines, {}, "macs", 0.28, rows.EQUAL_TUNING), "uniform")[3:5] == ["+1.00", ""]
-    assert cells(report.table(lines[2:], {}, "macs", 0.28, rows.EQUAL_TUNING), "uniform")[3:5] == ["", ""]
+    lines = [line("haloc", 0.84, i) for i in range(2)] + [
+        line("uniform", 0.83, i) for i in range(2)
+    ]
+    assert cells(report.table(lines, {}, "macs", 0.28, rows.EQUAL_TUNING), "uniform")[3:5] == [
+        "+1.00",
+        "",
+    ]
+    assert cells(report.table(lines[2:], {}, "macs", 0.28, rows.EQUAL_TUNING), "uniform")[3:5] == [
+        "",
+        "",
+    ]
 
 
 def test_whoever_pays_for_its_ranks_has_a_line_of_its_own_at_equal_compute():
-    lines = [line("haloc", 0.86), line("haloc", 0.84, table=rows.EQUAL_COMPUTE, epochs=4), line("uniform", 0.85)]
-    lines += [line("sensitivity-knapsack", 0.855), line("sensitivity-knapsack", 0.845, table=rows.EQUAL_COMPUTE, epochs=5)]
+    lines = [
+        line("haloc", 0.86),
+        line("haloc", 0.84, table=rows.EQUAL_COMPUTE, epochs=4),
+        line("uniform", 0.85),
+    ]
+    lines += [
+        line("sensitivity-knapsack", 0.855),
+        line("sensitivity-knapsack", 0.845, table=rows.EQUAL_COMPUTE, epochs=5),
+    ]
     for order in (lines, lines[::-1]):
         table = report.table(order, {}, "macs", 0.28, rows.EQUAL_COMPUTE)
-        assert [cells(table, m)[2] for m in ("haloc", "uniform", "sensitivity-knapsack")] == ["84.00 (1)", "85.00 (1)", "84.50 (1)"]
-        assert [cells(table, m)[5] for m in ("haloc", "uniform", "sensitivity-knapsack")] == ["4", "6", "5"]
-        assert cells(report.table(order, {}, "macs", 0.28, rows.EQUAL_TUNING), "haloc")[2] == "86.00 (1)"
+        assert [cells(table, m)[2] for m in ("haloc", "uniform", "sensitivity-knapsack")] == [
+            "84.00 (1)",
+            "85.00 (1)",
+            "84.50 (1)",
+        ]
+        assert [cells(table, m)[5] for m in ("haloc", "uniform", "sensitivity-knapsack")] == [
+            "4",
+            "6",
+            "5",
+        ]
+        assert (
+            cells(report.table(order, {}, "macs", 0.28, rows.EQUAL_TUNING), "haloc")[2]
+            == "86.00 (1)"
+        )
 
 
 def test_ranks_decomposed_afresh_stand_beside_the_row_that_they_are_of():
-    lines = [line("haloc", 0.86), line("haloc", 0.85, afresh=True), line("haloc", 0.80, afresh=True, decomposition="hosvd")]
+    lines = [
+        line("haloc", 0.86),
+        line("haloc", 0.85, afresh=True),
+        line("haloc", 0.80, afresh=True, decomposition="hosvd"),
+    ]
     table = report.table(lines, {}, "macs", 0.28, rows.EQUAL_TUNING)
     assert cells(table, "haloc")[2] == "86.00 (1)"
     assert cells(table, "haloc, its ranks alone")[2:4] == ["85.00 (1)", "+1.00"]
@@ -68,18 +119,36 @@ def test_ranks_decomposed_afresh_stand_beside_the_row_that_they_are_of():
 
 
 def test_a_choice_that_costs_epochs_is_not_shown_as_equal_compute_as_it_is():
-    lines = [line("haloc", 0.86), line("paper", 0.86, choose_s=400.0), line("haloc", 0.85, afresh=True)]
+    lines = [
+        line("haloc", 0.86),
+        line("paper", 0.86, choose_s=400.0),
+        line("haloc", 0.85, afresh=True),
+    ]
     lines.append(line("nni-random", 0.85, choose_s=100.0))  # it was not made for that
-    both = [report.by_method(lines, "macs", 0.28, kind) for kind in (rows.EQUAL_TUNING, rows.EQUAL_COMPUTE)]
-    assert [set(found) for found in both] == [{"haloc", "paper", "nni-random", "haloc, its ranks alone"}, {"haloc"}]
+    both = [
+        report.by_method(lines, "macs", 0.28, kind)
+        for kind in (rows.EQUAL_TUNING, rows.EQUAL_COMPUTE)
+    ]
+    assert [set(found) for found in both] == [
+        {"haloc", "paper", "nni-random", "haloc, its ranks alone"},
+        {"haloc"},
+    ]
 
 
 def test_a_budget_that_is_not_kept_is_said():
-    table = report.table([line("haloc", 0.86), line("paper", 0.86, cost_fraction=0.31)], {}, "macs", 0.28, rows.EQUAL_TUNING)
+    table = report.table(
+        [line("haloc", 0.86), line("paper", 0.86, cost_fraction=0.31)],
+        {},
+        "macs",
+        0.28,
+        rows.EQUAL_TUNING,
+    )
     assert cells(table, "paper")[7] == "31.0 (over)"
 
 
-@pytest.mark.parametrize(("choose_s", "left"), [(29, None), (31, 5), (149, 4), (151, 3), (360, None)])
+@pytest.mark.parametrize(
+    ("choose_s", "left"), [(29, None), (31, 5), (149, 4), (151, 3), (360, None)]
+)
 def test_the_choice_of_ranks_costs_whole_epochs_to_the_nearest(choose_s, left):
     assert rows._epochs_left(line("haloc", 0.8, choose_s=float(choose_s))) == left
     assert rows._epochs_left(line("nni-random", 0.8, choose_s=float(choose_s))) is None
@@ -105,7 +174,10 @@ def test_the_published_tables_are_those_of_the_published_rows(tmp_path):
 
 
 def test_the_published_rows_are_of_one_score_and_each_there_once():
-    lines = [json.loads(text) for text in (STUDY.parents[2] / "docs" / "raw" / "quality.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(text)
+        for text in (STUDY.parents[2] / "docs" / "raw" / "quality.jsonl").read_text().splitlines()
+    ]
     assert {found["score"] for found in lines} == {"test"}
     keys = [(*rows._key(found).values(), found["table"]) for found in lines]
     assert len(keys) == len(set(keys))

@@ -5,9 +5,10 @@ from pathlib import Path
 from pytorch_lightning import seed_everything
 from safetensors.torch import save_model
 
-from nni_haloc import Recipe, accuracy, finetune
-from nni_haloc.data import digits
-from nni_haloc.models import build_model
+from nni_haloc.training.recipe import Recipe
+from nni_haloc.training.finetuning import accuracy, finetune
+from nni_haloc.inputs.data import digits
+from nni_haloc.inputs.models import build_model
 
 if __name__ == "__main__":
     seed_everything(0)

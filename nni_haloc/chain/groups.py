@@ -46,7 +46,9 @@ def channel_groups(model: nn.Module, graph: fx.Graph) -> tuple[list[ChannelGroup
         inputs = [spaces[source] for source in node.all_input_nodes]
         module = modules[node.target] if node.op == "call_module" else None
         spaces[node] = found = _Space()
-        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)) and (calls[node.target] > 1 or len(inputs) != 1):
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)) and (
+            calls[node.target] > 1 or len(inputs) != 1
+        ):
             reason = f"{node.target} is called more than once"
             for space in (*inputs, found):
                 space.keep(reason)
@@ -54,7 +56,10 @@ def channel_groups(model: nn.Module, graph: fx.Graph) -> tuple[list[ChannelGroup
                 layers.append(("convolutions", node.target, found))
         elif isinstance(module, nn.Conv2d) and module.groups == 1:
             layers.append(("convolutions", node.target, found))
-        elif isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels:
+        elif (
+            isinstance(module, nn.Conv2d)
+            and module.groups == module.in_channels == module.out_channels
+        ):
             found.join(inputs[0])
             layers.append(("depthwise", node.target, found))
         elif isinstance(module, nn.BatchNorm2d):
@@ -62,11 +67,15 @@ def channel_groups(model: nn.Module, graph: fx.Graph) -> tuple[list[ChannelGroup
             layers.append(("norms", node.target, found))
         elif isinstance(module, nn.Linear):
             found.keep("the output of a linear layer")
-        elif _passes(node, module) or (node.target in _SUMS and len(inputs) == 2 and len(node.args) == 2):
+        elif _passes(node, module) or (
+            node.target in _SUMS and len(inputs) == 2 and len(node.args) == 2
+        ):
             for space in inputs:
                 found.join(space)
         else:
-            why = {"placeholder": "the network's input", "output": "the network's output"}.get(node.op)
+            why = {"placeholder": "the network's input", "output": "the network's output"}.get(
+                node.op
+            )
             for space in (*inputs, found):
                 space.keep(why or f"its channels go through {_name(node, module)}")
             if isinstance(module, nn.Conv2d):
@@ -106,7 +115,9 @@ class _Space:
 def _passes(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether the channels of the one input are the output's, zeros staying zeros."""
     if module is not None:
-        return isinstance(module, _MODULES) and not (isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1))
+        return isinstance(module, _MODULES) and not (
+            isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1)
+        )
     if len(node.all_input_nodes) != 1:
         return False
     rest: tuple[Any, ...] = node.args[1:]
@@ -119,4 +130,8 @@ def _passes(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def _name(node: fx.Node, module: nn.Module | None) -> str:
-    return type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+    return (
+        type(module).__name__
+        if module is not None
+        else getattr(node.target, "__name__", str(node.target))
+    )

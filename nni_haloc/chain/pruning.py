@@ -11,17 +11,21 @@ import torch.nn.functional as F
 from nni.compression.pruning import FPGMPruner, L1NormPruner, TaylorPruner
 from torch import Tensor, nn
 
-from ..log import logger
-from ..modules import accelerated, evaluating
-from ..report import by_reason
-from .groups import channel_groups
-from .workarounds import Loop, Masks, pruning_settings, speed_up, traced
+from nni_haloc.chain.groups import channel_groups
+from nni_haloc.chain.workarounds import Loop, Masks, pruning_settings, speed_up, traced
+from nni_haloc.space.modules import accelerated, evaluating
+from nni_haloc.space.summary import by_reason
+from nni_haloc.utils.log import logger
 
 Pruner = Literal["l1", "fpgm", "taylor"]
 
 
 def prune(
-    network: nn.Module, example: Tensor, sparsity: float, pruner: Pruner = "l1", batches: Iterable[tuple[Tensor, Tensor]] = ()
+    network: nn.Module,
+    example: Tensor,
+    sparsity: float,
+    pruner: Pruner = "l1",
+    batches: Iterable[tuple[Tensor, Tensor]] = (),
 ) -> nn.Module:
     """A copy of ``network`` without the share ``sparsity`` of the output channels of each group of its convolutions, in evaluation mode.
 
@@ -33,7 +37,11 @@ def prune(
 
 
 def masked(
-    network: nn.Module, example: Tensor, sparsity: float, pruner: Pruner = "l1", batches: Iterable[tuple[Tensor, Tensor]] = ()
+    network: nn.Module,
+    example: Tensor,
+    sparsity: float,
+    pruner: Pruner = "l1",
+    batches: Iterable[tuple[Tensor, Tensor]] = (),
 ) -> tuple[nn.Module, Tensor, Masks]:
     """What NNI's speed-up takes: a copy of ``network``, its weights as they were, the example and the masks."""
     if pruner not in get_args(Pruner):
@@ -43,13 +51,24 @@ def masked(
     network = copy.deepcopy(network).eval()
     groups, left_alone = channel_groups(network, traced(network).graph)
     if not groups:
-        raise ValueError(f"nothing to prune in {type(network).__name__} ({by_reason(left_alone) or 'no convolution'})")
-    logger.info("%d groups of channels to prune; left alone: %s", len(groups), by_reason(left_alone) or "none")
+        raise ValueError(
+            f"nothing to prune in {type(network).__name__} ({by_reason(left_alone) or 'no convolution'})"
+        )
+    logger.info(
+        "%d groups of channels to prune; left alone: %s",
+        len(groups),
+        by_reason(left_alone) or "none",
+    )
     settings, found = pruning_settings(groups, sparsity), list(batches)
     if pruner == "taylor":
         if not found:
             raise ValueError("pruner: 'taylor' needs training images")
-        made = TaylorPruner(network, settings, Loop(lambda after_step: _gradients(network, found, after_step)), len(found))
+        made = TaylorPruner(
+            network,
+            settings,
+            Loop(lambda after_step: _gradients(network, found, after_step)),
+            len(found),
+        )
     else:
         made = {"l1": L1NormPruner, "fpgm": FPGMPruner}[pruner](network, settings)
     example = example.to(next(network.parameters()).device)
@@ -59,7 +78,9 @@ def masked(
     return network, example, masks
 
 
-def _gradients(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], after_step: Callable[[], None]) -> None:
+def _gradients(
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], after_step: Callable[[], None]
+) -> None:
     """A backward pass for each batch; nothing is trained."""
     with evaluating(network), accelerated(network) as device, torch.enable_grad():
         for images, labels in batches:

@@ -10,8 +10,8 @@ import torch
 from nni.compression.quantization import LsqQuantizer, PtqQuantizer, QATQuantizer
 from torch import Tensor, nn
 
-from ..modules import evaluating
-from .workarounds import Loop, start_lsq
+from nni_haloc.chain.workarounds import Loop, start_lsq
+from nni_haloc.space.modules import evaluating
 
 Quantizer = Literal["ptq", "qat", "lsq"]
 Training = Callable[[nn.Module], Any]
@@ -28,7 +28,10 @@ class Simulated:
     def calibration(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Layer to ``weight`` or ``_input_0`` to what it is rounded by (``scale``, ``zero_point``, ...), as JSON holds it."""
         found = self._quantizer.get_calibration_config()
-        return {layer: {name: _plain(row) for name, row in targets.items()} for layer, targets in sorted(found.items())}
+        return {
+            layer: {name: _plain(row) for name, row in targets.items()}
+            for layer, targets in sorted(found.items())
+        }
 
     def unwrapped(self) -> nn.Module:
         """The network with its weights in float32, as they were trained; ``network`` is no longer simulated."""
@@ -36,7 +39,12 @@ class Simulated:
         return self.network
 
 
-def simulate(network: nn.Module, images: Tensor, quantizer: Quantizer = "ptq", train: Training = lambda network: None) -> Simulated:
+def simulate(
+    network: nn.Module,
+    images: Tensor,
+    quantizer: Quantizer = "ptq",
+    train: Training = lambda network: None,
+) -> Simulated:
     """A copy of ``network`` with the weights and inputs of its convolutions and linear layers rounded to 8 bits, by NNI.
 
     ``images (N, ...)``: training images on which the ranges are found. ``ptq`` leaves it at that; ``qat`` and ``lsq`` start from the ranges
@@ -44,14 +52,27 @@ def simulate(network: nn.Module, images: Tensor, quantizer: Quantizer = "ptq", t
     one for all.
     """
     if quantizer not in get_args(Quantizer):
-        raise ValueError(f"quantizer: expected one of {', '.join(get_args(Quantizer))}, found {quantizer!r}")
+        raise ValueError(
+            f"quantizer: expected one of {', '.join(get_args(Quantizer))}, found {quantizer!r}"
+        )
     network = copy.deepcopy(network).eval()
-    layers = [name for name, module in network.named_modules() if type(module) in (nn.Conv2d, nn.Linear)]
+    layers = [
+        name for name, module in network.named_modules() if type(module) in (nn.Conv2d, nn.Linear)
+    ]
     if not layers:
-        raise ValueError(f"nothing to quantize in {type(network).__name__}: no convolution or linear layer")
+        raise ValueError(
+            f"nothing to quantize in {type(network).__name__}: no convolution or linear layer"
+        )
     eight = {"quant_dtype": "int8", "quant_scheme": "symmetric"}
     weight = {**eight, "granularity": "default" if quantizer == "lsq" else "out_channel"}
-    settings = [{"op_names": layers, "target_names": ["_input_", "weight"], "target_settings": {"weight": weight}, **eight}]
+    settings = [
+        {
+            "op_names": layers,
+            "target_names": ["_input_", "weight"],
+            "target_settings": {"weight": weight},
+            **eight,
+        }
+    ]
 
     def calibrate() -> None:
         with evaluating(network), torch.no_grad():
@@ -63,7 +84,9 @@ def simulate(network: nn.Module, images: Tensor, quantizer: Quantizer = "ptq", t
         made.compress(max_steps=1, max_epochs=None)
         return Simulated(network.eval(), made)
     kind = {"qat": QATQuantizer, "lsq": LsqQuantizer}[quantizer]
-    made = kind(network, settings, Loop(lambda after_step: train(network)))  # both round from the first step on: they have no use for it
+    made = kind(
+        network, settings, Loop(lambda after_step: train(network))
+    )  # both round from the first step on: they have no use for it
     end = start_lsq(made) if quantizer == "lsq" else lambda: None
     for wrapper in made._module_wrappers.values():
         wrapper.training = True  # the quantizer tracks ranges in training alone; BatchNorm must not
@@ -75,4 +98,7 @@ def simulate(network: nn.Module, images: Tensor, quantizer: Quantizer = "ptq", t
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value.flatten().tolist() if isinstance(value, Tensor) else value for key, value in row.items()}
+    return {
+        key: value.flatten().tolist() if isinstance(value, Tensor) else value
+        for key, value in row.items()
+    }

@@ -18,8 +18,8 @@ with warnings.catch_warnings():  # two of torch's functions under their old name
 from nni.compression.quantization import LsqQuantizer
 from nni.compression.utils import Evaluator
 
-from ..errors import first_line
-from .groups import ChannelGroup
+from nni_haloc.chain.groups import ChannelGroup
+from nni_haloc.utils.errors import first_line
 
 Masks = dict[str, dict[str, Tensor]]
 
@@ -29,7 +29,9 @@ def traced(model: nn.Module) -> fx.GraphModule:
     try:
         return fx.symbolic_trace(model)
     except Exception as error:  # whatever the model's code makes of a proxy
-        raise ValueError(f"torch.fx cannot trace {type(model).__name__} ({first_line(error)})") from None
+        raise ValueError(
+            f"torch.fx cannot trace {type(model).__name__} ({first_line(error)})"
+        ) from None
 
 
 def speed_up(model: nn.Module, example: Tensor, masks: Masks) -> nn.Module:
@@ -42,7 +44,9 @@ def speed_up(model: nn.Module, example: Tensor, masks: Masks) -> nn.Module:
     quiet.setLevel(logging.ERROR)
     model.requires_grad_()
     with contextlib.redirect_stdout(io.StringIO()), _quiet(), torch.enable_grad():
-        small = ModelSpeedup(model, example, masks, graph_module=traced(model), logger=quiet).speedup_model()
+        small = ModelSpeedup(
+            model, example, masks, graph_module=traced(model), logger=quiet
+        ).speedup_model()
     small.zero_grad()
     return small.eval()
 
@@ -59,14 +63,30 @@ def pruning_settings(groups: list[ChannelGroup], sparsity: float) -> list[dict[s
         weight: dict[str, Any] = {"sparse_ratio": sparsity, "granularity": "out_channel"}
         if len(group.convolutions) > 1:
             weight["dependency_group_id"] = f"group{number}"
-        settings.append({"op_names": group.convolutions, "target_names": ["weight", "bias"], "target_settings": {"weight": weight}})
-        align = {"align": {"module_name": group.convolutions[0], "target_name": "weight", "dims": [0]}}
+        settings.append(
+            {
+                "op_names": group.convolutions,
+                "target_names": ["weight", "bias"],
+                "target_settings": {"weight": weight},
+            }
+        )
+        align = {
+            "align": {"module_name": group.convolutions[0], "target_name": "weight", "dims": [0]}
+        }
         if group.depthwise:
             target = {"weight": {"granularity": "out_channel", **align}, "bias": align}
-            settings.append({"op_names": group.depthwise, "target_names": ["weight", "bias"], "target_settings": target})
+            settings.append(
+                {
+                    "op_names": group.depthwise,
+                    "target_names": ["weight", "bias"],
+                    "target_settings": target,
+                }
+            )
         if group.norms:
             output = {"_output_": {"granularity": "per_channel", **align}}
-            settings.append({"op_names": group.norms, "target_names": ["_output_"], "target_settings": output})
+            settings.append(
+                {"op_names": group.norms, "target_names": ["_output_"], "target_settings": output}
+            )
     return settings
 
 
@@ -78,7 +98,9 @@ class Loop(Evaluator):
     optimizer's steps: all parameters of the wrapped network, those included with which it was wrapped. ``evaluate`` runs the network.
     """
 
-    def __init__(self, train: Callable[[Callable[[], None]], Any], evaluate: Callable[[], Any] = lambda: None) -> None:
+    def __init__(
+        self, train: Callable[[Callable[[], None]], Any], evaluate: Callable[[], Any] = lambda: None
+    ) -> None:
         self._initialization_complete = True
         self._train, self._evaluate = train, evaluate
         self._after: list[Callable[[], None]] = []
@@ -93,9 +115,13 @@ class Loop(Evaluator):
     def patch_optim_param_group(self, module_name_param_dict: Any = None) -> None:
         """The wrapped network's parameters are all trained."""
 
-    def patch_optimizer_step(self, before_step_tasks: list[Any], after_step_tasks: list[Any]) -> None:
+    def patch_optimizer_step(
+        self, before_step_tasks: list[Any], after_step_tasks: list[Any]
+    ) -> None:
         if before_step_tasks:
-            raise NotImplementedError("tasks before a step: L1Norm, FPGM and Taylor, PTQ, QAT and LSQ have none")
+            raise NotImplementedError(
+                "tasks before a step: L1Norm, FPGM and Taylor, PTQ, QAT and LSQ have none"
+            )
         self._after += after_step_tasks
 
     def train(self, max_steps: int | None = None, max_epochs: int | None = None) -> None:
@@ -103,7 +129,9 @@ class Loop(Evaluator):
             for task in self._after:
                 task()
 
-        with warnings.catch_warnings():  # of an old name that QATQuantizer calls in each backward pass
+        with (
+            warnings.catch_warnings()
+        ):  # of an old name that QATQuantizer calls in each backward pass
             warnings.filterwarnings("ignore", ".*saved_variables.*")
             self._train(after_step)
 
@@ -120,7 +148,11 @@ def start_lsq(quantizer: LsqQuantizer) -> Callable[[], None]:
     def start(wrapper: Any, name: str, target: Tensor) -> None:
         space = wrapper.quantization_target_spaces.get(name)
         if space is not None and not quantizer.is_init:
-            space.scale.data = (target.detach().abs().max() / space.qmax).clamp_min(1e-8).reshape(space.scale.shape)
+            space.scale.data = (
+                (target.detach().abs().max() / space.qmax)
+                .clamp_min(1e-8)
+                .reshape(space.scale.shape)
+            )
 
     for wrapper in quantizer._module_wrappers.values():
         wrapper.register_track_func(start)

@@ -21,14 +21,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nni_haloc.candidates import patch_covariances
-from nni_haloc.data import image_folder
-from nni_haloc.models import build_model
-from nni_haloc.ranks import RankRules, find_layers
-from nni_haloc.tucker import decompose, output_error, reconstruct
+from nni_haloc.inputs.data import image_folder
+from nni_haloc.inputs.models import build_model
+from nni_haloc.space.candidates import patch_covariances
+from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.tucker import decompose, output_error, reconstruct
 
 OURS = ("hosvd", "warm_hooi", "data")
-LABELS = {"hooi": "tensorly, rank by rank", "hosvd": "hosvd", "warm_hooi": "warm_hooi", "data": "data"}
+LABELS = {
+    "hooi": "tensorly, rank by rank",
+    "hosvd": "hosvd",
+    "warm_hooi": "warm_hooi",
+    "data": "data",
+}
 
 
 class Bench:
@@ -40,7 +45,9 @@ class Bench:
         if options.model == "resnet18":
             self.model = build_model("torchvision:resnet18").eval()
             smooth = torch.randn(2 * options.images, 3, 28, 28)
-            images = torch.nn.functional.interpolate(smooth, 224, mode="bilinear", align_corners=False)
+            images = torch.nn.functional.interpolate(
+                smooth, 224, mode="bilinear", align_corners=False
+            )
             self.images, self.others = images.split(options.images)
         else:
             self.model = build_model("resnet20").eval()
@@ -49,31 +56,48 @@ class Bench:
                 self.images = self.others = torch.randn(options.images, 3, 32, 32)
                 return self._find_layers()
             splits = image_folder(options.data_root, 32, in_memory=True, val_list=options.val_list)
-            self.images, self.others = splits.images("plain", options.images), splits.images("val", options.images)
+            self.images, self.others = (
+                splits.images("plain", options.images),
+                splits.images("val", options.images),
+            )
         self._find_layers()
 
     def _find_layers(self):
         layers = find_layers(self.model, self.images[:1])
         rows = layers.candidates(RankRules())
-        self.specs = {name: layers.specs[name] for name in rows if layers.specs[name].kernel_size == (3, 3)}
+        self.specs = {
+            name: layers.specs[name] for name in rows if layers.specs[name].kernel_size == (3, 3)
+        }
         modules = dict(self.model.named_modules())
         self.weights = {name: modules[name].weight.detach() for name in self.specs}
-        self.ranks = {name: [r for r in rows[name].values() if r is not None] for name in self.specs}
+        self.ranks = {
+            name: [r for r in rows[name].values() if r is not None] for name in self.specs
+        }
         self.shapes = {}  # (F, C) to the layers that have it
         for name, weight in self.weights.items():
             self.shapes.setdefault(f"{weight.shape[0]}x{weight.shape[1]}", []).append(name)
 
     def build(self, method, names):
         """Factors of the named layers at all their ranks; the covariance pass is part of it."""
-        covariances = patch_covariances(self.model, {n: self.specs[n] for n in names}, self.images) if method == "data" else {}
-        return {n: decompose(self.weights[n], self.ranks[n], method, covariances.get(n)) for n in names}
+        covariances = (
+            patch_covariances(self.model, {n: self.specs[n] for n in names}, self.images)
+            if method == "data"
+            else {}
+        )
+        return {
+            n: decompose(self.weights[n], self.ranks[n], method, covariances.get(n)) for n in names
+        }
 
     def errors(self, found, covariances):
         """Layer, rank, relative weight error and relative output error on the given covariances."""
         for name, factors in found.items():
             for (rank, _), factor in zip(self.ranks[name], factors, strict=True):
                 kernel = reconstruct(factor)
-                output = output_error(self.weights[name], kernel, covariances[name]) if name in covariances else None
+                output = (
+                    output_error(self.weights[name], kernel, covariances[name])
+                    if name in covariances
+                    else None
+                )
                 yield [name, rank, output_error(self.weights[name], kernel), output]
 
 
@@ -88,7 +112,12 @@ class Records:
     def measure(self, key, function):
         """The record under ``key``; if there is none, that of ``function()``, which returns what to keep."""
         if key not in self.found:
-            self.found[key] = {"key": key, **function(), "torch": torch.__version__, "machine": platform.machine()}
+            self.found[key] = {
+                "key": key,
+                **function(),
+                "torch": torch.__version__,
+                "machine": platform.machine(),
+            }
             if self.path:
                 with self.path.open("a") as file:
                     file.write(json.dumps(self.found[key]) + "\n")
@@ -104,7 +133,9 @@ def timed(function):
 def peak_memory(options, method):
     """Peak resident MiB of a fresh process that builds by ``method``; of ``hooi`` on ResNet-18, one layer of each shape at its top rank."""
     command = [sys.executable, __file__, *sys.argv[1:], "--peak", method]
-    return {"mib": float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)}
+    return {
+        "mib": float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    }
 
 
 def run_peak(bench, method):
@@ -114,7 +145,9 @@ def run_peak(bench, method):
         bench.ranks = {name: bench.ranks[name][:1] for name in names}
     if method != "nothing":
         bench.build(method, names)
-    status = Path("/proc/self/status").read_text()  # getrusage would count the parent process before exec
+    status = Path(
+        "/proc/self/status"
+    ).read_text()  # getrusage would count the parent process before exec
     print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
 
 
@@ -122,7 +155,13 @@ def run(options, console):
     bench, records = Bench(options), Records(options.out)
     base = (options.model, options.images, torch.get_num_threads())
     big = options.model == "resnet18"
-    held_out = {} if big else patch_covariances(bench.model, bench.specs, bench.others, max_patches=2**20, max_work=1e12, shrinkage=0)
+    held_out = (
+        {}
+        if big
+        else patch_covariances(
+            bench.model, bench.specs, bench.others, max_patches=2**20, max_work=1e12, shrinkage=0
+        )
+    )
 
     def measured(method, names):
         seconds, found = timed(lambda: bench.build(method, names))
@@ -131,18 +170,26 @@ def run(options, console):
 
     for method in (*OURS, "hooi"):
         if method != "hooi" or not big:
-            bench.build(method, bench.shapes[min(bench.shapes, key=lambda s: int(s.split("x")[0]))][:1])  # libraries load on first use
+            bench.build(
+                method, bench.shapes[min(bench.shapes, key=lambda s: int(s.split("x")[0]))][:1]
+            )  # libraries load on first use
     parts = list(bench.shapes) if big else ["all"]
     rounds = max(options.rounds, 1)
     for number in range(max(rounds, len(parts))):
         for method in OURS:
             if number < rounds:
-                records.measure((*base, method, "all", number), lambda m=method: measured(m, list(bench.specs)))
+                records.measure(
+                    (*base, method, "all", number), lambda m=method: measured(m, list(bench.specs))
+                )
         if not big and number < rounds:
-            records.measure((*base, "hooi", "all", number), lambda: measured("hooi", list(bench.specs)))
+            records.measure(
+                (*base, "hooi", "all", number), lambda: measured("hooi", list(bench.specs))
+            )
         if big and number < len(parts):
             part = parts[number]
-            records.measure((*base, "hooi", part, 0), lambda p=part: measured("hooi", bench.shapes[p][:1]))
+            records.measure(
+                (*base, "hooi", part, 0), lambda p=part: measured("hooi", bench.shapes[p][:1])
+            )
         console.print(f"round {number + 1} of {max(rounds, len(parts))}")
     for method in ("nothing", *OURS, "hooi"):
         records.measure((*base, method, "peak"), lambda m=method: peak_memory(options, m))
@@ -155,12 +202,22 @@ def show(bench, records, base, rounds, console):
         runs = {part: records.found[(*base, "hooi", part, 0)] for part in bench.shapes}
         tensorly_times = [sum(len(bench.shapes[part]) * r["seconds"] for part, r in runs.items())]
         tensorly = [e for r in runs.values() for e in r["errors"]]
-        parts = Table("layer F x C", "layers", "ranks", "tensorly, seconds a layer", title="tensorly, by shape of layer")
+        parts = Table(
+            "layer F x C",
+            "layers",
+            "ranks",
+            "tensorly, seconds a layer",
+            title="tensorly, by shape of layer",
+        )
         for part, r in runs.items():
-            parts.add_row(part, str(len(bench.shapes[part])), str(len(r["errors"])), f"{r['seconds']:.2f}")
+            parts.add_row(
+                part, str(len(bench.shapes[part])), str(len(r["errors"])), f"{r['seconds']:.2f}"
+            )
         console.print(parts)
     else:
-        tensorly_times = [records.found[(*base, "hooi", "all", n)]["seconds"] for n in range(rounds)]
+        tensorly_times = [
+            records.found[(*base, "hooi", "all", n)]["seconds"] for n in range(rounds)
+        ]
         tensorly = records.found[(*base, "hooi", "all", 0)]["errors"]
     reference = {(name, rank): (w, o) for name, rank, w, o in tensorly}
     idle = records.found[(*base, "nothing", "peak")]["mib"]
@@ -171,9 +228,19 @@ def show(bench, records, base, rounds, console):
         f"{base[1]} images, {rounds} rounds"
         + ("; tensorly timed once for each shape of layer, times the layers that have it" if big else ""),
     )  # fmt: skip
-    outputs = Table("rank, share of channels", "method", "weight error", "output error, other images", title="means over the layers")
+    outputs = Table(
+        "rank, share of channels",
+        "method",
+        "weight error",
+        "output error, other images",
+        title="means over the layers",
+    )
     for method in ("hooi", *OURS):
-        times = tensorly_times if method == "hooi" else [records.found[(*base, method, "all", n)]["seconds"] for n in range(rounds)]
+        times = (
+            tensorly_times
+            if method == "hooi"
+            else [records.found[(*base, method, "all", n)]["seconds"] for n in range(rounds)]
+        )
         rows = tensorly if method == "hooi" else records.found[(*base, method, "all", 0)]["errors"]
         errors = {(name, rank): (w, o) for name, rank, w, o in rows if (name, rank) in reference}
         ratios = [errors[k][0] / reference[k][0] for k in errors if reference[k][0] > 1e-5]
@@ -185,7 +252,11 @@ def show(bench, records, base, rounds, console):
             f"{records.found[(*base, method, 'peak')]['mib'] - idle:.0f}",
         )  # fmt: skip
         for share in () if big else (0.25, 0.5, 0.75):
-            at = [v for (name, rank), v in errors.items() if rank == share * min(bench.weights[name].shape[:2])]
+            at = [
+                v
+                for (name, rank), v in errors.items()
+                if rank == share * min(bench.weights[name].shape[:2])
+            ]
             means = [statistics.mean(column) for column in zip(*at, strict=True)]
             outputs.add_row(f"{share:.0%}", LABELS[method], *(f"{mean:.3f}" for mean in means))
     console.print(table)
@@ -194,14 +265,21 @@ def show(bench, records, base, rounds, console):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=["resnet18", "resnet20"])
     parser.add_argument("--weights", help="trained ResNet-20")
-    parser.add_argument("--data-root", help="CIFAR-10 as class folders: ROOT/train/CLASS/*, ROOT/test/CLASS/*")
     parser.add_argument(
-        "--val-list", help="file that lists the validation images, the held-out ones; default: a tenth of the training images"
+        "--data-root", help="CIFAR-10 as class folders: ROOT/train/CLASS/*, ROOT/test/CLASS/*"
     )
-    parser.add_argument("--images", type=int, help="images to decompose for; default: 64 (resnet18), 512 (resnet20)")
+    parser.add_argument(
+        "--val-list",
+        help="file that lists the validation images, the held-out ones; default: a tenth of the training images",
+    )
+    parser.add_argument(
+        "--images", type=int, help="images to decompose for; default: 64 (resnet18), 512 (resnet20)"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", help="file for the measurements; those in it are not made again")
     parser.add_argument("--peak", help=argparse.SUPPRESS)

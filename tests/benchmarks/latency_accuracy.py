@@ -14,22 +14,29 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from nni_haloc import compress
-from nni_haloc.budget import Limit, choose
-from nni_haloc.compression import restructure
-from nni_haloc.config import Config, load_config
-from nni_haloc.device.measuring import time_together
-from nni_haloc.job import Job
-from nni_haloc.log import log_to
-from nni_haloc.predictors import CostTable, count_macs, mac_table
-from nni_haloc.ranks import RankPlan, parse_rank
-from nni_haloc.run import choose_ranks, train
-from nni_haloc.tables import latency_input, rules_of, runtime_of
-from nni_haloc.yaml_files import parse_yaml
+from nni_haloc.costs.analytic import mac_table
+from nni_haloc.costs.counts import count_macs
+from nni_haloc.costs.device.measuring import time_together
+from nni_haloc.costs.from_settings import latency_input, rules_of, runtime_of
+from nni_haloc.costs.table import CostTable
+from nni_haloc.inputs.config import Config, load_config
+from nni_haloc.inputs.yaml_files import parse_yaml
+from nni_haloc.plan.budget import Limit, choose
+from nni_haloc.plan.compression import compress, restructure
+from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.runs.job import Job
+from nni_haloc.runs.run import choose_ranks, train
+from nni_haloc.space.names import parse_rank
+from nni_haloc.utils.log import log_to
 
 RAW = Path(__file__).parents[2] / "docs" / "raw" / "latency_accuracy.jsonl"
 NEAR = 0.98
-ROWS = {"uniform": {"rule": "uniform"}, "search": {}, "fastest": {}, "search within the fastest's latency": {}}
+ROWS = {
+    "uniform": {"rule": "uniform"},
+    "search": {},
+    "fastest": {},
+    "search within the fastest's latency": {},
+}
 
 
 def main(
@@ -40,20 +47,30 @@ def main(
     rows: Annotated[str, typer.Option(help="which, by their numbers")] = "0,1,2,3",
     work: Path = Path("latency-accuracy"),
     out: Path = RAW,
-    report: Annotated[bool, typer.Option(help="time and print what is there, train nothing")] = False,
+    report: Annotated[
+        bool, typer.Option(help="time and print what is there, train nothing")
+    ] = False,
 ) -> None:
-    changes = {key: parse_yaml(value) for key, _, value in (text.partition("=") for text in set_ or [])}
+    changes = {
+        key: parse_yaml(value) for key, _, value in (text.partition("=") for text in set_ or [])
+    }
     config = load_config(run_file, {**changes, "seed": seed})
     known = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     with log_to(work / "log.txt"):
         for number in () if report else map(int, rows.split(",")):
             name = list(ROWS)[number]
             if not any((line["name"], line["seed"]) == (name, seed) for line in known):
-                line = {"name": name, "seed": seed, **one(name, config, table, work / f"{number}-{seed}")}
+                line = {
+                    "name": name,
+                    "seed": seed,
+                    **one(name, config, table, work / f"{number}-{seed}"),
+                }
                 with out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
     if report:
-        print(printed(Job(config, work), [json.loads(line) for line in out.read_text().splitlines()]))
+        print(
+            printed(Job(config, work), [json.loads(line) for line in out.read_text().splitlines()])
+        )
 
 
 def one(name: str, config: Config, file: Path, folder: Path) -> dict[str, Any]:
@@ -61,11 +78,20 @@ def one(name: str, config: Config, file: Path, folder: Path) -> dict[str, Any]:
         config = config.model_copy(update=ROWS[name])
     job, times = Job(config, folder), CostTable.load(file)
     macs = mac_table(job.model, job.example, rules_of(config))
-    scores = {layer: {c: -cost for c, cost in row.items() if c in macs.costs[layer]} for layer, row in times.costs.items()}
+    scores = {
+        layer: {c: -cost for c, cost in row.items() if c in macs.costs[layer]}
+        for layer, row in times.costs.items()
+    }
     fastest = choose(scores, [Limit(macs, config.budget.of(macs.original))], NEAR)
     if name == "fastest":
-        plan = RankPlan({layer: parse_rank(candidate, "conv") for layer, candidate in fastest.items()})
-        network = compress(job.model, plan, job.splits.images("plain", config.rank_space.calibration_images, config.seed))
+        plan = RankPlan(
+            {layer: parse_rank(candidate, "conv") for layer, candidate in fastest.items()}
+        )
+        network = compress(
+            job.model,
+            plan,
+            job.splits.images("plain", config.rank_space.calibration_images, config.seed),
+        )
     else:
         if name not in ("uniform", "search"):
             cost = config.cost.model_copy(update={"metric": "latency_ms", "table": str(file)})
@@ -75,27 +101,51 @@ def one(name: str, config: Config, file: Path, folder: Path) -> dict[str, Any]:
     train(job, plan, network)
     (top1, *_) = job.accuracy(network, job.loader(config.data.score))
     known = all(candidate in times.costs[layer] for layer, candidate in plan.names.items())
-    return {"top1": top1, "plan": plan.names, "predicted_ms": times.total(plan.names) if known else None}
+    return {
+        "top1": top1,
+        "plan": plan.names,
+        "predicted_ms": times.total(plan.names) if known else None,
+    }
 
 
 def printed(job: Job, lines: list[dict[str, Any]]) -> str:
     batch, runtime = latency_input(job.config, job.example), runtime_of(job.config)
     networks = {"original": job.model}
     for line in lines:
-        plan = RankPlan({layer: parse_rank(candidate, "conv") for layer, candidate in line["plan"].items()})
+        plan = RankPlan(
+            {layer: parse_rank(candidate, "conv") for layer, candidate in line["plan"].items()}
+        )
         networks[f"{line['name']}, seed {line['seed']}"] = restructure(job.model, plan)
     with runtime.pinned(), torch.no_grad():
-        runs = {name: runtime.ready(network, tuple(batch.shape), copied=False) for name, network in networks.items()}
+        runs = {
+            name: runtime.ready(network, tuple(batch.shape), copied=False)
+            for name, network in networks.items()
+        }
         found = [time_together(runs, runtime, 0.2) for _ in range(9)]
     top1 = dict(
-        zip(networks, [job.accuracy(job.model, job.loader(job.config.data.score))[0], *(line["top1"] for line in lines)], strict=True)
+        zip(
+            networks,
+            [
+                job.accuracy(job.model, job.loader(job.config.data.score))[0],
+                *(line["top1"] for line in lines),
+            ],
+            strict=True,
+        )
     )
     original = count_macs(job.model, job.example)
-    rows = ["| ranks | top-1, % | MACs, % | latency, ms | of the original's, % |", "| --- | --- | --- | --- | --- |"]
+    rows = [
+        "| ranks | top-1, % | MACs, % | latency, ms | of the original's, % |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name, network in networks.items():
         share = median(times[name] / times["original"] for times in found)
-        milliseconds, macs = 1e3 * median(times[name] for times in found), count_macs(network, job.example) / original
-        rows.append(f"| {name} | {100 * top1[name]:.2f} | {100 * macs:.1f} | {milliseconds:.1f} | {100 * share:.1f} |")
+        milliseconds, macs = (
+            1e3 * median(times[name] for times in found),
+            count_macs(network, job.example) / original,
+        )
+        rows.append(
+            f"| {name} | {100 * top1[name]:.2f} | {100 * macs:.1f} | {milliseconds:.1f} | {100 * share:.1f} |"
+        )
     return "\n".join(rows)
 
 

@@ -17,15 +17,20 @@ import typer
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
-from nni_haloc.budget import Limit, choose
-from nni_haloc.compression import restructure
-from nni_haloc.device.measuring import Timing, measure, time_together
-from nni_haloc.device.torch_runtime import TorchRuntime
-from nni_haloc.measure import progress
-from nni_haloc.models import build_model
-from nni_haloc.modules import copy_of
-from nni_haloc.predictors import CostTable, count_macs, mac_table, specify
-from nni_haloc.ranks import RankPlan, RankRules, find_layers, parse_rank
+from nni_haloc.costs.analytic import mac_table
+from nni_haloc.costs.counts import count_macs
+from nni_haloc.costs.device.measuring import Timing, measure, time_together
+from nni_haloc.costs.device.torch_runtime import TorchRuntime
+from nni_haloc.costs.specification import specify
+from nni_haloc.costs.table import CostTable
+from nni_haloc.inputs.models import build_model
+from nni_haloc.plan.budget import Limit, choose
+from nni_haloc.plan.compression import restructure
+from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.space.modules import copy_of
+from nni_haloc.space.names import parse_rank
+from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.utils.progress import progress
 
 RAW = Path(__file__).parents[2] / "docs" / "raw" / "latency_plans.jsonl"
 MACS, NEAR = 588e6, 0.02
@@ -44,7 +49,9 @@ def main(
     rounds: Annotated[int, typer.Option(help="of five passes or more of each network")] = 9,
     step: Annotated[int, typer.Option(help="distance between candidate ranks")] = 8,
     out: Annotated[Path, typer.Option(help="JSON lines, appended to")] = RAW,
-    report: Annotated[bool, typer.Option(help="print the table of all raw results, measure nothing")] = False,
+    report: Annotated[
+        bool, typer.Option(help="print the table of all raw results, measure nothing")
+    ] = False,
 ) -> None:
     for batch, form in () if report else SETTINGS:
         line = compare(work, batch, form, rounds, step)
@@ -61,13 +68,26 @@ def compare(work: Path, batch: int, form: Any, rounds: int, step: int) -> dict[s
     runtime = TorchRuntime(memory_format=form, threads=1, model=model)
     file = work / f"{form}-{batch}-step{step}.json"
     work.mkdir(parents=True, exist_ok=True)
-    measure(specify(model, example, rules, "resnet18", program=False), runtime, file, Timing(rounds=3), progress(f"{form}, batch {batch}"))
+    measure(
+        specify(model, example, rules, "resnet18", program=False),
+        runtime,
+        file,
+        Timing(rounds=3),
+        progress(f"{form}, batch {batch}"),
+    )
     times, macs = CostTable.load(file), mac_table(model, example, rules)
     plans = {"uniform": uniform(model, example, rules)}
     for name, skipped in (("fastest", ()), ("fastest without dense", ("dense",))):
-        scores = {layer: {c: -cost for c, cost in row.items() if c not in skipped} for layer, row in times.costs.items()}
-        plans[name] = ranks(choose(scores, [Limit(macs, (1 + NEAR) * MACS)], (1 - NEAR) / (1 + NEAR)))
-    networks = {"original": model} | {name: restructure(model, plan) for name, plan in plans.items()}
+        scores = {
+            layer: {c: -cost for c, cost in row.items() if c not in skipped}
+            for layer, row in times.costs.items()
+        }
+        plans[name] = ranks(
+            choose(scores, [Limit(macs, (1 + NEAR) * MACS)], (1 - NEAR) / (1 + NEAR))
+        )
+    networks = {"original": model} | {
+        name: restructure(model, plan) for name, plan in plans.items()
+    }
     counts = {name: count_macs(network, example) for name, network in networks.items()}
     assert all(abs(counts[name] / MACS - 1) <= NEAR + 1e-6 for name in plans), counts
     with runtime.pinned():
@@ -77,13 +97,18 @@ def compare(work: Path, batch: int, form: Any, rounds: int, step: int) -> dict[s
             for name, network in networks.items()
         }
         found = [time_together(runs, runtime, 0.2) for _ in range(rounds)]
-    milliseconds = {form_: {name: [1e3 * times_[form_, name] for times_ in found] for name in networks} for form_, _ in runs}
+    milliseconds = {
+        form_: {name: [1e3 * times_[form_, name] for times_ in found] for name in networks}
+        for form_, _ in runs
+    }
     return {
         "batch": batch,
         "memory_format": form,
         "identity": times.identity,
         "milliseconds": milliseconds,
-        "predicted": {name: times.total(plan.names) for name, plan in plans.items() if name != "uniform"},
+        "predicted": {
+            name: times.total(plan.names) for name, plan in plans.items() if name != "uniform"
+        },
         "macs": counts,
         "plans": {name: plan.names for name, plan in plans.items()},
     }
@@ -97,15 +122,30 @@ def uniform(model: nn.Module, example: torch.Tensor, rules: RankRules) -> RankPl
     """One fraction of the channels in every layer, r1 of the output's and r2 of the input's, that comes nearest to the MACs."""
     specs = find_layers(model, example, rules).specs
     candidates = [
-        RankPlan({n: (round(f / 512 * s.out_channels) or 1, round(f / 512 * s.in_channels) or 1) for n, s in specs.items()})
+        RankPlan(
+            {
+                n: (round(f / 512 * s.out_channels) or 1, round(f / 512 * s.in_channels) or 1)
+                for n, s in specs.items()
+            }
+        )
         for f in range(32, 512)
     ]
-    return min(candidates, key=lambda plan: abs(count_macs(restructure(model, plan), example[:1]) - MACS))
+    return min(
+        candidates, key=lambda plan: abs(count_macs(restructure(model, plan), example[:1]) - MACS)
+    )
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     last = {(line["batch"], line["memory_format"]): line for line in lines}
-    columns = ["batch, format", "networks", *(f"{n}, ms" for n in NETWORKS), "uniform", "fastest", "without dense", "under uniform"]
+    columns = [
+        "batch, format",
+        "networks",
+        *(f"{n}, ms" for n in NETWORKS),
+        "uniform",
+        "fastest",
+        "without dense",
+        "under uniform",
+    ]
     result = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for (batch, form), line in last.items():
         for number, (form_, times) in enumerate(line["milliseconds"].items()):
@@ -113,8 +153,13 @@ def table(lines: list[dict[str, Any]]) -> str:
             for name in NETWORKS:
                 low, middle, high = quantiles(times[name])
                 cells.append(f"{middle:.1f} ({low:.1f} to {high:.1f})")
-            cells += [f"{median(a / b for a, b in zip(times['original'], times[name], strict=True)):.2f} x" for name in NETWORKS[1:]]
-            cells.append(f"{100 * median(1 - a / b for a, b in zip(times['fastest'], times['uniform'], strict=True)):.0f} %")
+            cells += [
+                f"{median(a / b for a, b in zip(times['original'], times[name], strict=True)):.2f} x"
+                for name in NETWORKS[1:]
+            ]
+            cells.append(
+                f"{100 * median(1 - a / b for a, b in zip(times['fastest'], times['uniform'], strict=True)):.0f} %"
+            )
             result.append("| " + " | ".join(cells) + " |")
     return "\n".join(result)
 

@@ -10,12 +10,14 @@ import math
 import torch
 import typer
 
-from nni_haloc.budget import InfeasibleBudget, Limit, choose
-from nni_haloc.compression import restructure
-from nni_haloc.models import build_model
-from nni_haloc.predictors import mac_table, param_table
-from nni_haloc.predictors.analytic import count_macs, count_paper_macs, count_params
-from nni_haloc.ranks import RankPlan, RankRules, find_layers, parse_rank
+from nni_haloc.costs.analytic import mac_table, param_table
+from nni_haloc.costs.counts import count_macs, count_paper_macs, count_params
+from nni_haloc.inputs.models import build_model
+from nni_haloc.plan.budget import InfeasibleBudget, Limit, choose
+from nni_haloc.plan.compression import restructure
+from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.space.names import parse_rank
+from nni_haloc.space.ranks import RankRules, find_layers
 
 ROWS = {  # network: image size, the kinds that carry its weights, and the rows: less MACs, less parameters, in percent
     "resnet20": (32, ("conv",), [(72.20, 76.10)]),
@@ -42,29 +44,54 @@ def found(model, x, rules, fewer_macs, fewer_params):
         Limit(params, (1 - fewer_params / 100) * count_params(model)),
     ]
     try:
-        return choose({layer: {name: math.sqrt(cost) for name, cost in row.items()} for layer, row in params.costs.items()}, limits)
+        return choose(
+            {
+                layer: {name: math.sqrt(cost) for name, cost in row.items()}
+                for layer, row in params.costs.items()
+            },
+            limits,
+        )
     except InfeasibleBudget:
         return None
 
 
 def main() -> None:
-    print("| network | row: MACs, parameters, % less | first rank space that has it | found, % less | ranks |")
+    print(
+        "| network | row: MACs, parameters, % less | first rank space that has it | found, % less | ranks |"
+    )
     print("| --- " * 5 + "|")
     for name, (size, kinds, rows) in ROWS.items():
         model, x = build_model(name).eval(), torch.zeros(1, 3, size, size)
         before = count_paper_macs(model, x), count_params(model)
         for row in rows:
-            options = ((space, rules, found(model, x, rules, *row)) for space, rules in spaces(kinds))
-            space, rules, choice = next((option for option in options if option[2] is not None), ("", RankRules(), None))
+            options = (
+                (space, rules, found(model, x, rules, *row)) for space, rules in spaces(kinds)
+            )
+            space, rules, choice = next(
+                (option for option in options if option[2] is not None), ("", RankRules(), None)
+            )
             if choice is None:
                 print(f"| {name} | {row[0]}, {row[1]} | none | | |")
                 continue
             specs = find_layers(model, x, rules).specs
-            plan = RankPlan({layer: parse_rank(candidate, specs[layer].kind) for layer, candidate in choice.items()})
+            plan = RankPlan(
+                {
+                    layer: parse_rank(candidate, specs[layer].kind)
+                    for layer, candidate in choice.items()
+                }
+            )
             network = restructure(model, plan)
-            less = [100 * (1 - a / b) for a, b in zip((count_paper_macs(network, x), count_params(network)), before, strict=True)]
+            less = [
+                100 * (1 - a / b)
+                for a, b in zip(
+                    (count_paper_macs(network, x), count_params(network)), before, strict=True
+                )
+            ]
             shown = " ".join(candidate.removeprefix("r") for candidate in choice.values())
-            print(f"| {name} | {row[0]}, {row[1]} | {space} | {less[0]:.2f}, {less[1]:.2f} | {shown} |", flush=True)
+            print(
+                f"| {name} | {row[0]}, {row[1]} | {space} | {less[0]:.2f}, {less[1]:.2f} | {shown} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -17,21 +17,29 @@ import typer
 from matplotlib.figure import Figure
 from scipy import stats
 
-from nni_haloc.budget import Limit, choose
-from nni_haloc.compression import restructure
-from nni_haloc.device.files import write_json
-from nni_haloc.device.measuring import Timing, measure, time_together
-from nni_haloc.device.spec import draw
-from nni_haloc.device.torch_runtime import TorchRuntime
-from nni_haloc.measure import progress
-from nni_haloc.models import build_model
-from nni_haloc.predictors import CostTable, mac_table, measure_peaks, roofline_table, specify
-from nni_haloc.predictors.regression import complete
-from nni_haloc.ranks import RankPlan, RankRules, parse_rank
+from nni_haloc.costs.analytic import mac_table, measure_peaks, roofline_table
+from nni_haloc.costs.device.measuring import Timing, measure, time_together
+from nni_haloc.costs.device.spec import draw
+from nni_haloc.costs.device.torch_runtime import TorchRuntime
+from nni_haloc.costs.regression import complete
+from nni_haloc.costs.specification import specify
+from nni_haloc.costs.table import CostTable
+from nni_haloc.inputs.models import build_model
+from nni_haloc.plan.budget import Limit, choose
+from nni_haloc.plan.compression import restructure
+from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.space.names import parse_rank
+from nni_haloc.space.ranks import RankRules
+from nni_haloc.utils.files import write_json
+from nni_haloc.utils.progress import progress
 
 RAW = Path(__file__).parents[2] / "docs" / "raw" / "predictor.jsonl"
 NETWORKS: dict[str, tuple[str, tuple[int, ...], RankRules]] = {
-    "resnet18": ("torchvision:resnet18", (1, 3, 224, 224), RankRules(kinds=("conv",), exclude=("conv1",))),
+    "resnet18": (
+        "torchvision:resnet18",
+        (1, 3, 224, 224),
+        RankRules(kinds=("conv",), exclude=("conv1",)),
+    ),
     "resnet20": ("resnet20", (128, 3, 32, 32), RankRules(kinds=("conv",), exclude=("conv1",))),
 }
 SAMPLED = "regression (25 %)"
@@ -43,10 +51,14 @@ def plans(costs: CostTable, seed: int = 0) -> dict[str, list[dict[str, str]]]:
     generator = random.Random(seed)
 
     def within(fraction: float) -> dict[str, str]:
-        scores = {layer: {name: generator.random() for name in row} for layer, row in costs.costs.items()}
+        scores = {
+            layer: {name: generator.random() for name in row} for layer, row in costs.costs.items()
+        }
         return choose(scores, [Limit(costs, fraction * costs.original)], 0.98)
 
-    spread = [within(float(fraction)) for fraction in np.linspace(0.15, 0.99, 29)] + [dict.fromkeys(costs.costs, "dense")]
+    spread = [within(float(fraction)) for fraction in np.linspace(0.15, 0.99, 29)] + [
+        dict.fromkeys(costs.costs, "dense")
+    ]
     return {SPREAD: spread, EQUAL: [within(0.4) for _ in range(20)]}
 
 
@@ -55,10 +67,14 @@ def main(
     work: Annotated[Path, typer.Option(help="folder for the tables")] = Path("predictor-tables"),
     memory_format: str = "contiguous",
     threads: int = 1,
-    rounds: Annotated[int, typer.Option(help="passes over the tables, and tenths of the passes over the networks")] = 5,
+    rounds: Annotated[
+        int, typer.Option(help="passes over the tables, and tenths of the passes over the networks")
+    ] = 5,
     min_run_time: float = Timing.min_run_time,
     out: Annotated[Path, typer.Option(help="JSON lines, appended to")] = RAW,
-    report: Annotated[Path | None, typer.Option(help="folder for plots; prints the tables, measures nothing")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="folder for plots; prints the tables, measures nothing")
+    ] = None,
 ) -> None:
     if report is not None:
         _report(out, report)
@@ -71,10 +87,17 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     tables = {"MACs": mac_table(model, example, rules)}
     with runtime.pinned():
-        tables["roofline"] = roofline_table(model, example, rules, **dict(zip(("flops", "bandwidth"), measure_peaks(runtime), strict=True)))
+        tables["roofline"] = roofline_table(
+            model,
+            example,
+            rules,
+            **dict(zip(("flops", "bandwidth"), measure_peaks(runtime), strict=True)),
+        )
     sets = plans(tables["MACs"])
     nets = {
-        f"{kind} {i}": restructure(model, RankPlan({layer: parse_rank(rank, "conv") for layer, rank in plan.items()}))
+        f"{kind} {i}": restructure(
+            model, RankPlan({layer: parse_rank(rank, "conv") for layer, rank in plan.items()})
+        )
         for kind, found in sets.items()
         for i, plan in enumerate(found)
     }
@@ -82,17 +105,29 @@ def main(
     files = {where: work / f"{stem}-{where}.json" for where in ("alone", "in-place")}
     kept = work / f"{stem}-networks.json"
     done: dict[str, Any] = (
-        json.loads(kept.read_text()) if kept.exists() else {"starts": 0, "seconds": dict.fromkeys(files, 0.0), "rounds": []}
+        json.loads(kept.read_text())
+        if kept.exists()
+        else {"starts": 0, "seconds": dict.fromkeys(files, 0.0), "rounds": []}
     )
     done["starts"] += len(done["rounds"]) < rounds
     with runtime.pinned():
         ready = {key: runtime.ready(net, shape) for key, net in nets.items()}
-        while len(done["rounds"]) < rounds:  # tables and networks by turns, so that a slower hour falls on both
+        while (
+            len(done["rounds"]) < rounds
+        ):  # tables and networks by turns, so that a slower hour falls on both
             for where, file in files.items():
                 started = time.perf_counter()
-                measure(spec, runtime, file, Timing(where, len(done["rounds"]) + 1, min_run_time), progress("measured"))
+                measure(
+                    spec,
+                    runtime,
+                    file,
+                    Timing(where, len(done["rounds"]) + 1, min_run_time),
+                    progress("measured"),
+                )
                 done["seconds"][where] += time.perf_counter() - started
-            done["rounds"].append([time_together(ready, runtime, 0) for _ in range(2)])  # five passes each
+            done["rounds"].append(
+                [time_together(ready, runtime, 0) for _ in range(2)]
+            )  # five passes each
             write_json(kept, done)
     times = [found for pair in done["rounds"] for found in pair]
     measured = {key: 1e3 * median(found[key] for found in times) for key in nets}
@@ -100,20 +135,35 @@ def main(
     state = json.loads(files["alone"].read_text())
     known = set(draw(spec, 0.25))
     sampled = {home for index, home in spec.homes().items() if index in known}
-    runs = {layer: {c: v for c, v in row.items() if (layer, c) in sampled} for layer, row in state["runs"].items()}
+    runs = {
+        layer: {c: v for c, v in row.items() if (layer, c) in sampled}
+        for layer, row in state["runs"].items()
+    }
     content = complete(spec, {**state, "runs": runs})
-    tables[SAMPLED] = CostTable("latency_ms", content["costs"], content["fixed"], content["identity"])
+    tables[SAMPLED] = CostTable(
+        "latency_ms", content["costs"], content["fixed"], content["identity"]
+    )
     held_out = [home for home in spec.homes().values() if home not in sampled]
-    apart = [abs(content["costs"][layer][c] / tables["alone"].costs[layer][c] - 1) for layer, c in held_out]
+    apart = [
+        abs(content["costs"][layer][c] / tables["alone"].costs[layer][c] - 1)
+        for layer, c in held_out
+    ]
     line: dict[str, Any] = {
         "network": network,
         "identity": tables["alone"].identity,
         "seconds": done["seconds"] if done["starts"] == 1 else None,
         "entries": len(spec.entries),
-        "regression": {"held out": len(apart), "median error": median(apart), "said": tables[SAMPLED].identity["median_error"]},
+        "regression": {
+            "held out": len(apart),
+            "median error": median(apart),
+            "said": tables[SAMPLED].identity["median_error"],
+        },
         "sets": {
             kind: [
-                {"measured": measured[f"{kind} {i}"], **{predictor: table.total(plan) for predictor, table in tables.items()}}
+                {
+                    "measured": measured[f"{kind} {i}"],
+                    **{predictor: table.total(plan) for predictor, table in tables.items()},
+                }
                 for i, plan in enumerate(found)
             ]
             for kind, found in sets.items()
@@ -130,11 +180,16 @@ def errors(rows: list[dict[str, float]], predictor: str) -> tuple[float, float]:
     measured, predicted = (np.array([row[key] for row in rows]) for key in ("measured", predictor))
     if predictor == "MACs":
         predicted = predicted * np.exp(np.mean(np.log(measured / predicted)))
-    return 100 * float(np.mean(np.abs(predicted / measured - 1))), float(stats.spearmanr(measured, predicted)[0])
+    return 100 * float(np.mean(np.abs(predicted / measured - 1))), float(
+        stats.spearmanr(measured, predicted)[0]
+    )
 
 
 def _table(lines: list[dict[str, Any]]) -> str:
-    result = ["| network | plans | predictor | error, % (mean) | Spearman |", "| --- | --- | --- | --- | --- |"]
+    result = [
+        "| network | plans | predictor | error, % (mean) | Spearman |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for line in lines:
         identity = line["identity"]
         name = f"{line['network']}, batch {identity['input'][0]}, {identity['memory_format']}, {identity['threads']} thread(s)"
@@ -144,7 +199,11 @@ def _table(lines: list[dict[str, Any]]) -> str:
                 result.append(f"| {name} | {kind} | {predictor} | {error:.1f} | {rank:.3f} |")
     for line in lines:
         facts, spent = line["regression"], line["seconds"]
-        took = f", alone in {spent['alone']:.0f} s, in place in {spent['in-place']:.0f} s" if spent else ""
+        took = (
+            f", alone in {spent['alone']:.0f} s, in place in {spent['in-place']:.0f} s"
+            if spent
+            else ""
+        )
         result.append(
             f"\n{line['network']}: {line['entries']} entries{took}. The {facts['held out']} entries that were not measured are predicted"
             f" within {100 * facts['median error']:.1f} % (median;"
@@ -154,7 +213,14 @@ def _table(lines: list[dict[str, Any]]) -> str:
 
 
 def _stem(line: dict[str, Any]) -> str:
-    return "-".join(str(value) for value in (line["network"], line["identity"]["memory_format"], line["identity"]["threads"]))
+    return "-".join(
+        str(value)
+        for value in (
+            line["network"],
+            line["identity"]["memory_format"],
+            line["identity"]["threads"],
+        )
+    )
 
 
 def _report(raw: Path, plots: Path) -> None:
@@ -167,8 +233,16 @@ def _report(raw: Path, plots: Path) -> None:
         for axes, (kind, rows) in zip(figure.subplots(1, 2), line["sets"].items(), strict=True):
             measured = [row["measured"] for row in rows]
             for predictor, marker in (("alone", "o"), ("in-place", "x"), (SAMPLED, "+")):
-                axes.plot(measured, [row[predictor] for row in rows], marker, label=predictor, fillstyle="none")
-            axes.plot([min(measured), max(measured)], [min(measured), max(measured)], "k-", linewidth=0.5)
+                axes.plot(
+                    measured,
+                    [row[predictor] for row in rows],
+                    marker,
+                    label=predictor,
+                    fillstyle="none",
+                )
+            axes.plot(
+                [min(measured), max(measured)], [min(measured), max(measured)], "k-", linewidth=0.5
+            )
             axes.set(xlabel="measured, ms", ylabel="predicted, ms", title=kind)
             axes.legend(fontsize=8)
         figure.savefig(plots / f"predictor-{stem}.png", dpi=150)

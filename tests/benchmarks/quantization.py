@@ -12,10 +12,10 @@ from statistics import median
 
 from onnxruntime.quantization import CalibrationMethod, QuantType
 
-from nni_haloc.deployment import Finished
-from nni_haloc.device.measuring import time_together
-from nni_haloc.device.onnx_runtime import OnnxRuntime
-from nni_haloc.exporting import OnnxNetwork, export_onnx, quantize_onnx
+from nni_haloc.chain.exporting import OnnxNetwork, export_onnx, quantize_onnx
+from nni_haloc.costs.device.measuring import time_together
+from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
+from nni_haloc.runs.finished import Finished
 
 U8, S8 = QuantType.QUInt8, QuantType.QInt8
 WAYS = {
@@ -44,7 +44,12 @@ if __name__ == "__main__":
                 files[way] = Path(folder) / f"{stage}-{number}.onnx"
                 quantize_onnx(files["float32"], run.calibration_images(), files[way], **changes)
             facts = {
-                way: {"top1": run.job.accuracy(OnnxNetwork(file, options.threads), run.job.loader("val"))[0], "bytes": file.stat().st_size}
+                way: {
+                    "top1": run.job.accuracy(
+                        OnnxNetwork(file, options.threads), run.job.loader("val")
+                    )[0],
+                    "bytes": file.stat().st_size,
+                }
                 for way, file in files.items()
             }
             for size in options.batch or [1, 128]:

@@ -37,12 +37,14 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from nni_haloc import Haloc, RankRules, RankSpace, Recipe, classification, finetune
-from nni_haloc.execution import contraction_work, contracts, runs_dense, work
-from nni_haloc.models import build_model
-from nni_haloc.nas.engine import InProcess, run_search
-from nni_haloc.nas.strategy import ARRIVAL
-from nni_haloc.ranks import find_layers, macs
+from nni_haloc.inputs.models import build_model
+from nni_haloc.search.evaluator import classification
+from nni_haloc.search.execution import contraction_work, contracts, runs_dense, work
+from nni_haloc.search.space import RankSpace
+from nni_haloc.search.strategy import ARRIVAL, Haloc, InProcess, run_search
+from nni_haloc.space.ranks import RankRules, find_layers, macs
+from nni_haloc.training.finetuning import finetune
+from nni_haloc.training.recipe import Recipe
 
 CANDIDATES = [2, 4, 8]
 SIZES = {"resnet20": (32, 10), "torchvision:resnet18": (224, 1000)}
@@ -56,9 +58,19 @@ class Spread(RankRules):
 
     def candidates(self, spec):
         size = min(spec.in_channels, spec.out_channels)
-        useful = [r for r in range(1, size + 1) if macs(spec, (r, r) if spec.kind == "conv" else (r,)) < macs(spec, None)]
+        useful = [
+            r
+            for r in range(1, size + 1)
+            if macs(spec, (r, r) if spec.kind == "conv" else (r,)) < macs(spec, None)
+        ]
         wanted = self.number - 1
-        ranks = sorted({useful[int((i + 0.5) * len(useful) / wanted)] for i in range(wanted)}, reverse=True) if useful else []
+        ranks = (
+            sorted(
+                {useful[int((i + 0.5) * len(useful) / wanted)] for i in range(wanted)}, reverse=True
+            )
+            if useful
+            else []
+        )
         return [None, *((r, r) if spec.kind == "conv" else (r,) for r in ranks)]
 
 
@@ -79,7 +91,9 @@ class Clock(pl.Callback):
         self.next.turn.release()
 
 
-def race(jobs: dict[str, Callable[[Clock], object]], names: list[str], last: int) -> dict[str, list[float]]:
+def race(
+    jobs: dict[str, Callable[[Clock], object]], names: list[str], last: int
+) -> dict[str, list[float]]:
     """Run jobs that train with a `Clock`, a batch of each in turn; seconds of the ``last`` batches."""
 
     def guarded(name: str) -> None:
@@ -90,7 +104,9 @@ def race(jobs: dict[str, Callable[[Clock], object]], names: list[str], last: int
             os._exit(1)
 
     clocks = {name: Clock() for name in names}
-    for clock, following in zip(clocks.values(), [*list(clocks.values())[1:], clocks[names[0]]], strict=True):
+    for clock, following in zip(
+        clocks.values(), [*list(clocks.values())[1:], clocks[names[0]]], strict=True
+    ):
         clock.next = following
     with ThreadPoolExecutor(len(names)) as pool:
         for name in names:  # set up one at a time: NNI's contexts are global
@@ -104,30 +120,55 @@ def main(
     network: Annotated[str, typer.Option(help="resnet20 or torchvision:resnet18")] = "resnet20",
     batch: int = 128,
     candidates: Annotated[list[int], typer.Option()] = CANDIDATES,
-    iterations: Annotated[int, typer.Option(help="measured ones, after the expected cost has arrived at the budget")] = 15,
+    iterations: Annotated[
+        int, typer.Option(help="measured ones, after the expected cost has arrived at the budget")
+    ] = 15,
     threads: int = 1,
     precision: str = "32-true",
     memory_format: str = "contiguous",
-    budget: Annotated[float, typer.Option(help="of the original's MACs: what the sampled networks cost on average")] = 0.5,
+    budget: Annotated[
+        float,
+        typer.Option(help="of the original's MACs: what the sampled networks cost on average"),
+    ] = 0.5,
     stock: Annotated[bool, typer.Option(help="run NNI's own Proxyless too")] = True,
-    memory: Annotated[bool, typer.Option(help="then measure peak memory, each contender in a process of its own")] = True,
-    only: Annotated[str | None, typer.Option(help="run one contender alone and print its peak memory in MiB")] = None,
-    out: Annotated[Path | None, typer.Option(help="append raw results to this file, a JSON line each")] = None,
+    memory: Annotated[
+        bool, typer.Option(help="then measure peak memory, each contender in a process of its own")
+    ] = True,
+    only: Annotated[
+        str | None, typer.Option(help="run one contender alone and print its peak memory in MiB")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="append raw results to this file, a JSON line each")
+    ] = None,
 ) -> None:
     torch.set_num_threads(threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    table = Table(title=f"{network}, batch {batch}, {threads} threads, {precision}, {memory_format}, {budget:g} of the MACs")
-    columns = ["candidates", "ordinary step, ms", "search iteration", "ratio", "bound", "stock Proxyless", "stock / ours"]
+    table = Table(
+        title=f"{network}, batch {batch}, {threads} threads, {precision}, {memory_format}, {budget:g} of the MACs"
+    )
+    columns = [
+        "candidates",
+        "ordinary step, ms",
+        "search iteration",
+        "ratio",
+        "bound",
+        "stock Proxyless",
+        "stock / ours",
+    ]
     for column in [*columns, "peak MiB: ordinary, search, stock"]:
         table.add_column(column, justify="right")
     for number in candidates:
-        setting = Setting(network, batch, number, 3 if only else iterations, precision, memory_format, budget)
+        setting = Setting(
+            network, batch, number, 3 if only else iterations, precision, memory_format, budget
+        )
         if only:
             setting.jobs()[only](Free())
             print(_status("VmHWM"))
             return
-        times = race(setting.jobs(), ["ordinary", "search", *(["stock"] if stock else [])], iterations)
+        times = race(
+            setting.jobs(), ["ordinary", "search", *(["stock"] if stock else [])], iterations
+        )
         peaks = {name: _peak(name, setting, threads) for name in times} if memory else {}
         record = {
             **vars(setting), "threads": threads, "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
@@ -154,10 +195,17 @@ class Setting:
 
     def jobs(self) -> dict[str, Callable[[pl.Callback], object]]:
         size, classes = SIZES[self.network]
-        layout = torch.channels_last if self.memory_format == "channels_last" else torch.contiguous_format
+        layout = (
+            torch.channels_last
+            if self.memory_format == "channels_last"
+            else torch.contiguous_format
+        )
         torch.manual_seed(0)
         model = build_model(self.network).to(memory_format=layout)
-        batches = [(torch.randn(self.batch, 3, size, size), torch.randint(0, classes, (self.batch,))) for _ in range(2)]
+        batches = [
+            (torch.randn(self.batch, 3, size, size), torch.randint(0, classes, (self.batch,)))
+            for _ in range(2)
+        ]
         batches = [(images.to(memory_format=layout), labels) for images, labels in batches]
         count = math.ceil(self.iterations / (1 - ARRIVAL))
         rules = Spread(number=self.candidates)
@@ -171,11 +219,17 @@ class Setting:
         def evaluator(clock: pl.Callback):
             return classification(loader(), loader(), recipe, callbacks=[clock], **options)
 
-        strategy = Haloc(space.costs, self.budget * space.costs.original, alpha_every=1, approach_share=1.0)  # the dearest iteration
+        strategy = Haloc(
+            space.costs, self.budget * space.costs.original, alpha_every=1, approach_share=1.0
+        )  # the dearest iteration
         return {
-            "ordinary": lambda clock: finetune(copy.deepcopy(model), loader(), recipe, callbacks=[clock], **options),
+            "ordinary": lambda clock: finetune(
+                copy.deepcopy(model), loader(), recipe, callbacks=[clock], **options
+            ),
             "search": lambda clock: run_search(space, evaluator(clock), strategy),
-            "stock": lambda clock: Proxyless()(RawFormatModelSpace.from_model(copy.deepcopy(space), evaluator(clock)), InProcess()),
+            "stock": lambda clock: Proxyless()(
+                RawFormatModelSpace.from_model(copy.deepcopy(space), evaluator(clock)), InProcess()
+            ),
         }
 
     def bound(self) -> float:
@@ -190,11 +244,22 @@ class Setting:
             ranks = rules.candidates(spec)
             dense = work(spec, None, shape)
             build = [0 if r is None else contraction_work(spec, r) for r in ranks]
-            runs = [dense + b if runs_dense(spec, r, shape) else work(spec, r, shape) for r, b in zip(ranks, build, strict=True)]
+            runs = [
+                dense + b if runs_dense(spec, r, shape) else work(spec, r, shape)
+                for r, b in zip(ranks, build, strict=True)
+            ]
             sampled = sum(runs) / len(runs)
             contraction = dense + sum(contraction_work(spec, r) for r in ranks)
-            gates = contraction if contracts(spec, ranks, shape) else sum(work(spec, r, shape) for r in ranks)
-            alpha, weights, forward = alpha + 2 * sampled + gates, weights + 3 * sampled, forward + dense
+            gates = (
+                contraction
+                if contracts(spec, ranks, shape)
+                else sum(work(spec, r, shape) for r in ranks)
+            )
+            alpha, weights, forward = (
+                alpha + 2 * sampled + gates,
+                weights + 3 * sampled,
+                forward + dense,
+            )
         return (alpha + weights + forward) / (3 * forward)
 
 
@@ -204,8 +269,18 @@ class Free(pl.Callback):
 
 def _peak(name: str, setting: Setting, threads: int) -> float:
     options = [f"--{key.replace('_', '-')}={value}" for key, value in vars(setting).items()]
-    command = [sys.executable, "-W", "ignore", __file__, *options, f"--threads={threads}", f"--only={name}"]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        __file__,
+        *options,
+        f"--threads={threads}",
+        f"--only={name}",
+    ]
+    return float(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+    )
 
 
 def _status(key: str) -> float:
@@ -224,7 +299,13 @@ def _row(record: dict) -> list[str]:
         low, middle, high = quantiles([x / y for x, y in zip(times[a], times[b], strict=True)], n=4)
         return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
-    row = [str(record["candidates"]), ms("ordinary"), ms("search"), ratio("search", "ordinary"), f"{record['bound']:.2f}"]
+    row = [
+        str(record["candidates"]),
+        ms("ordinary"),
+        ms("search"),
+        ratio("search", "ordinary"),
+        f"{record['bound']:.2f}",
+    ]
     row += [ms("stock"), ratio("stock", "search")] if "stock" in times else ["", ""]
     return [*row, ", ".join(f"{peak:.0f}" for peak in peaks.values())]
 

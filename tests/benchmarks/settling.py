@@ -15,15 +15,16 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning import seed_everything
 
-from nni_haloc.compression import load_weights
-from nni_haloc.config import load_config
-from nni_haloc.finetuning import accuracy, recalibrate
-from nni_haloc.job import _quiet, _splits
-from nni_haloc.models import build_model
-from nni_haloc.nas import Haloc, classification, run_search
-from nni_haloc.run import _prepare
-from nni_haloc.training import recipe_of
-from nni_haloc.yaml_files import parse_yaml
+from nni_haloc.inputs.config import load_config
+from nni_haloc.inputs.models import build_model
+from nni_haloc.inputs.weights import load_weights
+from nni_haloc.inputs.yaml_files import parse_yaml
+from nni_haloc.runs.job import _quiet, _splits
+from nni_haloc.runs.run import _prepare
+from nni_haloc.runs.training import recipe_of
+from nni_haloc.search.evaluator import classification
+from nni_haloc.search.strategy import Haloc, run_search
+from nni_haloc.training.finetuning import accuracy, recalibrate
 
 
 class AtOnce(Haloc):
@@ -43,7 +44,10 @@ class Penalty(Haloc):
         pass
 
     def scores(self):
-        return {n: dict(zip(x.names, (-x.task_gradient.mean).tolist(), strict=True)) for n, x in self.mixed_layers.items()}
+        return {
+            n: dict(zip(x.names, (-x.task_gradient.mean).tolist(), strict=True))
+            for n, x in self.mixed_layers.items()
+        }
 
 
 class Multiplier(Penalty):
@@ -77,13 +81,30 @@ def measure(mode, config, splits):
         strategy, space = _prepare(config, splits, model, splits.images("test", 1), Path(folder))
     strategy.__class__ = MODES[mode]
     trace = Trace(strategy)
-    train, val = (splits.loader(split, d.batch_size, shuffle=True, seed=config.seed + i) for i, split in enumerate(("train", "val")))
-    options = {"callbacks": [trace], "precision": config.search.precision, "enable_progress_bar": False}
-    run_search(space, classification(train, val, recipe_of(config.search), limit_train_batches=ARGS.batches, **options), strategy)
+    train, val = (
+        splits.loader(split, d.batch_size, shuffle=True, seed=config.seed + i)
+        for i, split in enumerate(("train", "val"))
+    )
+    options = {
+        "callbacks": [trace],
+        "precision": config.search.precision,
+        "enable_progress_bar": False,
+    }
+    run_search(
+        space,
+        classification(
+            train, val, recipe_of(config.search), limit_train_batches=ARGS.batches, **options
+        ),
+        strategy,
+    )
     plan = strategy.plan()
     network = strategy.network(plan)
     seed_everything(config.seed, verbose=False)
-    recalibrate(network, splits.loader("train", d.batch_size, shuffle=True, seed=config.seed), config.recalibration_batches)
+    recalibrate(
+        network,
+        splits.loader("train", d.batch_size, shuffle=True, seed=config.seed),
+        config.recalibration_batches,
+    )
     away = [abs(ratio - 1) for ratio in trace.ratios]
     return {
         "away": max(away[len(away) // 2 :]),
@@ -94,7 +115,9 @@ def measure(mode, config, splits):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run_file")
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--seeds", type=int, default=5)
@@ -104,15 +127,26 @@ if __name__ == "__main__":
     ARGS = parser.parse_args()
     warnings.filterwarnings("ignore")
     _quiet()
-    changes = {"search.start": "uniform", "search.alpha_every": 1, "search.approach_share": 1.0}  # from far away from the budget
-    changes |= {key: parse_yaml(value) for key, _, value in (change.partition("=") for change in ARGS.changes)}
-    print("| budget | way | from 2 % on | furthest, 2nd half | least use | top-1 | seeds |\n| --- | --- | --- | --- | --- | --- | --- |")
+    changes = {
+        "search.start": "uniform",
+        "search.alpha_every": 1,
+        "search.approach_share": 1.0,
+    }  # from far away from the budget
+    changes |= {
+        key: parse_yaml(value)
+        for key, _, value in (change.partition("=") for change in ARGS.changes)
+    }
+    print(
+        "| budget | way | from 2 % on | furthest, 2nd half | least use | top-1 | seeds |\n| --- | --- | --- | --- | --- | --- | --- |"
+    )
     cut = {}
     for fraction in ARGS.fractions:
         for mode in ARGS.modes:
             found = []
             for seed in range(ARGS.seeds):
-                config = load_config(ARGS.run_file, {**changes, "budget.fraction": fraction, "seed": seed})
+                config = load_config(
+                    ARGS.run_file, {**changes, "budget.fraction": fraction, "seed": seed}
+                )
                 torch.set_num_threads(config.threads or torch.get_num_threads())
                 splits = cut.setdefault("splits", None) or _splits(config)
                 cut["splits"] = splits

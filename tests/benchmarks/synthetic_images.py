@@ -21,13 +21,21 @@ def main(
     random = np.random.default_rng(0)
     across = np.arange(size)
     for name in range(classes):
-        colour, frequency, angle = random.uniform(60, 200, 3), random.uniform(0.05, 0.5), random.uniform(0, np.pi)
+        colour, frequency, angle = (
+            random.uniform(60, 200, 3),
+            random.uniform(0.05, 0.5),
+            random.uniform(0, np.pi),
+        )
         for part, number in (("train", train), ("val", val)):
             folder = out / part / f"class{name:02}"
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(number):
-                phase = frequency * (np.cos(angle) * across[:, None] + np.sin(angle) * across) + random.uniform(0, 2 * np.pi)
-                image = colour + 50 * np.sin(phase)[..., None] + random.normal(0, 30, (size, size, 3))
+                phase = frequency * (
+                    np.cos(angle) * across[:, None] + np.sin(angle) * across
+                ) + random.uniform(0, 2 * np.pi)
+                image = (
+                    colour + 50 * np.sin(phase)[..., None] + random.normal(0, 30, (size, size, 3))
+                )
                 Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03}.jpeg")
     print(f"{out}: {classes} classes of {train} and {val} images")
 

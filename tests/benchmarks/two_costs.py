@@ -8,19 +8,25 @@ from typing import Annotated
 
 import typer
 
-from nni_haloc.compression import COSTS_FILE, RANKS_FILE
-from nni_haloc.predictors import CostTable
-from nni_haloc.ranks import RankPlan
+from nni_haloc.costs.table import CostTable
+from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.runs.folder import COSTS_FILE, RANKS_FILE
 
 
 def main(folders: Annotated[list[Path], typer.Argument()]) -> None:
     plans = {folder: RankPlan.load(folder / RANKS_FILE) for folder in folders}
     tables = {folder: CostTable.load(folder / COSTS_FILE) for folder in folders}
-    print("| plan made for | " + " | ".join(f"{table.metric}, % of the original" for table in tables.values()) + " |")
+    print(
+        "| plan made for | "
+        + " | ".join(f"{table.metric}, % of the original" for table in tables.values())
+        + " |"
+    )
     print("| --- " * (1 + len(tables)) + "|")
     for folder, plan in plans.items():
         shares = (100 * table.total(plan.names) / table.original for table in tables.values())
-        print(f"| {tables[folder].metric} | " + " | ".join(f"{share:.1f}" for share in shares) + " |")
+        print(
+            f"| {tables[folder].metric} | " + " | ".join(f"{share:.1f}" for share in shares) + " |"
+        )
 
 
 if __name__ == "__main__":

@@ -11,27 +11,40 @@ import torch
 import typer
 from rows import HERE, RUNTIME
 
-from nni_haloc.models import build_model
-from nni_haloc.predictors import CostTable, Timing, latency_table
-from nni_haloc.ranks import RankRules
+from nni_haloc.costs.device.measuring import Timing
+from nni_haloc.costs.measured import latency_table
+from nni_haloc.costs.table import CostTable
+from nni_haloc.inputs.models import build_model
+from nni_haloc.space.ranks import RankRules
 
 
 def measured(_: int) -> CostTable:
     example = torch.randn(128, 3, 32, 32)
     rules = RankRules(kinds=("conv",), exclude=("conv1",), step=1)
-    return latency_table(build_model("resnet20", {}).eval(), example, rules, RUNTIME, Timing(rounds=2))
+    return latency_table(
+        build_model("resnet20", {}).eval(), example, rules, RUNTIME, Timing(rounds=2)
+    )
 
 
 def main(processes: Annotated[int, typer.Option(help="one after another")] = 5) -> None:
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         tables = list(pool.imap(measured, range(processes)))
     first = tables[0]
-    costs = {layer: {name: median(t.costs[layer][name] for t in tables) for name in row} for layer, row in first.costs.items()}
+    costs = {
+        layer: {name: median(t.costs[layer][name] for t in tables) for name in row}
+        for layer, row in first.costs.items()
+    }
     identity = {**first.identity, "processes": processes}
     table = CostTable("latency_ms", costs, median(t.fixed for t in tables), identity)
     table.save(HERE / "costs.json")
-    spread = sorted(max(t.costs[a][b] for t in tables) / min(t.costs[a][b] for t in tables) for a, row in costs.items() for b in row)
-    print(f"original {table.original:.1f} ms; largest over smallest of an entry: median {median(spread):.2f}, most {spread[-1]:.2f}")
+    spread = sorted(
+        max(t.costs[a][b] for t in tables) / min(t.costs[a][b] for t in tables)
+        for a, row in costs.items()
+        for b in row
+    )
+    print(
+        f"original {table.original:.1f} ms; largest over smallest of an entry: median {median(spread):.2f}, most {spread[-1]:.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import torch
 import typer
 from rows import HERE, RUNTIME, read
 
-from nni_haloc.compression import restructure
-from nni_haloc.models import build_model
-from nni_haloc.predictors import measure_latency
-from nni_haloc.ranks import RankPlan, parse_rank
+from nni_haloc.costs.measured import measure_latency
+from nni_haloc.inputs.models import build_model
+from nni_haloc.plan.compression import restructure
+from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.space.names import parse_rank
 
 RAW = HERE.parents[2] / "docs" / "raw"
 
@@ -30,7 +31,10 @@ def main(
         plan = RankPlan({layer: parse_rank(name, "conv") for layer, name in line["ranks"].items()})
         networks.setdefault(json.dumps(line["ranks"]), restructure(model, plan))
     found = measure_latency(networks, torch.randn(128, 3, 32, 32), RUNTIME, rounds=rounds)
-    out.write_text(json.dumps({name: round(value, 2) for name, value in found.items()}, indent=0) + "\n", encoding="utf-8")
+    out.write_text(
+        json.dumps({name: round(value, 2) for name, value in found.items()}, indent=0) + "\n",
+        encoding="utf-8",
+    )
     print(f"{len(found) - 1} networks; original {found['original']:.1f} ms")
 
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from rows import BUDGETS, EQUAL_COMPUTE, EQUAL_TUNING, HERE, MAIN, epochs_of_choice, read
 from scipy import stats
 
-from nni_haloc.models import build_model
-from nni_haloc.ranks import DENSE, parse_rank
+from nni_haloc.inputs.models import build_model
+from nni_haloc.space.names import DENSE, parse_rank
 
 BLIND = {"uniform", "energy", "vbmf"}
 """Rules whose ranks follow one number for all layers: they keep the budget, but do not see what each candidate costs."""
@@ -25,7 +25,15 @@ HOW = ("hosvd", "auto")
 """``rank_space.decomposition``: by the weights alone, and the default, by the data."""
 
 COLUMNS = (
-    *("method", "sees costs", "top-1, % (seeds)", "haloc's lead, points (95 %)", "", "epochs", "minutes: ranks + tuning"),
+    *(
+        "method",
+        "sees costs",
+        "top-1, % (seeds)",
+        "haloc's lead, points (95 %)",
+        "",
+        "epochs",
+        "minutes: ranks + tuning",
+    ),
     *("cost, %", "MACs, %", "parameters, %", "latency, %", "dense layers"),
 )
 Lines = list[dict[str, Any]]
@@ -34,7 +42,9 @@ Lines = list[dict[str, Any]]
 def interval(differences: list[float]) -> tuple[float, float]:
     """Mean and half-width of its 95 % interval (Student's t)."""
     n = len(differences)
-    return mean(differences), float(stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / n**0.5)
+    return mean(differences), float(
+        stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / n**0.5
+    )
 
 
 def verdict(centre: float, half: float) -> str:
@@ -43,15 +53,29 @@ def verdict(centre: float, half: float) -> str:
     return "tied" if half < TIED else "not told apart"
 
 
-def by_method(lines: Lines, metric: str, fraction: float, kind: str) -> dict[str, dict[int, dict[str, Any]]]:
+def by_method(
+    lines: Lines, metric: str, fraction: float, kind: str
+) -> dict[str, dict[int, dict[str, Any]]]:
     """Method to seed to line. A method whose choice of ranks costs no epoch has one line for both kinds of equality; any other has none at
     equal compute unless it was made for that, and neither have ranks that another row has paid for."""
     rows: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for line in sorted(lines, key=lambda line: line["table"] == kind):  # that of the kind last, so that it stands
-        cell = (line["metric"], line["fraction"], line["decomposition"]) == (metric, fraction, "auto")
-        unequal = kind == EQUAL_COMPUTE and line["table"] != kind and (line.get("afresh") or epochs_of_choice(line) > 0)
+    for line in sorted(
+        lines, key=lambda line: line["table"] == kind
+    ):  # that of the kind last, so that it stands
+        cell = (line["metric"], line["fraction"], line["decomposition"]) == (
+            metric,
+            fraction,
+            "auto",
+        )
+        unequal = (
+            kind == EQUAL_COMPUTE
+            and line["table"] != kind
+            and (line.get("afresh") or epochs_of_choice(line) > 0)
+        )
         if cell and line["table"] in (kind, EQUAL_TUNING) and not unequal:
-            rows[line["method"] + (", its ranks alone" if line.get("afresh") else "")][line["seed"]] = line
+            rows[line["method"] + (", its ranks alone" if line.get("afresh") else "")][
+                line["seed"]
+            ] = line
     return dict(rows)
 
 
@@ -61,17 +85,38 @@ def table(lines: Lines, ms: dict[str, float], metric: str, fraction: float, kind
     ours = rows.get("haloc", {})
     result = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
     for method, found in sorted(rows.items(), key=lambda item: _place(item[0])):
-        cells = [method, "no" if method in BLIND else "yes", f"{_percent(found, 'top1', 2)} ({len(found)})"]
+        cells = [
+            method,
+            "no" if method in BLIND else "yes",
+            f"{_percent(found, 'top1', 2)} ({len(found)})",
+        ]
         others = found if method != "haloc" else {}
-        cells += _lead([100 * (ours[seed]["top1"] - line["top1"]) for seed, line in others.items() if seed in ours])
+        cells += _lead(
+            [
+                100 * (ours[seed]["top1"] - line["top1"])
+                for seed, line in others.items()
+                if seed in ours
+            ]
+        )
         cells.append("/".join(sorted({str(line["epochs"]) for line in found.values()})))
-        cells.append(" + ".join(f"{mean(line[key] for line in found.values()) / 60:.1f}" for key in ("choose_s", "finetune_s")))
+        cells.append(
+            " + ".join(
+                f"{mean(line[key] for line in found.values()) / 60:.1f}"
+                for key in ("choose_s", "finetune_s")
+            )
+        )
         over = any(line["cost_fraction"] > fraction for line in found.values())
         cells.append(_percent(found, "cost_fraction") + (" (over)" if over else ""))
         cells += [_percent(found, key) for key in ("macs_fraction", "params_fraction")]
         measured = [ms.get(json.dumps(line["ranks"])) for line in found.values()]
-        cells.append("" if None in measured else f"{100 * mean(m / ms['original'] for m in measured if m):.0f}")
-        cells.append(f"{mean(list(line['ranks'].values()).count(DENSE) for line in found.values()):.1f}")
+        cells.append(
+            ""
+            if None in measured
+            else f"{100 * mean(m / ms['original'] for m in measured if m):.0f}"
+        )
+        cells.append(
+            f"{mean(list(line['ranks'].values()).count(DENSE) for line in found.values()):.1f}"
+        )
         result.append("| " + " | ".join(cells) + " |")
     return "\n".join(result)
 
@@ -85,12 +130,21 @@ def decompositions(lines: Lines) -> str:
     """Same ranks, factors by the weights alone and by the data: validation top-1 before fine-tuning, and the score after it."""
     rows: dict[tuple[str, float, int], dict[str, dict[str, Any]]] = defaultdict(dict)
     for line in lines:
-        if line["metric"] == "macs" and line["table"] == EQUAL_TUNING and (line["decomposition"] == HOW[0] or not line.get("afresh")):
+        if (
+            line["metric"] == "macs"
+            and line["table"] == EQUAL_TUNING
+            and (line["decomposition"] == HOW[0] or not line.get("afresh"))
+        ):
             rows[line["method"], line["fraction"], line["seed"]][line["decomposition"]] = line
-    result = ["| ranks by | before fine-tuning: weights alone | data | after: weights alone | data |", "| --- " * 5 + "|"]
+    result = [
+        "| ranks by | before fine-tuning: weights alone | data | after: weights alone | data |",
+        "| --- " * 5 + "|",
+    ]
     for (method, _, _), found in rows.items():
         if set(HOW) <= set(found):
-            cells = [f"{100 * found[how]['val'][0]:.1f}" for how in HOW] + [f"{100 * found[how]['top1']:.2f}" for how in HOW]
+            cells = [f"{100 * found[how]['val'][0]:.1f}" for how in HOW] + [
+                f"{100 * found[how]['top1']:.2f}" for how in HOW
+            ]
             result.append("| " + " | ".join([method, *cells]) + " |")
     return "\n".join(result)
 
@@ -110,19 +164,42 @@ def _lead(paired: list[float]) -> list[str]:
 def plot_accuracy(lines: Lines, path: Path) -> None:
     """Accuracy over the share of the MACs that the networks have: mean over the seeds, with their range."""
     figure = Figure(figsize=(8.5, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="MACs, % of the original's", ylabel=f"top-1, % ({lines[0]['score']})")
+    axes = figure.add_subplot(
+        xlabel="MACs, % of the original's", ylabel=f"top-1, % ({lines[0]['score']})"
+    )
     methods = sorted({line["method"] for line in lines}, key=_place)
-    for i, (method, marker) in enumerate(zip(methods, itertools.cycle("o^sDvPX*<>hd"), strict=False)):
+    for i, (method, marker) in enumerate(
+        zip(methods, itertools.cycle("o^sDvPX*<>hd"), strict=False)
+    ):
         points = defaultdict(list)
         for line in lines:
-            if line["method"] == method and line["metric"] == "macs" and line["table"] == EQUAL_TUNING and _own(line):
+            if (
+                line["method"] == method
+                and line["metric"] == "macs"
+                and line["table"] == EQUAL_TUNING
+                and _own(line)
+            ):
                 points[line["fraction"]].append(line)
         rows = [points[fraction] for fraction in sorted(points)]
-        x = [100 * mean(line["macs_fraction"] for line in row) + 0.1 * i for row in rows]  # apart, that none hides another
+        x = [
+            100 * mean(line["macs_fraction"] for line in row) + 0.1 * i for row in rows
+        ]  # apart, that none hides another
         y = [100 * mean(line["top1"] for line in row) for row in rows]
-        spread = [[abs(100 * end(line["top1"] for line in row) - v) for row, v in zip(rows, y, strict=True)] for end in (min, max)]
-        style = {"color": f"C{i}", "linestyle": "-"} if method in MAIN else {"color": "0.35", "linestyle": ""}
-        axes.errorbar(x, y, spread if rows else None, marker=marker, capsize=3, label=method, **style)
+        spread = [
+            [
+                abs(100 * end(line["top1"] for line in row) - v)
+                for row, v in zip(rows, y, strict=True)
+            ]
+            for end in (min, max)
+        ]
+        style = (
+            {"color": f"C{i}", "linestyle": "-"}
+            if method in MAIN
+            else {"color": "0.35", "linestyle": ""}
+        )
+        axes.errorbar(
+            x, y, spread if rows else None, marker=marker, capsize=3, label=method, **style
+        )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
@@ -133,21 +210,42 @@ def plot_ranks(lines: Lines, metric: str, fraction: float, path: Path) -> None:
     chosen = {
         line["method"]: line["ranks"]
         for line in sorted(lines, key=lambda line: _place(line["method"]))
-        if (line["metric"], line["fraction"], line["seed"], line["table"]) == (metric, fraction, 0, EQUAL_TUNING) and _own(line)
+        if (line["metric"], line["fraction"], line["seed"], line["table"])
+        == (metric, fraction, 0, EQUAL_TUNING)
+        and _own(line)
     }
     modules = dict(build_model("resnet20", {}).named_modules())
     layers = list(next(iter(chosen.values())))
     full = [min(modules[layer].weight.shape[:2]) for layer in layers]
-    shares = np.array([[(parse_rank(r[n], "conv") or (f,))[0] / f for n, f in zip(layers, full, strict=True)] for r in chosen.values()])
+    shares = np.array(
+        [
+            [(parse_rank(r[n], "conv") or (f,))[0] / f for n, f in zip(layers, full, strict=True)]
+            for r in chosen.values()
+        ]
+    )
     figure = Figure(figsize=(9, 1.6 + 0.42 * len(chosen)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for i, names in enumerate(chosen.values()):
         for j, layer in enumerate(layers):
             text = "D" if names[layer] == DENSE else names[layer].removeprefix("r")
-            axes.text(j, i, text, ha="center", va="center", fontsize=8, color="black" if shares[i, j] > 0.55 else "white")
+            axes.text(
+                j,
+                i,
+                text,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="black" if shares[i, j] > 0.55 else "white",
+            )
     axes.set_yticks(range(len(chosen)), list(chosen))
-    axes.set_xticks(range(len(layers)), [n.removeprefix("layer") for n in layers], rotation=60, ha="right", fontsize=8)
+    axes.set_xticks(
+        range(len(layers)),
+        [n.removeprefix("layer") for n in layers],
+        rotation=60,
+        ha="right",
+        fontsize=8,
+    )
     axes.set_title(f"ranks at {100 * fraction:g} % of the {NAMES[metric]} (D: dense)", fontsize=10)
     figure.colorbar(image, label="share of the full rank")
     figure.savefig(path, dpi=150)
@@ -161,18 +259,27 @@ def _own(line: dict[str, Any]) -> bool:
 def main(
     raw: Annotated[Path, typer.Argument()] = HERE.parents[2] / "docs" / "raw" / "quality.jsonl",
     plots: Annotated[Path | None, typer.Option(help="folder for the plots")] = None,
-    into: Annotated[Path | None, typer.Option(help="a page whose tables are replaced; else they are printed")] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="a page whose tables are replaced; else they are printed")
+    ] = None,
 ) -> None:
     lines, latencies = read(raw), raw.with_name(f"{raw.stem}-latency.json")
     ms = json.loads(latencies.read_text(encoding="utf-8")) if latencies.exists() else {}
-    cells = sorted({(line["metric"], line["fraction"]) for line in lines if line["method"] == "haloc"}, reverse=True)
+    cells = sorted(
+        {(line["metric"], line["fraction"]) for line in lines if line["method"] == "haloc"},
+        reverse=True,
+    )
     tables = [
         f"\n**{100 * fraction:g} % of the {NAMES[metric]}, {kind}**\n\n{table(lines, ms, metric, fraction, kind)}\n"
         for metric, fraction in cells
-        for kind in ((EQUAL_TUNING, EQUAL_COMPUTE) if (metric, fraction) in BUDGETS else (EQUAL_TUNING,))
+        for kind in (
+            (EQUAL_TUNING, EQUAL_COMPUTE) if (metric, fraction) in BUDGETS else (EQUAL_TUNING,)
+        )
     ]
     if any(line["decomposition"] == HOW[0] for line in lines):
-        tables.append(f"\n**Decomposition by the weights alone, and by the data**\n\n{decompositions(lines)}\n")
+        tables.append(
+            f"\n**Decomposition by the weights alone, and by the data**\n\n{decompositions(lines)}\n"
+        )
     if into is None:
         print("".join(tables))
     else:

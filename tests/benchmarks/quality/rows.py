@@ -19,14 +19,15 @@ import typer
 import yaml
 from torch import nn
 
-from nni_haloc.compression import compress
-from nni_haloc.config import load_config
-from nni_haloc.job import Job
-from nni_haloc.log import log_to, logger
-from nni_haloc.predictors import TorchRuntime, count_macs
-from nni_haloc.predictors.analytic import count_params
-from nni_haloc.ranks import RankPlan, parse_rank
-from nni_haloc.run import choose_ranks, train
+from nni_haloc.costs.counts import count_macs, count_params
+from nni_haloc.costs.device.torch_runtime import TorchRuntime
+from nni_haloc.inputs.config import load_config
+from nni_haloc.plan.compression import compress
+from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.runs.job import Job
+from nni_haloc.runs.run import choose_ranks, train
+from nni_haloc.space.names import parse_rank
+from nni_haloc.utils.log import log_to, logger
 
 HERE = Path(__file__).parent
 RUNTIME = TorchRuntime(memory_format="channels_last", threads=1)
@@ -56,7 +57,9 @@ class Row:
 
 def tier_a(seeds: int) -> list[Row]:
     cells = [(seed, metric, fraction) for seed in range(seeds) for metric, fraction in BUDGETS]
-    return [Row(method, metric, fraction, seed) for seed, metric, fraction in cells for method in MAIN]
+    return [
+        Row(method, metric, fraction, seed) for seed, metric, fraction in cells for method in MAIN
+    ]
 
 
 def tier_b(seeds: int) -> list[Row]:
@@ -70,7 +73,10 @@ def tier_b(seeds: int) -> list[Row]:
 
 
 def tier_c(seeds: int) -> list[Row]:
-    return [Row(method, "macs", 0.28, 0, "hosvd", afresh=True) for method in ("uniform", "energy", "sensitivity-knapsack")]
+    return [
+        Row(method, "macs", 0.28, 0, "hosvd", afresh=True)
+        for method in ("uniform", "energy", "sensitivity-knapsack")
+    ]
 
 
 TIERS = {"A": tier_a, "B": tier_b, "C": tier_c}
@@ -80,35 +86,61 @@ def main(
     data: Annotated[Path, typer.Option(help="folder with train/CLASS/* and test/CLASS/*")],
     weights: Annotated[Path, typer.Option(help="the trained network's")],
     val_list: Annotated[Path, typer.Option(help="file that lists the validation images")],
-    score: Annotated[str, typer.Option(help="val while settings are being chosen; test once, at the end")],
-    out: Annotated[Path, typer.Option(help="JSON lines, appended to; of one score")] = HERE.parents[2] / "docs" / "raw" / "quality.jsonl",
+    score: Annotated[
+        str, typer.Option(help="val while settings are being chosen; test once, at the end")
+    ],
+    out: Annotated[Path, typer.Option(help="JSON lines, appended to; of one score")] = HERE.parents[
+        2
+    ]
+    / "docs"
+    / "raw"
+    / "quality.jsonl",
     work: Annotated[Path, typer.Option(help="folder for the runs")] = Path("quality-runs"),
     tier: Annotated[str, typer.Option(help=", ".join(TIERS))] = "A",
     seeds: int = 3,
     part: Annotated[str, typer.Option(help="which rows, 0/4 to 3/4 in four processes")] = "0/1",
     method: Annotated[list[str] | None, typer.Option(help="these alone")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="a setting of the search, as of haloc run")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="a setting of the search, as of haloc run")
+    ] = None,
 ) -> None:
-    files = {"data.root": str(data.absolute()), "weights": str(weights.absolute()), "data.val_list": str(val_list.absolute())}
+    files = {
+        "data.root": str(data.absolute()),
+        "weights": str(weights.absolute()),
+        "data.val_list": str(val_list.absolute()),
+    }
     if tier not in TIERS or any(line["score"] != score for line in read(out)):
         sys.exit(f"--tier: expected one of {', '.join(TIERS)}; --score: that of the rows in {out}")
     rows = TIERS[tier](seeds)
     first, of = map(int, part.split("/"))
     with log_to(work / f"log-{first}.txt"):
         for index, row in enumerate(rows):
-            if index % of == first and (not method or row.method in method) and not _complete(row, read(out)):
+            if (
+                index % of == first
+                and (not method or row.method in method)
+                and not _complete(row, read(out))
+            ):
                 _make(row, files | dict(_pair(text) for text in set_ or []), out, work, score)
 
 
 def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) -> None:
-    changes = changes | {"budget.fraction": row.fraction, "cost.metric": row.metric, "seed": row.seed, "data.score": score}
-    changes |= {"rank_space.decomposition": row.decomposition} if row.decomposition != "auto" else {}
+    changes = changes | {
+        "budget.fraction": row.fraction,
+        "cost.metric": row.metric,
+        "seed": row.seed,
+        "data.score": score,
+    }
+    changes |= (
+        {"rank_space.decomposition": row.decomposition} if row.decomposition != "auto" else {}
+    )
     changes |= METHODS.get(row.method, {"rule": row.method})
     if row.metric == "latency_ms":
         changes["cost.table"] = str(HERE / "costs.json")
     config = load_config(HERE / "run.yml", changes)
     job = Job(config, work / "-".join(str(value) for value in asdict(row).values()))
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE
+    ).stdout.strip()
     lines = [line for line in read(out) if _key(line) == asdict(row)]
     if lines:  # its second line is to come
         first = lines.pop() | {"commit": commit}
@@ -142,7 +174,11 @@ def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) 
 
 def _epochs_left(line: dict[str, Any]) -> int | None:
     """Epochs of fine-tuning that the choice of ranks leaves of a row's; None where it costs none, or all, or is not compared."""
-    compared = line["method"] in MAIN and (line["metric"], line["fraction"]) in BUDGETS and not line.get("afresh")
+    compared = (
+        line["method"] in MAIN
+        and (line["metric"], line["fraction"]) in BUDGETS
+        and not line.get("afresh")
+    )
     left = line["epochs"] - epochs_of_choice(line)
     return left if compared and 0 < left < line["epochs"] else None
 
@@ -154,7 +190,9 @@ def epochs_of_choice(line: dict[str, Any]) -> int:
 
 def _complete(row: Row, lines: list[dict[str, Any]]) -> bool:
     tables = {line["table"]: line for line in lines if _key(line) == asdict(row)}
-    return EQUAL_COMPUTE in tables or (EQUAL_TUNING in tables and _epochs_left(tables[EQUAL_TUNING]) is None)
+    return EQUAL_COMPUTE in tables or (
+        EQUAL_TUNING in tables and _epochs_left(tables[EQUAL_TUNING]) is None
+    )
 
 
 def _afresh(job: Job, row: Row, out: Path) -> tuple[RankPlan, nn.Module]:
@@ -166,7 +204,9 @@ def _afresh(job: Job, row: Row, out: Path) -> tuple[RankPlan, nn.Module]:
     ranks = {layer: parse_rank(name, "conv") for layer, name in line["ranks"].items()}
     images = job.splits.images("plain", job.config.rank_space.calibration_images, job.config.seed)
     plan = RankPlan(ranks, {"cost": line["cost_fraction"], "original_cost": 1.0})
-    return plan, compress(job.model, plan, *((images,) if row.decomposition == "auto" else (None, row.decomposition)))
+    return plan, compress(
+        job.model, plan, *((images,) if row.decomposition == "auto" else (None, row.decomposition))
+    )
 
 
 def _trained(job: Job, plan: RankPlan, chosen: nn.Module) -> dict[str, Any]:
@@ -174,14 +214,25 @@ def _trained(job: Job, plan: RankPlan, chosen: nn.Module) -> dict[str, Any]:
     curve: list[float] = []
     logger.info("%s", job.folder.name)
     started = time.process_time()
-    network = train(job, plan, copy.deepcopy(chosen), lambda metrics, place: curve.append(metrics["default"]))
+    network = train(
+        job, plan, copy.deepcopy(chosen), lambda metrics, place: curve.append(metrics["default"])
+    )
     finetune_s = time.process_time() - started
     (top1,) = job.accuracy(network, job.loader(job.config.data.score))
-    return {"top1": top1, "val": curve, "epochs": job.config.finetune.epochs, "finetune_s": finetune_s}
+    return {
+        "top1": top1,
+        "val": curve,
+        "epochs": job.config.finetune.epochs,
+        "finetune_s": finetune_s,
+    }
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+    return (
+        [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        if out.exists()
+        else []
+    )
 
 
 def _key(line: dict[str, Any]) -> dict[str, Any]:

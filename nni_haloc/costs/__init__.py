@@ -1,0 +1,1 @@
+"""What each candidate of each layer costs: cost tables and the predictors that fill them."""

@@ -1,0 +1,244 @@
+"""Cycles and energy on an Eyeriss-like array of 14 x 12 processing elements, modelled by ZigZag (the ``zigzag-dse`` package)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import matplotlib
+import yaml
+from torch import nn
+
+from nni_haloc.costs.table import CostTable
+from nni_haloc.space.layers import LayerSpec
+from nni_haloc.space.modules import Example, input_shape
+from nni_haloc.space.names import DENSE, Rank
+from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.utils.files import write_json
+from nni_haloc.utils.progress import Progress
+
+ROWS, COLUMNS = 14, 12
+CACHE = (
+    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    / "nni-haloc"
+    / "accelerator.json"
+)
+_LOOP_ORDERS = 5
+"""ZigZag's ``lpf_limit``: a sixth takes five times as long for one per cent."""
+_BITS = {"W": 8, "I": 8, "O": 16, "O_final": 8}
+Part = tuple[int, ...]
+"""Channels in and out, kernel rows and columns, output rows and columns, stride along both."""
+_PART = "channels in, channels out, kernel rows, kernel columns, output rows, output columns, stride, stride across"
+
+
+def accelerator_table(
+    model: nn.Module,
+    example_input: Example,
+    rules: RankRules = RankRules(),
+    metric: str = "cycles",
+    *,
+    cache: str | Path | None = None,
+    progress: Progress = lambda done, of: None,
+) -> CostTable:
+    """``cycles`` or ``energy_pj`` of every candidate on the array for one image, each of its factors by itself, at 8 bits.
+
+    ``fixed``: the other convolutions and linear layers, ungrouped ones; everything else is taken to be free. ``cache``: a JSON file that
+    keeps what has been modelled, a second or two each. Raises ValueError where ``zigzag-dse`` is not installed.
+    """
+    layers = find_layers(model, example_input, rules)
+    everything = find_layers(
+        model, example_input, RankRules(1, kinds=("conv", "pointwise", "linear"))
+    ).specs
+    candidates = {name: {DENSE: None, **row} for name, row in layers.candidates(rules).items()}
+    searched = [
+        (layers.specs[name], rank) for name, row in candidates.items() for rank in row.values()
+    ]
+    others = [(spec, None) for name, spec in everything.items() if name not in candidates]
+    found = iter(accelerator_costs([*searched, *others], metric, cache, progress))
+    costs = {
+        name: {candidate: next(found) for candidate in row} for name, row in candidates.items()
+    }
+    identity = {
+        "input": input_shape(example_input),
+        "device": f"Eyeriss-like {ROWS}x{COLUMNS}",
+        "runtime": f"zigzag-dse {_version()}",
+    }
+    return CostTable(metric, costs, sum(found), identity)
+
+
+def accelerator_costs(
+    wanted: Sequence[tuple[LayerSpec, Rank]],
+    metric: str,
+    cache: str | Path | None = None,
+    progress: Progress = lambda done, of: None,
+) -> list[float]:
+    """What each layer costs at its rank; see `accelerator_table`."""
+    found = _Modelled(cache)
+    parts = [_parts(spec, rank) for spec, rank in wanted]
+    missing = [
+        part for part in dict.fromkeys(p for row in parts for p in row) if part not in found.known
+    ]
+    for done, part in enumerate(missing):
+        progress(done, len(missing))
+        found.add(part)
+    progress(len(missing), len(missing))
+    return [sum(found.known[part][metric] for part in row) for row in parts]
+
+
+class _Modelled:
+    """What is known of each part, and the file that keeps it."""
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path, self.version = path, _version()
+        self.known: dict[Part, dict[str, float]] = {}
+        if path is not None and Path(path).exists():
+            try:
+                content = json.loads(Path(path).read_text(encoding="utf-8"))
+                if content["zigzag"] == self.version:
+                    self.known = {
+                        tuple(part): {k: float(v) for k, v in costs.items()}
+                        for part, costs in content["parts"]
+                    }
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}: not a cache of the accelerator model ({error}); delete it"
+                ) from None
+
+    def add(self, part: Part) -> None:
+        self.known[part] = _model(part)
+        if self.path is not None:
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            write_json(
+                self.path,
+                {
+                    "zigzag": self.version,
+                    "parts": [[list(p), costs] for p, costs in self.known.items()],
+                },
+            )
+
+
+def _parts(spec: LayerSpec, rank: Rank) -> list[Part]:
+    """The convolutions that a layer becomes, one entry for each call."""
+    found: list[Part] = []
+    parts = spec.parts(rank)
+    strided = 1 if len(parts) == 3 else 0
+    for shape in spec.input_shapes:
+        before = (
+            shape[2:] if spec.kind != "linear" else (math.prod(shape[1:-1]), 1)
+        )  # tokens, as rows
+        after = spec.output_shape(shape)[2:] if spec.kind != "linear" else before
+        for i, (inputs, outputs, kernel) in enumerate(parts):
+            rows, columns = before if i < strided else after
+            size = spec.kernel_size[0] if kernel > 1 else 1
+            stride = spec.stride if i == strided else (1, 1)
+            found.append((inputs, outputs, size, kernel // size, rows, columns, *stride))
+    return found
+
+
+def _model(part: Part) -> dict[str, float]:
+    """Cycles and picojoules by ZigZag, in the better of two ways to lay a convolution on the array."""
+    with _quiet():
+        try:
+            import zigzag
+            from zigzag.api import get_hardware_performance_zigzag
+        except ImportError as error:
+            raise ValueError(
+                f"the accelerator model needs zigzag-dse: pip install 'nni-haloc[accelerator]' ({error})"
+            ) from None
+
+    hardware = str(Path(zigzag.__file__).parent / "inputs" / "hardware" / "eyeriss_like.yaml")
+    results = []
+    for mapping in _mappings(part):
+        with TemporaryDirectory() as folder, _quiet():
+            file = os.path.join(folder, "mapping.yaml")
+            Path(file).write_text(yaml.safe_dump([mapping]), encoding="utf-8")
+            try:
+                energy, cycles, *_ = get_hardware_performance_zigzag(
+                    [_workload(part)],
+                    hardware,
+                    file,
+                    dump_folder=folder,
+                    lpf_limit=_LOOP_ORDERS,
+                    loma_show_progress_bar=False,
+                )
+            except ValueError as error:
+                raise ValueError(
+                    f"ZigZag has no mapping of a convolution of {part} ({_PART}): {error}"
+                ) from None
+        results.append({"cycles": float(cycles), "energy_pj": float(energy)})
+    return min(results, key=lambda costs: costs["cycles"])
+
+
+def _workload(part: Part) -> dict[str, Any]:
+    inputs, outputs, height, width, rows, columns, down, across = part
+    return {
+        "id": 0,
+        "name": "layer",
+        "operator_type": "Conv",
+        "equation": "O[b][k][oy][ox]+=W[k][c][fy][fx]*I[b][c][iy][ix]",
+        "dimension_relations": [f"ix={across}*ox+1*fx", f"iy={down}*oy+1*fy"],
+        "loop_dims": ["B", "K", "C", "OY", "OX", "FY", "FX"],
+        "loop_sizes": [1, outputs, inputs, rows, columns, height, width],
+        "operand_precision": _BITS,
+        "operand_source": {"I": 0, "W": 0},
+        "pr_loop_dims": ["IX", "IY"],
+        "pr_loop_sizes": [across * (columns - 1) + width, down * (rows - 1) + height],
+        "padding": [[0, 0], [0, 0]],
+    }
+
+
+def _mappings(part: Part) -> list[dict[str, Any]]:
+    """Output rows along the array as in Eyeriss, filter rows and channels across; and channels along and across."""
+    inputs, outputs, height, _, rows, *_ = part
+    along = min(rows, ROWS)
+    first = [f"OY, {along}"] + (
+        [f"K, {min(outputs, ROWS // along)}"] if ROWS // along > 1 and outputs > 1 else []
+    )
+    tall = min(height, COLUMNS)
+    deep = min(inputs, COLUMNS // tall)
+    second = ([f"FY, {tall}"] if tall > 1 else []) + (
+        [f"C, {deep}"] if deep > 1 or tall == 1 else []
+    )
+    ways: list[tuple[Sequence[str], Sequence[str]]] = [(first, second)]
+    if height == 1:
+        ways.append(([f"K, {min(outputs, ROWS)}"], [f"C, {min(inputs, COLUMNS)}"]))
+    links = {"O": "O", "W": "I2", "I": "I1"}
+    return [
+        {
+            "name": "default",
+            "spatial_mapping": {"D1": list(d1), "D2": list(d2)},
+            "memory_operand_links": links,
+        }
+        for d1, d2 in ways
+    ]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """ZigZag sets up the root logger, reports every step, and changes the fonts of every plot to come."""
+    root, before = logging.getLogger(), logging.root.manager.disable
+    handlers, level = list(root.handlers), root.level
+    logging.disable(logging.CRITICAL)
+    try:
+        with matplotlib.rc_context():
+            yield
+    finally:
+        logging.disable(before)
+        root.setLevel(level)
+        for handler in [h for h in root.handlers if h not in handlers]:
+            root.removeHandler(handler)
+
+
+def _version() -> str:
+    try:
+        return version("zigzag-dse")
+    except PackageNotFoundError:
+        return "none"

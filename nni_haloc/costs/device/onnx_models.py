@@ -1,0 +1,228 @@
+"""ONNX models of layers and of a network, with random weights: what `OnnxRuntime` times."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+from nni_haloc.costs.device.spec import Entry, Specification
+from nni_haloc.costs.device.torch_runtime import layer_spec
+from nni_haloc.space.layers import LayerSpec
+
+_OPSET = 20
+_SHAPE = "/shape"
+"""What the name of a constant's shape ends with."""
+_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where torch's exporter notes the modules that a node comes from, as the text of a Python list."""
+
+
+def with_onnx(spec: Specification, model: nn.Module) -> Specification:
+    """The specification with ONNX models of every entry and of the network."""
+    entries = tuple(replace(e, onnx=_entry(e)) for e in spec.entries)
+    x = torch.randn(spec.input)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Not optimised: batch normalisation would be folded into convolutions that are to be replaced. ONNX Runtime does that itself.
+        exported = torch.onnx.export(
+            copy.deepcopy(model).eval(),
+            (x,),
+            dynamo=True,
+            verbose=False,
+            optimize=False,
+            opset_version=_OPSET,
+        )
+    assert exported is not None
+    network = exported.model_proto
+    for layer in spec.layers:
+        _nodes_of(network, layer)
+    _without_made_biases(
+        network,
+        [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.bias is None],
+    )
+    return replace(spec, entries=entries, onnx=_weightless(network).SerializeToString())
+
+
+def with_layers(spec: Specification, choice: Mapping[str, str]) -> bytes:
+    """The network's ONNX model with the layers that ``choice`` names at their candidates."""
+    network = onnx.load_from_string(spec.onnx or b"")
+    for layer, candidate in choice.items():
+        entry = spec.entries[spec.layers[layer][candidate]]
+        for call, node in enumerate(_nodes_of(network, layer) if entry.rank is not None else []):
+            at = list(network.graph.node).index(node)
+            new = _nodes(
+                layer_spec(layer, entry.layer),
+                entry.rank,
+                node.input[0],
+                node.output[0],
+                f"{layer}/{call}/",
+            )
+            network.graph.node.remove(node)
+            for offset, added in enumerate(new):
+                network.graph.node.insert(at + offset, added)
+    return network.SerializeToString()
+
+
+def with_initializers(model: bytes) -> Any:
+    """An ONNX model (`onnx.ModelProto`) with its weights as tensors instead of constant nodes, for those who look for them there."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    result = onnx.load_from_string(model)
+    shapes: dict[str, Any] = {}
+    for node in [n for n in result.graph.node if n.op_type in ("Constant", "ConstantOfShape")]:
+        if node.op_type == "Constant" and node.output[0].endswith(_SHAPE):
+            shapes[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+            result.graph.node.remove(node)
+        elif node.op_type == "ConstantOfShape" and node.input[0] in shapes:
+            value = np.full(
+                shapes[node.input[0]], numpy_helper.to_array(node.attribute[0].t)[0], np.float32
+            )
+            result.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
+            result.graph.node.remove(node)
+    return result
+
+
+def _entry(entry: Entry) -> bytes:
+    layer = layer_spec("", entry.layer)
+    nodes, inputs, outputs = [], [], []
+    for i, shape in enumerate(layer.input_shapes):
+        nodes += _nodes(layer, entry.rank, f"x{i}", f"y{i}", f"{i}/")
+        inputs.append(helper.make_tensor_value_info(f"x{i}", TensorProto.FLOAT, shape))
+        outputs.append(
+            helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, layer.output_shape(shape))
+        )
+    graph = helper.make_graph(nodes, "layer", inputs, outputs)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=10
+    ).SerializeToString()
+
+
+def _nodes(
+    layer: LayerSpec, rank: tuple[int, ...] | None, x: str, y: str, prefix: str
+) -> list[Any]:
+    """The nodes of a layer at a rank, from tensor ``x`` to ``y``; the weights are constant nodes, so that the model stays small."""
+    if layer.padding_mode != "zeros":
+        raise ValueError(
+            f"layer {layer.name!r}: padding mode {layer.padding_mode!r} has no ONNX form here"
+        )
+    built = layer.build(rank)
+    parts = list(built.children()) if rank is not None else [built]
+    nodes: list[Any] = []
+    for i, part in enumerate(parts):
+        source = x if i == 0 else f"{prefix}t{i}"
+        target = y if i == len(parts) - 1 else f"{prefix}t{i + 1}"
+        assert isinstance(part, (nn.Conv2d, nn.Linear))
+        names = [source]
+        for key, value in (("weight", part.weight), ("bias", part.bias)):
+            if value is not None:
+                shape = (
+                    list(value.shape)
+                    if isinstance(part, nn.Conv2d) or key == "bias"
+                    else list(value.T.shape)
+                )
+                nodes += _constant(f"{prefix}{i}.{key}", shape)
+                names.append(f"{prefix}{i}.{key}")
+        if isinstance(part, nn.Linear):
+            nodes.append(
+                helper.make_node(
+                    "MatMul", names[:2], [target if part.bias is None else f"{prefix}m{i}"]
+                )
+            )
+            if part.bias is not None:
+                nodes.append(helper.make_node("Add", [f"{prefix}m{i}", names[2]], [target]))
+        else:
+            nodes.append(helper.make_node("Conv", names, [target], **_attributes(part)))
+    return nodes
+
+
+def _attributes(conv: nn.Conv2d) -> dict[str, Any]:
+    (top, bottom), (left, right) = LayerSpec.of("", conv).padded
+    return {
+        "strides": list(conv.stride),
+        "dilations": list(conv.dilation),
+        "pads": [top, left, bottom, right],
+    }
+
+
+def _constant(name: str, shape: list[int], value: float = 0.01) -> list[Any]:
+    """A tensor of one value; ONNX Runtime makes it a weight when it loads the model."""
+    return [
+        helper.make_node(
+            "Constant",
+            [],
+            [name + _SHAPE],
+            value=helper.make_tensor("", TensorProto.INT64, [len(shape)], shape),
+        ),
+        helper.make_node(
+            "ConstantOfShape",
+            [name + _SHAPE],
+            [name],
+            value=helper.make_tensor("", TensorProto.FLOAT, [1], [value]),
+        ),
+    ]
+
+
+def _weightless(network: Any) -> Any:
+    """The model with each float weight as a constant node of its shape, and without the exporter's notes: a small file."""
+    kept, nodes = [], []
+    for tensor in network.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims):
+            nodes += _constant(tensor.name, list(tensor.dims))
+        else:
+            kept.append(tensor)
+    names = {name for node in nodes for name in node.output}
+    del network.graph.initializer[:]
+    network.graph.initializer.extend(kept)
+    values = [v for v in network.graph.value_info if v.name not in names]
+    del network.graph.value_info[:]
+    network.graph.value_info.extend(values)
+    for node in network.graph.node:
+        scopes = [p for p in node.metadata_props if p.key == _SCOPES]
+        del node.metadata_props[:]
+        node.metadata_props.extend(scopes)
+    for i, node in enumerate(nodes):
+        network.graph.node.insert(i, node)
+    return network
+
+
+def _without_made_biases(network: Any, layers: Collection[str]) -> None:
+    """Take off the zeros that the exporter adds to convolutions without bias: computed at run time, they keep ONNX Runtime from folding
+    the batch normalisation behind it."""
+    for node in network.graph.node:
+        if node.op_type == "Conv" and len(node.input) == 3 and set(layers) & set(_scopes(node)):
+            del node.input[2]
+    before = None
+    while before != len(network.graph.node):  # and what is now computed for nobody
+        before = len(network.graph.node)
+        used = {name for node in network.graph.node for name in node.input} | {
+            value.name for value in network.graph.output
+        }
+        for node in [node for node in network.graph.node if not used & set(node.output)]:
+            network.graph.node.remove(node)
+
+
+def _nodes_of(network: Any, layer: str) -> list[Any]:
+    """The nodes that the calls of a layer have become; ValueError where there is none."""
+    found = [
+        n
+        for n in network.graph.node
+        if n.op_type in ("Conv", "Gemm", "MatMul") and layer in _scopes(n)
+    ]
+    if not found:
+        raise ValueError(f"layer {layer!r}: not found in the ONNX model")
+    return found
+
+
+def _scopes(node: Any) -> list[str]:
+    import ast
+
+    text = next((p.value for p in node.metadata_props if p.key == _SCOPES), "[]")
+    return list(ast.literal_eval(text))

@@ -1,0 +1,188 @@
+"""Timing with PyTorch, on any of its devices."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from nni_haloc.costs.device.measuring import Run
+from nni_haloc.costs.device.replay import Replay
+from nni_haloc.costs.device.spec import Specification
+from nni_haloc.space.layers import LayerSpec
+from nni_haloc.space.modules import copy_of, replace_modules
+from nni_haloc.space.names import DENSE, Kind
+from nni_haloc.utils.errors import first_line
+from nni_haloc.utils.versions import processor
+
+_MALLOC = ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28))
+"""glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD, and the bytes that they are set to."""
+_HEAD_START = 10_000_000
+"""Cycles of a CUDA device, some milliseconds."""
+MemoryFormat = Literal["contiguous", "channels_last"]
+
+
+@dataclass(frozen=True)
+class TorchRuntime:
+    """PyTorch. ``device``: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...; ``threads``: torch's setting where None (processor alone).
+
+    ``model``: the network itself where it is at hand; else the specification's program is run. ValueError where the device is not there.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    memory_format: MemoryFormat = "contiguous"
+    threads: int | None = None
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.memory_format not in get_args(MemoryFormat):
+            raise ValueError(
+                f"memory_format: expected one of {', '.join(get_args(MemoryFormat))}, found {self.memory_format!r}"
+            )
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads: expected a number above 0, found {self.threads}")
+        try:
+            torch.empty(1, device=self.device, dtype=self._dtype)
+            self._wait()
+        except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
+            reason = first_line(error)
+            raise ValueError(
+                f"device {self.device!r}, dtype {self.dtype!r}: torch cannot use it here ({reason})"
+            ) from None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise AttributeError("not a floating-point type of torch's")
+        return dtype
+
+    def identity(self) -> dict[str, Any]:
+        cpu = self.device == "cpu"
+        return {
+            "runtime": f"torch {torch.__version__}",
+            "device": torch.cuda.get_device_name(self.device)
+            if self.device.startswith("cuda")
+            else processor(),
+            "dtype": self.dtype,
+            "memory_format": self.memory_format,
+            "threads": (self.threads or torch.get_num_threads()) if cpu else self.device,
+            "memory": "kept" if cpu and _keep_memory() else "default",
+        }
+
+    def entry(self, spec: Specification, index: int) -> Run:
+        entry = spec.entries[index]
+        layer = layer_spec("", entry.layer)
+        layer.check_rank(entry.rank)
+        return self.ready(layer.build(entry.rank), *layer.input_shapes)
+
+    def network(self, spec: Specification, choice: Mapping[str, str]) -> Run:
+        entries = {
+            layer: spec.entries[row[choice.get(layer, DENSE)]] for layer, row in spec.layers.items()
+        }
+        specs = {layer: layer_spec(layer, entry.layer) for layer, entry in entries.items()}
+        if self.model is not None:
+            model = copy_of(self.model)
+        elif spec.program is not None:
+            model = Replay(spec.program, specs)
+        else:
+            raise ValueError("the specification has no program of the network")
+        replace_modules(
+            model,
+            {
+                layer: specs[layer].build(entries[layer].rank)
+                for layer, name in choice.items()
+                if name != DENSE
+            },
+        )
+        return self.ready(model, spec.input, copied=True)
+
+    def ready(self, module: nn.Module, *shapes: tuple[int, ...], copied: bool = True) -> Run:
+        """Forward passes of a module (of a copy of it unless ``copied``) on random inputs of these shapes, warmed up."""
+        model = (module if copied else copy_of(module)).eval().to(self.device, self._dtype)
+        inputs = [torch.randn(shape).to(self.device, self._dtype) for shape in shapes]
+        if self.memory_format == "channels_last":
+            model = model.to(memory_format=torch.channels_last)
+            inputs = [
+                x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+                for x in inputs
+            ]
+
+        def run() -> list[Tensor]:
+            with torch.inference_mode():
+                return [model(x) for x in inputs]
+
+        for _ in range(2):  # allocation, and the library's choice of algorithm
+            run()
+        self._wait()
+        return run
+
+    def once(self, run: Run) -> float:
+        if self.device.startswith(
+            "cuda"
+        ):  # the device's own time: it is kept busy while the host prepares what is timed
+            with torch.cuda.device(self.device):
+                before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(_HEAD_START)
+                before.record()
+                run()
+                after.record()
+                after.synchronize()
+            return 1e-3 * before.elapsed_time(after)
+        start = perf_counter()
+        run()
+        self._wait()
+        return perf_counter() - start
+
+    def _wait(self) -> None:
+        kind = torch.device(self.device).type
+        if kind == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif kind != "cpu":
+            getattr(torch, kind).synchronize()
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        _keep_memory()
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def _keep_memory() -> bool:
+    """Have glibc keep freed memory for the rest of the process, where there is glibc.
+
+    By default it may give an activation of some megabytes back to the system and take it anew in each pass, zeroed page by page; whether
+    it does depends on what was allocated before, and can treble a layer's time.
+    """
+    try:
+        library = ctypes.CDLL(None)
+        return all(library.mallopt(option, size) for option, size in _MALLOC)
+    except (OSError, AttributeError, TypeError):
+        return False
+
+
+def layer_spec(name: str, fields: Mapping[str, Any]) -> LayerSpec:
+    """A layer's geometry from a specification's fields; ValueError says what does not fit."""
+
+    def pairs(value: Any) -> Any:
+        return tuple(pairs(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+    if fields.get("kind") not in get_args(Kind):
+        raise ValueError(
+            f"layer {name!r}: kind: expected one of {', '.join(get_args(Kind))}, found {fields.get('kind')!r}"
+        )
+    try:
+        return LayerSpec(name=name, **{key: pairs(value) for key, value in fields.items()})
+    except TypeError as error:
+        raise ValueError(f"layer {name!r}: {error}") from None

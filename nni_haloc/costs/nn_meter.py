@@ -1,0 +1,58 @@
+"""Latency by nn-Meter's predictors, or by anything that predicts an ONNX model's latency."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import onnx
+from torch import nn
+
+from nni_haloc.costs.device.measurements import METRIC
+from nni_haloc.costs.device.onnx_models import with_initializers, with_onnx
+from nni_haloc.costs.specification import specify
+from nni_haloc.costs.table import CostTable
+from nni_haloc.space.modules import Example
+from nni_haloc.space.names import DENSE
+from nni_haloc.space.ranks import RankRules
+
+
+class LatencyPredictor(Protocol):
+    """nn-Meter's interface: ``nn_meter.load_latency_predictor("cortexA76cpu_tflite21")`` gives one."""
+
+    def predict(self, model: onnx.ModelProto, model_type: str = "onnx") -> float:
+        """Milliseconds of an ONNX model."""
+
+
+def predicted_table(
+    model: nn.Module,
+    example_input: Example,
+    predictor: LatencyPredictor,
+    rules: RankRules = RankRules(),
+    device: str = "",
+) -> CostTable:
+    """Milliseconds of every candidate by ``predictor``, each given as a whole ONNX model of its layers.
+
+    ``device``: its name, for the table's identity. ValueError where the predictor says zero or less, as nn-Meter does of a graph that it
+    cannot take apart into kernels that it knows.
+    """
+    spec = with_onnx(specify(model, example_input, rules, program=False), model)
+
+    def predict(onnx_model: bytes | None, what: str) -> float:
+        latency = float(predictor.predict(with_initializers(onnx_model or b""), model_type="onnx"))
+        if not latency > 0:
+            raise ValueError(
+                f"{what}: expected a latency above 0 from {type(predictor).__name__}, found {latency}"
+            )
+        return latency
+
+    found = {
+        i: predict(spec.entries[i].onnx, f"layer {home[0]!r}, candidate {home[1]!r}")
+        for i, home in spec.homes().items()
+    }
+    costs = {
+        layer: {candidate: found[index] for candidate, index in row.items()}
+        for layer, row in spec.layers.items()
+    }
+    fixed = max(0.0, predict(spec.onnx, "the network") - sum(row[DENSE] for row in costs.values()))
+    identity = {"input": list(spec.input), "device": device, "predictor": type(predictor).__name__}
+    return CostTable(METRIC, costs, fixed, identity)

@@ -1,0 +1,59 @@
+"""Folders of class folders of image files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nni_haloc.utils.errors import ConfigError
+
+
+class DamagedImage(ConfigError):
+    """A file that is no image, or not the whole of one. A loader's worker process hands the line on in a traceback, as its last line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().splitlines()[-1].rpartition("DamagedImage: ")[2])
+
+
+def class_folders(path: Path, transform: Any = None) -> Any:
+    """torchvision's `ImageFolder`; an image that can't be read is named when it is."""
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return ImageFolder(str(path), transform=transform, loader=_opened)
+    except FileNotFoundError as error:  # says which classes have no image; then come extensions
+        raise FileNotFoundError(
+            str(error).partition(". Supported extensions")[0] + f" in {path}"
+        ) from None
+
+
+def _opened(file: str) -> Any:
+    """An image, RGB."""
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(file)
+    except Exception as error:  # Pillow has many, by the kind of damage
+        reason = "truncated" if "truncated" in str(error) else "not an image that can be read"
+        if (
+            isinstance(error, OSError) and error.strerror
+        ):  # the system's: nothing is known of the image
+            reason = error.strerror
+        raise DamagedImage(f"{file}: {reason}") from None
+
+
+def read_all(folder: Any, size: int) -> tuple[Tensor, Tensor]:
+    """All images of an `ImageFolder` as bytes."""
+    images, labels = [], []
+    for image, label in folder:
+        images.append(
+            torch.from_numpy(
+                np.array(image if image.size == (size, size) else image.resize((size, size)))
+            )
+        )
+        labels.append(label)
+    return torch.stack(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)

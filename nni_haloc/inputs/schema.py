@@ -1,0 +1,257 @@
+"""The sections of a run's settings: keys, types and defaults; docs/settings.md has what each means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def check_uploaded(path: Path, uploaded: Path) -> None:
+    """Raise ValueError for a path outside the folder that NNI sends to another machine."""
+    if not path.resolve().is_relative_to(uploaded.resolve()):
+        raise ValueError(
+            f"{path} is outside {uploaded}, the folder that is sent to the other machine"
+        )
+
+
+def _existing(path: str, info: ValidationInfo) -> str:
+    folder: Path = (info.context or {}).get("folder", Path())
+    found = folder / Path(path).expanduser()
+    uploaded: Path | None = (info.context or {}).get("uploaded")
+    if uploaded is not None:
+        if found == Path(path).expanduser():  # absolute: the other machine's
+            return path
+        check_uploaded(found, uploaded)
+    if (info.context or {}).get("files", True) and not found.exists():
+        raise ValueError(f"no such file or folder: {found}")
+    return str(found.absolute())
+
+
+def _weights(path: str, info: ValidationInfo) -> str:
+    """The file is there, unless it is to be made by a training."""
+    folder: Path = (info.context or {}).get("folder", Path())
+    return (
+        str((folder / Path(path).expanduser()).absolute())
+        if (info.context or {}).get("training")
+        else _existing(path, info)
+    )
+
+
+def _pin(value: Any) -> Any:
+    pair = value if isinstance(value, list) and len(value) == 2 else [value]
+    if value != "dense" and not all(type(r) is int and r > 0 for r in pair):
+        raise ValueError(f"expected a rank, [r1, r2] or 'dense', found {value!r}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+WeightsPath = Annotated[str, AfterValidator(_weights)]
+ExistingPath = Annotated[str, AfterValidator(_existing)]
+Pin = Annotated[Any, AfterValidator(_pin)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Metric = Literal["macs", "params", "activation_bytes", "latency_ms", "cycles", "energy_pj"]
+Rule = Literal[
+    "search", "uniform", "energy", "alds", "vbmf", "error-knapsack", "sensitivity-knapsack", "random", "learned",
+    "nni-evolution", "nni-random",
+]  # fmt: skip
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Model(Section):
+    """``name``: ``digits_cnn``, ``resnet20``, ``torchvision:NAME`` or ``package.module:factory``; ``arguments`` go to the factory."""
+
+    name: str
+    arguments: dict[str, Any] = {}
+
+
+class Data(Section):
+    """``name``: ``digits``, ``cifar10`` or ``folder``. The validation images are a fraction of the training images, or those
+    that the file ``val_list`` names. ``score``: the images that the final accuracies are of; a tuner that maximises them must have ``val``.
+    ``share``: of all images, drawn by ``seed``. ``mean`` and ``std`` per channel: those that the network was trained with, where they are
+    not the data set's usual ones."""
+
+    name: Literal["digits", "cifar10", "folder"]
+    root: ExistingPath | None = None
+    size: Count | None = None
+    test: str = "test"
+    score: Literal["test", "val"] = "test"
+    in_memory: bool = False
+    download: bool = False
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    val_list: ExistingPath | None = None
+    seed: Seed = 0
+    mean: list[float] | None = None
+    std: list[Positive] | None = None
+    batch_size: Count = 128
+    share: Share = 1.0
+    workers: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image, ``(C, H, W)``."""
+        return (1, 8, 8) if self.name == "digits" else (3, self.size or 32, self.size or 32)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Data:
+        if self.name != "digits" and self.root is None:
+            raise ValueError(f"root: data {self.name!r} needs a folder")
+        if self.name == "folder" and self.size is None:
+            raise ValueError("size: data 'folder' needs the image size in pixels")
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ValueError(
+                f"std: expected as many numbers as mean has, {len(self.mean)}, found {len(self.std)}"
+            )
+        return self
+
+
+class Space(Section):
+    """The rank space: see `nni_haloc.space.ranks.RankRules`. ``decomposition: auto`` is by the data."""
+
+    step: Count | Literal["auto"] | None = None
+    dense: bool = True
+    equal: bool = True
+    kinds: list[Literal["conv", "pointwise", "linear"]] = ["conv", "pointwise"]
+    exclude: list[str] = []
+    pin: dict[str, Pin] = {}
+    decomposition: Literal["auto", "data", "warm_hooi", "hosvd", "hooi"] = "auto"
+    calibration_images: Count = 512
+
+
+class Cost(Section):
+    """What the budget limits, and how latency is measured; ``batch_size``, ``memory_format``, ``device`` and ``threads`` hold for
+    the reported latency too."""
+
+    metric: Metric = "macs"
+    table: ExistingPath | None = None
+    batch_size: Count = 1
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    device: str = "cpu"
+    threads: Count | None = None
+
+
+class Limit(Section):
+    """A limit on the whole network's cost: a ``fraction`` of the original's, or ``absolute`` in the metric's unit."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    absolute: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Limit:
+        if (self.fraction is None) == (self.absolute is None):
+            raise ValueError("expected either 'fraction' or 'absolute'")
+        return self
+
+    def of(self, original: float) -> float:
+        """The limit for a network whose original costs ``original``."""
+        return self.fraction * original if self.fraction is not None else float(self.absolute or 0)
+
+
+class FurtherLimit(Limit):
+    """A limit in another ``metric``, or by another ``table``."""
+
+    metric: Metric
+    table: ExistingPath | None = None
+
+
+class Budget(Limit):
+    """The limit in ``cost.metric``, and any number of others, ``also``; every one holds."""
+
+    also: list[FurtherLimit] = []
+
+
+class Training(Section):
+    """See `nni_haloc.training.recipe.Recipe`; ``precision`` is Lightning's, and bf16 can be twice as fast where the processor has it."""
+
+    epochs: Annotated[int, Field(ge=0)]
+    lr: Positive = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 1e-4
+    schedule: Literal["step", "onecycle", "constant"] = "step"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+
+
+class Distilled(Training):
+    """``distill``: the share of the loss that is distance from the original network's outputs, see `nni_haloc.finetune`."""
+
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Finetune(Distilled):
+    """``distill_features``: the weight, Eq. (9)'s lambda, of the distance of the searched layers' outputs from the original's."""
+
+    epochs: Annotated[int, Field(ge=0)] = 10
+    distill_features: NonNegative = 0.0
+
+
+class Prune(Distilled):
+    """NNI's pruner, see `nni_haloc.chain.pruning.prune`, and the fine-tuning after it. ``batches``: of training images, for ``taylor``."""
+
+    epochs: Annotated[int, Field(ge=0)] = 10
+    lr: Positive = 0.02
+    pruner: Literal["l1", "fpgm", "taylor"] = "l1"
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    batches: Count = 20
+
+
+class Quantize(Distilled):
+    """NNI's quantizer, see `nni_haloc.chain.quantizing.simulate`, and its training, which ``ptq`` has none of. ``int8``: whether the network is
+    quantized for ONNX Runtime, too. ``calibration_images``: training images, for both."""
+
+    epochs: Annotated[int, Field(ge=0)] = 2
+    lr: Positive = 0.001
+    schedule: Literal["step", "onecycle", "constant"] = "constant"
+    quantizer: Literal["ptq", "qat", "lsq"] = "ptq"
+    calibration_images: Count = 512
+    int8: bool = True
+
+
+class Train(Training):
+    """The training of the original network, `haloc train`, where there are no weights yet."""
+
+    epochs: Count = 200
+    weight_decay: NonNegative = 5e-4
+    schedule: Literal["step", "onecycle", "constant"] = "onecycle"
+
+
+class Trainer(Section):
+    """Lightning's flags of the same names, for the search and both trainings; ``batch_size`` is then of each process."""
+
+    accelerator: str = "auto"
+    devices: Count = 1
+    num_nodes: Count = 1
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"] = "auto"
+
+
+class Search(Training):
+    """The search: the weights' training, and `nni_haloc.search.strategy.Haloc`'s options."""
+
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    epochs: Count = 1
+    lr: Positive = 0.02
+    schedule: Literal["step", "onecycle", "constant"] = "constant"
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    lam: NonNegative = 1.0
+    lam_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    approach: Literal["features", "weights"] = "features"
+    approach_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    clip: Positive | None = 10.0
+    objective: Literal["settle", "paper"] = "settle"
+    eta: Positive = 1.0
+    theta: NonNegative = 1.0
+    alpha_lr: Positive = 0.03
+    alpha_every: Count = 4
+    start: Literal["uniform", "sensitivity"] = "sensitivity"
+    start_scale: Positive = 0.005
+    alpha_optimizer: Literal["adam", "sgd"] = "adam"
+    temperature: Positive = 1.0
+    select: Literal["knapsack", "argmax"] = "knapsack"
+    min_use: Annotated[float, Field(ge=0, le=1)] = 0.95
+    tensorboard: bool = False

@@ -1,0 +1,235 @@
+"""Eq. 5: the hard budget. One candidate a layer, the highest total score, at costs that never exceed a limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from nni_haloc.costs.table import CostTable
+
+_ROOM = 1e4
+"""A limit's room in the solver's terms: its tolerance is an absolute 1e-6, so 1e-10 of the room. The scores are spread as wide."""
+
+_NEARLY = 1e-8
+"""Share of a budget by which a choice may miss the floor: costs are sums, and a budget may be the very cost of a choice."""
+
+_NODES = 10_000
+"""Nodes of HiGHS's tree, after which the best choice found is taken; where scores are costs in disguise, the proof alone takes hours."""
+_FEASIBILITY_NODES = 1_000_000
+"""The same, where several limits may exclude each other and the first choice within them ends the search."""
+_INFEASIBLE = 2
+"""scipy's status of a proof that there is no solution. That of a limit of nodes is 4, not 1."""
+_CUTS = 8
+"""Choices just above a limit that are cut off one by one; after them the room is tightened, which may cut off what just fits, too."""
+
+Choice = dict[str, str]
+"""Layer to candidate."""
+Scores = Mapping[str, Mapping[str, float]]
+Candidates = Mapping[str, Iterable[str]]
+
+
+class InfeasibleBudget(ValueError):
+    """No network of the rank space is within the limits; the message names the cheapest possible cost, where it is known."""
+
+
+class UndecidedBudget(ValueError):
+    """The solver has come to its end with no network within the limits, and without a proof that there is none."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that the whole network may cost in one table: ``budget``, in the table's unit."""
+
+    costs: CostTable
+    budget: float
+
+    def holds(self, choice: Mapping[str, str]) -> bool:
+        """Whether a choice is within the limit, by its exact cost."""
+        return self.costs.total(choice) <= self.budget
+
+    def facts(self, choice: Mapping[str, str]) -> dict[str, Any]:
+        """What a choice costs, for the reader of a plan."""
+        return {
+            "metric": self.costs.metric,
+            "budget": self.budget,
+            "cost": self.costs.total(choice),
+            "original_cost": self.costs.original,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.budget:.6g} {self.costs.metric}"
+
+
+def cheapest(candidates: Candidates, costs: CostTable) -> Choice:
+    """The choice that costs least in one table."""
+    return {
+        layer: min(names, key=costs.costs[layer].__getitem__) for layer, names in candidates.items()
+    }
+
+
+def check_feasible(candidates: Candidates, limits: Sequence[Limit]) -> Choice:
+    """A choice within every limit; `InfeasibleBudget` names a limit that can't be met, by itself or beside those before it.
+
+    `UndecidedBudget` where the solver can't tell: a few limits near what is possible, in ever so many layers.
+    """
+    for limit in limits:
+        _refuse_unless_met(limit, cheapest(candidates, limit.costs), "")
+    choice = cheapest(candidates, limits[0].costs)
+    for i, limit in enumerate(limits):
+        if not limit.holds(choice):
+            cheap = {
+                layer: {name: -limit.costs.costs[layer][name] for name in names}
+                for layer, names in candidates.items()
+            }
+            before = " and ".join(map(str, limits[:i]))
+            within = _within(cheap, limits[: i + 1]) or _found(cheap, limits[:i])
+            if within is None:
+                raise InfeasibleBudget(f"budget: no network is within {before} and {limit}")
+            choice = within
+            _refuse_unless_met(limit, choice, f" within {before}")
+    return choice
+
+
+def choose(scores: Scores, limits: Sequence[Limit], use: float = 0.0) -> Choice:
+    """Eq. (5): the choice of highest total score that no limit forbids: a multiple-choice knapsack, with one constraint a limit.
+
+    ``scores``: layer to candidate to a finite number; the candidates are those that it names. ``use``: the best of the choices that use at
+    least this fraction of one of the budgets is taken; where there are none, twice as much may be left unused, and so on. Solved by HiGHS;
+    because its constraints hold only to a tolerance, costs are recomputed exactly and a choice that does not fit is cut off. Where its
+    nodes are used up, the best choice found is taken; where none is found, that of `check_feasible`. Raises what that raises.
+    """
+    for layer, row in scores.items():
+        for candidate, score in row.items():
+            if not math.isfinite(score):
+                raise ValueError(
+                    f"score of layer {layer!r}, candidate {candidate!r}: expected a finite number, found {score}"
+                )
+    fitting = check_feasible(scores, limits)
+    found: list[Choice] = []
+    while use > 0 and not found:
+        found = [choice for limit in limits if (choice := _found(scores, limits, (limit, use)))]
+        use = min(2 * use - 1, use - 0.01)
+    return max(
+        found or [_found(scores, limits) or fitting],
+        key=lambda choice: math.fsum(
+            scores[layer][candidate] for layer, candidate in choice.items()
+        ),
+    )
+
+
+def _within(scores: Scores, limits: Sequence[Limit]) -> Choice | None:
+    """The best choice within the limits, or any, where the solver finds none in time; None where there is none."""
+    try:
+        return _best(scores, limits)
+    except UndecidedBudget:
+        return _best(
+            {layer: dict.fromkeys(row, 0.0) for layer, row in scores.items()},
+            limits,
+            nodes=_FEASIBILITY_NODES,
+        )
+
+
+def _found(
+    scores: Scores, limits: Sequence[Limit], floor: tuple[Limit, float] | None = None
+) -> Choice | None:
+    """`_best`, or None where the solver can't tell."""
+    try:
+        return _best(scores, limits, floor)
+    except UndecidedBudget:
+        return None
+
+
+def _best(
+    scores: Scores,
+    limits: Sequence[Limit],
+    floor: tuple[Limit, float] | None = None,
+    nodes: int | None = None,
+) -> Choice | None:
+    """The best choice within the limits and above the ``floor``, a fraction of one of them; None where there is none.
+
+    ``nodes``: of HiGHS's tree (None: `_NODES`); `UndecidedBudget` where they do not suffice to find a choice. Every limit must be met by
+    its own cheapest choice.
+    """
+    least = [cheapest(scores, limit.costs) for limit in limits]
+    # A candidate too dear even beside the cheapest of everything else is out, however little: what is left is small against the room.
+    flat = [
+        (layer, candidate)
+        for layer, row in scores.items()
+        for candidate in row
+        if all(
+            limit.holds({**low, layer: candidate}) for limit, low in zip(limits, least, strict=True)
+        )
+    ]
+    if not flat:
+        return None if scores else {}
+    score = np.array([scores[layer][candidate] for layer, candidate in flat])
+    index = {layer: i for i, layer in enumerate(scores)}
+    one_each = np.zeros((len(index), len(flat)))
+    one_each[[index[layer] for layer, _ in flat], range(len(flat))] = 1
+    constraints = [LinearConstraint(one_each, 1, 1)]
+    excess, room, low = (np.zeros((len(limits), *shape)) for shape in ((len(flat),), (), ()))
+    scale = np.ones(len(limits))
+    for k, (limit, choice) in enumerate(zip(limits, least, strict=True)):
+        # Half a unit in the last place more than the budget: a sum that rounds to the budget is within it.
+        spare = math.fsum(
+            [
+                limit.budget,
+                math.ulp(limit.budget) / 2,
+                *(-term for term in limit.costs.terms(choice)),
+            ]
+        )
+        scale[k] = (spare or 1.0) / _ROOM
+        excess[k] = [
+            limit.costs.costs[layer][name] - limit.costs.costs[layer][choice[layer]]
+            for layer, name in flat
+        ]
+        room[k], low[k] = _ROOM, -np.inf
+        if floor and limit is floor[0]:
+            low[k] = _ROOM - (1 - floor[1] + _NEARLY) * limit.budget / scale[k]
+    excess /= scale[:, None]
+    attempt = 0
+    while True:
+        result = milp(
+            -(score - score.min()) / (float(np.ptp(score)) or 1.0) * _ROOM,
+            constraints=[*constraints, LinearConstraint(excess, low, room)],
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            # With presolve, scipy 1.17 has called a choice optimal that was not.
+            options={
+                "mip_rel_gap": 0,
+                "presolve": False,
+                "node_limit": _NODES if nodes is None else nodes,
+            },
+        )
+        if result.x is None:
+            if (
+                result.status == _INFEASIBLE and attempt <= _CUTS
+            ):  # and not for the room that was taken away
+                return None
+            raise UndecidedBudget(
+                f"budget: found no network within {' and '.join(map(str, limits))}, which is no proof that there is none"
+            )
+        taken = result.x > 0.5
+        choice = dict(flat[i] for i in np.flatnonzero(taken))
+        over = np.array([limit.costs.total(choice) - limit.budget for limit in limits])
+        if (over <= 0).all():
+            return choice
+        constraints.append(LinearConstraint(taken[None].astype(float), -np.inf, len(index) - 1))
+        attempt += 1
+        if attempt > _CUTS:
+            room -= np.where(over > 0, np.maximum(over / scale, 1e-9 * _ROOM), 0)
+
+
+def _refuse_unless_met(limit: Limit, cheapest_choice: Mapping[str, str], beside: str) -> None:
+    if not limit.holds(cheapest_choice):
+        least = repr(limit.costs.total(cheapest_choice)).removesuffix(
+            ".0"
+        )  # all its digits: as a budget, it is accepted
+        raise InfeasibleBudget(
+            f"budget: {limit} is below the cheapest network{beside}, {least} {limit.costs.metric}"
+        )

@@ -1,0 +1,59 @@
+"""The chosen rank of every layer, `RankPlan`, and its file ``ranks.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nni_haloc.space.names import DENSE, Rank, is_rank, rank_name
+from nni_haloc.utils.files import write_json
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The chosen candidate of every searched layer, and how it was chosen.
+
+    ``ranks``: layer name to rank, None for dense. ``chosen_by``: facts for the reader (rule, budget, cost, seed); values must be JSON.
+    """
+
+    ranks: Mapping[str, Rank]
+    chosen_by: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Layer name to candidate name, as cost tables and NNI samples use them."""
+        return {layer: rank_name(rank) for layer, rank in self.ranks.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write ``ranks.json``."""
+        ranks = {layer: DENSE if rank is None else list(rank) for layer, rank in self.ranks.items()}
+        content = {"version": PLAN_VERSION, "ranks": ranks, "chosen_by": dict(self.chosen_by)}
+        write_json(path, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RankPlan:
+        """Read ``ranks.json``; OSError names the file, ValueError also the layer that is wrong."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise type(error)(f"{path}: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not a JSON file ({error})") from None
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != PLAN_VERSION or not isinstance(content.get("ranks"), dict):
+            raise ValueError(
+                f"{path}: expected a rank plan of version {PLAN_VERSION}, found version {version!r}"
+            )
+        ranks: dict[str, Rank] = {}
+        for layer, value in content["ranks"].items():
+            if value != DENSE and not is_rank(value):
+                raise ValueError(
+                    f"{path}: layer {layer!r}: expected {DENSE!r}, [r] or [r1, r2], found {value!r}"
+                )
+            ranks[layer] = None if value == DENSE else tuple(value)
+        return cls(ranks, content.get("chosen_by", {}))

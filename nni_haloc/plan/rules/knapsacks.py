@@ -1,0 +1,56 @@
+"""Rules that give every candidate a score and take the best total within the limits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nni_haloc.plan.budget import Choice, choose
+from nni_haloc.plan.rules.problem import Problem
+from nni_haloc.plan.sensitivity import sensitivities
+
+USE = 0.95
+"""Fraction of a budget that a choice uses, where any does."""
+
+
+def error_knapsack(problem: Problem) -> Choice:
+    """The least sum of squared relative output errors."""
+    return choose(
+        {
+            layer: {name: -(error**2) for name, error in row.items()}
+            for layer, row in problem.errors.items()
+        },
+        problem.limits,
+        USE,
+    )
+
+
+def sensitivity_knapsack(problem: Problem) -> Choice:
+    """The least sum of what each candidate alone, all else left as it was, adds to the loss on the images."""
+    found = sensitivities(
+        problem.model, problem.modules, problem.images, problem.labels, bf16=problem.bf16
+    )
+    return choose(
+        {layer: {name: -loss for name, loss in row.items()} for layer, row in found.items()},
+        problem.limits,
+        USE,
+    )
+
+
+DRAWS = 16
+"""Plans that are drawn."""
+
+
+def random(problem: Problem) -> Choice:
+    """Of `DRAWS` random plans the one of the lowest loss on the images, its network not trained.
+
+    A plan is what the knapsack makes of scores drawn evenly from 0 to 1, so that each is within the limits and uses its budget.
+    """
+    generator = np.random.default_rng(problem.seed)
+    plans = []
+    for _ in range(DRAWS):
+        scores = {
+            layer: dict(zip(row, generator.random(len(row)).tolist(), strict=True))
+            for layer, row in problem.candidates.items()
+        }
+        plans.append(choose(scores, problem.limits, USE))
+    return min(plans, key=lambda plan: problem.loss(problem.network(plan)))

@@ -1,0 +1,107 @@
+"""Rule `learned`: ranks found in training, by alternating compression as LCNN does (Idelbayev and Carreira-Perpinan, CVPR 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from nni_haloc.plan.budget import Choice, Limit, check_feasible, choose
+from nni_haloc.plan.rules.problem import Problem
+from nni_haloc.space.modules import copy_of
+from nni_haloc.space.tucker import Tucker2, hosvd, reconstruct
+from nni_haloc.utils.log import logger
+
+ROUNDS, STEPS = 11, 32
+"""Alternations, and steps of training in each: 352 in all, an epoch of CIFAR-10 in batches of 128, as a search makes by default."""
+
+PENALTY, GROWTH = 0.03, 1.3
+"""The penalty's weight μ in the first alternation, and its factor from one to the next."""
+
+LR, MOMENTUM = 0.02, 0.9
+
+
+def learned(problem: Problem) -> Choice:
+    """The ranks of a network that is trained while it is drawn towards low-rank kernels.
+
+    In turns, a copy of the network is trained on ``problem.train`` with the penalty ``μ/2 ||W - W'||²`` (L step), and ``W'`` becomes the
+    truncated HOSVD of ``W`` at the ranks that minimise ``λ cost + μ/2 ||W - W'||²`` (C step). The penalty shrinks what the loss does not
+    hold in place; what is left earns its layer more rank. LCNN's μ grows at a constant λ, and the ranks with it; here λ is whatever lets
+    the cost grow evenly from the cheapest choice to the limits, which is a knapsack on the error, solved exactly. (With the limits' ranks
+    from the start, the first choice is the last: the penalty spares the ranks that a layer has and shrinks those that it lacks.)
+
+    The ranks alone are the result: the network that gets them is decomposed from the original weights as by every rule, so that it is
+    ranks that are compared. Raises ValueError without ``problem.train``.
+    """
+    if problem.train is None:
+        raise ValueError("rule: 'learned' needs training images beyond the calibration images")
+    network = copy_of(problem.model).train()
+    modules = dict(network.named_modules())
+    weights: dict[str, nn.Parameter] = {
+        layer: modules[layer].weight for layer in problem.candidates
+    }
+    optimizer = torch.optim.SGD(network.parameters(), LR, MOMENTUM)
+    batches = _endless(problem.train)
+    least = check_feasible(problem.candidates, problem.limits)
+    with torch.random.fork_rng():
+        torch.manual_seed(problem.seed)  # of the augmentation
+        for i in range(ROUNDS):
+            logger.info("rule learned: round %d of %d", i + 1, ROUNDS)
+            _, targets = _compress(problem, weights, _limits(problem, least, i / ROUNDS))
+            for images, labels in islice(batches, STEPS):
+                distance = torch.stack(
+                    [(weights[layer] - target).square().sum() for layer, target in targets.items()]
+                ).sum()
+                loss = F.cross_entropy(network(images), labels) + PENALTY * GROWTH**i / 2 * distance
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return _compress(problem, weights, problem.limits)[0]
+
+
+def _limits(problem: Problem, least: Choice, share: float) -> list[Limit]:
+    """Limits on the way from a choice's costs to the problem's."""
+    costs = [limit.costs.total(least) for limit in problem.limits]
+    return [
+        Limit(limit.costs, cost + share * (limit.budget - cost))
+        for limit, cost in zip(problem.limits, costs, strict=True)
+    ]
+
+
+def _compress(
+    problem: Problem, weights: Mapping[str, Tensor], limits: Sequence[Limit]
+) -> tuple[Choice, dict[str, Tensor]]:
+    """The C step: the choice of the least total ``||W - W'||²`` within the limits, and its ``W'`` of each layer."""
+    scores: dict[str, dict[str, float]] = {}
+    whole: dict[str, Tucker2] = {}
+    for layer, row in problem.candidates.items():
+        spec, weight = problem.specs[layer], weights[layer].detach()
+        channels = spec.out_channels, spec.in_channels
+        (whole[layer],) = hosvd(
+            weight.reshape(*channels, *spec.kernel_size), [channels]
+        )  # a matrix's is its singular value decomposition
+        kept = whole[layer].core.square().sum((2, 3)).cumsum(0).cumsum(1)
+        scores[layer] = {
+            name: 0.0 if rank is None else float(kept[rank[0] - 1, rank[-1] - 1] - kept[-1, -1])
+            for name, rank in row.items()
+        }
+    choice = choose(scores, limits)
+    targets = {}
+    for layer, (out, core, inn) in whole.items():
+        rank, weight = problem.candidates[layer][choice[layer]], weights[layer].detach()
+        r1, r2 = core.shape[:2] if rank is None else (rank[0], rank[-1])
+        targets[layer] = (
+            reconstruct(Tucker2(out[:, :r1], core[:r1, :r2], inn[:r2]))
+            .reshape(weight.shape)
+            .to(weight)
+        )
+    return choice, targets
+
+
+def _endless(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from loader

@@ -1,0 +1,130 @@
+"""Rules that set one number for the whole network: the least that keeps the limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from nni_haloc.plan.budget import Choice, check_feasible, choose
+from nni_haloc.plan.rules.problem import Problem
+from nni_haloc.space.layers import LayerSpec, kernel_factors
+from nni_haloc.space.names import Rank
+
+
+def uniform(problem: Problem) -> Choice:
+    """One fraction of the channels in every layer ("Std. Tucker"): of each layer the largest candidate with no larger a fraction.
+
+    What the fraction leaves of the budget goes to layers that the next larger one gives more.
+    """
+    shares = {
+        layer: {name: _share(problem.specs[layer], rank) for name, rank in row.items()}
+        for layer, row in problem.candidates.items()
+    }
+
+    def choice(limit: float) -> Choice:
+        found = {}
+        for layer, row in shares.items():
+            within = [name for name in row if max(row[name]) <= limit] or [
+                min(row, key=lambda name: max(row[name]))
+            ]
+            found[layer] = max(within, key=lambda name: sum(row[name]))
+        return found
+
+    fractions = sorted(
+        {max(share) for row in shares.values() for share in row.values()}, reverse=True
+    )
+    return filled(problem, choice, fractions)
+
+
+def energy(problem: Problem) -> Choice:
+    """One threshold on the relative output error: of each layer the lowest rank that keeps it, the dense layer where none does.
+
+    Costs have no say in which candidate a layer gets, only in the threshold.
+    """
+    return _threshold(problem, problem.errors, lambda layer, name: _size(problem, layer, name))
+
+
+def alds(problem: Problem) -> Choice:
+    """As ALDS (Liebenwein et al., 2021) allots ranks: the largest relative error of any layer, in the spectral norm, is minimised.
+
+    A rank's error is that of the truncated singular value decomposition of the weights, ``s[r] / s[0]``, the larger of a kernel's two
+    unfoldings (output, input). Of each layer the candidate that costs least and keeps the bound. ALDS's own layers are grouped, and its
+    search among group numbers has no counterpart here.
+    """
+    weights = dict(problem.model.named_modules())
+    errors = {}
+    for layer, row in problem.candidates.items():
+        (weight,) = kernel_factors(weights[layer])
+        sides = (
+            [weight.flatten(1), weight.transpose(0, 1).flatten(1)] if weight.dim() > 2 else [weight]
+        )
+        errors[layer] = {
+            name: max(_cut(s, r) for s, r in zip(sides, rank, strict=True)) if rank else 0.0
+            for name, rank in row.items()
+        }
+    return _threshold(problem, errors, problem.cost)
+
+
+def _threshold(
+    problem: Problem, errors: Mapping[str, Mapping[str, float]], price: Callable[[str, str], float]
+) -> Choice:
+    """Of each layer the candidate of the lowest price among those whose error is within one bound, the least that keeps the limits."""
+
+    def choice(bound: float) -> Choice:
+        found = {}
+        for layer, row in errors.items():
+            within = [name for name in row if row[name] <= bound] or [min(row, key=row.__getitem__)]
+            found[layer] = min(within, key=lambda name: (price(layer, name), row[name]))
+        return found
+
+    return _first(
+        problem, choice, sorted({error for row in errors.values() for error in row.values()})
+    )
+
+
+def _first(problem: Problem, choice: Callable[[float], Choice], numbers: list[float]) -> Choice:
+    """The choice for the first of ``numbers``, best first, that keeps the limits; where none does, because low ranks are not always the
+    cheapest by a measured table, the cheapest."""
+    for number in numbers:
+        found = choice(number)
+        if problem.holds(found):
+            return found
+    return check_feasible(problem.candidates, problem.limits)
+
+
+def filled(problem: Problem, choice: Callable[[float], Choice], numbers: list[float]) -> Choice:
+    """The choice for the first of ``numbers``, best first, that keeps the limits; what it leaves of the budget goes to layers that the next
+    better number gives a larger rank, as much rank as fits."""
+    low = _first(problem, choice, numbers)
+    size = {layer: _size(problem, layer, name) for layer, name in low.items()}
+    larger = (
+        more
+        for more in map(choice, reversed(numbers))
+        if more != low and all(_size(problem, n, more[n]) >= size[n] for n in low)
+    )
+    high = next(larger, low)
+    return choose(
+        {n: {low[n]: 0.0, high[n]: _size(problem, n, high[n]) - size[n]} for n in low},
+        problem.limits,
+    )
+
+
+def _size(problem: Problem, layer: str, name: str) -> float:
+    return sum(_share(problem.specs[layer], problem.candidates[layer][name]))
+
+
+def _share(spec: LayerSpec, rank: Rank) -> tuple[float, ...]:
+    """A rank's fractions of the output and the input channels; of a matrix's smaller side."""
+    if rank is None:
+        return (1.0, 1.0)
+    if len(rank) == 1:
+        return (rank[0] / min(spec.out_channels, spec.in_channels),) * 2
+    return (rank[0] / spec.out_channels, rank[1] / spec.in_channels)
+
+
+def _cut(matrix: Tensor, rank: int) -> float:
+    """Relative error of the best approximation of a rank, in the spectral norm."""
+    values = torch.linalg.svdvals(matrix.detach().double())
+    return float(values[rank] / values[0]) if rank < len(values) and values[0] else 0.0

@@ -1,0 +1,151 @@
+"""Eq. 8 during the weight step: the original network's feature maps on the same batch, compared layer by layer as the supernet runs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nni_haloc.search.supernet import MixedRankLayer
+
+
+class _Compare(torch.autograd.Function):
+    """Hands ``y`` through beside the mean squared distance of its first images from ``target``, in whose memory the difference then lives.
+
+    One pass over the feature map each to subtract, to sum the squares, and to add the gradient to the one that comes from above.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.difference = target.sub_(y[: len(target)])
+        ctx.mark_dirty(y)  # handed through, not as a view: what follows may write into it in place
+        return y, torch.linalg.vector_norm(
+            target, dtype=torch.promote_types(y.dtype, torch.float32)
+        ).square() / target.numel()
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_term: Tensor) -> tuple[Tensor, None]:
+        difference, ctx.difference = ctx.difference, None
+        n, value = len(difference), -2 / difference.numel()
+        if n == len(grad_y):
+            return torch.addcmul(
+                grad_y, difference, grad_term.to(grad_y), value=value, out=difference
+            ), None
+        total = grad_y.clone()
+        total[:n].addcmul_(difference, grad_term.to(grad_y), value=value)
+        return total, None
+
+
+class Kernels:
+    """The paper's rejected alternative to Eq. (8), for ablation: each sampled candidate's kernel is compared with the original weight."""
+
+    def __init__(self, layers: Iterable[MixedRankLayer], original: nn.Module) -> None:
+        modules = dict(original.named_modules())
+        self.pairs = [(layer, cast(Tensor, modules[layer.label].weight)) for layer in layers]
+
+    @contextmanager
+    def compared(self) -> Iterator[list[Tensor]]:
+        """A list with one mean squared error a mixed layer."""
+        yield [
+            F.mse_loss(layer.kernel().reshape(weight.shape), weight) for layer, weight in self.pairs
+        ]
+
+
+class FeatureMaps:
+    """Eq. (8): each mixed layer's output compared with the original layer's, in one pass of the frozen ``original`` a batch, no gradient.
+
+    A target lives until the supernet's layer has been compared with it. It is a copy only where the original network writes into it in
+    place (an activation, say): the first such batch is run twice, because by then it is too late.
+    ``share``: the part of the batch that is compared, its first images: in expectation the same mean, and a cheaper pass. For a share below
+    1, layers must keep the images in their order.
+    """
+
+    def __init__(
+        self,
+        supernet: nn.Module,
+        layers: Iterable[MixedRankLayer],
+        original: nn.Module,
+        share: float = 1.0,
+    ) -> None:
+        self.supernet, self.layers, self.original, self.share = (
+            supernet,
+            list(layers),
+            original,
+            share,
+        )
+        self._copied: set[str] = set()
+
+    def _first(self, value: Any, batch: int) -> Any:
+        """The images that are compared, of a tensor that holds the batch; anything else as it is."""
+        holds = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
+        return value[: max(1, round(self.share * batch))] if holds else value
+
+    def _targets(self, *args: Any, **kwargs: Any) -> dict[str, deque[Tensor]]:
+        """The original layers' outputs, a queue a layer: one entry a call."""
+        targets: dict[str, deque[Tensor]] = {layer.label: deque() for layer in self.layers}
+        versions: list[tuple[str, Tensor, int]] = []
+
+        def keep(name: str, y: Tensor) -> None:
+            kept = y.clone() if name in self._copied else y
+            targets[name].append(kept)
+            versions.append((name, kept, kept._version))
+
+        modules = dict(self.original.named_modules())
+        hooks = [
+            modules[name].register_forward_hook(lambda _, __, y, name=name: keep(name, y))
+            for name in targets
+        ]
+        try:
+            with torch.no_grad():
+                batch = next(
+                    len(value)
+                    for value in (*args, *kwargs.values())
+                    if isinstance(value, Tensor) and value.dim()
+                )
+                self.original(
+                    *(self._first(v, batch) for v in args),
+                    **{key: self._first(v, batch) for key, v in kwargs.items()},
+                )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        overwritten = {name for name, kept, version in versions if kept._version != version}
+        if overwritten:
+            self._copied |= overwritten
+            return self._targets(*args, **kwargs)
+        return targets
+
+    @contextmanager
+    def compared(self) -> Iterator[list[Tensor]]:
+        """For one forward pass of the supernet: a list that receives one term of Eq. (8) for each call of a mixed layer.
+
+        A layer's first call is compared with its first in the original network, and so on. Where control flow depends on the images, the
+        two may differ: a call without a counterpart, or whose counterpart has another shape or more images, has no term.
+        """
+        targets: dict[str, deque[Tensor]] = {}
+        terms: list[Tensor] = []
+
+        def compare(name: str, y: Tensor) -> Tensor:
+            target = targets[name].popleft() if targets[name] else None
+            if target is None or target.shape[1:] != y.shape[1:] or len(target) > len(y):
+                return y
+            y, term = _Compare.apply(y, target)
+            terms.append(term)
+            return y
+
+        hook = self.supernet.register_forward_pre_hook(
+            lambda _, args, kwargs: targets.update(self._targets(*args, **kwargs)), with_kwargs=True
+        )
+        for layer in self.layers:
+            layer.observe = compare
+        try:
+            yield terms
+        finally:
+            for layer in self.layers:
+                layer.observe = None
+            hook.remove()

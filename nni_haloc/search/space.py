@@ -1,0 +1,141 @@
+"""Step 1: the rank space of a trained network, as an NNI model space of `LayerChoice` mutables."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nni.mutable import MutableExpression
+from nni.nas.nn.pytorch import LayerChoice, ModelSpace
+from nni.nas.profiler import ExpressionProfiler
+from torch import nn
+
+from nni_haloc.costs.analytic import mac_table
+from nni_haloc.costs.table import CostTable, worthwhile
+from nni_haloc.space.candidates import build_candidates
+from nni_haloc.space.modules import Example, copy_of, materialised, replace_modules
+from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.summary import SpaceReport, space_report, why_nothing
+from nni_haloc.space.tucker import Method
+
+
+class RankSpace(ModelSpace):
+    """All rank candidates of a trained network; each searched layer is a `LayerChoice` labelled with the layer's name.
+
+    ``model``: any `nn.Module`; it is copied and never changed (lazy layers get their weights in the copies). ``example_input``: a batch
+    that it takes: a tensor ``(N, ...)``, a tuple of positional inputs or a dict of keyword inputs. ``costs``: the table or tables that the
+    search will use; candidates that cost at least as much as the dense layer in all of them are dropped (None: MACs), save those of
+    pinned layers. ``calibration``: training images ``(N, ...)`` to decompose for, or a tuple or dict of such inputs; without them, or with
+    ``decomposition="hosvd"``, the decomposition is by the weights.
+
+    ``forward`` runs every layer's first candidate; ``freeze(sample)`` gives the plain compressed network with copies of the weights.
+    Raises ValueError if nothing in the model can be searched, if it is a layer itself, or if it can't be copied (it names the attribute).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Example,
+        costs: CostTable | Sequence[CostTable] | None = None,
+        rules: RankRules = RankRules(),
+        calibration: Example | None = None,
+        decomposition: Method | None = None,
+    ) -> None:
+        super().__init__()
+        model = materialised(model, example_input)
+        layers = find_layers(model, example_input, rules)
+        if "" in layers.specs:
+            raise ValueError(
+                f"{type(model).__name__} is a layer itself, without a name to search it by: pass nn.Sequential(model)"
+            )
+        costs = costs or mac_table(model, example_input, rules, layers)
+        tables = [costs] if isinstance(costs, CostTable) else list(costs)
+        self.costs = tables[0]
+        found = layers.candidates(rules)
+        self.candidates, dropped = worthwhile(
+            found, tables, [name for name in found if rules.pins(name)]
+        )
+        self.left_alone = {**layers.left_alone, **dropped}
+        if not self.candidates:
+            raise ValueError(why_nothing(model, self.left_alone))
+        # Kept out of the module tree: it is neither mutable nor trained, and must not show among the parameters.
+        object.__setattr__(self, "original", copy_of(model).eval().requires_grad_(False))
+        built = build_candidates(
+            self.original, layers.specs, self.candidates, calibration, decomposition
+        )
+        self.specs = {name: layers.specs[name] for name in self.candidates}
+        self.model = copy_of(model)
+        replace_modules(
+            self.model, {name: LayerChoice(built[name], label=name) for name in self.candidates}
+        )
+        for module in self.model.modules():
+            if hasattr(module, "inplace"):
+                vars(module)["inplace"] = False  # a candidate's output is needed again in backward
+        self.train().requires_grad_(
+            True
+        )  # whatever the user's model was left in, the supernet is trained
+
+    original: nn.Module
+
+    def save_init_arguments(self, *args: Any, **kwargs: Any) -> None:
+        """NNI would keep the arguments, the user's model and images among them, for as long as the space lives; it has no use for them."""
+        super().save_init_arguments()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def freeze(self, sample: Mapping[str, str]) -> nn.Module:
+        """The network with one candidate a layer, ``sample`` mapping layer to candidate name; independent of the space."""
+        self.validate(dict(sample))
+        choices = [module for module in self.model.modules() if isinstance(module, LayerChoice)]
+        copies = {choice.label: copy.deepcopy(choice[sample[choice.label]]) for choice in choices}
+        frozen = copy_of(self.model, {id(choice): copies[choice.label] for choice in choices})
+        inplace = {
+            name
+            for name, module in self.original.named_modules()
+            if getattr(module, "inplace", False)
+        }
+        for name, module in frozen.named_modules():
+            if name in inplace:
+                vars(module)["inplace"] = True
+        return frozen.requires_grad_(True)
+
+    @property
+    def modules_by_layer(self) -> dict[str, dict[str, nn.Module]]:
+        """Layer to candidate name to its trained module."""
+        choices = [module for module in self.model.modules() if isinstance(module, LayerChoice)]
+        return {
+            str(choice.label): {name: choice[name] for name in choice.names} for choice in choices
+        }
+
+    def report(self) -> SpaceReport:
+        """Every layer with its candidates, or why it is left as it is; printed, a table."""
+        return space_report(self.original, self.candidates, self.left_alone)
+
+    def size(self) -> int:
+        """Number of networks in the space."""
+        result = 1
+        for row in self.candidates.values():
+            result *= len(row)
+        return result
+
+
+class TableProfiler(ExpressionProfiler):
+    """The cost of any network of a rank space, in the unit of ``costs`` (None: the space's own table), as one of NNI's expressions.
+
+    For ``RangeProfilerFilter``, ``ExpectationProfilerPenalty``, ``SampleProfilerPenalty``. Make it before a one-shot strategy changes the
+    space. ValueError names a candidate that the table does not know.
+    """
+
+    def __init__(self, space: RankSpace, costs: CostTable | None = None) -> None:
+        super().__init__(space)
+        rows, rest = (costs or space.costs).restrict(space.candidates)
+        choices = {str(m.label): m for m in space.modules() if isinstance(m, LayerChoice)}
+        self.expression = rest + sum(
+            MutableExpression.switch_case(choices[layer].choice, row) for layer, row in rows.items()
+        )
+
+    def profile(self, sample: Any) -> float:
+        """The cost of a sample, layer to candidate, or of a model that has one: NNI's `Filter` gives models to NNI's `ProfilerFilter`."""
+        return float(super().profile(getattr(sample, "sample", sample)))

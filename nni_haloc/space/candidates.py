@@ -1,0 +1,220 @@
+"""Candidate layers initialised from the trained network: by the data wherever calibration images are at hand, else by the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nni_haloc.space.layers import LayerSpec, last_bias, layout_of
+from nni_haloc.space.modules import Example, batch_size_of, batches, call, evaluating
+from nni_haloc.space.names import Rank
+from nni_haloc.space.tucker import LowRank, Method, Plain, Tucker2, decompose
+from nni_haloc.utils.errors import first_line
+from nni_haloc.utils.log import logger
+
+
+def patch_covariances(
+    model: nn.Module,
+    specs: Mapping[str, LayerSpec],
+    images: Example,
+    *,
+    batch_size: int = 64,
+    max_patches: int = 16384,
+    max_work: float = 5e10,
+    shrinkage: float = 0.3,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Uncentred covariance ``E[x x^T]`` of each layer's input patches, ``(D, D)`` with ``D = C k1 k2`` in `unfold`'s order, float32, on
+    the CPU.
+
+    One pass of ``model`` over ``images (N, ...)``, or a tuple or dict of such inputs, in evaluation mode. Of each layer at most about
+    ``max_patches`` patches are taken, and no more than ``max_work / D^2`` or ``2 D`` (9,216 for 512 channels and a 3x3 kernel), at random
+    positions drawn with ``seed``; no others are unfolded. ``shrinkage * D / patches`` of the mean eigenvalue is added to the diagonal:
+    what is fitted to few patches then holds for others too. ``D^2`` numbers a layer are held. Patches with NaN or infinite entries raise
+    ValueError.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sums = {name: torch.zeros(_patch_size(spec), _patch_size(spec)) for name, spec in specs.items()}
+    counts, number = dict.fromkeys(specs, 0), batch_size_of(images)
+
+    def collect(name: str, spec: LayerSpec, x: Tensor) -> None:
+        size = _patch_size(spec)
+        limit = min(max_patches, max(max_work / size**2, 2 * size)) / max(1, len(spec.input_shapes))
+        patches = _draw_patches(spec, x, max(1, round(len(x) * limit / number)), generator)
+        _add_gram(sums[name], patches)
+        counts[name] += len(patches)
+
+    modules = dict(model.named_modules())
+    hooks = [
+        modules[name].register_forward_pre_hook(
+            lambda _, args, n=name, s=spec: collect(n, s, args[0])
+        )
+        for name, spec in specs.items()
+    ]
+    try:
+        with evaluating(model):
+            for part in batches(images, batch_size):
+                call(model, part)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    covariances = {}
+    for name, spec in specs.items():
+        total = sums.pop(name).div_(max(1, counts[name])).triu_()
+        total += total.triu(1).T
+        total.diagonal().add_(
+            shrinkage * len(total) / max(1, counts[name]) * total.diagonal().mean()
+        )
+        if not torch.isfinite(total).all():
+            raise ValueError(f"layer {name!r}: its inputs on the calibration images are not finite")
+        by_position = total.reshape((_patch_size(spec) // spec.in_channels, spec.in_channels) * 2)
+        covariances[name] = by_position.permute(1, 0, 3, 2).reshape(total.shape)
+    return covariances
+
+
+def build_candidates(
+    model: nn.Module,
+    specs: Mapping[str, LayerSpec],
+    candidates: Mapping[str, Mapping[str, Rank]],
+    calibration: Example | None = None,
+    method: Method | None = None,
+    memory: int = 2**30,
+) -> dict[str, dict[str, nn.Module]]:
+    """A trained layer for every candidate: layer name to candidate name to module, each with weights of its own.
+
+    ``method``: ``data`` where ``calibration`` images are given, else ``warm_hooi``, unless named. The model is not changed. The patch
+    covariances of as many layers as ``memory`` bytes hold, of one at least, come from one pass over the images. Raises ValueError naming
+    the layer whose decomposition fails.
+    """
+    method = method or ("data" if calibration is not None else "warm_hooi")
+    if method == "data" and calibration is None:
+        raise ValueError("decomposition 'data' needs calibration images")
+    modules = dict(model.named_modules())
+    wanted = {
+        name: specs[name]
+        for name, row in candidates.items()
+        if any(r is not None for r in row.values())
+    }
+    kept_plain: list[str] = []
+    factors: dict[str, list[Tucker2 | LowRank]] = {}
+    for group in _groups(wanted, memory):
+        covariances = (
+            patch_covariances(model, group, calibration)
+            if method == "data" and calibration is not None
+            else {}
+        )
+        for name, spec in group.items():
+            weight = cast(Tensor, modules[name].weight).detach()
+            if weight.is_meta:  # shapes alone
+                continue
+            weight = weight.cpu()
+            ranks = [r for r in candidates[name].values() if r is not None]
+            try:
+                factors[name] = decompose(
+                    weight if spec.kind == "conv" else weight.flatten(1),
+                    ranks,
+                    method,
+                    covariances.pop(name, None),
+                )
+            except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:
+                reason = first_line(error)
+                raise ValueError(
+                    f"layer {name!r}: its decomposition by {method!r} failed ({reason})"
+                ) from None
+            kept_plain += [
+                f"{name} {rank}"
+                for rank, found in zip(ranks, factors[name], strict=True)
+                if isinstance(found, Plain)
+            ]
+    if kept_plain:
+        logger.info(
+            "decomposed by the weights, because the data gave nothing better: %s",
+            ", ".join(kept_plain),
+        )
+    built: dict[str, dict[str, nn.Module]] = {}
+    for name, row in candidates.items():
+        original, found = modules[name], iter(factors.pop(name, []))
+        built[name] = {
+            candidate: copy.deepcopy(original)
+            if rank is None
+            else _candidate(specs[name], rank, next(found, None), original)
+            for candidate, rank in row.items()
+        }
+    return built
+
+
+def _candidate(
+    spec: LayerSpec, rank: Rank, factors: Tucker2 | LowRank | None, original: nn.Module
+) -> nn.Module:
+    """The layer at one rank, on the device and in the precision and layout of the original; without factors, of no values."""
+    weight = cast(Tensor, original.weight)
+    if factors is None:
+        with torch.device("meta"):
+            return spec.build(rank).to(weight.dtype)
+    return (
+        spec.assemble(factors, last_bias(original)).to(weight).to(memory_format=layout_of(weight))
+    )
+
+
+def _patch_size(spec: LayerSpec) -> int:
+    return spec.in_channels * spec.kernel_size[0] * spec.kernel_size[1]
+
+
+def _groups(specs: Mapping[str, LayerSpec], memory: int) -> list[dict[str, LayerSpec]]:
+    """The layers in order, cut where their covariances (float32) would take more than ``memory`` bytes."""
+    groups: list[dict[str, LayerSpec]] = []
+    held = math.inf
+    for name, spec in specs.items():
+        size = 4 * _patch_size(spec) ** 2
+        if held + size > memory:
+            groups.append({})
+            held = 0
+        groups[-1][name] = spec
+        held += size
+    return groups
+
+
+def _draw_patches(spec: LayerSpec, x: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """``number`` input patches of a batch, or all if there are no more, as rows ``(number, k1 k2 C)`` in float32.
+
+    Channels are fastest: so each position of a patch is one contiguous piece of the channels-last input, ten times faster to gather.
+    """
+    if spec.kind == "linear":
+        rows = x.reshape(-1, spec.in_channels)
+        return rows[_drawn(len(rows), number, generator).to(x.device)].float()
+    x = spec.pad(x).permute(0, 2, 3, 1)
+    n, height, width, c = x.shape
+    (k1, k2), (s1, s2), (d1, d2) = spec.kernel_size, spec.stride, spec.dilation
+    rows_out, columns_out = (
+        (height - d1 * (k1 - 1) - 1) // s1 + 1,
+        (width - d2 * (k2 - 1) - 1) // s2 + 1,
+    )
+    drawn = _drawn(n * rows_out * columns_out, number, generator)
+    image, place = drawn // (rows_out * columns_out), drawn % (rows_out * columns_out)
+    first = (
+        image * (height * width) + place // columns_out * (s1 * width) + place % columns_out * s2
+    )
+    window = (torch.arange(k1)[:, None] * (d1 * width) + torch.arange(k2) * d2).flatten()
+    pixels = x.reshape(-1, c).index_select(0, (first[:, None] + window).flatten().to(x.device))
+    return pixels.view(len(drawn), -1).float()
+
+
+def _drawn(available: int, number: int, generator: torch.Generator) -> Tensor:
+    return (
+        torch.arange(available)
+        if available <= number
+        else torch.randperm(available, generator=generator)[:number]
+    )
+
+
+def _add_gram(total: Tensor, rows: Tensor, block: int = 512) -> None:
+    """Add ``rows^T rows`` to ``total``, on and above its diagonal of blocks: about half of the work."""
+    for start in range(0, rows.shape[1], block):
+        part = rows[:, start : start + block].T @ rows[:, start:]
+        total[start : start + block, start:] += part.cpu()

@@ -1,0 +1,282 @@
+"""Eq. 2-4: the layers that run a decomposed kernel, and `LayerSpec`, what is known of a layer without its weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from nni_haloc.space.names import Kind
+from nni_haloc.space.tucker import LowRank, Tucker2
+
+
+class TuckerConv2d(nn.Sequential):
+    """Eq. (2)-(4): ``factor_in`` (1x1, C to r2), ``core`` (k1 x k2, r2 to r1), ``factor_out`` (1x1, r1 to F), nothing between them.
+
+    The core carries stride, padding, dilation and padding mode; ``factor_out`` carries the bias. The children are ordinary `nn.Conv2d`.
+    """
+
+    def __init__(self, conv: LayerSpec, rank_out: int, rank_in: int) -> None:
+        super().__init__()
+        self.factor_in = nn.Conv2d(conv.in_channels, rank_in, 1, bias=False)
+        self.core = nn.Conv2d(rank_in, rank_out, conv.kernel_size, bias=False, **conv.geometry)
+        self.factor_out = nn.Conv2d(rank_out, conv.out_channels, 1, bias=conv.bias)
+
+    def factors(self) -> Tucker2:
+        return Tucker2(
+            self.factor_out.weight.flatten(1), self.core.weight, self.factor_in.weight.flatten(1)
+        )
+
+
+class LowRankConv2d(nn.Sequential):
+    """A 1x1 convolution as two: ``right`` (C to r, with the stride and padding), then ``left`` (r to F, with the bias)."""
+
+    def __init__(self, conv: LayerSpec, rank: int) -> None:
+        super().__init__()
+        self.right = nn.Conv2d(conv.in_channels, rank, 1, bias=False, **conv.geometry)
+        self.left = nn.Conv2d(rank, conv.out_channels, 1, bias=conv.bias)
+
+    def factors(self) -> LowRank:
+        return LowRank(self.left.weight.flatten(1), self.right.weight.flatten(1))
+
+
+class LowRankLinear(nn.Sequential):
+    """A linear layer as two: ``right`` (C to r), then ``left`` (r to F, with the bias)."""
+
+    def __init__(self, linear: LayerSpec, rank: int) -> None:
+        super().__init__()
+        self.right = nn.Linear(linear.in_channels, rank, bias=False)
+        self.left = nn.Linear(rank, linear.out_channels, bias=linear.bias)
+
+    def factors(self) -> LowRank:
+        return LowRank(self.left.weight, self.right.weight)
+
+
+Factorised = TuckerConv2d | LowRankConv2d | LowRankLinear
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Geometry of one layer and the shapes that it is fed, enough to build, count or time any of its candidates.
+
+    ``input_shapes`` has one entry for each call in a forward pass, batch included. ``kernel_size``, ``stride`` and ``dilation`` are pairs;
+    ``padding`` is a pair or torch's ``"same"`` / ``"valid"``.
+    """
+
+    name: str
+    kind: Kind
+    in_channels: int
+    out_channels: int
+    input_shapes: tuple[tuple[int, ...], ...]
+    bias: bool
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] | str = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(
+        cls, name: str, module: nn.Module, input_shapes: tuple[tuple[int, ...], ...] = ()
+    ) -> LayerSpec:
+        """The specification of an `nn.Conv2d` (ungrouped) or `nn.Linear`; TypeError for anything else."""
+        if isinstance(module, nn.Linear | nn.Conv2d) and is_lazy(module.weight):
+            raise TypeError(
+                f"{name}: {type(module).__name__} has no weights yet; run the network once"
+            )
+        bias = getattr(module, "bias", None) is not None
+        if isinstance(module, nn.Linear):
+            return cls(name, "linear", module.in_features, module.out_features, input_shapes, bias)
+        if not isinstance(module, nn.Conv2d) or module.groups != 1:
+            raise TypeError(
+                f"{name}: expected an nn.Linear or an ungrouped nn.Conv2d, found {module}"
+            )
+        return cls(
+            name,
+            "pointwise" if module.kernel_size == (1, 1) else "conv",
+            module.in_channels,
+            module.out_channels,
+            input_shapes,
+            bias,
+            _pair(module.kernel_size),
+            _pair(module.stride),
+            module.padding if isinstance(module.padding, str) else _pair(module.padding),
+            _pair(module.dilation),
+            module.padding_mode,
+        )
+
+    @property
+    def geometry(self) -> dict:
+        """Keyword arguments of the `nn.Conv2d` that does the spatial work."""
+        return {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "padding_mode": self.padding_mode,
+        }
+
+    def check_rank(self, rank: tuple[int, ...] | None) -> None:
+        """ValueError, naming the layer, unless it can be decomposed at this rank."""
+        most = (
+            (self.out_channels, self.in_channels)
+            if self.kind == "conv"
+            else (min(self.out_channels, self.in_channels),)
+        )
+        if rank is not None and len(rank) != len(most):
+            raise ValueError(
+                f"layer {self.name!r} is of kind {self.kind!r}, which does not take the ranks {list(rank)}"
+            )
+        if rank is not None and any(r > m for r, m in zip(rank, most, strict=True)):
+            raise ValueError(
+                f"layer {self.name!r}: ranks {list(rank)} are above its channels {list(most)}"
+            )
+
+    def build(self, rank: tuple[int, ...] | None) -> nn.Module:
+        """A layer of this geometry, randomly initialised: dense for ``None``, else at rank ``(r1, r2)`` or ``(r,)``."""
+        if rank is not None:
+            if self.kind == "conv":
+                return TuckerConv2d(self, *rank)
+            return (LowRankConv2d if self.kind == "pointwise" else LowRankLinear)(self, *rank)
+        if self.kind == "linear":
+            return nn.Linear(self.in_channels, self.out_channels, self.bias)
+        return nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, bias=self.bias, **self.geometry
+        )
+
+    def assemble(self, factors: Tucker2 | LowRank, bias: Tensor | None) -> Factorised:
+        """The layer that runs these factors, in the precision and on the device of torch's defaults until moved."""
+        layer = self.build(_rank(factors))
+        assert isinstance(layer, Factorised)
+        with torch.no_grad():
+            for target, value in zip(layer.factors(), factors, strict=True):
+                target.copy_(value.reshape(target.shape))
+            if bias is not None:
+                cast(Tensor, last_bias(layer)).copy_(bias)
+        return layer
+
+    @property
+    def padded(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows added above and below, columns added left and right."""
+        if self.padding == "valid":
+            return (0, 0), (0, 0)
+        if self.padding == "same":
+            rows, columns = (
+                d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)
+            )
+            return (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2)
+        assert not isinstance(self.padding, str)
+        return (self.padding[0],) * 2, (self.padding[1],) * 2
+
+    def pad(self, x: Tensor) -> Tensor:
+        """The convolution's input with its padding made explicit, so that what follows needs no padding of its own."""
+        (top, bottom), (left, right) = self.padded
+        if self.kind == "linear" or not any((top, bottom, left, right)):
+            return x
+        return F.pad(
+            x,
+            (left, right, top, bottom),
+            mode="constant" if self.padding_mode == "zeros" else self.padding_mode,
+        )
+
+    def run(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output for a dense ``kernel``, ``(F, C, k1, k2)`` or, for linear and 1x1 layers, ``(F, C)``."""
+        if self.kind == "linear":
+            return F.linear(x, kernel, bias)
+        kernel = kernel.reshape(self.out_channels, self.in_channels, *self.kernel_size)
+        if self.padding_mode == "zeros":
+            return F.conv2d(x, kernel, bias, self.stride, self.padding, self.dilation)
+        return F.conv2d(self.pad(x), kernel, bias, self.stride, 0, self.dilation)
+
+    def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the output for one input shape, from the geometry alone."""
+        if self.kind == "linear":
+            return (*input_shape[:-1], self.out_channels)
+        with torch.device("meta"):
+            size = self.pad(torch.empty(1, 1, *input_shape[2:])).shape[2:]
+        spatial = [
+            (n - d * (k - 1) - 1) // s + 1
+            for n, d, k, s in zip(size, self.dilation, self.kernel_size, self.stride, strict=True)
+        ]
+        return (input_shape[0], self.out_channels, *spatial)
+
+    def parts(self, rank: tuple[int, ...] | None) -> list[tuple[int, int, int]]:
+        """Of each layer that it becomes at a rank, in their order: channels in, channels out, kernel elements."""
+        c, f, k = self.in_channels, self.out_channels, math.prod(self.kernel_size)
+        if rank is None:
+            return [(c, f, k)]
+        return (
+            [(c, rank[1], 1), (rank[1], rank[0], k), (rank[0], f, 1)]
+            if self.kind == "conv"
+            else [(c, rank[0], 1), (rank[0], f, 1)]
+        )
+
+    def work(self, rank: tuple[int, ...] | None) -> list[Work]:
+        """What each of `parts` does for one image, one entry for each call of the layer."""
+        parts = self.parts(rank)
+        spatial = slice(1, -1) if self.kind == "linear" else slice(2, None)
+        strided = 1 if len(parts) == 3 else 0  # the part that carries the geometry
+        found = []
+        for shape in self.input_shapes:
+            before, after = math.prod(shape[spatial]), math.prod(self.output_shape(shape)[spatial])
+            for i, part in enumerate(parts):
+                found.append(
+                    Work(*part, after if i > strided else before, before if i < strided else after)
+                )
+        return found
+
+
+class Work(NamedTuple):
+    """One convolution or matrix product: channels, kernel elements, and positions of the input and of the output."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    before: int
+    after: int
+
+
+def layout_of(weight: Tensor) -> torch.memory_format:
+    """The memory format that a weight imposes on its convolution's output."""
+    channels_last = (
+        weight.dim() == 4
+        and weight.is_contiguous(memory_format=torch.channels_last)
+        and not weight.is_contiguous()
+    )
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def rank_of(module: nn.Module) -> tuple[int, ...] | None:
+    """``(r1, r2)`` or ``(r,)`` of a factorised layer, None of a dense one."""
+    return _rank(module.factors()) if isinstance(module, Factorised) else None
+
+
+def kernel_factors(module: nn.Module) -> tuple[Tensor, ...]:
+    """The tensors whose product is a layer's kernel, ``(F, C)`` for linear and 1x1 layers: a dense layer's weight, else its factors."""
+    if isinstance(module, Factorised):
+        return module.factors()
+    weight = cast(Tensor, module.weight)
+    return (weight if weight.shape[2:] != (1, 1) else weight.flatten(1),)
+
+
+def last_bias(module: nn.Module) -> Tensor | None:
+    """The bias that a dense or factorised layer adds to its output."""
+    return cast(
+        "Tensor | None",
+        (list(module.children())[-1] if isinstance(module, Factorised) else module).bias,
+    )
+
+
+def _rank(factors: Tucker2 | LowRank) -> tuple[int, ...]:
+    return (
+        tuple(factors.core.shape[:2]) if isinstance(factors, Tucker2) else (factors.left.shape[1],)
+    )
+
+
+def _pair(value: tuple[int, ...]) -> tuple[int, int]:
+    a, b = value
+    return int(a), int(b)

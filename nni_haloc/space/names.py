@@ -1,0 +1,48 @@
+"""Candidates and their names: ``dense``, ``r16``, ``r16x8``."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+DENSE = "dense"
+
+
+Kind = Literal["conv", "pointwise", "linear"]
+
+
+Rank = tuple[int, ...] | None
+"""``(r1, r2)`` of a Tucker-2 layer (output, then input), ``(r,)`` of a low-rank matrix, or None: the layer as it was."""
+
+
+def rank_name(rank: Rank) -> str:
+    """The candidate's name in tables and plans: ``dense``, ``r16``, or ``r16x8`` where r1 and r2 differ.
+
+    >>> rank_name((16, 16)), rank_name((16, 8)), rank_name(None)
+    ('r16', 'r16x8', 'dense')
+    """
+    if rank is None:
+        return DENSE
+    return f"r{rank[0]}" if len(set(rank)) == 1 else f"r{rank[0]}x{rank[1]}"
+
+
+def parse_rank(name: str, kind: Kind) -> Rank:
+    """The rank behind a candidate's name; ValueError if it is not one."""
+    if name == DENSE:
+        return None
+    match = re.fullmatch(r"r([1-9]\d*)(?:x([1-9]\d*))?", name)
+    if not match or (match[2] and kind != "conv"):
+        raise ValueError(
+            f"expected {DENSE!r}, 'r16'{' or r16x8' if kind == 'conv' else ''}, found {name!r}"
+        )
+    first = int(match[1])
+    return (first, int(match[2] or first)) if kind == "conv" else (first,)
+
+
+def is_rank(value: Any) -> bool:
+    """Whether it is one or two positive integers."""
+    return (
+        isinstance(value, (list, tuple))
+        and 1 <= len(value) <= 2
+        and all(type(r) is int and r > 0 for r in value)
+    )

@@ -1,0 +1,127 @@
+"""What a rank space makes of a model: every layer with its candidates, or why it stays as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass, fields
+
+from torch import nn
+
+from nni_haloc.space.layers import LayerSpec
+from nni_haloc.space.ranks import Layers, RankRules
+from nni_haloc.space.watching import LAYERS, is_scripted_layer
+from nni_haloc.utils.printing import text_table
+
+_OTHERS_OWN = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.PReLU)
+"""Modules whose parameters nobody expects to be decomposed."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer. ``shape``: of its weight. ``candidates``: their names, none where it is left alone. ``reason``: why it is, else empty."""
+
+    layer: str
+    kind: str
+    shape: tuple[int, ...]
+    candidates: tuple[str, ...]
+    reason: str
+
+
+class SpaceReport:
+    """A row for each layer that has a kernel or a matrix, in the model's order; as text, a table."""
+
+    def __init__(self, rows: Iterable[LayerReport]) -> None:
+        self.rows = tuple(rows)
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        def text(value: object) -> str:
+            parts = value if isinstance(value, tuple) else (value,)
+            return ("x" if parts and isinstance(parts[0], int) else " ").join(map(str, parts))
+
+        return text_table(
+            [field.name for field in fields(LayerReport)],
+            [[text(value) for value in astuple(row)] for row in self.rows],
+        )
+
+    __repr__ = __str__
+
+
+def why_nothing(model: nn.Module, left_alone: Mapping[str, str]) -> str:
+    """One line on a model in which no layer can be searched."""
+    return f"nothing to search in {type(model).__name__} ({by_reason(left_alone) or 'no convolution or linear layer'})"
+
+
+def by_reason(left_alone: Mapping[str, str]) -> str:
+    """Layers left alone on one line, however many they are."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in left_alone.items():
+        layers.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+        for reason, names in layers.items()
+    )
+
+
+def space_report(
+    model: nn.Module, candidates: Mapping[str, Iterable[str]], left_alone: Mapping[str, str]
+) -> SpaceReport:
+    """The report on a model whose layers have these candidates, or are left alone for these reasons."""
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, LAYERS):
+            kind: str
+            try:
+                kind = LayerSpec.of(name, module).kind
+            except TypeError:
+                kind = type(module).__name__
+            found = tuple(candidates.get(name, ()))
+            reason = "" if found else left_alone.get(name, "not searched")
+            rows.append(LayerReport(name, kind, tuple(module.weight.shape), found, reason))
+        elif is_scripted_layer(module):
+            rows.append(
+                LayerReport(
+                    name,
+                    module.original_name,
+                    tuple(module.weight.shape),
+                    (),
+                    left_alone.get(name, "not searched"),
+                )
+            )
+        elif not isinstance(module, _OTHERS_OWN):
+            for own, parameter in module.named_parameters(name, recurse=False):
+                if parameter.dim() > 1:
+                    rows.append(
+                        LayerReport(
+                            own,
+                            "parameter",
+                            tuple(parameter.shape),
+                            (),
+                            f"used by {type(module).__name__} itself, not by a layer",
+                        )
+                    )
+    return SpaceReport(rows)
+
+
+def space_sizes(layers: Layers, rules: RankRules) -> dict[str, int]:
+    """How many networks there are: with any ranks; with those that are multiples of the step (design principle 1); with r1 = r2, too
+    (principle 2); and what is searched: without ranks that need as many multiply-accumulates as the dense layer, and with that layer.
+
+    Of 1x1 convolutions and linear layers, whose kernels are matrices, the rank is one number.
+    """
+    sizes = dict.fromkeys(("all ranks", "multiples of the step", "r1 = r2, too"), 1)
+    for spec in layers.specs.values():
+        step = rules.step_of(spec)
+        channels = (spec.out_channels, spec.in_channels)
+        pairs = channels if spec.kind == "conv" else (min(channels),)
+        sizes["all ranks"] *= math.prod(pairs)
+        sizes["multiples of the step"] *= math.prod(max(1, n // step) for n in pairs)
+        sizes["r1 = r2, too"] *= max(1, min(channels) // step)
+    sizes["searched"] = math.prod(len(row) for row in layers.candidates(rules).values())
+    return sizes

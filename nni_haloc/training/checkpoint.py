@@ -1,0 +1,132 @@
+"""The state of a training in one file, written after each epoch, from which it goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch.utils.data import DataLoader
+
+from nni_haloc.utils.errors import ConfigError, first_sentence
+from nni_haloc.utils.files import whole
+
+_KEY = "nni_haloc"
+
+
+class UnusableCheckpoint(ConfigError):
+    """A checkpoint that can't be read, or belongs to other settings."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The facts that `EpochCheckpoint` put into a file, and ``epochs``, the number of finished ones. Raises `UnusableCheckpoint`."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {**content[_KEY]["facts"], "epochs": content["epoch"] + 1}
+    except Exception as error:  # torch, pickle and zip each have their own for a bad file
+        raise UnusableCheckpoint(
+            f"{path}: not a checkpoint that can be read ({first_sentence(error)})"
+        ) from None
+
+
+def check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise `UnusableCheckpoint`, naming what differs, where two identities are not the same."""
+    differ = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if differ:
+        more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
+        shown = f"{differ[0]}: {there.get(differ[0])!r} there, {here.get(differ[0])!r} here{more}"
+        raise UnusableCheckpoint(f"{path}: made with other settings: {shown}")
+
+
+class EpochCheckpoint(Checkpoint):
+    """Writes the trainer's state to ``path`` after each epoch, and takes up random states and the loaders' order when it is loaded.
+
+    ``facts``: plain values kept beside the state, for `read`. ``loaders`` have generators of their own; those with workers must not be
+    persistent, because a worker's random state is out of reach.
+    """
+
+    def __init__(self, path: Path, facts: Mapping[str, Any], *loaders: DataLoader) -> None:
+        self.path, self.facts, self.loaders = path, dict(facts), loaders
+        self._random: dict[str, Any] | None = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(
+            self.path, weights_only=False
+        )  # after all other callbacks: Lightning puts a `Checkpoint` last
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        orders = [loader.generator.get_state() for loader in self.loaders]
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            for state in checkpoint[
+                "optimizer_states"
+            ]:  # half of the file, and nothing follows that would need it
+                state["state"] = {}
+        checkpoint[_KEY] = {"facts": self.facts, "orders": orders, "random": _random_states()}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint[_KEY]
+        for loader, order in zip(
+            self.loaders, state["orders"], strict=True
+        ):  # now: the loaders draw before the epoch's start
+            loader.generator.set_state(order)
+        self._random = state["random"]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._random is not None:
+            _set_random_states(self._random)
+            self._random = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Lightning's Trainer needs for it, callbacks apart."""
+        return {"enable_checkpointing": True, "plugins": [_WholeFiles()]}
+
+
+class _WholeFiles(TorchCheckpointIO):
+    """Replaces the old file at once, so that a process killed at any time leaves a whole one.
+
+    Lightning's own writer goes through the system's folder for temporary files, which may be on another disk: then it copies.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as part, part.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _random_states() -> dict[str, Any]:
+    """Of torch, numpy and Python, in types that are loaded without unpickling anything."""
+    legacy: Any = np.random.get_state()
+    name, keys, *rest = legacy
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": [name, keys.tolist(), *rest],
+        "python": random.getstate(),
+    }
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    name, keys, *rest = states["numpy"]
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    random.setstate(states["python"])

@@ -1,0 +1,65 @@
+"""What happened in each iteration of a search and in each epoch of a fine-tuning, in ``history.csv``: what figures are drawn from."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.files import whole
+from nni_haloc.utils.log import logger
+from nni_haloc.utils.processes import is_first
+
+HISTORY_FILE = "history.csv"
+COLUMNS = ("iteration", "train_loss", "approach_loss", "expected_cost", "expected_params")
+"""Cross-entropy of the sampled network; Eq. 9's distance of feature maps; Eq. 6 by the first limit's table; the same of parameters.
+
+The first two are means over the processes."""
+
+
+EPOCH_COLUMNS = ("epoch", "train_loss", "val_top1")
+"""Of a fine-tuning; epoch 0 is before it, without a loss (NaN)."""
+
+
+def add_epoch(path: Path, epoch: int, train_loss: float, val_top1: float) -> None:
+    """Add a row to a fine-tuning's history, the rows before it stay. Of several processes the first one writes."""
+    if not is_first():
+        return
+    rows: list[list[float]] = []
+    if epoch and path.exists():
+        try:
+            rows = [
+                list(row)
+                for row in zip(*read(path, EPOCH_COLUMNS).values(), strict=True)
+                if row[0] < epoch
+            ]
+        except ConfigError as error:
+            logger.warning("%s; it begins anew", error)
+    write_rows(path, EPOCH_COLUMNS, [*rows, [epoch, train_loss, val_top1]])
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[float]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(
+            [columns, *([int(row[0]), *(f"{value:.6g}" for value in row[1:])] for row in rows)]
+        )
+
+
+def read(path: Path, columns: Sequence[str] = COLUMNS) -> dict[str, list[float]]:
+    """The columns of a history; `ConfigError` names the file where there is none."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if not rows:
+            raise ValueError("no rows")
+        return {name: [float(row[name]) for row in rows] for name in columns}
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file; expected the folder of a search (haloc search, haloc run)"
+        ) from None
+    except (KeyError, TypeError, ValueError, csv.Error, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: expected the columns {', '.join(columns)}, all of them numbers ({error})"
+        ) from None

@@ -1,0 +1,243 @@
+"""The command line as a user meets it: exit status, one line, no traceback."""
+
+import json
+
+import pytest
+import torch
+from helpers.commands import haloc
+from helpers.paths import DIGITS
+
+from nni_haloc.costs.analytic import mac_table
+from nni_haloc.costs.table import CostTable
+from nni_haloc.inputs.models import build_model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", DIGITS, "--set", "search.lrr=1"], "haloc: .*search.lrr: unknown key"),
+        (["run", DIGITS, "--set", "search.lr"], "--set: expected KEY=VALUE"),
+        (["run", "none.yml"], "haloc: none.yml: No such file"),
+        (["check", "none.yml"], "haloc: none.yml: No such file"),
+        (
+            ["results", "abc123", "--folder", "/nowhere"],
+            "haloc: experiment 'abc123': no such experiment in /nowhere",
+        ),
+        (["search", DIGITS, "--set", "search.lrr=1"], "haloc: .*search.lrr: unknown key"),
+        (
+            ["front", "none", "--budgets", "0.5"],
+            "haloc: none/search/checkpoint.ckpt: no such file; expected the folder of a search",
+        ),
+        (
+            ["front", "none", "--budgets", "half"],
+            "haloc: --budgets: expected fractions separated by commas, found 'half'",
+        ),
+        (
+            ["throughput", DIGITS, "--on", "torch,tpu"],
+            "haloc: --on: expected some of torch, onnxruntime, eyeriss, cuda, found 'tpu'",
+        ),
+        (
+            ["run", DIGITS, "--set", "cost.device=tpu"],
+            "haloc: device 'tpu', dtype 'float32': torch cannot use it here",
+        ),
+        (["frobnicate"], "No such command"),
+        (
+            ["run", DIGITS, "--out", DIGITS],
+            "haloc: .*run.yml: expected a folder that can be written to, found: File exists",
+        ),
+        (
+            ["run", DIGITS, "--set", "data.mean=[0.1, 0.2]", "--set", "data.std=[1.0]"],
+            "haloc: .*std: expected as many numbers as mean",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(arguments, message):
+    import re
+
+    done = haloc(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert re.search(message, done.stderr)
+    if done.stderr.startswith("haloc"):
+        assert done.stderr.count("\n") == 1
+
+
+def test_an_impossible_budget_names_the_cheapest_network_and_leaves_no_plan(tmp_path):
+    done = haloc("run", DIGITS, "--out", tmp_path, "--set", "budget.fraction=0.01")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert (
+        "budget: 14936.3 macs is below the cheapest network, 84864 macs"
+        in done.stderr.splitlines()[-1]
+    )
+    assert not (tmp_path / "ranks.json").exists()
+
+
+def test_a_search_of_a_model_that_does_not_take_the_images_is_one_line(tmp_path):
+    torch.save(build_model("resnet20").state_dict(), tmp_path / "weights.pt")
+    done = haloc(
+        "search",
+        DIGITS,
+        "--out",
+        tmp_path,
+        "--set",
+        "model.name=resnet20",
+        "--set",
+        f"weights={tmp_path / 'weights.pt'}",
+    )
+    assert done.returncode == 2
+    assert (
+        "haloc: model: resnet20 does not take the data's images or classes ("
+        in done.stderr.splitlines()[-1]
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_settings_that_do_not_fit_lose_nothing_of_an_earlier_run(finished):
+    def left():
+        return {
+            p: p.read_bytes()
+            for p in finished.rglob("*")
+            if p.is_file() and p.name not in ("log.txt", "costs.json")
+        }
+
+    before = left()
+    done = haloc(
+        "run",
+        DIGITS,
+        "--out",
+        finished,
+        "--set",
+        "budget.fraction=0.01",
+        "--set",
+        f"cost.table={finished / 'costs.json'}",
+    )
+    assert done.returncode == 2
+    assert "below the cheapest network" in done.stderr
+    assert before == left()
+
+
+def test_a_trial_with_bad_settings_fails_with_the_same_line_in_its_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("NNI_OUTPUT_DIR", str(tmp_path))
+    settings = DIGITS.read_text().replace("epochs: 10, lr:", "epochs: 10, lrr:")
+    (tmp_path / "run.yml").write_text(
+        settings.replace("digits.safetensors", str(DIGITS.with_name("digits.safetensors")))
+    )
+    done = haloc("run.yml", cwd=tmp_path, module="nni_haloc.trial")
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "run.yml: search.lrr: unknown key" in (tmp_path / "haloc" / "log.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    short = ["--set", "search.epochs=2", "--set", "finetune.epochs=1"]
+    done = haloc("run", DIGITS, "--out", folder, *short)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_leaves_its_folder(finished):
+    assert {p.name for p in finished.iterdir()} == {
+        "costs.json",
+        "finetuning",
+        "log.txt",
+        "metrics.json",
+        "model.json",
+        "ranks.json",
+        "search",
+        "weights.safetensors",
+    }
+    content = json.loads((finished / "metrics.json").read_text())
+    metrics = content["metrics"]
+    assert list(metrics) == [
+        "default", "baseline_top1", "latency_ms", "baseline_latency_ms", "speedup", "images_per_s", "macs", "macs_reduction", "params",
+        "params_reduction",
+    ]  # fmt: skip
+    assert all(
+        type(v) in (int, float) for v in metrics.values()
+    )  # NNI's page goes blank for good on a nested one
+    assert metrics["macs_reduction"] >= 0.7
+    assert metrics["default"] > 0.9
+    assert content["config"]["search"]["epochs"] == 2
+
+
+def test_the_folders_network_has_the_reported_accuracy(finished):
+    from nni_haloc.costs.counts import count_macs
+    from nni_haloc.inputs.data import digits
+    from nni_haloc.runs.saved import load
+    from nni_haloc.training.finetuning import accuracy
+
+    metrics = json.loads((finished / "metrics.json").read_text())["metrics"]
+    network, data = load(finished), digits()
+    assert accuracy(network, data.loader("test", 64))[0] == pytest.approx(metrics["default"])
+    assert count_macs(network, data.images("test", 1)) == metrics["macs"]
+
+
+def test_latency_can_be_the_budget(tmp_path):
+    """With a table made before: whether any rank is faster than dense on so small a network is up to the machine of the day."""
+    model, image = build_model("digits_cnn"), torch.randn(1, 1, 8, 8)
+    counts = mac_table(model, image)
+    costs = {
+        layer: {name: cost / 1e6 for name, cost in row.items()}
+        for layer, row in counts.costs.items()
+    }
+    CostTable("latency_ms", costs, counts.fixed / 1e6).save(tmp_path / "table.json")
+    settings = [
+        "cost.metric=latency_ms",
+        f"cost.table={tmp_path / 'table.json'}",
+        "search.epochs=1",
+        "finetune.epochs=0",
+        "budget.absolute=0.5",
+    ]
+    done = haloc(
+        "run",
+        DIGITS,
+        "--out",
+        tmp_path / "out",
+        *(word for setting in settings for word in ("--set", setting)),
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "out" / "ranks.json").read_text())["chosen_by"]
+    assert (facts["metric"], facts["budget"]) == ("latency_ms", 0.5)
+    assert facts["cost"] <= 0.5
+
+
+def test_a_run_may_measure_its_own_table(tmp_path):
+    """It either searches or says in one line that nothing is faster than the layers as they are; the table is left in both cases."""
+    settings = [
+        "cost.metric=latency_ms",
+        "cost.batch_size=16",
+        "search.epochs=1",
+        "finetune.epochs=0",
+        "budget.fraction=1.0",
+    ]
+    done = haloc(
+        "run",
+        DIGITS,
+        "--out",
+        tmp_path,
+        *(word for setting in settings for word in ("--set", setting)),
+    )
+    table = CostTable.load(tmp_path / "costs.json")
+    assert table.metric == "latency_ms"
+    assert table.identity["input"] == [16, 1, 8, 8]
+    gains = any(cost < row["dense"] for row in table.costs.values() for cost in row.values())
+    assert done.returncode == (0 if gains else 2), done.stderr
+    if not gains:
+        assert "haloc: nothing to search in DigitsCNN" in done.stderr.splitlines()[-1]
+        assert (
+            "no rank is cheaper than the dense layer in latency_ms" in done.stderr.splitlines()[-1]
+        )
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "abacus"])
+def test_an_accelerator_that_is_not_there_loses_nothing_of_an_earlier_run(tmp_path, accelerator):
+    if accelerator == "gpu" and torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    (tmp_path / "ranks.json").write_text("{}")
+    done = haloc("search", DIGITS, "--out", tmp_path, "--set", f"trainer.accelerator={accelerator}")
+    assert done.returncode == 2
+    assert "haloc: trainer: " in done.stderr.splitlines()[-1]
+    assert (tmp_path / "ranks.json").exists()

@@ -1,0 +1,286 @@
+"""The hard budget against trying every choice, with one limit and with several."""
+
+import itertools
+import math
+import random
+import re
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from nni_haloc.costs.table import CostTable
+from nni_haloc.plan.budget import (
+    InfeasibleBudget,
+    Limit,
+    UndecidedBudget,
+    cheapest,
+    check_feasible,
+    choose,
+)
+
+
+def every(candidates):
+    for names in itertools.product(*candidates.values()):
+        yield dict(zip(candidates, names, strict=True))
+
+
+def score(scores, choice):
+    return math.fsum(scores[layer][name] for layer, name in choice.items())
+
+
+NUMBER = st.one_of(st.integers(1, 50).map(float), st.floats(1e-3, 1e9))
+JUST = st.sampled_from([1.0, 1 - 1e-15, 1 + 1e-15, 1 - 1e-9, 1 + 1e-9, 1 - 1e-6, 1.1])
+
+
+@st.composite
+def problems(draw, most_limits=1):
+    """Scores, and limits drawn at, just below and just above the costs of some choice; now and then of another choice in each table."""
+    widths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    layers = {f"l{i}": ["dense", *(f"r{j}" for j in range(1, n))] for i, n in enumerate(widths)}
+    candidates = {
+        layer: names[draw(st.integers(0, len(names) - 1)) :] for layer, names in layers.items()
+    }
+    scores = {
+        layer: {c: draw(st.floats(-10, 10)) for c in names} for layer, names in candidates.items()
+    }
+    choices = list(every(candidates))
+    near = draw(st.sampled_from(choices))
+    limits = []
+    for _ in range(draw(st.integers(1, most_limits))):
+        costs = {layer: {c: draw(NUMBER) for c in names} for layer, names in layers.items()}
+        table = CostTable("macs", costs, draw(st.one_of(st.just(0.0), NUMBER)))
+        limits.append(
+            Limit(
+                table,
+                table.total(draw(st.sampled_from([near, near, draw(st.sampled_from(choices))])))
+                * draw(JUST),
+            )
+        )
+    return scores, limits
+
+
+def check(scores, limits):
+    fitting = [
+        choice
+        for choice in every(scores)
+        if all(limit.costs.total(choice) <= limit.budget for limit in limits)
+    ]
+    if not fitting:
+        with pytest.raises(InfeasibleBudget) as error:
+            choose(scores, limits)
+        refused_rightly(scores, limits, str(error.value))
+        return
+    choice = choose(scores, limits)
+    assert all(limit.costs.total(choice) <= limit.budget for limit in limits)
+    assert score(scores, choice) >= max(score(scores, c) for c in fitting) - 1e-4
+
+
+def refused_rightly(scores, limits, message):
+    """The number named is the least cost in the refused table, among the choices within the limits before it where the message says so."""
+    named = float(re.search(r", (\S+) macs$", message)[1])
+    if "within" not in message:
+        assert any(
+            named == min(map(limit.costs.total, every(scores))) > limit.budget for limit in limits
+        )
+        return
+    i = message.split(" within ")[1].count(" and ") + 1
+    before = [
+        choice
+        for choice in every(scores)
+        if all(limit.costs.total(choice) <= limit.budget for limit in limits[:i])
+    ]
+    least = min(map(limits[i].costs.total, before))
+    assert named > limits[i].budget
+    assert named == pytest.approx(least, rel=1e-8)
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems())
+def test_the_budget_is_never_exceeded_and_the_score_is_the_best(problem):
+    check(*problem)
+
+
+@settings(max_examples=400, deadline=None)
+@given(problems(most_limits=3))
+def test_no_limit_of_several_is_exceeded_and_the_score_is_the_best(problem):
+    check(*problem)
+
+
+def hardly_anything_to_choose():
+    """All but a millionth of the cost is fixed."""
+    costs = {"l0": {"dense": 2.0, "r1": 1.0}}
+    return {"l0": {"dense": 0.0, "r1": 0.0}}, [
+        Limit(CostTable("macs", costs, 1048574.0), 1048576.0)
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@example(hardly_anything_to_choose(), 1.0)
+@given(problems(most_limits=2), st.sampled_from([0.5, 0.9, 0.95, 1.0]))
+def test_a_budget_is_used_wherever_it_can_be(problem, use):
+    scores, limits = problem
+    fitting = [
+        choice
+        for choice in every(scores)
+        if all(limit.costs.total(choice) <= limit.budget for limit in limits)
+    ]
+    if not fitting:
+        return
+    choice = choose(scores, limits, use)
+    while use > 0:
+        using, nearly = (
+            [
+                c
+                for c in fitting
+                if any(limit.costs.total(c) >= share * limit.budget for limit in limits)
+            ]
+            for share in (use, use * (1 - 1e-8))
+        )
+        if nearly:
+            break
+        use = min(2 * use - 1, use - 0.01)
+    else:
+        using = nearly = fitting
+    assert choice in nearly
+    if using:
+        assert score(scores, choice) >= max(score(scores, c) for c in using) - 1e-4
+
+
+@pytest.fixture
+def gives_up(monkeypatch):
+    """No nodes for HiGHS's tree: it ends without a choice and without a proof, save in a search for any choice."""
+    monkeypatch.setattr("nni_haloc.plan.budget._NODES", 0)
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(problem=problems(most_limits=3), use=st.sampled_from([0.0, 0.9]))
+def test_where_the_solver_gives_up_every_budget_that_can_be_met_is_met(gives_up, problem, use):
+    scores, limits = problem
+    if any(all(limit.holds(choice) for limit in limits) for choice in every(scores)):
+        choice = choose(scores, limits, use)
+        assert all(limit.holds(choice) for limit in limits)
+        return
+    with pytest.raises(InfeasibleBudget) as error:
+        choose(scores, limits, use)
+    if "no network is within" not in str(error.value):
+        refused_rightly(scores, limits, str(error.value))
+
+
+def test_where_the_solver_can_not_even_tell_that_there_is_no_network_it_says_so(
+    gives_up, monkeypatch
+):
+    """With n of three layers at r4 a network costs 6 + 4n macs and 21 - 4n params: 1.975 layers would be within both limits."""
+    layers = {layer: ["r2", "r4"] for layer in "abc"}
+    macs, params = (
+        CostTable(metric, {layer: {"dense": 10.0, **row} for layer in layers}, 0.0)
+        for metric, row in (("macs", {"r2": 2.0, "r4": 6.0}), ("params", {"r2": 7.0, "r4": 3.0}))
+    )
+    limits = [Limit(macs, 13.9), Limit(params, 13.1)]
+    assert sorted(check_feasible(layers, [limits[0], Limit(params, 17.0)]).values()) == [
+        "r2",
+        "r2",
+        "r4",
+    ]
+    with pytest.raises(
+        InfeasibleBudget, match=r"^budget: no network is within 13\.9 macs and 13\.1 params$"
+    ):
+        check_feasible(layers, limits)
+    monkeypatch.setattr("nni_haloc.plan.budget._FEASIBILITY_NODES", 0)
+    with pytest.raises(
+        UndecidedBudget,
+        match=r"found no network within 13\.9 macs and 13\.1 params, which is no proof",
+    ):
+        check_feasible(layers, limits)
+
+
+def one(row, fixed=0.0, metric="macs", **more):
+    return CostTable(metric, {"a": row, **more}, fixed)
+
+
+def test_what_is_left_of_a_larger_budget_is_used():
+    table = one({"dense": 10.0, "r2": 2.0}, 1.0, b={"dense": 10.0, "r2": 2.0})
+    scores = {"a": {"dense": 1.0, "r2": 0.0}, "b": {"dense": 2.0, "r2": 0.0}}
+    assert choose(scores, [Limit(table, 5.0)]) == {"a": "r2", "b": "r2"}
+    assert choose(scores, [Limit(table, 13.0)]) == {"a": "r2", "b": "dense"}
+    assert choose(scores, [Limit(table, 21.0)]) == {"a": "dense", "b": "dense"}
+
+
+def test_a_limit_counts_what_is_not_searched():
+    """Layers that the scores do not name stay dense, and what is fixed is paid for."""
+    table = one({"dense": 10.0, "r2": 2.0}, 1.0, b={"dense": 10.0, "r2": 2.0})
+    scores = {"a": {"dense": 1.0, "r2": 0.0}}
+    assert choose(scores, [Limit(table, 20.9)]) == {"a": "r2"}
+    with pytest.raises(InfeasibleBudget, match="below the cheapest network, 13 macs"):
+        choose(scores, [Limit(table, 12.9)])
+
+
+def test_an_impossible_budget_names_the_cheapest_network():
+    table = one({"dense": 10.0, "r2": 2.0}, 3.0)
+    candidates = {"a": ["dense", "r2"]}
+    assert table.total(cheapest(candidates, table)) == 5.0
+    with pytest.raises(
+        InfeasibleBudget, match=r"budget: 4\.9 macs is below the cheapest network, 5 macs"
+    ):
+        check_feasible(candidates, [Limit(table, 4.9)])
+    with pytest.raises(InfeasibleBudget):
+        check_feasible(candidates, [Limit(table, math.nan)])
+
+
+def test_the_cost_that_a_refusal_names_is_accepted_as_the_budget():
+    table = one({"dense": 10.0, "r2": 1 / 3}, 1e6)
+    with pytest.raises(InfeasibleBudget) as error:
+        check_feasible({"a": ["r2"]}, [Limit(table, 1e6)])
+    named = float(re.search(r", (\S+) macs$", str(error.value))[1])
+    assert check_feasible({"a": ["r2"]}, [Limit(table, named)]) == {"a": "r2"}
+
+
+def test_limits_that_conflict_name_the_least_cost_within_the_others():
+    """Each can be met alone: 2 macs by r2, 3 params by r4."""
+    macs = one({"dense": 10.0, "r2": 2.0, "r4": 6.0})
+    params = one({"dense": 10.0, "r2": 7.0, "r4": 3.0}, metric="params")
+    candidates = {"a": ["dense", "r2", "r4"]}
+    assert check_feasible(candidates, [Limit(macs, 6.0), Limit(params, 3.0)]) == {"a": "r4"}
+    message = r"budget: 6\.5 params is below the cheapest network within 5 macs, 7 params"
+    with pytest.raises(InfeasibleBudget, match=message):
+        check_feasible(candidates, [Limit(macs, 5.0), Limit(params, 6.5)])
+
+
+def test_many_choices_of_one_cost_just_above_the_budget_are_all_passed_over():
+    """Far more ties within the solver's tolerance of the limit than can be cut off one by one."""
+    row = {"dense": 3.0, "r2": 2.0, "r1": 1.0}
+    table = CostTable("macs", {f"l{i}": row for i in range(20)}, 0.0)
+    scores = {layer: {"dense": 2.0, "r2": 1.5, "r1": 0.0} for layer in table.costs}
+    limit = Limit(table, math.nextafter(40.0, 0))
+    choice = choose(scores, [limit])
+    assert table.total(choice) == 39.0
+    assert score(scores, choice) == 19 * 1.5
+
+
+def test_a_score_that_is_not_finite_is_named():
+    with pytest.raises(ValueError, match="layer 'a', candidate 'r2'"):
+        choose({"a": {"dense": 0.0, "r2": math.inf}}, [Limit(one({"dense": 2.0, "r2": 1.0}), 3.0)])
+
+
+def test_scores_that_are_costs_in_disguise_come_to_an_end(monkeypatch):
+    """Any of ever so many choices nearly uses the budget, and proving which is the best would take the solver hours."""
+    monkeypatch.setattr("nni_haloc.plan.budget._NODES", 200)
+    draw = random.Random(0)
+    layers = {f"l{i}": [f"r{j}" for j in range(30)] for i in range(16)}
+    tables = [
+        CostTable(
+            "macs",
+            {
+                n: {c: draw.uniform(1, 1000) for c in row} | {"dense": 2000.0}
+                for n, row in layers.items()
+            },
+            0.0,
+        )
+        for _ in "ab"
+    ]
+    limits = [Limit(table, 0.3 * table.original) for table in tables]
+    choice = choose(tables[0].costs, limits, 0.98)
+    assert all(limit.holds(choice) for limit in limits)
+    assert tables[0].total(choice) > 0.9999 * limits[0].budget

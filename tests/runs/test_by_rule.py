@@ -1,0 +1,183 @@
+"""`haloc baseline` as a user meets it, on the digits."""
+
+import json
+import re
+import shutil
+
+import pytest
+from helpers.commands import haloc
+from helpers.paths import DIGITS
+from typer.testing import CliRunner
+
+from nni_haloc.cli.main import app
+from nni_haloc.costs.analytic import mac_table
+from nni_haloc.costs.table import CostTable
+from nni_haloc.inputs.config import load_config
+from nni_haloc.runs import by_rule as baselines
+from nni_haloc.runs.by_rule import by_rule
+from nni_haloc.runs.job import Job
+from nni_haloc.training.checkpoint import UnusableCheckpoint
+from nni_haloc.utils.errors import ConfigError
+
+LEARNED = (
+    "baseline",
+    DIGITS,
+    "--rule",
+    "learned",
+    "--budget",
+    "0.25",
+    "--set",
+    "finetune.epochs=1",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("baseline")
+    done = haloc(*LEARNED, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_baseline_is_a_run_with_ranks_by_the_rule(finished):
+    plan = json.loads((finished / "ranks.json").read_text())
+    content = json.loads((finished / "metrics.json").read_text())
+    facts, metrics = plan["chosen_by"], content["metrics"]
+    assert (facts["rule"], content["config"]["rule"]) == ("learned", "learned")
+    assert (
+        0.24 * facts["original_cost"]
+        < facts["cost"]
+        <= facts["budget"]
+        == 0.25 * facts["original_cost"]
+    )
+    assert metrics["macs"] == facts["cost"]
+    assert metrics["default"] > 0.9
+    assert not (finished / "search").exists()
+    assert any(
+        rank != "dense" and rank[0] % 4 for rank in plan["ranks"].values()
+    )  # a rank between the search's steps
+
+
+def test_a_baseline_that_goes_on_reads_its_plan_back(finished, monkeypatch):
+    """In this process, so that it can be seen that no rule is asked."""
+    before = {
+        name: (finished / name).read_bytes() for name in ("ranks.json", "weights.safetensors")
+    }
+    monkeypatch.setattr(baselines, "plan", None)
+    settings = [
+        "--budget",
+        "0.25",
+        "--out",
+        str(finished),
+        "--set",
+        "finetune.epochs=1",
+        "--resume",
+    ]
+    done = CliRunner().invoke(
+        app, ["baseline", str(DIGITS), "--rule", "learned", *settings], catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    assert {name: (finished / name).read_bytes() for name in before} == before
+    assert "fine-tuning: 1 of 1 epochs are done" in (finished / "log.txt").read_text()
+
+
+def test_a_state_of_other_settings_is_refused_and_kept(finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    config = load_config(DIGITS, {"rule": "uniform", "budget.fraction": 0.25})
+    with pytest.raises(
+        UnusableCheckpoint, match=r"made with other settings: rule: 'learned' there, 'uniform' here"
+    ):
+        by_rule(Job(config, folder), resume=True)
+    assert (folder / "ranks.json").read_bytes() == (finished / "ranks.json").read_bytes()
+    assert (folder / "finetuning").exists()
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_a_state_without_its_plan_is_one_line(finished, tmp_path, content):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / "ranks.json").unlink()
+    if content is not None:
+        (folder / "ranks.json").write_text(content)
+    done = haloc(*LEARNED, "--out", folder, "--resume")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "ranks.json" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["baseline", DIGITS], "Missing option '--rule'"),
+        (
+            ["baseline", DIGITS, "--rule", "search"],
+            "--rule: expected one of uniform, energy, .*, found 'search'",
+        ),
+        (["baseline", DIGITS, "--rule", "uniform", "--budget", "30%"], "'--budget'"),
+        (
+            ["search", DIGITS, "--set", "rule=uniform"],
+            "rule: `haloc search` is for 'search', found 'uniform'",
+        ),
+    ],
+)
+def test_a_rule_where_none_fits_is_one_line(arguments, message):
+    done = haloc(*arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert re.search(message, done.stderr)
+
+
+def test_an_impossible_budget_is_one_line_and_leaves_no_plan(tmp_path):
+    config = load_config(DIGITS, {"rule": "vbmf", "budget.fraction": 0.001})
+    with pytest.raises(
+        ConfigError, match=r"^budget: 1493\.63 macs is below the cheapest network, \d+ macs$"
+    ):
+        by_rule(Job(config, tmp_path))
+    assert not (tmp_path / "ranks.json").exists()
+
+
+def test_a_table_of_the_searchs_ranks_serves_every_rule(tmp_path):
+    """`haloc measure` and `haloc predict` make such tables; the rules would rather see every rank."""
+    job = Job(load_config(DIGITS, {"rule": "uniform", "budget.fraction": 0.5}), tmp_path)
+    mac_table(job.model, job.example).save(tmp_path / "table.json")
+    config = load_config(
+        DIGITS,
+        {"rule": "uniform", "budget.fraction": 0.5, "cost.table": str(tmp_path / "table.json")},
+    )
+    plan, _ = by_rule(Job(config, tmp_path))
+    assert 0.4 < plan.chosen_by["cost"] / plan.chosen_by["original_cost"] <= 0.5
+
+
+def test_a_table_of_the_accelerator_model_serves_a_run(tmp_path):
+    """It is of one image and of another runtime than this machine's."""
+    job = Job(load_config(DIGITS, {"rule": "uniform", "budget.fraction": 0.5}), tmp_path)
+    counted = mac_table(job.model, job.example)
+    CostTable(
+        "cycles", counted.costs, counted.fixed, {"input": [1, 8, 8], "runtime": "zigzag-dse 3"}
+    ).save(tmp_path / "table.json")
+    changes = {
+        "rule": "uniform",
+        "budget.fraction": 0.5,
+        "cost.metric": "cycles",
+        "cost.table": str(tmp_path / "table.json"),
+    }
+    plan, _ = by_rule(Job(load_config(DIGITS, changes), tmp_path))
+    assert plan.chosen_by["metric"] == "cycles"
+
+
+@pytest.mark.parametrize("rule", ["uniform", "learned", "nni-random"])
+def test_nothing_to_search_is_one_line(tmp_path, rule):
+    config = load_config(
+        DIGITS, {"rule": rule, "budget.fraction": 1.0, "rank_space.exclude": ["*"]}
+    )
+    with pytest.raises(ConfigError, match=r"^nothing to search in DigitsCNN \(.*excluded by name"):
+        by_rule(Job(config, tmp_path))
+
+
+def test_a_wrong_rule_is_one_line_and_exit_status_2(tmp_path):
+    done = haloc("baseline", DIGITS, "--rule", "best", "--out", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("haloc: ")
+    assert done.stderr.count("\n") == 1
+    assert "--rule: expected one of uniform, " in done.stderr
+    assert done.stderr.endswith("found 'best'\n")

@@ -1,0 +1,463 @@
+"""A run that goes on after HALOC: pruned, quantized; its figures, its folders, its resuming, and the commands that do the same."""
+
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from helpers.commands import haloc
+from helpers.paths import DIGITS
+from torch import nn
+
+from nni_haloc.chain.exporting import OnnxNetwork
+from nni_haloc.costs.counts import count_macs
+from nni_haloc.inputs.config import load_config
+from nni_haloc.inputs.data import digits
+from nni_haloc.runs import chain_stages as stages
+from nni_haloc.runs import run as run_module
+from nni_haloc.runs.chain_stages import stage_of
+from nni_haloc.runs.finished import Finished
+from nni_haloc.runs.folder import CHECKPOINT_FILE
+from nni_haloc.runs.job import Job, job_in
+from nni_haloc.runs.run import run
+from nni_haloc.runs.saved import load
+from nni_haloc.training.finetuning import accuracy
+from nni_haloc.utils.errors import ConfigError
+
+SHORT = {
+    "rule": "uniform",
+    "finetune.epochs": 1,
+    "data.share": 0.5,
+    "recalibration_batches": 5,
+    "cost.batch_size": 8,
+}
+PRUNE = {"epochs": 2, "sparsity": 0.3}
+OF_NO_TIME = ("latency_ms", "speedup", "images_per_s")
+
+
+class Stopped(Exception):
+    pass
+
+
+def chain(folder, resume=False, until=99, **sections):
+    """A run's metrics and reports, stopped by the one numbered ``until``, which is not counted."""
+    reports = []
+
+    def report(metrics, place):
+        if len(reports) == until:
+            raise Stopped
+        reports.append((place, metrics))
+
+    config = load_config(DIGITS, SHORT | sections)
+    if until == 99:
+        return run(config, folder, report, resume=resume), reports
+    with pytest.raises(Stopped):
+        run(config, folder, report, resume=resume)
+    return {}, reports
+
+
+def untimed(metrics):
+    return {key: value for key, value in metrics.items() if not key.endswith(OF_NO_TIME)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("chain")
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    return chain(
+        folder, prune=PRUNE, quantize={"epochs": 1, "quantizer": "qat", "calibration_images": 64}
+    )
+
+
+def test_every_stage_reports_flat_metrics_and_the_last_one_the_default(whole):
+    metrics, reports = whole
+    assert all(type(value) in (int, float) for value in metrics.values())
+    assert list(metrics)[-12:] == [
+        "haloc_top1", "haloc_bytes", "pruned_top1", "pruned_macs", "pruned_params", "pruned_latency_ms", "pruned_bytes",
+        "quantized_top1", "int8_top1", "onnx_latency_ms", "int8_latency_ms", "int8_bytes",
+    ]  # fmt: skip
+    assert metrics["default"] == metrics["int8_top1"]
+    assert metrics["pruned_macs"] < metrics["macs"]
+    assert metrics["pruned_bytes"] < metrics["haloc_bytes"]
+    assert all(0.3 < metrics[key] <= 1 for key in metrics if key.endswith("top1"))
+    assert len(reports) == (1 + 1) + (1 + 2) + (1 + 1)
+    assert [place for place, _ in reports] == list(range(7))
+    assert all(0 <= row["default"] <= 1 for _, row in reports)
+
+
+def test_each_stages_folder_gives_back_what_was_reported(folder, whole):
+    metrics, _ = whole
+    data = digits(0.2).shared(0.5)
+    test = data.loader("test", 64)
+    small = load(folder / "pruned")  # by its name: without NNI and without the original
+    assert accuracy(small, test)[0] == pytest.approx(metrics["pruned_top1"])
+    assert count_macs(small, data.images("test", 1)) == metrics["pruned_macs"]
+    assert sum(p.numel() for p in small.parameters()) == metrics["pruned_params"]
+    assert accuracy(load(folder), test)[0] == pytest.approx(metrics["haloc_top1"])
+    quantized = load(folder / "quantized")
+    assert str(quantized) == str(small)
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(quantized.parameters(), small.parameters(), strict=True)
+    )  # trained once more
+    assert accuracy(OnnxNetwork(folder / "quantized" / "int8.onnx"), test)[0] == pytest.approx(
+        metrics["int8_top1"]
+    )
+    content = json.loads((folder / "quantized" / "quantization.json").read_text())
+    assert content["quantizer"] == "qat"
+    assert {name for name, _ in small.named_modules()} >= set(content["layers"])
+
+
+def test_a_finished_chain_is_read_back_without_training_reporting_or_timing(folder, whole):
+    again, reports = chain(
+        folder,
+        resume=True,
+        prune=PRUNE,
+        quantize={"epochs": 1, "quantizer": "qat", "calibration_images": 64},
+    )
+    assert reports == []
+    assert {
+        k: v
+        for k, v in again.items()
+        if k not in ("speedup", "images_per_s", "latency_ms", "baseline_latency_ms")
+    } == {
+        k: v
+        for k, v in whole[0].items()
+        if k not in ("speedup", "images_per_s", "latency_ms", "baseline_latency_ms")
+    }
+
+
+@pytest.mark.parametrize("quantizer", ["qat", "lsq"])
+def test_a_chain_that_was_stopped_in_a_stage_goes_on_there_and_reports_nothing_twice(
+    tmp_path, quantizer
+):
+    sections = {
+        "prune": PRUNE | {"pruner": "taylor"},
+        "quantize": {"quantizer": quantizer, "int8": False, "calibration_images": 64},
+    }
+    metrics, reports = chain(tmp_path / "undisturbed", **sections)
+    assert len(reports) == 2 + 3 + 3
+    _, first = chain(
+        tmp_path / "stopped", until=4, **sections
+    )  # before the second epoch of fine-tuning after pruning
+    _, second = chain(
+        tmp_path / "stopped", resume=True, until=3, **sections
+    )  # and before the second of the quantizer's training
+    found, third = chain(tmp_path / "stopped", resume=True, **sections)
+    assert [*first, *second, *third] == reports
+    assert untimed(found) == untimed(metrics)
+    for stage in ("pruned", "quantized"):
+        ours, theirs = (
+            tmp_path / run / stage / "weights.safetensors" for run in ("stopped", "undisturbed")
+        )
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_stage_of_other_settings_is_made_anew(tmp_path):
+    first, _ = chain(tmp_path, prune={"epochs": 0, "sparsity": 0.3, "pruner": "fpgm"})
+    other, reports = chain(
+        tmp_path, resume=True, prune={"epochs": 0, "sparsity": 0.6, "pruner": "fpgm"}
+    )
+    assert other["pruned_macs"] < first["pruned_macs"]
+    assert len(reports) == 1  # of the pruned network
+
+
+def test_without_the_sections_a_run_is_what_it_was(tmp_path):
+    metrics, _ = chain(tmp_path)
+    assert not any(key.startswith(("haloc_", "pruned_", "quantized_", "int8_")) for key in metrics)
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_new_run_leaves_no_stage_of_an_earlier_one(tmp_path):
+    for name in ("pruned", "quantized"):
+        (tmp_path / name).mkdir()
+    chain(tmp_path)
+    assert not (tmp_path / "pruned").exists()
+    assert not (tmp_path / "quantized").exists()
+
+
+def test_the_commands_prune_and_quantize_a_finished_run(folder, whole, tmp_path):
+    done = haloc(
+        "prune",
+        folder,
+        "--sparsity",
+        "0.5",
+        "--pruner",
+        "fpgm",
+        "--epochs",
+        "0",
+        "--out",
+        tmp_path / "half",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pruned_macs" in done.stdout
+    half = json.loads((tmp_path / "half" / "metrics.json").read_text())
+    assert half["metrics"]["pruned_macs"] < whole[0]["pruned_macs"]
+    assert (
+        half["config"]["prune"] | {"sparsity": 0.5, "pruner": "fpgm", "epochs": 0}
+        == half["config"]["prune"]
+    )
+    done = haloc(
+        "quantize",
+        tmp_path / "half",
+        "--quantizer",
+        "ptq",
+        "--set",
+        "quantize.int8=false",
+        "--out",
+        tmp_path / "small",
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(load(tmp_path / "small")) == str(load(tmp_path / "half"))
+    metrics = json.loads((tmp_path / "small" / "metrics.json").read_text())["metrics"]
+    assert set(metrics) == {"default", "quantized_top1"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["prune", "FOLDER", "--sparsity", "1.5"],
+            "prune.sparsity: input should be less than 1, found 1.5",
+        ),
+        (
+            ["prune", "FOLDER", "--pruner", "l3"],
+            "prune.pruner: input should be 'l1', 'fpgm' or 'taylor', found 'l3'",
+        ),
+        (
+            ["quantize", "FOLDER", "--quantizer", "bnn"],
+            "quantize.quantizer: input should be 'ptq', 'qat' or 'lsq', found 'bnn'",
+        ),
+        (["quantize", "FOLDER", "--set", "quantize.bits=4"], "quantize.bits: unknown key"),
+        (["prune", "none"], "none/ranks.json: no such file; expected the folder of a finished run"),
+        (
+            ["quantize", "none"],
+            "none/ranks.json: no such file; expected the folder of a finished run",
+        ),
+        (
+            ["run", DIGITS, "--set", "prune.sparsity=1.5"],
+            "prune.sparsity: input should be less than 1, found 1.5",
+        ),
+        (
+            ["run", DIGITS, "--set", "prune={pruner: agp}"],
+            "prune.pruner: input should be 'l1', 'fpgm' or 'taylor', found 'agp'",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(folder, whole, arguments, message, tmp_path):
+    before = {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "log.txt"
+    }
+    done = haloc(*(folder if word == "FOLDER" else word for word in arguments), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("haloc: ")
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert before == {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "log.txt"
+    }
+    assert list(tmp_path.iterdir()) == []
+
+
+SMALL = {"quantize.quantizer": "ptq", "quantize.int8": False}
+NO_TRAINING = {"finetune.epochs": 0, "recalibration_batches": 1, "data.share": 0.2}
+
+
+def files(folder):
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "log.txt"
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "out"), [(".", "."), ("pruned", "pruned"), ("pruned", "."), (".", "pruned/..")]
+)
+@pytest.mark.parametrize("stage", ["prune", "quantize"])
+def test_a_stage_takes_no_folder_that_its_network_comes_from(folder, whole, stage, source, out):
+    before = files(folder)
+    with pytest.raises(ConfigError, match="--out: expected another folder than the run's, found "):
+        stage_of(folder / source, stage, {}, folder / out)
+    assert files(folder) == before
+
+
+def test_a_stage_of_another_network_is_made_anew(folder, whole, tmp_path):
+    first = stage_of(folder, "quantize", SMALL, tmp_path / "here")
+    assert stage_of(folder, "quantize", SMALL, tmp_path / "here", resume=True) == first
+    assert str(load(tmp_path / "here")) == str(load(folder))
+    other = stage_of(folder / "pruned", "quantize", SMALL, tmp_path / "here", resume=True)
+    assert str(load(tmp_path / "here")) == str(load(folder / "pruned"))
+    assert other == stage_of(folder / "pruned", "quantize", SMALL, tmp_path / "there")
+
+
+@pytest.mark.parametrize(("key", "value"), [("data.score", "val"), ("threads", 2)])
+def test_a_stages_figures_are_of_their_settings_and_its_training_is_used_again(
+    folder, whole, tmp_path, caplog, monkeypatch, key, value
+):
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    settings = {"quantize.quantizer": "qat", "quantize.epochs": 1, "quantize.int8": False}
+    stage_of(folder, "quantize", settings, tmp_path)
+    caplog.set_level("INFO", "nni_haloc")
+    caplog.clear()
+    stage_of(folder, "quantize", settings | {key: value}, tmp_path, resume=True)
+    assert "quantizing: done" not in caplog.text
+    assert "quantization-aware training: 1 of 1 epochs are done" in caplog.text
+    assert "epoch 1: top-1" not in caplog.text
+    top, *rest = key.split(".")
+    config = json.loads((tmp_path / "metrics.json").read_text())["config"][top]
+    assert (config[rest[0]] if rest else config) == value
+
+
+def test_a_package_that_int8_needs_is_missed_before_anything_is_done(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setattr(
+        run_module, "choose_ranks", lambda *args, **options: pytest.fail("ranks were chosen")
+    )
+    with pytest.raises(
+        ConfigError, match=r"^quantize.int8: .*needs the package onnx, which is not installed"
+    ):
+        chain(tmp_path, quantize={})
+    stages.check(Job(load_config(DIGITS, SHORT | {"quantize": {"int8": False}}), tmp_path))
+
+
+def test_a_network_that_cannot_be_traced_is_refused_before_anything_is_done(tmp_path, monkeypatch):
+    class Untraceable(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    monkeypatch.setattr(
+        "nni_haloc.runs.job.build_model",
+        lambda *args, **options: nn.Sequential(Untraceable(1, 1, 1), nn.Flatten()),
+    )
+    monkeypatch.setattr(
+        run_module, "choose_ranks", lambda *args, **options: pytest.fail("ranks were chosen")
+    )
+    monkeypatch.setattr("nni_haloc.runs.job.load_weights", lambda *args: None)
+    Untraceable.__module__ = __name__
+    with pytest.raises(ConfigError, match="^prune: torch.fx cannot trace Sequential"):
+        chain(tmp_path, prune=PRUNE)
+
+
+def test_a_stage_that_fails_leaves_the_runs_own_metrics(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise ConfigError("prune: failed")
+
+    monkeypatch.setattr(stages, "prune_stage", fail)
+    with pytest.raises(ConfigError, match="prune: failed"):
+        chain(tmp_path, prune=PRUNE, **NO_TRAINING)
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert {"default", "macs", "latency_ms"} <= set(content["metrics"])
+    assert (
+        accuracy(Finished(tmp_path).network(), digits(0.2).shared(0.2).loader("test", 64))[0]
+        == content["metrics"]["default"]
+    )
+
+
+def test_resuming_a_rules_run_without_fine_tuning_keeps_its_stages(tmp_path):
+    sections = NO_TRAINING | {"prune": {"epochs": 0}}
+    first, _ = chain(tmp_path, **sections)
+    found, reports = chain(tmp_path, resume=True, **sections)
+    assert [place for place, _ in reports] == [0]  # of the network that is not fine-tuned
+    assert found["pruned_latency_ms"] == first["pruned_latency_ms"]
+
+
+def test_a_network_of_one_batch_size_has_no_int8_accuracy_and_the_log_says_so(tmp_path, caplog):
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 2, 3), nn.Linear(72, 10)
+
+        def forward(self, x):
+            return self.head(self.conv(x).reshape(8, 72))
+
+    job = Job(load_config(DIGITS, SHORT), tmp_path)
+    metrics = stages._int8(job, Fixed().eval(), job.splits.images("plain", 16, 0), tmp_path)
+    assert set(metrics) == {"onnx_latency_ms", "int8_latency_ms", "int8_bytes"}
+    assert f"no int8_top1: {tmp_path / 'int8.onnx'} takes batches of 8 alone" in caplog.text
+
+
+def test_ctrl_c_in_a_stage_promises_its_own_checkpoint_alone(tmp_path, capsys):
+    for stage in (None, tmp_path / "quantized"):
+        (tmp_path / "search").mkdir(exist_ok=True)
+        (tmp_path / "search" / CHECKPOINT_FILE).touch()
+        with pytest.raises(SystemExit), job_in(tmp_path, stage):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert capsys.readouterr().err.splitlines() == [
+        f"haloc: stopped by Ctrl-C; {tmp_path} keeps the checkpoint; --resume goes on from it",
+        "haloc: stopped by Ctrl-C; no epoch is done",
+    ]
+
+
+@pytest.mark.parametrize("stage", ["prune", "quantize"])
+def test_the_scale_of_a_run_is_none_of_a_stage(folder, whole, tmp_path, stage):
+    with pytest.raises(
+        ConfigError, match=f"^scale: of a whole run, not of a stage; set {stage}.epochs$"
+    ):
+        stage_of(folder, stage, {"scale": 0.1}, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_and_bench_calibrate_on_as_many_images_as_the_chain(folder, whole, tmp_path):
+    assert len(Finished(folder).calibration_images()) == 64
+    content = json.loads((folder / "metrics.json").read_text())
+    content["config"]["quantize"], content["config"]["rank_space"]["calibration_images"] = None, 50
+    for name in ("ranks.json", "weights.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "metrics.json").write_text(json.dumps(content))
+    assert len(Finished(tmp_path).calibration_images()) == 50
+
+
+def test_other_processes_wait_while_the_first_takes_the_time(tmp_path, monkeypatch):
+    events = []
+    measured = lambda models, *args: events.append("timed") or dict.fromkeys(models, 1.0)  # noqa: E731
+    for module in ("nni_haloc.runs.job", "nni_haloc.runs.chain_stages"):
+        monkeypatch.setattr(f"{module}.measure_latency", measured)
+    for module in ("nni_haloc.runs.run", "nni_haloc.runs.chain_stages"):
+        monkeypatch.setattr(f"{module}.wait_for_all", lambda: events.append("all are here"))
+    for rank, expected in (("0", ["timed", "all are here"] * 2), ("1", ["all are here"] * 2)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        events.clear()
+        chain(tmp_path / rank, prune={"epochs": 0}, **NO_TRAINING)
+        assert events == expected
+
+
+def test_the_settings_of_distillation_reach_the_trainings(tmp_path, monkeypatch):
+    calls = []
+
+    def finetune(network, *args, **options):
+        calls.append(
+            {key: options.get(key) for key in ("teacher", "distill", "layers", "feature_weight")}
+        )
+        return network.eval()
+
+    monkeypatch.setattr("nni_haloc.runs.training.finetune", finetune)
+    sections = {
+        "finetune.distill": 0.2,
+        "finetune.distill_features": 0.5,
+        "prune": {"epochs": 1, "distill": 0.4},
+    }
+    chain(
+        tmp_path,
+        **NO_TRAINING,
+        **sections,
+        quantize={"quantizer": "qat", "int8": False, "calibration_images": 8},
+    )
+    teachers = [row.pop("teacher") for row in calls]
+    layers = list(json.loads((tmp_path / "ranks.json").read_text())["ranks"])
+    assert calls == [
+        {"distill": 0.2, "layers": layers, "feature_weight": 0.5},
+        {"distill": 0.4, "layers": None, "feature_weight": None},
+        {"distill": None, "layers": None, "feature_weight": None},
+    ]
+    assert teachers[0] is teachers[1] is not None
+    assert teachers[2] is None

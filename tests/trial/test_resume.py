@@ -1,0 +1,259 @@
+"""A trial that NNI starts again: each result is reported once, and `nnictl resume` ends as an experiment ends that nobody disturbed."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import nni
+import psutil
+import pytest
+from helpers.nni_experiments import (
+    created,
+    digits_code,
+    get,
+    resume,
+    until_done,
+    wait_for,
+    with_budgets,
+)
+
+from nni_haloc.cli.experiment import trial_results
+from nni_haloc.trial import Reports
+from nni_haloc.utils.errors import ConfigError
+
+BUDGETS = [0.5, 0.3]
+TRIED = [0.5, 0.5, 0.3]
+"""NNI's GridSearch does not count the trial that runs when the manager is killed, and draws its parameters again."""
+EPOCHS = 4
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """What reached the manager: (sequence, metrics), the final result's sequence being None."""
+    found = []
+    monkeypatch.setattr(
+        nni, "report_intermediate_result", lambda metrics: found.append((_sequence(), metrics))
+    )
+    monkeypatch.setattr(nni, "report_final_result", lambda metrics: found.append((None, metrics)))
+    return found
+
+
+def _sequence():
+    number = nni.trial._intermediate_seq
+    nni.trial.overwrite_intermediate_seq(number + 1)
+    return number
+
+
+def point(number):
+    return {"default": number / 10}
+
+
+def test_a_trial_started_again_sends_what_is_missing_and_numbers_on(sent, tmp_path):
+    first = Reports(tmp_path / "reported.json", {"seed": 0})
+    for place in range(3):
+        first.point(point(place), place)
+    again = Reports(tmp_path / "reported.json", {"seed": 0})
+    for place in range(1, 5):  # from the last checkpoint on
+        again.point(point(place), place)
+    again.final(point(9))
+    Reports(tmp_path / "reported.json", {"seed": 0}).final(point(9))
+    assert sent == [*((place, point(place)) for place in range(5)), (None, point(9))]
+
+
+def test_a_result_that_went_out_unnoted_is_sent_again_and_none_is_missing(
+    sent, tmp_path, monkeypatch
+):
+    reports = Reports(tmp_path / "reported.json", {})
+    monkeypatch.setattr(Reports, "_note", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        reports.point(point(0), 0)
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        nni, "report_intermediate_result", lambda metrics: sent.append((_sequence(), metrics))
+    )
+    Reports(tmp_path / "reported.json", {}).point(point(0), 0)
+    assert sent == [(0, point(0)), (0, point(0))]  # the same place of the curve
+
+
+@pytest.mark.parametrize(
+    "noted",
+    [
+        '{"identity": "of other settings", "intermediate": 2, "final": true}',
+        "",
+        "[]",
+        '{"identity": 1',
+        "{}",
+    ],
+)
+def test_other_settings_or_a_damaged_note_send_everything(sent, tmp_path, noted):
+    (tmp_path / "reported.json").write_text(noted)
+    reports = Reports(tmp_path / "reported.json", {"seed": 1})
+    reports.point(point(0), 0)
+    reports.final(point(1))
+    assert sent == [(0, point(0)), (None, point(1))]
+
+
+def test_a_manager_that_does_not_answer_is_one_line_and_the_result_is_not_noted(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("NNI_OUTPUT_DIR", str(tmp_path))
+    monkeypatch.setattr(
+        nni,
+        "report_intermediate_result",
+        lambda metrics: (_ for _ in ()).throw(ConnectionRefusedError("in many words")),
+    )
+    reports = Reports(tmp_path / "reported.json", {})
+    with pytest.raises(
+        ConfigError,
+        match=r"^NNI's manager does not answer \(ConnectionRefusedError\); `nnictl resume` goes on",
+    ):
+        reports.point(point(0), 0)
+    assert not (tmp_path / "reported.json").exists()
+
+
+def test_a_second_process_in_a_trials_folder_waits_for_the_first(tmp_path):
+    program = (
+        "import sys, time; from pathlib import Path; from nni_haloc.utils.log import log_to; from nni_haloc.trial import _alone\n"
+        "folder = Path(sys.argv[1])\n"
+        "with log_to(folder / 'log.txt'):\n"
+        "    held = _alone(folder); print('in', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"in\n"
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as second:
+            wait_for(
+                lambda: (
+                    "waiting for this trial's earlier process to end"
+                    in (tmp_path / "log.txt").read_text()
+                ),
+                60,
+            )
+            first.kill()
+            assert second.stdout.readline() == b"in\n"
+            second.stdin.close()
+
+
+def test_a_trial_ends_when_the_process_that_started_it_is_killed(tmp_path):
+    program = "import os, time; from nni_haloc.trial import _end_with; _end_with(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {program!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as manager:
+        trial = psutil.Process(int(manager.stdout.readline()))
+        manager.kill()
+        wait_for(lambda: not trial.is_running() or trial.status() == psutil.STATUS_ZOMBIE, 20)
+
+
+def manager_of(home, number):
+    """The manager's process; nnictl keeps its id."""
+    return psutil.Process(
+        json.loads((home / "nni-experiments" / ".experiment").read_text())[number]["pid"]
+    )
+
+
+def folders(home, number):
+    return {
+        path.parent.name: path
+        for path in (home / "nni-experiments" / number).glob("environments/*/trials/*/haloc")
+    }
+
+
+@pytest.fixture
+def orphans():
+    """Make this process the parent of what its descendants leave behind, and reap that.
+
+    `nnictl` leaves its manager to init, and takes a killed manager for a running one until somebody reaps it; some containers have nobody.
+    """
+    subreaper = 36  # PR_SET_CHILD_SUBREAPER
+    libc, over = ctypes.CDLL(None), threading.Event()
+
+    def reap():
+        before = set()
+        while not over.wait(0.2):
+            ended = {
+                child.pid
+                for child in psutil.Process().children()
+                if child.status() == psutil.STATUS_ZOMBIE
+            }
+            for pid in ended & before:  # a child of `subprocess` is not there that long
+                os.waitpid(pid, 0)
+            before = ended - before
+
+    assert libc.prctl(subreaper, 1, 0, 0, 0) == 0
+    thread = threading.Thread(target=reap)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+    libc.prctl(subreaper, 0, 0, 0, 0)
+
+
+def test_nnictl_resume_after_the_manager_was_killed_ends_as_if_it_had_not_been(tmp_path, orphans):
+    """All processes killed in the first search, the manager alone in the second fine-tuning; resumed on the same port both times."""
+    code = digits_code(tmp_path / "digits", EPOCHS)
+    expected = {}
+    for budget in BUDGETS:
+        out = tmp_path / str(budget)
+        program = "from nni_haloc.cli.main import main; main()"
+        words = ["run", code / "run.yml", "--out", out, "--set", f"budget.fraction={budget}"]
+        subprocess.run(
+            [sys.executable, "-c", program, *map(str, words)],
+            check=True,
+            capture_output=True,
+            timeout=300,
+        )
+        expected[budget] = out
+
+    with created(
+        tmp_path, with_budgets(code / "haloc.yml", BUDGETS, maxTrialNumber=len(TRIED))
+    ) as (port, number):
+
+        def kill(state, trials, all_):
+            """End the manager, or all its processes, when that many trials have begun and the last one has left ``state``."""
+            wait_for(lambda: len(folders(tmp_path, number)) == trials)
+            folder = max(folders(tmp_path, number).values(), key=lambda path: path.stat().st_ctime)
+            wait_for((folder / state).exists)
+            manager = manager_of(tmp_path, number)
+            processes = [manager, *manager.children(recursive=True)]
+            assert any("nni_haloc.trial" in process.cmdline() for process in processes)
+            for process in processes if all_ else [manager]:
+                process.send_signal(signal.SIGKILL)
+            for process in processes:  # the trial, and NNI's tuner, which would else answer the new manager on the same port
+                wait_for(lambda process=process: not process.is_running(), 60)
+            assert not (folder / "metrics.json").exists(), (
+                "killed too late for this test to mean anything"
+            )
+            resume(tmp_path, number, port)
+
+        kill("search/checkpoint.ckpt", 1, True)
+        kill("finetuning/checkpoint.ckpt", 2, False)
+        until_done(port)
+        assert [trial["status"] for trial in get(port, "trial-jobs")] == ["SUCCEEDED"] * len(TRIED)
+        metrics = get(port, "metric-data")
+        rows = trial_results(tmp_path / "nni-experiments", number)
+        assert [row["budget.fraction"] for row in rows] == TRIED
+        for row in rows:
+            mine = [m for m in metrics if m["trialJobId"] == row["trial"]]
+            assert [m["sequence"] for m in mine if m["type"] == "PERIODICAL"] == list(
+                range(2 * EPOCHS + 1)
+            )
+            assert sum(m["type"] == "FINAL" for m in mine) == 1
+            folder, undisturbed = (
+                folders(tmp_path, number)[row["trial"]],
+                expected[row["budget.fraction"]],
+            )
+            for name in ("ranks.json", "weights.safetensors"):
+                assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
+            counted = {
+                key: value
+                for key, value in json.loads((undisturbed / "metrics.json").read_text())[
+                    "metrics"
+                ].items()
+                if not any(word in key for word in ("latency", "speedup", "images_per_s"))
+            }
+            assert counted.items() <= row.items()
+            log = (folder / "log.txt").read_text()
+            assert log.count("search epoch 1:") == 1, "it began anew"
