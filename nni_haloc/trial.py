@@ -6,6 +6,8 @@ import sys
 
 import nni
 
+from nni_haloc.utils.errors import HalocError, UnusableCheckpoint
+
 if __name__ == "__main__":
     PARENT = os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -30,7 +32,7 @@ from filelock import FileLock, Timeout
 
 from nni_haloc.inputs.config import load_config
 from nni_haloc.runs.folder import COSTS_FILE
-from nni_haloc.utils.errors import ConfigError, reason_of
+from nni_haloc.utils.errors import SettingsError, reason_of
 from nni_haloc.utils.files import write_json
 from nni_haloc.utils.log import log_to, logger
 from nni_haloc.utils.processes import is_first
@@ -43,7 +45,7 @@ class Reports:
 
     A result is noted in ``path`` after it went out. Killed between the two, the trial sends it twice, which is the same point once more in
     a curve; noted before, it would be missing, and a trial whose final result is missing counts for nothing. ``identity``: plain values
-    that the results depend on; with others, all are sent anew. Raises `ConfigError` where NNI does not answer.
+    that the results depend on; with others, all are sent anew. Raises `SettingsError` where NNI does not answer.
     """
 
     def __init__(self, path: Path, identity: Any) -> None:
@@ -80,7 +82,7 @@ class Reports:
         try:
             send(metrics)
         except OSError as error:  # that of requests is one
-            raise ConfigError(
+            raise SettingsError(
                 f"NNI's manager does not answer ({type(error).__name__}); `nnictl resume` goes on from the last epoch"
             ) from None
 
@@ -93,7 +95,7 @@ class Reports:
         try:
             write_json(self.path, content)
         except OSError as error:
-            raise ConfigError(reason_of(error)) from None
+            raise SettingsError(reason_of(error)) from None
 
 
 def main(run_file: str, parameters: dict, folder: Path) -> int:
@@ -102,7 +104,6 @@ def main(run_file: str, parameters: dict, folder: Path) -> int:
         config = load_config(run_file, parameters)
         reports = Reports(folder / REPORTED_FILE, config.model_dump(mode="json"))
         from nni_haloc.runs.run import run
-        from nni_haloc.training.checkpoint import UnusableCheckpoint
 
         try:  # a trial that NNI starts again has its folder already
             metrics = run(config, folder, reports.point, parameters, resume=True)
@@ -111,7 +112,7 @@ def main(run_file: str, parameters: dict, folder: Path) -> int:
             metrics = run(config, folder, reports.point, parameters)
         if is_first():
             reports.final(metrics)
-    except (ConfigError, OSError) as error:
+    except (HalocError, OSError) as error:
         logger.error("%s", reason_of(error))
         return 2
     return 0
@@ -165,7 +166,7 @@ if __name__ == "__main__":
     try:
         LOG.enter_context(log_to(FOLDER / "log.txt"))
         HELD = _alone(FOLDER) if is_first() else None
-    except (ConfigError, OSError) as error:
+    except (HalocError, OSError) as error:
         sys.exit(str(error))
     sys.exit(
         measure_share(sys.argv[2:], PARAMETERS, FOLDER)

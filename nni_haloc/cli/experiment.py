@@ -13,7 +13,7 @@ from typing import Any
 
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.yaml_files import read_yaml
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import SettingsError
 
 _SAMPLERS = {
     "choice": 1, "randint": 2, "uniform": 2, "quniform": 3, "loguniform": 2, "qloguniform": 3, "normal": 2, "qnormal": 3, "lognormal": 2,
@@ -26,38 +26,38 @@ def check_experiment(path: str | Path) -> str:
 
     Where trials run on another machine, the settings' relative paths must be inside ``trialCodeDirectory``, which NNI sends there; absolute
     ones are that machine's. NNI itself accepts an unknown ``_type`` and reports a missing ``trainingService`` misleadingly. Raises
-    `ConfigError` with one line; returns a few words on what will run.
+    `SettingsError` with one line; returns a few words on what will run.
     """
     path = Path(path)
     content = read_yaml(path, exponents=False)
     for key in ("trialCommand", "trainingService"):
         if not content.get(key):
-            raise ConfigError(f"{path}: {key}: missing")
+            raise SettingsError(f"{path}: {key}: missing")
     service = content["trainingService"]
     services = service if isinstance(service, list) else [service]
     if not all(isinstance(one, dict) and isinstance(one.get("platform"), str) for one in services):
-        raise ConfigError(
+        raise SettingsError(
             f"{path}: trainingService.platform: expected a name such as 'local', found {service!r}"
         )
     space = content.get("searchSpace")
     if space is None and "searchSpaceFile" in content:
         space = read_yaml(path.parent / str(content["searchSpaceFile"]))
     if not isinstance(space, dict):
-        raise ConfigError(
+        raise SettingsError(
             f"{path}: searchSpace: expected keys with _type and _value, found {type(space).__name__}"
         )
     samples = {key: _examples(path, key, entry) for key, entry in space.items()}
     try:
         words = shlex.split(str(content["trialCommand"]))
     except ValueError as error:
-        raise ConfigError(f"{path}: trialCommand: {error}") from None
+        raise SettingsError(f"{path}: trialCommand: {error}") from None
     if "nni_haloc.trial" not in words:
         return f"trials run {content['trialCommand']!r}"
     arguments = words[words.index("nni_haloc.trial") + 1 :]
     if arguments[:1] == ["measure"]:
         return "trials measure a cost table"
     if len(arguments) != 1:
-        raise ConfigError(
+        raise SettingsError(
             f"{path}: trialCommand: expected 'python3 -m nni_haloc.trial RUN.yml', found {content['trialCommand']!r}"
         )
     code = path.parent / str(content.get("trialCodeDirectory") or ".")
@@ -80,7 +80,7 @@ def _examples(path: Path, key: str, entry: Any) -> list[Any]:
         _SAMPLERS
     ):  # a list: the type may be anything
         found = entry.get("_type") if isinstance(entry, Mapping) else entry
-        raise ConfigError(
+        raise SettingsError(
             f"{where}: _type: expected one of {', '.join(_SAMPLERS)}, found {found!r}"
         )
     values, kind = entry.get("_value"), entry["_type"]
@@ -89,7 +89,7 @@ def _examples(path: Path, key: str, entry: Any) -> list[Any]:
         or len(values) < _SAMPLERS[kind]
         or (kind != "choice" and len(values) != _SAMPLERS[kind])
     ):
-        raise ConfigError(
+        raise SettingsError(
             f"{where}: _value: expected a list of {_SAMPLERS[kind]} or more for {kind}, found {values!r}"
         )
     if kind == "choice":
@@ -97,7 +97,7 @@ def _examples(path: Path, key: str, entry: Any) -> list[Any]:
     number = int if kind == "randint" else (int, float)
     for value in values:  # NNI's own reader takes 1e-3 for text: YAML 1.1 wants 1.0e-3
         if isinstance(value, bool) or not isinstance(value, number):
-            raise ConfigError(
+            raise SettingsError(
                 f"{where}: _value: expected numbers for {kind}, found {value!r}" + _hint(value)
             )
     if kind == "randint":
@@ -128,7 +128,7 @@ def trial_results(folder: str | Path, experiment: str) -> list[dict[str, Any]]:
     """One row a trial: ``trial``, ``status``, its parameters and its final metrics, in the order of the parameters.
 
     Read from the experiment's database, running or stopped. A final result is joined to its parameters by the parameter id that came with
-    it, never by the trial's id: NNI may hand a trial other parameters than those it lists for it. Raises `ConfigError` for an unknown id.
+    it, never by the trial's id: NNI may hand a trial other parameters than those it lists for it. Raises `SettingsError` for an unknown id.
     """
     events, finals = _select(
         folder,
@@ -166,7 +166,7 @@ def trial_results(folder: str | Path, experiment: str) -> list[dict[str, Any]]:
 def trial_folders(folder: str | Path, experiment: str) -> dict[str, str]:
     """Where each trial left its results, by its id: a folder, or the command that fetches it from the machine on which the trial ran.
 
-    NNI fetches logs alone. Raises `ConfigError` for an unknown id.
+    NNI fetches logs alone. Raises `SettingsError` for an unknown id.
     """
     paths, profiles = _select(
         folder,
@@ -203,7 +203,7 @@ def trial_folders(folder: str | Path, experiment: str) -> dict[str, str]:
 def _select(folder: str | Path, experiment: str, *queries: str) -> list[list[tuple[Any, ...]]]:
     database = Path(folder) / experiment / "db" / "nni.sqlite"
     if not database.is_file():
-        raise ConfigError(f"experiment {experiment!r}: no such experiment in {folder}")
+        raise SettingsError(f"experiment {experiment!r}: no such experiment in {folder}")
     connection = sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
     try:
         return [connection.execute(query).fetchall() for query in queries]

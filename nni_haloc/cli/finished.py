@@ -10,7 +10,7 @@ import typer
 import yaml
 
 from nni_haloc.inputs.yaml_files import parse_yaml
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import SettingsError
 from nni_haloc.utils.printing import percent, print_table
 
 finished = typer.Typer()
@@ -40,7 +40,7 @@ def front_command(
     try:
         fractions = [float(text) for text in budgets.split(",")]
     except ValueError:
-        raise ConfigError(
+        raise SettingsError(
             f"--budgets: expected fractions separated by commas, found {budgets!r}"
         ) from None
     factories = _trusted(code)
@@ -88,7 +88,9 @@ def export_command(
 
     formats = list(dict.fromkeys(format_.split(",")))
     if unknown := [name for name in formats if name not in FORMATS]:
-        raise ConfigError(f"--format: expected some of {', '.join(FORMATS)}, found {unknown[0]!r}")
+        raise SettingsError(
+            f"--format: expected some of {', '.join(FORMATS)}, found {unknown[0]!r}"
+        )
     rows = [
         (name, file, f"{file.stat().st_size:,}", fact)
         for name, file, fact in export(folder, formats, out, factories=factories)
@@ -129,7 +131,7 @@ def bench_command(
     try:
         sizes = None if batch is None else [int(text) for text in batch.split(",")]
     except ValueError:
-        raise ConfigError(
+        raise SettingsError(
             f"--batch: expected numbers separated by commas, found {batch!r}"
         ) from None
     found = bench(folder, sizes, threads, split if data else None, data=data, factories=factories)
@@ -222,11 +224,11 @@ def assignment(text: str) -> tuple[str, Any]:
     """Of ``--set``: the key and the value of ``KEY=VALUE``."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set: expected KEY=VALUE, found {text!r}")
+        raise SettingsError(f"--set: expected KEY=VALUE, found {text!r}")
     try:
         return key, parse_yaml(value)
     except yaml.YAMLError:
-        raise ConfigError(f"--set {key}: not a YAML value: {value!r}") from None
+        raise SettingsError(f"--set {key}: not a YAML value: {value!r}") from None
 
 
 def _trusted(code: Path | None) -> bool:

@@ -12,7 +12,7 @@ import typer
 from nni_haloc.cli.finished import assignment, finished
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.schema import Rule
-from nni_haloc.utils.errors import ConfigError, reason_of
+from nni_haloc.utils.errors import HalocError, SettingsError, reason_of
 from nni_haloc.utils.interruption import stoppable
 from nni_haloc.utils.printing import percent, print_table
 
@@ -94,7 +94,7 @@ def baseline_command(
 ) -> None:
     """As `run`, with ranks by a rule of thumb or a strategy of NNI's in the place of the search: something to compare with."""
     if rule not in RULES:
-        raise ConfigError(f"--rule: expected one of {', '.join(RULES)}, found {rule!r}")
+        raise SettingsError(f"--rule: expected one of {', '.join(RULES)}, found {rule!r}")
     fraction = [] if budget is None else [f"budget.fraction={budget}"]
     run_command(
         run_file,
@@ -116,7 +116,7 @@ def search_command(
     """Search alone; `haloc run --resume` with the same settings fine-tunes what it found."""
     config, _ = _start(run_file, set_, scale)
     if config.rule != "search":
-        raise ConfigError(
+        raise SettingsError(
             f"rule: `haloc search` is for 'search', found {config.rule!r}: `haloc baseline --rule {config.rule}`"
         )
     from nni_haloc.runs.job import Job, job_in
@@ -162,7 +162,7 @@ def throughput_command(
 
     devices = list(dict.fromkeys(on.split(","))) if on is not None else at_hand()
     if unknown := [device for device in devices if device not in DEVICES]:
-        raise ConfigError(f"--on: expected some of {', '.join(DEVICES)}, found {unknown[0]!r}")
+        raise SettingsError(f"--on: expected some of {', '.join(DEVICES)}, found {unknown[0]!r}")
     with job_in(out):
         print_throughput(
             f"{out}: a plan for each device", throughput(config, out, devices, resume=resume)
@@ -226,9 +226,9 @@ def steps_command(
     try:
         stairs = rank_stairs(CostTable.load(costs))
     except (OSError, ValueError) as error:
-        raise ConfigError(str(error)) from None
+        raise SettingsError(str(error)) from None
     if not stairs:
-        raise ConfigError(
+        raise SettingsError(
             f"{costs}: no layer has eight equal ranks or more; measure with step: 1 in the rank space"
         )
     rows = [
@@ -256,9 +256,9 @@ def _forward(name: str, module: str, text: str) -> None:
         try:
             getattr(import_module(f"nni_haloc.{module}"), f"{name}_main")(context.args)
         except ValueError as error:
-            raise ConfigError(str(error)) from None
+            raise SettingsError(str(error)) from None
         except ModuleNotFoundError as error:
-            raise ConfigError(
+            raise SettingsError(
                 f"{name}: needs the package {error.name}, which is not installed"
             ) from None
 
@@ -291,7 +291,7 @@ def main() -> None:
     try:
         with stoppable("haloc"):
             app(standalone_mode=False)  # which would print a usage error in several lines
-    except ConfigError as error:
+    except HalocError as error:
         _leave(str(error))
     except (
         OSError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nni_haloc.costs.measure import Parser
 from nni_haloc.results.html_report import REPORT_FILE, html_report
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import SettingsError
 from nni_haloc.utils.files import whole
 
 
@@ -27,7 +27,7 @@ def report_main(arguments: Sequence[str] | None = None) -> None:
         with whole(out) as part:
             part.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(
+        raise SettingsError(
             f"{out}: expected a file that can be written, found: {error.strerror}"
         ) from None
     print(out)

@@ -18,7 +18,7 @@ from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.schema import Metric, Space
 from nni_haloc.space.ranks import RankRules
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import SettingsError
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first, start_together
 from nni_haloc.utils.versions import processor
@@ -30,7 +30,7 @@ def rules_of(config: Config, step: int | None = None) -> RankRules:
     if space.step != "auto":
         return rank_rules(space, step)
     if config.cost.table is None:
-        raise ConfigError("rank_space.step: 'auto' is read off cost.table, which is not set")
+        raise SettingsError("rank_space.step: 'auto' is read off cost.table, which is not set")
     stairs = rank_stairs(_load("cost", config.cost.metric, config.cost.table))
     found = {layer: stair.width for layer, stair in stairs.items() if stair.width > 1}
     logger.info("stairs of the cost table: %s", found or "none")
@@ -40,7 +40,7 @@ def rules_of(config: Config, step: int | None = None) -> RankRules:
 def rank_rules(space: Space, step: int | None = None) -> RankRules:
     """The rules of a rank space; ``step`` where it leaves it open."""
     if space.step == "auto":
-        raise ConfigError("rank_space.step: 'auto' is for runs with a cost.table")
+        raise SettingsError("rank_space.step: 'auto' is for runs with a cost.table")
     return RankRules(
         space.step or step,
         space.dense,
@@ -69,7 +69,7 @@ def cost_table(
         return costs
     if metric == "latency_ms":
         if config.trainer.num_nodes > 1 or start_together():
-            raise ConfigError(
+            raise SettingsError(
                 f"{key}.table: each of the processes would measure another latency; name a table (haloc measure)"
             )
         if not is_first():
@@ -81,7 +81,7 @@ def cost_table(
         try:
             return accelerator_table(model, example, rules, metric, cache=CACHE)
         except ValueError as error:
-            raise ConfigError(f"{key}.metric: {error}") from None
+            raise SettingsError(f"{key}.metric: {error}") from None
     counted = {"macs": mac_table, "params": param_table, "activation_bytes": activation_table}
     return counted[metric](model, example, rules)
 
@@ -89,7 +89,7 @@ def cost_table(
 def _check_measured_alike(
     identity: Mapping[str, Any], config: Config, example: Tensor, where: str
 ) -> None:
-    """`ConfigError` where a latency was measured for another batch, or on this very device in another way than the run measures."""
+    """`SettingsError` where a latency was measured for another batch, or on this very device in another way than the run measures."""
     expected: dict[str, Any] = {"input": list(latency_input(config, example).shape)}
     if config.cost.device == "cpu" and identity.get("device") == processor():
         expected |= {"memory_format": config.cost.memory_format, "dtype": runtime_of(config).dtype}
@@ -98,7 +98,7 @@ def _check_measured_alike(
         if (
             "runtime" in identity or (key == "input" and identity.get("kind") == "roofline")
         ) and identity.get(key) != value:
-            raise ConfigError(
+            raise SettingsError(
                 f"{where}: measured with {key} {identity.get(key)!r}, the run's is {value!r} (cost.batch_size and others)"
             )
 
@@ -108,11 +108,11 @@ def _load(key: str, metric: str, file: str) -> CostTable:
     try:
         costs = CostTable.load(file)
     except OSError as error:
-        raise ConfigError(
+        raise SettingsError(
             f"{key}.table: expected a file of costs, found {file}: {error.strerror}"
         ) from None
     if costs.metric != metric:
-        raise ConfigError(
+        raise SettingsError(
             f"{key}.table: expected a table of {metric}, found {costs.metric} in {file}"
         )
     return costs

@@ -30,7 +30,7 @@ from nni_haloc.inputs.schema import (
     check_uploaded,
 )
 from nni_haloc.inputs.yaml_files import read_yaml
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import SettingsError
 
 Validated = TypeVar("Validated", bound=Section)
 
@@ -93,7 +93,7 @@ def load_config(
     ``rank_space`` may be the path of a file of its own. With ``scale`` below 1, its root is taken of all numbers of epochs, of one epoch at
     least, and of the images; of calibration images, which are gone through once, that share itself remains, 64 at least: about that much of
     the work remains. ``training``: ``weights`` need not be there yet. ``uploaded``: the run is to be on another machine, which gets this
-    folder; relative paths must be inside, absolute ones are that machine's and not looked for here. Raises `ConfigError` with one line that
+    folder; relative paths must be inside, absolute ones are that machine's and not looked for here. Raises `SettingsError` with one line that
     names the file and the key.
     """
     path = Path(path)
@@ -110,7 +110,7 @@ def load_config(
         if isinstance(values, dict):
             for key, value in fixed.items():
                 if values.setdefault(key, value) != value:
-                    raise ConfigError(
+                    raise SettingsError(
                         f"{path}: {section}.{key}: preset {preset!r} sets it to {value!r}, found {values[key]!r}"
                     )
     return _scaled(
@@ -126,7 +126,7 @@ def _space_file(path: Path, name: str, uploaded: Path | None) -> Any:
         if uploaded is not None:
             check_uploaded(path.parent / name, uploaded)
     except ValueError as error:
-        raise ConfigError(f"{path}: rank_space: {error}") from None
+        raise SettingsError(f"{path}: rank_space: {error}") from None
     return read_yaml(path.parent / name, key="rank_space")
 
 
@@ -163,13 +163,13 @@ def _scaled(config: Config) -> Config:
 def parse_config(
     content: Mapping[str, Any], source: str | Path, folder: Path = Path(), *, files: bool = True
 ) -> Config:
-    """The validated settings, paths relative to ``folder``; `ConfigError` names their ``source``. ``files``: whether those that the
+    """The validated settings, paths relative to ``folder``; `SettingsError` names their ``source``. ``files``: whether those that the
     settings name have to be there."""
     return _validated(Config, content, source, folder, files=files)
 
 
 def load_space(path: str | Path) -> Space:
-    """Read and validate a rank space's own file; `ConfigError` names the file and the key."""
+    """Read and validate a rank space's own file; `SettingsError` names the file and the key."""
     return _validated(Space, read_yaml(Path(path)), path, Path())
 
 
@@ -183,7 +183,7 @@ def _validated(
     try:
         return section.model_validate(content, context={"folder": folder, **context})
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error)}") from None
+        raise SettingsError(f"{source}: {_explain(error)}") from None
 
 
 def set_dotted(content: dict[str, Any], dotted: str, value: Any) -> None:
@@ -191,7 +191,7 @@ def set_dotted(content: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, key = dotted.split(".")
     for section in sections:
         if not isinstance(content.setdefault(section, {}), dict):
-            raise ConfigError(f"{dotted}: {section!r} is not a section")
+            raise SettingsError(f"{dotted}: {section!r} is not a section")
         content = content[section]
     if key in ("fraction", "absolute") and sections == ["budget"]:
         content.pop(

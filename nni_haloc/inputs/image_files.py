@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import DataError
 
 
-class DamagedImage(ConfigError):
+class DamagedImage(DataError):
     """A file that is no image, or not the whole of one. A loader's worker process hands the line on in a traceback, as its last line."""
 
     def __init__(self, message: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import SettingsError
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,7 +50,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml(path: Path, key: str | None = None, *, exponents: bool = True) -> dict[str, Any]:
-    """The keys and values of a YAML file; `ConfigError` names the file, and ``key`` where it is given.
+    """The keys and values of a YAML file; `SettingsError` names the file, and ``key`` where it is given.
 
     ``exponents=False`` reads numbers as PyYAML, and so NNI, does.
     """
@@ -59,23 +59,23 @@ def read_yaml(path: Path, key: str | None = None, *, exponents: bool = True) -> 
         content = (parse_yaml if exponents else yaml.safe_load)(path.read_text(encoding="utf-8"))
         size = _written_out(content, {}, _MOST)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
+        raise SettingsError(
             f"{where}{path}: {getattr(error, 'strerror', None) or 'not a text file'}"
         ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(
+        raise SettingsError(
             f"{where}{path}{line}: not valid YAML ({getattr(error, 'problem', None) or 'syntax'})"
         ) from None
     except RecursionError:
-        raise ConfigError(f"{where}{path}: nested too deeply") from None
+        raise SettingsError(f"{where}{path}: nested too deeply") from None
     if size > _MOST:
-        raise ConfigError(
+        raise SettingsError(
             f"{where}{path}: expected at most {_MOST} values, its aliases written out; found more"
         )
     if not isinstance(content, dict):
-        raise ConfigError(
+        raise SettingsError(
             f"{where}{path}: expected keys and values, found {type(content).__name__}"
         )
     return content

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from nni_haloc.costs.table import CostTable
+from nni_haloc.utils.errors import InfeasibleBudget
 
 _ROOM = 1e4
 """A limit's room in the solver's terms: its tolerance is an absolute 1e-6, so 1e-10 of the room. The scores are spread as wide."""
@@ -33,11 +34,7 @@ Scores = Mapping[str, Mapping[str, float]]
 Candidates = Mapping[str, Iterable[str]]
 
 
-class InfeasibleBudget(ValueError):
-    """No network of the rank space is within the limits; the message names the cheapest possible cost, where it is known."""
-
-
-class UndecidedBudget(ValueError):
+class UndecidedBudget(InfeasibleBudget):
     """The solver has come to its end with no network within the limits, and without a proof that there is none."""
 
 

@@ -21,7 +21,7 @@ from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
 from nni_haloc.runs.finished import Finished
 from nni_haloc.runs.folder import BENCH_FILE
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError, SettingsError
 from nni_haloc.utils.files import read_json, write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.printing import percent, print_table
@@ -48,7 +48,7 @@ def bench(
     For each batch size (None: the settings') each stage has a row in torch, one in ONNX Runtime and one there in int8. Their passes are
     timed in alternation; a row has the median of ``rounds`` medians and their interquartile range. ``split``: the images of the accuracies
     (None: those of the settings' final ones). Without ``data`` there are neither accuracies nor int8. A row that can't be timed says why.
-    ``threads`` (None: the settings'); ``factories``: see `Finished`. Raises `ConfigError`; an earlier ``bench.json`` then stays.
+    ``threads`` (None: the settings'); ``factories``: see `Finished`. Raises `SettingsError`; an earlier ``bench.json`` then stays.
     """
     run = Finished(folder, data=data, factories=factories)
     cost, split = run.config.cost, split or run.config.data.score
@@ -57,16 +57,16 @@ def bench(
         cost.threads if threads is None else threads,
     )
     if min([*sizes, threads or 1]) < 1 or threads == 0:
-        raise ConfigError(
+        raise SettingsError(
             f"batch sizes, threads: expected numbers above 0, found {sizes}, {threads}"
         )
     if split not in SPLITS:
-        raise ConfigError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
+        raise SettingsError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
     networks = run.networks()
     try:
         runtime = TorchRuntime(cost.device, memory_format=cost.memory_format, threads=threads)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise SettingsError(str(error)) from None
     onnx, rows = OnnxRuntime(threads), []
     with TemporaryDirectory() as scratch, runtime.pinned():
         forms = [
@@ -107,17 +107,17 @@ def print_bench(title: str, content: Mapping[str, Any]) -> None:
 
 
 def bench_table(path: Path) -> dict[str, Any]:
-    """What a ``bench.json`` says, as text: ``heads``, ``rows``, and ``rounds`` and ``device``. `ConfigError` names a damaged file."""
+    """What a ``bench.json`` says, as text: ``heads``, ``rows``, and ``rounds`` and ``device``. `SettingsError` names a damaged file."""
     try:
         content = read_json(path, "bench", VERSION)
         heads, rows = _shown(content)
         torch = content["torch"]
         device = f"{torch['device']}, {torch['runtime']}, threads: {torch['threads']}"
         return {"heads": heads, "rows": rows, "rounds": content["rounds"], "device": device}
-    except ConfigError:
+    except HalocError:
         raise
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(f"{path}: expected what haloc bench writes ({error!r})") from None
+        raise SettingsError(f"{path}: expected what haloc bench writes ({error!r})") from None
 
 
 def _shown(content: Mapping[str, Any]) -> tuple[list[str], list[list[str | None]]]:

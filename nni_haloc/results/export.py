@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from nni_haloc.chain.exporting import export_onnx, export_program, quantize_onnx
 from nni_haloc.runs.finished import Finished
 from nni_haloc.runs.folder import EXPORT_FOLDER, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE
-from nni_haloc.utils.errors import ConfigError, reason_of
+from nni_haloc.utils.errors import SettingsError, reason_of
 from nni_haloc.utils.files import whole
 
 FORMATS = ("onnx", "program", "safetensors", "int8")
@@ -29,12 +29,12 @@ def export(
     """Write the network of a finished run's ``folder``, or of a stage's, in some of `FORMATS`; returns format, file and what was checked.
 
     ``out`` (None: ``folder/export``) receives the files, each as soon as it is whole; what ``folder`` holds itself stays as it is. Data are
-    needed for ``int8`` alone, which is calibrated on training images. ``factories``: see `Finished`. Raises `ConfigError`.
+    needed for ``int8`` alone, which is calibrated on training images. ``factories``: see `Finished`. Raises `SettingsError`.
     """
     run = Finished(folder, data="int8" in formats, factories=factories)
     out = Path(out or run.folder / EXPORT_FOLDER)
     if out.resolve() == run.folder.resolve():
-        raise ConfigError(f"--out: expected another folder than the run's, found {out}")
+        raise SettingsError(f"--out: expected another folder than the run's, found {out}")
     found: list[tuple[str, Path, str]] = []
     try:
         network, example = run.network(), run.example(2)
@@ -75,7 +75,7 @@ def export(
                     (name, out / WEIGHTS_FILE, f"as in the run's folder, with {RANKS_FILE}")
                 )
     except (OSError, ValueError) as error:
-        raise ConfigError(reason_of(error)) from None
+        raise SettingsError(reason_of(error)) from None
     return found
 
 

@@ -10,14 +10,14 @@ from pytorch_lightning import seed_everything
 from torch import nn
 
 from nni_haloc.inputs.config import parse_config
-from nni_haloc.plan.budget import InfeasibleBudget, UndecidedBudget
+from nni_haloc.plan.budget import UndecidedBudget
 from nni_haloc.runs.folder import CHECKPOINT_FILE, FRONT_FOLDER, SEARCH_FOLDER
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import searched
 from nni_haloc.search.strategy import Haloc
 from nni_haloc.training import checkpoint
 from nni_haloc.training.finetuning import recalibrate
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import InfeasibleBudget, SettingsError
 from nni_haloc.utils.files import whole, write_json
 from nni_haloc.utils.log import logger
 
@@ -44,13 +44,13 @@ def front(
     ``budgets``: fractions of the original's cost, above 0 to 1. Each plan is the best by the search's score within its budget, evaluated
     on the validation images with the searched weights, BatchNorm recalibrated; no fine-tuning. ``out`` (None: ``folder/front``) receives
     ``front.json``, ``front.png``, and for each budget a folder that `load` takes. ``factories``: call a model factory of one's own
-    (``package.module:factory``) on the folder's word. Raises `ConfigError`, also where the search is not finished.
+    (``package.module:factory``) on the folder's word. Raises `SettingsError`, also where the search is not finished.
     """
     job, strategy = _finished(Path(folder), factories)
     out = Path(out or job.folder / FRONT_FOLDER)
     for fraction in budgets:
         if not 0 < fraction <= 1:
-            raise ConfigError(
+            raise SettingsError(
                 f"budgets: expected fractions of the original's cost, above 0 to 1, found {fraction}"
             )
     original, val = strategy.costs.original, job.loader("val")
@@ -131,13 +131,13 @@ def _finished(folder: Path, factories: bool) -> tuple[Job, Haloc]:
     """The job and the search that a folder holds."""
     path = folder / SEARCH_FOLDER / CHECKPOINT_FILE
     if not path.is_file():
-        raise ConfigError(
+        raise SettingsError(
             f"{path}: no such file; expected the folder of a search (haloc search, haloc run)"
         )
     saved = checkpoint.read(path)
     config = parse_config(saved["config"], path)
     if saved["epochs"] < config.search.epochs:
-        raise ConfigError(
+        raise SettingsError(
             f"{path}: the search is not finished ({saved['epochs']} of {config.search.epochs} epochs); resume it"
         )
     job = Job(config, folder, factories=factories)

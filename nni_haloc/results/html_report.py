@@ -33,7 +33,7 @@ from nni_haloc.runs.folder import (
 )
 from nni_haloc.space.names import rank_name
 from nni_haloc.training import curves as history
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import SettingsError
 from nni_haloc.utils.printing import percent
 
 REPORT_FILE = "report.html"
@@ -69,7 +69,7 @@ def html_report(folder: Path) -> str:
         folder / "haloc" if (folder / "haloc" / RANKS_FILE).is_file() else folder,
     )
     if not (folder / RANKS_FILE).is_file():
-        raise ConfigError(
+        raise SettingsError(
             f"{folder / RANKS_FILE}: no such file; expected the folder of a finished run (haloc run, haloc search, a trial)"
         )
     plan = RankPlan.load(folder / RANKS_FILE)
@@ -79,7 +79,7 @@ def html_report(folder: Path) -> str:
     try:
         layers, drawn = _layers(plan, folder), _drawn(plan, folder)
     except OverflowError as error:
-        raise ConfigError(f"{folder}: numbers too large to draw ({error})") from None
+        raise SettingsError(f"{folder}: numbers too large to draw ({error})") from None
     settings = yaml.safe_dump(
         {key: value for key, value in config.items() if key not in ("scale", "preset")},
         sort_keys=False,
@@ -116,13 +116,15 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a JSON file ({error})") from None
+        raise SettingsError(f"{path}: not a JSON file ({error})") from None
     parts = {"": content} | {
         f"{key}: ": content[key] for key in _PARTS if isinstance(content, dict) and key in content
     }
     for key, part in parts.items():
         if not isinstance(part, dict):
-            raise ConfigError(f"{path}: {key}expected keys and values, found {type(part).__name__}")
+            raise SettingsError(
+                f"{path}: {key}expected keys and values, found {type(part).__name__}"
+            )
     return content
 
 

@@ -20,7 +20,7 @@ from nni_haloc.search.space import RankSpace
 from nni_haloc.space.ranks import find_layers
 from nni_haloc.space.summary import why_nothing
 from nni_haloc.training import checkpoint
-from nni_haloc.utils.errors import ConfigError, first_line, reason_of
+from nni_haloc.utils.errors import SettingsError, first_line, reason_of
 from nni_haloc.utils.log import logger
 
 EVERY_RANK = {"uniform", "energy", "alds", "vbmf", "error-knapsack", "learned"}
@@ -40,7 +40,7 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
     """The plan of the settings' rule, and the network decomposed at its ranks. Leaves plan, network and cost tables in the job's folder.
 
     ``resume``: where the folder holds the state of a fine-tuning with these settings, its plan is read back.
-    Raises `ConfigError` for settings that turn out not to fit, `UnusableCheckpoint` where that state is of others.
+    Raises `SettingsError` for settings that turn out not to fit, `UnusableCheckpoint` where that state is of others.
     """
     config, state = job.config, job.folder / FINETUNING_FOLDER / CHECKPOINT_FILE
     if resume and state.exists():
@@ -54,7 +54,7 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
             found = RankPlan.load(job.folder / RANKS_FILE)
             return found, restructure(job.model, found)
         except (OSError, ValueError) as error:
-            raise ConfigError(
+            raise SettingsError(
                 f"{error}: there is a fine-tuning to go on with, but not its plan; start without --resume"
             ) from None
     try:
@@ -65,11 +65,11 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
             else _by_thumb(problem, config.rule)
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(reason_of(error)) from None
+        raise SettingsError(reason_of(error)) from None
     except (
         torch.linalg.LinAlgError
     ) as error:  # of a rule's own; those of the candidates name their layer
-        raise ConfigError(
+        raise SettingsError(
             f"rule: {config.rule}: a singular value decomposition failed ({first_line(error)})"
         ) from None
     fact = found.chosen_by

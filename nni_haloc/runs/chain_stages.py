@@ -34,7 +34,7 @@ from nni_haloc.runs.job import Job
 from nni_haloc.runs.saved import load
 from nni_haloc.runs.training import Report, place_of, trained
 from nni_haloc.space.modules import evaluating
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError, SettingsError
 from nni_haloc.utils.files import write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first, wait_for_all
@@ -233,11 +233,11 @@ def stage_of(
     """The stage ``prune`` or ``quantize`` of a finished run's folder, or of a stage's, with the run's settings; its metrics.
 
     ``settings``: dotted keys to values that take the place of the run's. ``out`` (None: in ``folder``, as in a run). ``factories``: see
-    `Finished`. Raises `ConfigError`, also where ``out`` is a folder that the network comes from.
+    `Finished`. Raises `SettingsError`, also where ``out`` is a folder that the network comes from.
     """
     out = stage_folder(folder, stage, out)
     if "scale" in settings:
-        raise ConfigError(f"scale: of a whole run, not of a stage; set {stage}.epochs")
+        raise SettingsError(f"scale: of a whole run, not of a stage; set {stage}.epochs")
     run = Finished(folder, factories=factories)
     content = run.config.model_dump(mode="json")
     content[stage] = content[stage] or {}
@@ -253,15 +253,15 @@ def stage_of(
 
 
 def stage_folder(folder: Path, stage: str, out: Path | None = None) -> Path:
-    """Where a stage of ``folder`` is left; `ConfigError` where that is the folder itself, or the run's that it is a stage of."""
+    """Where a stage of ``folder`` is left; `SettingsError` where that is the folder itself, or the run's that it is a stage of."""
     out = out or folder / FOLDERS[stage]
     if folder.resolve().is_relative_to(out.resolve()) and (out / RANKS_FILE).exists():
-        raise ConfigError(f"--out: expected another folder than the run's, found {out}")
+        raise SettingsError(f"--out: expected another folder than the run's, found {out}")
     return out
 
 
 def check(job: Job, *stages: str) -> None:
-    """`ConfigError` where one of the ``stages`` (none: those of the settings) is sure to fail: known before anything is trained."""
+    """`SettingsError` where one of the ``stages`` (none: those of the settings) is sure to fail: known before anything is trained."""
     stages, config = stages or tuple(FOLDERS), job.config
     if config.prune and "prune" in stages:
         from nni_haloc.chain.workarounds import traced
@@ -341,7 +341,7 @@ def _leave(
 def _or_one_line(section: str, do: Callable[[], Any]) -> Any:
     try:
         return do()
-    except ConfigError:
+    except HalocError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{section}: {error}") from None
+        raise SettingsError(f"{section}: {error}") from None

@@ -20,7 +20,7 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import RANKS_FILE
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import run_job
-from nni_haloc.utils.errors import ConfigError, reason_of
+from nni_haloc.utils.errors import HalocError, SettingsError, reason_of
 from nni_haloc.utils.files import read_json, write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.printing import percent, print_table
@@ -55,14 +55,14 @@ def throughput(
     and images a second of the original and the compressed network, by ``cost.batch_size`` (on the array one image). A device on which
     it cannot be done has the reason in its row, in the file only where it was not measured before. Rows of other devices that the file
     has are kept, and returned before those of ``devices``. ``resume``: as for `run`; cost tables go on where they were stopped in any case.
-    `ConfigError` where nothing could be done on any, or the file is not of this form.
+    `SettingsError` where nothing could be done on any, or the file is not of this form.
     """
     if config.budget.fraction is None:
-        raise ConfigError(
+        raise SettingsError(
             "budget.fraction: expected, because devices have different costs; found budget.absolute"
         )
     if config.trainer.devices * config.trainer.num_nodes > 1:
-        raise ConfigError(
+        raise SettingsError(
             "trainer.devices: expected 1, because devices come one after another here"
         )
     job, rows = Job(config, folder), []
@@ -80,11 +80,11 @@ def throughput(
                 }
             )
             _keep(file, rows[-1:])
-        except ConfigError as error:
+        except HalocError as error:
             logger.error("%s: %s", device, error)
             rows.append({"device": device, "reason": str(error)})
     if all("reason" in row for row in rows):
-        raise ConfigError("; ".join(f"{row['device']}: {row['reason']}" for row in rows))
+        raise SettingsError("; ".join(f"{row['device']}: {row['reason']}" for row in rows))
     _keep(file, [row for row in rows if "reason" in row])
     return [*(row for device, row in earlier.items() if device not in devices), *rows]
 
@@ -97,9 +97,9 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except (KeyError, TypeError):
-        raise ConfigError(f"{file}: rows: expected a list, each with its device") from None
+        raise SettingsError(f"{file}: rows: expected a list, each with its device") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(str(error)) from None
+        raise SettingsError(str(error)) from None
 
 
 def _keep(file: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -210,7 +210,7 @@ def _measured(job: Job, device: str) -> Specification:
         else:
             measure(spec, runtime_of(config, job.model), file, Timing(), progress("measured"))
     except (ValueError, OSError) as error:
-        raise ConfigError(reason_of(error)) from None
+        raise SettingsError(reason_of(error)) from None
     job.config = config.model_copy(
         update={"cost": config.cost.model_copy(update={"table": str(file)})}
     )

@@ -16,11 +16,11 @@ from nni_haloc.inputs.weights import load_weights
 from nni_haloc.runs.folder import EXPORT_FOLDER, METRICS_FILE, RANKS_FILE, WEIGHTS_FILE
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.saved import load
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import SettingsError
 
 
 class Finished:
-    """A finished run's folder, or that of one of its stages, whose settings are the run's; `ConfigError` where it is neither.
+    """A finished run's folder, or that of one of its stages, whose settings are the run's; `SettingsError` where it is neither.
 
     ``data``: whether the files that the settings name have to be there. ``factories``: call a model factory of one's own
     (``package.module:factory``) on the folder's word.
@@ -30,7 +30,7 @@ class Finished:
         self.folder, self.factories = Path(folder), factories
         for file in (RANKS_FILE, WEIGHTS_FILE):
             if not (self.folder / file).is_file():
-                raise ConfigError(
+                raise SettingsError(
                     f"{self.folder / file}: no such file; expected the folder of a finished run"
                 )
         source, settings = _settings(self.folder)
@@ -62,7 +62,7 @@ class Finished:
             }
             return {"original": original.eval(), "haloc": self.network(), **stages}
         except (OSError, ValueError) as error:
-            raise ConfigError(str(error)) from None
+            raise SettingsError(str(error)) from None
 
     def network(self) -> nn.Module:
         """The folder's."""
@@ -93,9 +93,9 @@ def _settings(folder: Path) -> tuple[Path, dict[str, Any]]:
         try:
             content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: not a JSON file ({error})") from None
+            raise SettingsError(f"{path}: not a JSON file ({error})") from None
         if isinstance(content, dict) and isinstance(content.get("config"), dict):
             return path, content["config"]
-    raise ConfigError(
+    raise SettingsError(
         f"{folder / METRICS_FILE}: expected the settings of a finished run, found none; is the run finished?"
     )

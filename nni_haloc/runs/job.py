@@ -25,14 +25,10 @@ from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.weights import load_weights
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.runs.folder import (
-    CHECKPOINT_FILE,
-    RANKS_FILE,
-    WEIGHTS_FILE,
-)
+from nni_haloc.runs.folder import CHECKPOINT_FILE, RANKS_FILE, WEIGHTS_FILE
 from nni_haloc.runs.saved import save
 from nni_haloc.training.finetuning import accuracy
-from nni_haloc.utils.errors import ConfigError, first_line, reason_of
+from nni_haloc.utils.errors import SettingsError, first_line, reason_of
 from nni_haloc.utils.interruption import stoppable
 from nni_haloc.utils.log import log_to, logger
 from nni_haloc.utils.processes import check_startable, is_first
@@ -41,7 +37,7 @@ from nni_haloc.utils.processes import check_startable, is_first
 class Job:
     """What every job starts from: settings, data, and the trained network; random states are set to the settings' seed.
 
-    Raises `ConfigError` for settings that turn out not to fit. ``factories=False``: see `build_model`.
+    Raises `SettingsError` for settings that turn out not to fit. ``factories=False``: see `build_model`.
     ``trained=False``: the network is as it was made, and ``weights`` are not read.
     """
 
@@ -59,7 +55,7 @@ class Job:
                 Trainer(**trainer_options(config), logger=False, enable_checkpointing=False)
             )
         except (MisconfigurationException, ValueError) as error:
-            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
+            raise SettingsError(f"trainer: {' '.join(str(error).split())}") from None
         try:
             runtime_of(config)
             self.splits = _splits(config)
@@ -73,7 +69,7 @@ class Job:
                 )  # trained as it will run; on a processor that is faster, too
             self.example = self.splits.images("test", 1)
         except (OSError, ValueError) as error:
-            raise ConfigError(reason_of(error)) from None
+            raise SettingsError(reason_of(error)) from None
 
     def _tell_missing_classes(self) -> None:
         for split, what in {"train": "training", "val": "validation", "test": "test"}.items():
@@ -100,7 +96,7 @@ class Job:
             return accuracy(model, loader, (1, 5) if len(self.splits.classes) > 10 else (1,))
         except (RuntimeError, IndexError) as error:
             name, reason = self.config.model.name, first_line(error)
-            raise ConfigError(
+            raise SettingsError(
                 f"model: {name} does not take the data's images or classes ({reason})"
             ) from None
 

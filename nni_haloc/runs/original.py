@@ -12,8 +12,8 @@ from nni_haloc.runs.job import Job, trainer_options
 from nni_haloc.runs.training import recipe_of
 from nni_haloc.training import checkpoint
 from nni_haloc.training.checkpoint import EpochCheckpoint
-from nni_haloc.training.finetuning import Forecast, TrainingDiverged, finetune
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.training.finetuning import Forecast, finetune
+from nni_haloc.utils.errors import Diverged, SettingsError
 from nni_haloc.utils.files import whole
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
@@ -29,15 +29,15 @@ def train_original(config: Config, *, resume: bool = False) -> dict[str, float]:
     """Train the settings' network from its initialisation, by their section ``train``, and write the file that ``weights`` names.
 
     Returns its accuracies. The state after each epoch and the log are beside the file, in `training_folder`; ``resume`` goes on from there.
-    `ConfigError` where the file is there already, or is none of safetensors'.
+    `SettingsError` where the file is there already, or is none of safetensors'.
     """
     out = Path(config.weights)
     if out.suffix != ".safetensors":
-        raise ConfigError(
+        raise SettingsError(
             f"weights: expected the name of a .safetensors file to be written, found {out}"
         )
     if out.exists():
-        raise ConfigError(f"weights: {out} is there already")
+        raise SettingsError(f"weights: {out} is there already")
     job = Job(config, training_folder(config), trained=False)
     train, val, test = (
         job.loader("train", shuffle=True),
@@ -82,8 +82,8 @@ def train_original(config: Config, *, resume: bool = False) -> dict[str, float]:
             state.path if resume else None,
             **options,
         )
-    except TrainingDiverged as error:
-        raise ConfigError(f"train: {error}") from None
+    except Diverged as error:
+        raise SettingsError(f"train: {error}") from None
     if not is_first():
         return {}
     with whole(out) as part:

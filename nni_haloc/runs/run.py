@@ -34,13 +34,12 @@ from nni_haloc.search.evaluator import classification
 from nni_haloc.search.history import History
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, run_search
-from nni_haloc.search.updates import SearchDiverged
 from nni_haloc.space.ranks import Layers
 from nni_haloc.space.summary import by_reason
 from nni_haloc.training.checkpoint import EpochCheckpoint
 from nni_haloc.training.curves import HISTORY_FILE
 from nni_haloc.training.finetuning import EpochEnd, Forecast
-from nni_haloc.utils.errors import ConfigError, reason_of
+from nni_haloc.utils.errors import Diverged, SettingsError, reason_of
 from nni_haloc.utils.files import write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first, wait_for_all
@@ -61,7 +60,7 @@ def run(
     ``report`` is called after each epoch of search and fine-tuning with a flat dict whose ``default`` is the top-1 on validation images,
     and its place in the curve.
     ``parameters``: what a tuner set, kept in ``metrics.json``. ``resume``: go on from what an interrupted run left in ``folder``.
-    Of several processes the first one reports and leaves the results; the others return no metrics. Raises `ConfigError` for settings
+    Of several processes the first one reports and leaves the results; the others return no metrics. Raises `SettingsError` for settings
     that turn out not to fit, `UnusableCheckpoint` where ``folder`` holds the state of other settings.
     """
     return run_job(Job(config, folder), report, parameters, resume=resume)
@@ -156,7 +155,7 @@ def searched(job: Job, report: Report = lambda metrics, place: None, *, resume: 
     try:
         strategy, space = _prepare(config, job.splits, job.model, job.example, job.folder)
     except (OSError, ValueError) as error:
-        raise ConfigError(reason_of(error)) from None
+        raise SettingsError(reason_of(error)) from None
     if saved is None:
         clear(job.folder)  # of an earlier run; not before this one's settings have proved good
     facts = {
@@ -286,8 +285,8 @@ def _search(
     )
     try:
         run_search(space, evaluator, strategy)
-    except SearchDiverged as error:
-        raise ConfigError(f"search: {error}") from None
+    except Diverged as error:
+        raise SettingsError(f"search: {error}") from None
 
 
 def train(
@@ -324,6 +323,6 @@ def _tensorboard(folder: Path) -> Any:
     try:
         return TensorBoardLogger(folder, name=SEARCH_FOLDER, version="")
     except ModuleNotFoundError:
-        raise ConfigError(
+        raise SettingsError(
             "search.tensorboard: needs the package tensorboard (pip install 'nni-haloc[tensorboard]')"
         ) from None

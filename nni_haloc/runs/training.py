@@ -17,15 +17,9 @@ from nni_haloc.runs.job import Job, trainer_options
 from nni_haloc.training import checkpoint
 from nni_haloc.training.checkpoint import EpochCheckpoint
 from nni_haloc.training.curves import HISTORY_FILE, add_epoch
-from nni_haloc.training.finetuning import (
-    Forecast,
-    TrainingDiverged,
-    accuracy,
-    finetune,
-    recalibrate,
-)
+from nni_haloc.training.finetuning import Forecast, accuracy, finetune, recalibrate
 from nni_haloc.training.recipe import Recipe
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import Diverged, SettingsError
 from nni_haloc.utils.log import logger
 
 Report = Callable[[dict[str, float], int], None]
@@ -68,7 +62,7 @@ def trained(
 
     The state after each epoch is in ``path``, its history beside it; ``resume`` goes on from there, if it is that of the same ``identity``.
     ``report`` is called before the first epoch, at ``place``, and after each with ``default``, the top-1 on validation images. ``options``:
-    further ones of `finetune`. `ConfigError` where the training diverges.
+    further ones of `finetune`. `SettingsError` where the training diverges.
     """
     config = job.config
     seed_everything(config.seed, verbose=False)  # the same whatever came before
@@ -114,5 +108,5 @@ def trained(
         return finetune(
             network, train, recipe_of(section), val, on_epoch, path if resume else None, **options
         )
-    except TrainingDiverged as error:
-        raise ConfigError(f"{type(section).__name__.lower()}: {error}") from None
+    except Diverged as error:
+        raise SettingsError(f"{type(section).__name__.lower()}: {error}") from None

@@ -11,7 +11,7 @@ from nni_haloc.costs.table import CostTable
 from nni_haloc.plan.budget import Limit
 from nni_haloc.search.strategy import Haloc
 from nni_haloc.training.curves import COLUMNS, read, write_rows
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError
 from nni_haloc.utils.log import logger
 
 
@@ -30,7 +30,7 @@ class History(pl.Callback):
                 self.rows = [
                     list(row) for row in zip(*columns.values(), strict=True) if row[0] < done
                 ]
-            except ConfigError as error:  # figures are not worth a search
+            except HalocError as error:  # figures are not worth a search
                 logger.warning("%s; its figures begin anew", error)
 
     def on_train_batch_end(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nni_haloc.search.approach import FeatureMaps, Kernels
 from nni_haloc.search.objective import schedule, weight_loss
+from nni_haloc.utils.errors import Diverged
 
 if TYPE_CHECKING:
     from nni_haloc.search.strategy import Haloc
@@ -27,10 +28,6 @@ _EXPLOSION = 1e4
 
 _EPOCH: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": 1}
 """Of a figure that is logged: the mean over an epoch's iterations, each of the same weight, and over the processes."""
-
-
-class SearchDiverged(ArithmeticError):
-    """The loss of a sampled network is no longer finite, or alpha has exploded."""
 
 
 class HalocModule(DartsLightningModule):
@@ -166,7 +163,7 @@ class HalocModule(DartsLightningModule):
     def _check_finite(self, loss: Tensor, *gradients: Tensor) -> None:
         if not all(torch.isfinite(t).all() for t in (loss, *gradients)):
             found, epoch = float(loss.detach()), self.trainer.current_epoch + 1
-            raise SearchDiverged(
+            raise Diverged(
                 f"the search diverged: loss {found} in epoch {epoch}; lower its learning rate"
             )
 
@@ -174,7 +171,7 @@ class HalocModule(DartsLightningModule):
         for layer, alpha in zip(self._mixed, before, strict=True):
             step = float((layer.alpha.detach() - alpha).abs().max())
             if not step <= _EXPLOSION:
-                raise SearchDiverged(
+                raise Diverged(
                     f"the search diverged: alpha of layer {layer.label!r} moved by {step:.3g} in one step; lower alpha_lr"
                 )
 

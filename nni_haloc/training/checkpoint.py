@@ -15,14 +15,10 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
-from nni_haloc.utils.errors import ConfigError, first_sentence
+from nni_haloc.utils.errors import UnusableCheckpoint, first_sentence
 from nni_haloc.utils.files import whole
 
 _KEY = "nni_haloc"
-
-
-class UnusableCheckpoint(ConfigError):
-    """A checkpoint that can't be read, or belongs to other settings."""
 
 
 def read(path: Path) -> dict[str, Any]:

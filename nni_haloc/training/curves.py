@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError, SettingsError
 from nni_haloc.utils.files import whole
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
@@ -34,7 +34,7 @@ def add_epoch(path: Path, epoch: int, train_loss: float, val_top1: float) -> Non
                 for row in zip(*read(path, EPOCH_COLUMNS).values(), strict=True)
                 if row[0] < epoch
             ]
-        except ConfigError as error:
+        except HalocError as error:
             logger.warning("%s; it begins anew", error)
     write_rows(path, EPOCH_COLUMNS, [*rows, [epoch, train_loss, val_top1]])
 
@@ -48,7 +48,7 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[float
 
 
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> dict[str, list[float]]:
-    """The columns of a history; `ConfigError` names the file where there is none."""
+    """The columns of a history; `SettingsError` names the file where there is none."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -56,10 +56,10 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> dict[str, list[float]]
             raise ValueError("no rows")
         return {name: [float(row[name]) for row in rows] for name in columns}
     except FileNotFoundError:
-        raise ConfigError(
+        raise SettingsError(
             f"{path}: no such file; expected the folder of a search (haloc search, haloc run)"
         ) from None
     except (KeyError, TypeError, ValueError, csv.Error, UnicodeDecodeError) as error:
-        raise ConfigError(
+        raise SettingsError(
             f"{path}: expected the columns {', '.join(columns)}, all of them numbers ({error})"
         ) from None

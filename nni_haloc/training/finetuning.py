@@ -19,16 +19,13 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from nni_haloc.space.modules import accelerated, copy_of, evaluating
 from nni_haloc.training.recipe import Recipe
+from nni_haloc.utils.errors import Diverged
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import check_startable
 from nni_haloc.utils.progress import TimeLeft
 
 TEMPERATURE = 4.0
 """Of distillation: divides both networks' logits."""
-
-
-class TrainingDiverged(ArithmeticError):
-    """The loss, or a weight, is no longer finite."""
 
 
 def recalibrate(model: nn.Module, loader: Iterable[tuple[Tensor, Any]], batches: int = 50) -> None:
@@ -92,7 +89,7 @@ def finetune(
     a Lightning checkpoint to go on from. ``teacher``: the original network; ``distill``, 0 to 1, is then the share of the loss that is the
     Kullback-Leibler divergence from it at temperature 4 (Hinton et al., 2015), the rest being the cross-entropy. ``feature_weight`` times
     the sum over ``layers`` of the mean squared distance between their outputs and the teacher's is added to it: Eq. (8) and (9), the weight
-    being lambda. ``trainer`` goes to Lightning's Trainer (devices, precision, loggers, ...). Raises `TrainingDiverged`;
+    being lambda. ``trainer`` goes to Lightning's Trainer (devices, precision, loggers, ...). Raises `Diverged`;
     ValueError for several devices where no script is run.
     """
     if recipe.epochs:
@@ -121,7 +118,7 @@ def finetune(
             fit.fit(task, train, val, ckpt_path=ckpt_path, weights_only=True)
         for name, value in model.state_dict().items():
             if not torch.isfinite(value).all():
-                raise TrainingDiverged(
+                raise Diverged(
                     f"the training diverged: {name} is no longer finite; lower its learning rate"
                 )
     return model.eval()
@@ -148,7 +145,7 @@ class _Training(pl.LightningModule):
         )
         if not torch.isfinite(loss):
             place = f"epoch {self.current_epoch + 1}, iteration {batch_idx + 1}"
-            raise TrainingDiverged(
+            raise Diverged(
                 f"the training diverged: loss {float(loss.detach())} in {place}; lower its learning rate"
             )
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)

@@ -1,17 +1,63 @@
-"""What is wrong, in one line."""
+"""The errors that users of the package can catch, each with a message of one line.
+
+`HalocError` is the base. Bad arguments of a Python function raise plain ValueError or TypeError.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-class ConfigError(ValueError):
-    """One line for the user: which key of which file, what was expected, what was found."""
+
+class HalocError(ValueError):
+    """Something that the user can mend. The message is one line: what, where, the remedy."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
 
+class SettingsError(HalocError):
+    """A setting, an option or a file of settings is wrong; the message names key and file."""
+
+
+class DataError(HalocError):
+    """Images, labels or classes are missing or damaged, or do not fit the network."""
+
+
+class InfeasibleBudget(HalocError):
+    """No network of the rank space fits the budget; the message names the cheapest cost."""
+
+
+class Diverged(HalocError, ArithmeticError):
+    """A loss, a weight or a logit is no longer finite."""
+
+
+class UnusableCheckpoint(HalocError):
+    """A checkpoint can't be read, or was made with other settings."""
+
+
+class MissingPackage(HalocError, ImportError):
+    """A command or a setting needs a package that is not installed; the message says which."""
+
+
+@contextmanager
+def as_one_line(kind: type[HalocError] = SettingsError, where: str = "") -> Iterator[None]:
+    """Turn an OSError or a ValueError of the block into an error of the family.
+
+    Args:
+        kind: class of the new error. An error that is of the family already passes unchanged.
+        where: key, layer or file that the message begins with.
+    """
+    try:
+        yield
+    except HalocError:
+        raise
+    except (OSError, ValueError) as error:
+        raise kind(f"{where}: {reason_of(error)}" if where else reason_of(error)) from None
+
+
 def printable(message: str, most: int = 1000) -> str:
-    """A message on one line and of bounded length, whatever names and values from a file are in it."""
+    """Put a message on one line of at most ``most`` characters; escape what can't be printed."""
     line = "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
         for c in message
@@ -19,20 +65,18 @@ def printable(message: str, most: int = 1000) -> str:
     return line if len(line) <= most else f"{line[: most - 4]} ..."
 
 
-def first_line(error: Exception) -> str:
-    """Of what another library says was wrong; the error's class where it says nothing."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message, or the error's class if it has none."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
-def first_sentence(error: Exception) -> str:
-    """`first_line` without what follows: torch goes on with advice to load a file unsafely, in bold."""
+def first_sentence(error: BaseException) -> str:
+    """Return the first sentence of a message: torch adds advice to load the file unsafely."""
     return first_line(error).split(". ")[0]
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong, for the user; of the system's errors, with which file."""
-    return (
-        f"{error.filename}: {error.strerror}"
-        if isinstance(error, OSError) and error.filename and error.strerror
-        else str(error)
-    )
+    """Return what went wrong; for the system's errors also the file."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

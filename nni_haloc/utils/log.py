@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import SettingsError
 from nni_haloc.utils.processes import is_first
 
 logger = logging.getLogger("nni_haloc")
@@ -27,7 +27,7 @@ class _File(logging.FileHandler):
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Send what is logged here to ``path`` (its folder is made) and to standard error. `ConfigError` where nothing can be written there.
+    """Send what is logged here to ``path`` (its folder is made) and to standard error. `SettingsError` where nothing can be written there.
 
     Of several processes the first one logs.
     """
@@ -55,6 +55,6 @@ def _handlers(path: Path) -> list[logging.Handler]:
         path.parent.mkdir(parents=True, exist_ok=True)
         return [_File(path, encoding="utf-8"), logging.StreamHandler()]
     except OSError as error:
-        raise ConfigError(
+        raise SettingsError(
             f"{path.parent}: expected a folder that can be written to, found: {error.strerror}"
         ) from None

@@ -13,11 +13,12 @@ import typer
 from nni_haloc.costs.analytic import mac_table, param_table
 from nni_haloc.costs.counts import count_macs, count_paper_macs, count_params
 from nni_haloc.inputs.models import build_model
-from nni_haloc.plan.budget import InfeasibleBudget, Limit, choose
+from nni_haloc.plan.budget import Limit, choose
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.space.names import parse_rank
 from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.utils.errors import InfeasibleBudget
 
 ROWS = {  # network: image size, the kinds that carry its weights, and the rows: less MACs, less parameters, in percent
     "resnet20": (32, ("conv",), [(72.20, 76.10)]),

@@ -30,7 +30,7 @@ from nni_haloc.results.export import export
 from nni_haloc.runs.finished import Finished
 from nni_haloc.runs.saved import load, save
 from nni_haloc.training.finetuning import accuracy
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError
 
 PLAN = RankPlan({"block2.conv": (16, 16), "block3.conv": (24, 24), "block4.conv": (32, 32)})
 
@@ -277,7 +277,7 @@ def test_a_missing_package_is_one_line_and_the_run_is_unharmed(
     monkeypatch.setitem(sys.modules, package, None)  # what makes an import of it fail
     before = content_of(run)
     with pytest.raises(
-        ConfigError,
+        HalocError,
         match=message + r", which is not installed \(pip install 'nni-haloc\[onnx\]'\)$",
     ):
         export(run, [format_], tmp_path)
@@ -331,7 +331,7 @@ def damaged(run, tmp_path):
 def test_a_folder_that_is_no_run_is_one_line(command, damaged, kind, message):
     folder = damaged(kind)
     before = content_of(folder)
-    with pytest.raises(ConfigError, match=message) as raised:
+    with pytest.raises(HalocError, match=message) as raised:
         command(folder)
     assert "\n" not in str(raised.value)
     assert content_of(folder) == before
@@ -349,7 +349,7 @@ def test_a_stage_is_exported_with_the_settings_of_its_run(run, tmp_path):
 
 
 def test_a_run_is_not_exported_into_itself(run):
-    with pytest.raises(ConfigError, match="--out: expected another folder than the run's"):
+    with pytest.raises(HalocError, match="--out: expected another folder than the run's"):
         export(run, out=run / "pruned" / "..")
 
 
@@ -466,7 +466,7 @@ def test_bench_without_data_or_onnx_runtime_still_times_torch(damaged, calls, mo
     ],
 )
 def test_bench_refuses_in_one_line(run, options, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(HalocError, match=message):
         bench(run, **{"threads": 1} | options)
 
 

@@ -37,7 +37,7 @@ from nni_haloc.cli.experiment import check_experiment, trial_results, warm_up_ma
 from nni_haloc.plan.budget import Limit, cheapest
 from nni_haloc.search.multitrial import run_multitrial
 from nni_haloc.search.space import RankSpace
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError
 
 
 def test_the_stock_latency_penalty_has_no_gradient_and_ours_has(net, images, loaders):
@@ -504,7 +504,7 @@ def test_what_nni_accepts_in_silence_or_misreports_is_one_clear_line(tmp_path, o
     assert "searching budget.fraction" in check_experiment(tmp_path / "haloc.yml")
     assert old in EXPERIMENT
     (tmp_path / "haloc.yml").write_text(EXPERIMENT.replace(old, new))
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(HalocError, match=message) as error:
         check_experiment(tmp_path / "haloc.yml")
     assert "\n" not in str(error.value)
 

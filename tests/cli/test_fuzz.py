@@ -31,7 +31,7 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.saved import load
 from nni_haloc.training import checkpoint
 from nni_haloc.training import curves as history
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError
 
 DIGITS = ROOT / "examples" / "digits"
 CASES = 700 if os.environ.get("HALOC_SLOW") else 60
@@ -176,7 +176,7 @@ RUN = yaml.safe_load((DIGITS / "run.yml").read_text()) | {
 def test_settings(tmp_path, content):
     file = tmp_path / "case" / "run.yml"
     file.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8", errors="replace")
-    refused_or_read(load_config, file, (ConfigError,))
+    refused_or_read(load_config, file, (HalocError,))
 
 
 @given(damaged((DIGITS / "run.yml").read_bytes()))
@@ -184,7 +184,7 @@ def test_settings(tmp_path, content):
 def test_settings_that_are_damaged(tmp_path, data):
     file = tmp_path / "case" / "run.yml"
     file.write_bytes(data)
-    refused_or_read(load_config, file, (ConfigError,))
+    refused_or_read(load_config, file, (HalocError,))
 
 
 @given(changed(RUN["rank_space"]))
@@ -192,7 +192,7 @@ def test_settings_that_are_damaged(tmp_path, data):
 def test_a_rank_space(tmp_path, content):
     file = tmp_path / "case" / "space.yml"
     file.write_text(yaml.safe_dump(content))
-    refused_or_read(load_space, file, (ConfigError,))
+    refused_or_read(load_space, file, (HalocError,))
 
 
 EXPERIMENT = yaml.safe_load((DIGITS / "haloc.yml").read_text())
@@ -205,7 +205,7 @@ def test_an_experiment(tmp_path, content):
     file = tmp_path / "case" / "haloc.yml"
     file.write_text(yaml.safe_dump(content))
     file.with_name("run.yml").write_text(yaml.safe_dump(RUN))
-    refused_or_read(check_experiment, file, (ConfigError,))
+    refused_or_read(check_experiment, file, (HalocError,))
 
 
 PLAN = {
@@ -287,7 +287,7 @@ def test_a_specification(tmp_path, content):
 def test_a_history(tmp_path, data):
     file = tmp_path / "case" / "history.csv"
     file.write_bytes(data)
-    refused_or_read(history.read, file, (ConfigError,))
+    refused_or_read(history.read, file, (HalocError,))
 
 
 def torch_file(content):
@@ -334,7 +334,7 @@ def test_a_models_name(tmp_path, content):
 def test_a_checkpoint(tmp_path, data):
     file = tmp_path / "case" / "checkpoint.ckpt"
     file.write_bytes(data)
-    refused_or_read(checkpoint.read, file, (ConfigError,))
+    refused_or_read(checkpoint.read, file, (HalocError,))
 
 
 class Payload:
@@ -372,7 +372,7 @@ def test_no_code_of_a_file_of_weights_runs(tmp_path, zipped):
 def test_a_key_of_any_kind_leaves_the_message_on_one_short_line(tmp_path, key):
     file = tmp_path / "case" / "space.yml"
     file.write_text(yaml.safe_dump({key: 1}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="unknown key|\\.\\.\\.$") as caught:
+    with pytest.raises(HalocError, match="unknown key|\\.\\.\\.$") as caught:
         load_space(file)
     assert_one_line(str(caught.value), file)
     assert str(caught.value).isprintable()
@@ -407,8 +407,8 @@ LAUGHS = "".join(
 def test_yaml_that_is_a_trap(tmp_path, text):
     file = tmp_path / "case" / "run.yml"
     file.write_text(text)
-    assert refused_or_read(load_config, file, (ConfigError,)) is None
-    assert refused_or_read(check_experiment, file, (ConfigError,)) is None
+    assert refused_or_read(load_config, file, (HalocError,)) is None
+    assert refused_or_read(check_experiment, file, (HalocError,)) is None
 
 
 @pytest.mark.parametrize("depth", [900, 100_000])

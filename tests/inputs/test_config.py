@@ -5,7 +5,7 @@ import yaml
 from helpers.paths import ROOT
 
 from nni_haloc.inputs.config import Config, load_config, parse_config
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError
 
 GOOD = {
     "model": {"name": "digits_cnn"},
@@ -107,14 +107,14 @@ def test_defaults_are_filled_in_and_paths_are_relative_to_the_file(write, tmp_pa
     ],
 )
 def test_a_mistake_is_one_line_with_its_key(write, content, message):
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(HalocError, match=message) as error:
         load_config(write(content))
     assert "run.yml" in str(error.value) or "space.yml" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigError, match=r"none\.yml: No such file or directory"):
+    with pytest.raises(HalocError, match=r"none\.yml: No such file or directory"):
         load_config(tmp_path / "none.yml")
 
 
@@ -128,9 +128,9 @@ def test_a_tuners_parameters_are_dotted_keys(write):
         config.search.lam,
         config.rank_space.dense,
     ) == (5e6, None, 0.5, False)
-    with pytest.raises(ConfigError, match="search.lambda: unknown key"):
+    with pytest.raises(HalocError, match="search.lambda: unknown key"):
         load_config(write(GOOD), {"search.lambda": 0.5})
-    with pytest.raises(ConfigError, match="'weights' is not a section"):
+    with pytest.raises(HalocError, match="'weights' is not a section"):
         load_config(write(GOOD), {"weights.x": 1})
 
 
@@ -176,7 +176,7 @@ def test_the_papers_preset_is_the_paper_and_nothing_else(write):
         1.0,
     )
     with pytest.raises(
-        ConfigError, match="rank_space.dense: preset 'paper' sets it to False, found True"
+        HalocError, match="rank_space.dense: preset 'paper' sets it to False, found True"
     ):
         load_config(write({**merged("preset", "paper"), "rank_space": {"dense": True}}))
 
@@ -214,7 +214,7 @@ def test_scale_takes_its_root_of_epochs_and_images():
 
 def test_weights_to_be_trained_need_not_be_there(write, tmp_path):
     changes = {"weights": "none.safetensors"}
-    with pytest.raises(ConfigError, match="weights: no such file"):
+    with pytest.raises(HalocError, match="weights: no such file"):
         load_config(write(GOOD), changes)
     assert load_config(write(GOOD), changes, training=True).weights == str(
         tmp_path / "none.safetensors"

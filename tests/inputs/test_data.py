@@ -15,7 +15,7 @@ from nni_haloc.inputs.data import cifar10, digits, image_folder
 from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.tensor_images import TensorImages
 from nni_haloc.runs.job import Job
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError
 
 
 @pytest.fixture
@@ -229,12 +229,12 @@ def damaged(folder, damage):
 )
 def test_a_damaged_image_is_named_when_it_is_read(folder, damage):
     line = damaged(folder, damage)
-    with pytest.raises(ConfigError, match=f"^{line}$"):
+    with pytest.raises(HalocError, match=f"^{line}$"):
         image_folder(folder, 12, 0.3, in_memory=True)
     (folder / "val.txt").write_text("dog/1.png")
     splits = image_folder(folder, 12, val_list=folder / "val.txt")
     for workers in (0, 1):
-        with pytest.raises(ConfigError, match=f"^{line}$"):
+        with pytest.raises(HalocError, match=f"^{line}$"):
             list(splits.loader("train", 4, workers=workers))
 
 

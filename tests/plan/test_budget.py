@@ -10,14 +10,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nni_haloc.costs.table import CostTable
-from nni_haloc.plan.budget import (
-    InfeasibleBudget,
-    Limit,
-    UndecidedBudget,
-    cheapest,
-    check_feasible,
-    choose,
-)
+from nni_haloc.plan.budget import Limit, UndecidedBudget, cheapest, check_feasible, choose
+from nni_haloc.utils.errors import InfeasibleBudget
 
 
 def every(candidates):

@@ -17,7 +17,7 @@ from torch import nn
 
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.schema import Rule
-from nni_haloc.plan.budget import InfeasibleBudget, Limit
+from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rules import RULES, knapsacks, plan
 from nni_haloc.plan.rules.knapsacks import USE
 from nni_haloc.plan.rules.problem import Problem
@@ -25,6 +25,7 @@ from nni_haloc.plan.sensitivity import loss
 from nni_haloc.runs.by_rule import EVERY_RANK, NNI_STRATEGIES
 from nni_haloc.space.layers import rank_of
 from nni_haloc.space.ranks import RankRules
+from nni_haloc.utils.errors import InfeasibleBudget
 
 learning = sys.modules["nni_haloc.plan.rules.learned"]  # in the package, the function has the name
 

@@ -27,7 +27,7 @@ from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import search
 from nni_haloc.training import curves as history
 from nni_haloc.training.curves import COLUMNS
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError
 
 TRAINED = ["--model", "digits_cnn", "--weights", DIGITS.with_name("digits.safetensors")]
 SETTINGS = {"search.epochs": 2, "search.lam": 1.0}
@@ -317,5 +317,5 @@ def test_a_damaged_history_does_not_keep_a_search_from_going_on(tmp_path, conten
 
 def test_a_history_without_rows_is_named(tmp_path):
     (tmp_path / "history.csv").write_text(",".join(COLUMNS) + "\n")
-    with pytest.raises(ConfigError, match=r"history.csv: expected the columns .* \(no rows\)"):
+    with pytest.raises(HalocError, match=r"history.csv: expected the columns .* \(no rows\)"):
         history.read(tmp_path / "history.csv")

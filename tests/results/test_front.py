@@ -24,7 +24,7 @@ from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import search
 from nni_haloc.runs.saved import load
 from nni_haloc.training.finetuning import accuracy, recalibrate
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError
 
 ORIGINAL = 1493632
 BUDGETS = [0.3, 0.9, 0.6, 0.15, 0.05, 0.3]
@@ -176,25 +176,25 @@ def test_the_command_prints_a_table(folder, tmp_path):
 
 def test_mistakes_are_one_line(folder, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"checkpoint\.ckpt: no such file; expected the folder of a search"
+        HalocError, match=r"checkpoint\.ckpt: no such file; expected the folder of a search"
     ):
         front(tmp_path, [0.5])
     with pytest.raises(
-        ConfigError,
+        HalocError,
         match="budgets: expected fractions of the original's cost, above 0 to 1, found 1.5",
     ):
         front(folder, [0.5, 1.5])
     content = torch.load(folder / "search" / "checkpoint.ckpt", weights_only=True)
     (tmp_path / "search").mkdir()
     torch.save({**content, "epoch": 1}, tmp_path / "search" / "checkpoint.ckpt")
-    with pytest.raises(ConfigError, match=r"the search is not finished \(2 of 3 epochs\)"):
+    with pytest.raises(HalocError, match=r"the search is not finished \(2 of 3 epochs\)"):
         front(tmp_path, [0.5])
     content["nni_haloc"]["facts"]["config"]["model"] = {
         "name": "os:mkdir",
         "arguments": {"path": str(tmp_path / "called")},
     }
     torch.save(content, tmp_path / "search" / "checkpoint.ckpt")
-    with pytest.raises(ConfigError, match="a factory of one's own is not called on a file's word"):
+    with pytest.raises(HalocError, match="a factory of one's own is not called on a file's word"):
         front(tmp_path, [0.5])
     assert not (tmp_path / "called").exists()
 
@@ -231,7 +231,7 @@ def test_tensorboard_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pytorch_lightning.loggers, "TensorBoardLogger", missing)
     with pytest.raises(
-        ConfigError,
+        HalocError,
         match=r"search\.tensorboard: needs the package tensorboard \(pip install 'nni-haloc\[tensorboard\]'\)",
     ):
         search(Job(load_config(DIGITS, SETTINGS), tmp_path))

@@ -16,8 +16,7 @@ from nni_haloc.inputs.config import load_config
 from nni_haloc.runs import by_rule as baselines
 from nni_haloc.runs.by_rule import by_rule
 from nni_haloc.runs.job import Job
-from nni_haloc.training.checkpoint import UnusableCheckpoint
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError, UnusableCheckpoint
 
 LEARNED = (
     "baseline",
@@ -130,7 +129,7 @@ def test_a_rule_where_none_fits_is_one_line(arguments, message):
 def test_an_impossible_budget_is_one_line_and_leaves_no_plan(tmp_path):
     config = load_config(DIGITS, {"rule": "vbmf", "budget.fraction": 0.001})
     with pytest.raises(
-        ConfigError, match=r"^budget: 1493\.63 macs is below the cheapest network, \d+ macs$"
+        HalocError, match=r"^budget: 1493\.63 macs is below the cheapest network, \d+ macs$"
     ):
         by_rule(Job(config, tmp_path))
     assert not (tmp_path / "ranks.json").exists()
@@ -170,7 +169,7 @@ def test_nothing_to_search_is_one_line(tmp_path, rule):
     config = load_config(
         DIGITS, {"rule": rule, "budget.fraction": 1.0, "rank_space.exclude": ["*"]}
     )
-    with pytest.raises(ConfigError, match=r"^nothing to search in DigitsCNN \(.*excluded by name"):
+    with pytest.raises(HalocError, match=r"^nothing to search in DigitsCNN \(.*excluded by name"):
         by_rule(Job(config, tmp_path))
 
 

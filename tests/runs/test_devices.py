@@ -15,7 +15,7 @@ from nni_haloc.inputs.models import build_model
 from nni_haloc.runs import devices as module
 from nni_haloc.runs.devices import CLOCK, at_hand, print_throughput, throughput
 from nni_haloc.space.ranks import RankRules
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError
 
 SHORT = {
     "search.epochs": 1,
@@ -102,14 +102,14 @@ def kept(folder):
 
 def test_a_later_call_keeps_the_rows_of_other_devices(tmp_path, measured):
     config = load_config(DIGITS, SHORT)
-    measured |= {"torch": 1.0, "onnxruntime": ConfigError("too slow")}
+    measured |= {"torch": 1.0, "onnxruntime": HalocError("too slow")}
     throughput(config, tmp_path, ["torch", "onnxruntime"])
     assert kept(tmp_path) == {"torch": 1.0, "onnxruntime": "too slow"}
     measured |= {"eyeriss": 2.0, "onnxruntime": 3.0}
     rows = throughput(config, tmp_path, ["eyeriss", "onnxruntime"])
     assert kept(tmp_path) == {"torch": 1.0, "onnxruntime": 3.0, "eyeriss": 2.0}
     assert [row["device"] for row in rows] == ["torch", "eyeriss", "onnxruntime"]
-    measured |= {"torch": 4.0, "eyeriss": ConfigError("no")}
+    measured |= {"torch": 4.0, "eyeriss": HalocError("no")}
     rows = throughput(config, tmp_path, ["torch", "eyeriss"])
     assert kept(tmp_path) == {"torch": 4.0, "onnxruntime": 3.0, "eyeriss": 2.0}  # measured before
     assert rows[-1] == {"device": "eyeriss", "reason": "no"}
@@ -133,7 +133,7 @@ def test_what_is_measured_is_kept_when_a_later_device_is_interrupted(tmp_path, m
 )
 def test_a_damaged_table_is_named_before_the_work_and_left(content, message, tmp_path, measured):
     (tmp_path / "throughput.json").write_text(content)
-    with pytest.raises(ConfigError, match=f"throughput.json: {message}"):
+    with pytest.raises(HalocError, match=f"throughput.json: {message}"):
         throughput(
             load_config(DIGITS, SHORT), tmp_path, ["torch"]
         )  # of which nothing is known here
@@ -141,7 +141,7 @@ def test_a_damaged_table_is_named_before_the_work_and_left(content, message, tmp
 
 
 def test_what_cannot_be_done_on_any_device_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match=r"^eyeriss: .*budget"):
+    with pytest.raises(HalocError, match=r"^eyeriss: .*budget"):
         throughput(load_config(DIGITS, {**SHORT, "budget.fraction": 0.001}), tmp_path, ["eyeriss"])
 
 
@@ -154,7 +154,7 @@ def test_what_cannot_be_done_on_any_device_is_one_line(tmp_path):
 )
 def test_settings_of_one_device_are_refused(tmp_path, changes, message):
     settings = {key: value for key, value in SHORT.items() if key != "budget.fraction"} | changes
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(HalocError, match=message):
         throughput(load_config(DIGITS, settings), tmp_path, ["torch"])
 
 

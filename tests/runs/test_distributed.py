@@ -25,7 +25,7 @@ from nni_haloc.search.strategy import Haloc, run_search
 from nni_haloc.search.updates import HalocModule
 from nni_haloc.training import curves as history
 from nni_haloc.training.recipe import Recipe
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError
 from nni_haloc.utils.processes import check_startable, is_first, start_together
 
 PROGRAM = """
@@ -266,7 +266,7 @@ def test_processes_that_start_together_need_a_table(tmp_path, monkeypatch):
     config, model, image = latency_config()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with pytest.raises(
-        ConfigError,
+        HalocError,
         match=r"cost.table: each of the processes would measure another latency; name a table",
     ):
         limits_of(config, model, image, rules_of(config), tmp_path)

@@ -24,7 +24,7 @@ from nni_haloc.runs.job import Job, job_in
 from nni_haloc.runs.run import run
 from nni_haloc.runs.saved import load
 from nni_haloc.training.finetuning import accuracy
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError
 
 SHORT = {
     "rule": "uniform",
@@ -286,7 +286,7 @@ def files(folder):
 @pytest.mark.parametrize("stage", ["prune", "quantize"])
 def test_a_stage_takes_no_folder_that_its_network_comes_from(folder, whole, stage, source, out):
     before = files(folder)
-    with pytest.raises(ConfigError, match="--out: expected another folder than the run's, found "):
+    with pytest.raises(HalocError, match="--out: expected another folder than the run's, found "):
         stage_of(folder / source, stage, {}, folder / out)
     assert files(folder) == before
 
@@ -324,7 +324,7 @@ def test_a_package_that_int8_needs_is_missed_before_anything_is_done(tmp_path, m
         run_module, "choose_ranks", lambda *args, **options: pytest.fail("ranks were chosen")
     )
     with pytest.raises(
-        ConfigError, match=r"^quantize.int8: .*needs the package onnx, which is not installed"
+        HalocError, match=r"^quantize.int8: .*needs the package onnx, which is not installed"
     ):
         chain(tmp_path, quantize={})
     stages.check(Job(load_config(DIGITS, SHORT | {"quantize": {"int8": False}}), tmp_path))
@@ -344,16 +344,16 @@ def test_a_network_that_cannot_be_traced_is_refused_before_anything_is_done(tmp_
     )
     monkeypatch.setattr("nni_haloc.runs.job.load_weights", lambda *args: None)
     Untraceable.__module__ = __name__
-    with pytest.raises(ConfigError, match="^prune: torch.fx cannot trace Sequential"):
+    with pytest.raises(HalocError, match="^prune: torch.fx cannot trace Sequential"):
         chain(tmp_path, prune=PRUNE)
 
 
 def test_a_stage_that_fails_leaves_the_runs_own_metrics(tmp_path, monkeypatch):
     def fail(*args, **options):
-        raise ConfigError("prune: failed")
+        raise HalocError("prune: failed")
 
     monkeypatch.setattr(stages, "prune_stage", fail)
-    with pytest.raises(ConfigError, match="prune: failed"):
+    with pytest.raises(HalocError, match="prune: failed"):
         chain(tmp_path, prune=PRUNE, **NO_TRAINING)
     content = json.loads((tmp_path / "metrics.json").read_text())
     assert {"default", "macs", "latency_ms"} <= set(content["metrics"])
@@ -401,7 +401,7 @@ def test_ctrl_c_in_a_stage_promises_its_own_checkpoint_alone(tmp_path, capsys):
 @pytest.mark.parametrize("stage", ["prune", "quantize"])
 def test_the_scale_of_a_run_is_none_of_a_stage(folder, whole, tmp_path, stage):
     with pytest.raises(
-        ConfigError, match=f"^scale: of a whole run, not of a stage; set {stage}.epochs$"
+        HalocError, match=f"^scale: of a whole run, not of a stage; set {stage}.epochs$"
     ):
         stage_of(folder, stage, {"scale": 0.1}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from nni.runtime.trial_command_channel import get_default_trial_command_channel
 from nni_haloc.costs.analytic import mac_table, param_table
 from nni_haloc.costs.counts import count_macs
 from nni_haloc.inputs.config import load_config
-from nni_haloc.plan.budget import InfeasibleBudget, Limit
+from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.compression import compress
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.sensitivity import loss
@@ -28,6 +28,7 @@ from nni_haloc.runs.saved import load
 from nni_haloc.search.multitrial import _Repair, run_multitrial
 from nni_haloc.search.space import RankSpace
 from nni_haloc.space.ranks import RankRules
+from nni_haloc.utils.errors import InfeasibleBudget
 
 BOTH = sorted(NNI_STRATEGIES.values())
 

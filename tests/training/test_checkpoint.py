@@ -16,7 +16,7 @@ from helpers.states import differences
 
 from nni_haloc.inputs.config import load_config
 from nni_haloc.training import checkpoint
-from nni_haloc.training.checkpoint import UnusableCheckpoint
+from nni_haloc.utils.errors import UnusableCheckpoint
 
 SHORT = [
     "--set",
@@ -201,7 +201,7 @@ def test_a_state_that_would_run_code_is_not_loaded(tmp_path):
 
 def test_a_state_depends_on_the_settings_of_the_search_and_on_what_its_files_hold(tmp_path):
     def identity(**changes):
-        return checkpoint.identity(
+        return identity(
             load_config(DIGITS, {key.replace("__", "."): value for key, value in changes.items()})
         )
 

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from nni_haloc.inputs.config import load_config
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import choose_ranks
-from nni_haloc.training.finetuning import TrainingDiverged, accuracy, finetune, recalibrate
+from nni_haloc.training.finetuning import accuracy, finetune, recalibrate
 from nni_haloc.training.recipe import Recipe
+from nni_haloc.utils.errors import Diverged
 
 
 def test_recalibration_is_the_plain_mean_over_the_batches(net, loaders):
@@ -181,7 +182,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(net, loaders, weight, found
     with torch.no_grad():
         net.head.weight.fill_(weight)
     with pytest.raises(
-        TrainingDiverged,
+        Diverged,
         match=rf"the training diverged: loss ({found}) in epoch 1, iteration 1; lower its learning rate$",
     ):
         finetune(net, loaders[0], Recipe(1, 0.01), enable_progress_bar=False)
@@ -190,7 +191,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(net, loaders, weight, found
 def test_weights_that_the_last_step_made_infinite_are_no_result(net, images, labels):
     data = DataLoader(TensorDataset(images, labels), 64)
     with pytest.raises(
-        TrainingDiverged,
+        Diverged,
         match=r"the training diverged: .* is no longer finite; lower its learning rate$",
     ):
         finetune(

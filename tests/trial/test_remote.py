@@ -14,7 +14,7 @@ from helpers.paths import ROOT
 
 from nni_haloc.cli.experiment import check_experiment, trial_folders, trial_results
 from nni_haloc.runs.saved import load
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError
 
 SSHD = shutil.which(
     "sshd", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"])
@@ -161,7 +161,7 @@ def test_what_an_absolute_path_names_is_the_other_machines(experiment):
     )
     assert check_experiment(experiment) == "trials run run.yml, searching budget.fraction"
     experiment.write_text(REMOTE.replace("remote", "local"))
-    with pytest.raises(ConfigError, match=r"no such file or folder: |No such file"):
+    with pytest.raises(HalocError, match=r"no such file or folder: |No such file"):
         check_experiment(experiment)
 
 
@@ -184,7 +184,7 @@ def test_what_an_absolute_path_names_is_the_other_machines(experiment):
 def test_what_is_not_sent_to_the_other_machine_is_named(experiment, old, new, message):
     run = experiment.parent / "code" / "run.yml"
     run.write_text(RUN.replace(old, new))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(HalocError, match=message):
         check_experiment(experiment)
 
 

@@ -23,7 +23,7 @@ from helpers.nni_experiments import (
 
 from nni_haloc.cli.experiment import trial_results
 from nni_haloc.trial import Reports
-from nni_haloc.utils.errors import ConfigError
+from nni_haloc.utils.errors import HalocError
 
 BUDGETS = [0.5, 0.3]
 TRIED = [0.5, 0.5, 0.3]
@@ -108,7 +108,7 @@ def test_a_manager_that_does_not_answer_is_one_line_and_the_result_is_not_noted(
     )
     reports = Reports(tmp_path / "reported.json", {})
     with pytest.raises(
-        ConfigError,
+        HalocError,
         match=r"^NNI's manager does not answer \(ConnectionRefusedError\); `nnictl resume` goes on",
     ):
         reports.point(point(0), 0)
