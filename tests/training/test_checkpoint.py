@@ -201,7 +201,7 @@ def test_a_state_that_would_run_code_is_not_loaded(tmp_path):
 
 def test_a_state_depends_on_the_settings_of_the_search_and_on_what_its_files_hold(tmp_path):
     def identity(**changes):
-        return identity(
+        return identity_of(
             load_config(DIGITS, {key.replace("__", "."): value for key, value in changes.items()})
         )
 
