@@ -15,6 +15,7 @@ from helpers.paths import DIGITS
 from helpers.states import differences
 
 from nni_haloc.inputs.config import load_config
+from nni_haloc.runs.identity import identity as identity_of
 from nni_haloc.training import checkpoint
 from nni_haloc.utils.errors import UnusableCheckpoint
 
