@@ -266,14 +266,19 @@ def test_data_aware_error_is_never_above_hosvds(case, rank):
 
 @settings(max_examples=60, deadline=None)
 @example(1, 5, (1, 3), torch.float32, 5, 1)  # a single patch that the kernel nearly cancels
+@example(1, 6, (2, 2), torch.float32, 33, 1)  # a ridge below float32's rounding
 @given(
-    st.integers(1, 6), st.integers(1, 6), st.sampled_from([(1, 3), (3, 1), (2, 2)]), st.sampled_from([torch.float32, torch.float64]),
-    st.integers(0, 1000), st.integers(1, 60),
-)  # fmt: skip
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.sampled_from([(1, 3), (3, 1), (2, 2)]),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.integers(0, 1000),
+    st.integers(1, 60),
+)
 def test_data_aware_error_is_never_above_hosvds_at_random(f, c, k, dtype, seed, n):
     w = kernel(f, c, *k, seed=seed)
     s = covariance(patches(c, k[0] * k[1], n, seed + 1)).to(dtype)
-    # Energies are told apart to |W|^2 tr(S) eps, which is much of the output's where the kernel cancels its input.
+    # Energies are told apart to |W|^2 tr(S) eps: much of the output's if the kernel cancels it.
     output = (w.flatten(1) @ s.double() * w.flatten(1)).sum()
     cancelled = w.square().sum() * s.double().trace() / output
     rounding = (16 * torch.finfo(dtype).eps * cancelled).sqrt() if dtype == torch.float32 else 0
@@ -285,8 +290,19 @@ def test_data_aware_error_is_never_above_hosvds_at_random(f, c, k, dtype, seed, 
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_patch_does_not_blow_up_the_core(dtype):
+    """A ridge below float32's rounding once made a core 142 times as large as the kernel."""
+    w, s = kernel(1, 6, 2, 2, seed=33), covariance(patches(6, 4, 1, 34)).to(dtype)
+    for factors in data_aware(w, [(1, r2) for r2 in range(1, 7)], s):
+        assert factors.core.norm() <= 2 * w.norm()
+
+
 def misleading():
-    """Channels that share no output. Channel 0 is large and hardly varies within a patch, and its kernel takes a difference."""
+    """Return a kernel whose channels share no output, and patches.
+
+    Channel 0 is large and hardly varies within a patch, and its kernel takes a difference.
+    """
     w = torch.zeros(6, 5, 3, 3, dtype=torch.float64)
     w[0, 0, 0, :2] = torch.tensor([0.5, -0.5])
     w[1:5, 1], w[5, 2] = kernel()[1:5, 1], 0.1 * kernel()[5, 2]
