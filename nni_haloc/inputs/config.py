@@ -30,7 +30,7 @@ from nni_haloc.inputs.schema import (
     check_uploaded,
 )
 from nni_haloc.inputs.yaml_files import read_yaml
-from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.errors import SettingsError, explain
 
 Validated = TypeVar("Validated", bound=Section)
 
@@ -183,7 +183,7 @@ def _validated(
     try:
         return section.model_validate(content, context={"folder": folder, **context})
     except ValidationError as error:
-        raise SettingsError(f"{source}: {_explain(error)}") from None
+        raise SettingsError(f"{source}: {explain(error)}") from None
 
 
 def set_dotted(content: dict[str, Any], dotted: str, value: Any) -> None:
@@ -198,25 +198,3 @@ def set_dotted(content: dict[str, Any], dotted: str, value: Any) -> None:
             "absolute" if key == "fraction" else "fraction", None
         )  # the two exclude each other: the one set last stands
     content[key] = value
-
-
-def _explain(error: ValidationError) -> str:
-    """The first error on one line: key, expected, found."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    found = first.get("input")
-    if first["type"] == "extra_forbidden":
-        message = "unknown key"
-    elif first["type"] == "missing":
-        message = "missing"
-    elif first["type"] == "value_error":
-        message = str(first["ctx"]["error"])
-    else:
-        shown = (
-            repr(found)
-            if isinstance(found, (str, int, float, bool, type(None)))
-            else type(found).__name__
-        )
-        message = f"{first['msg'][:1].lower()}{first['msg'][1:]}, found {shown}"
-    more = error.error_count() - 1
-    return (f"{key}: " if key else "") + message + (f" (and {more} more)" if more else "")

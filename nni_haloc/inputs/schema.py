@@ -230,28 +230,37 @@ class Trainer(Section):
     strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"] = "auto"
 
 
-class Search(Training):
-    """The search: the weights' training, and `nni_haloc.search.strategy.Haloc`'s options."""
+class SearchOptions(Section):
+    """How probabilities and weights are searched: the options of `nni_haloc.Haloc`, told there."""
 
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    epochs: Count = 1
-    lr: Positive = 0.02
-    schedule: Literal["step", "onecycle", "constant"] = "constant"
-    warmup_epochs: Annotated[int, Field(ge=0)] = 0
     lam: NonNegative = 1.0
     lam_schedule: Literal["constant", "linear", "cosine"] = "constant"
     approach: Literal["features", "weights"] = "features"
-    approach_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    approach_share: Share = 0.25
     clip: Positive | None = 10.0
     objective: Literal["settle", "paper"] = "settle"
     eta: Positive = 1.0
     theta: NonNegative = 1.0
     alpha_lr: Positive = 0.03
-    alpha_every: Count = 4
-    start: Literal["uniform", "sensitivity"] = "sensitivity"
-    start_scale: Positive = 0.005
     alpha_optimizer: Literal["adam", "sgd"] = "adam"
+    alpha_every: Count = 4
+    start_scale: Positive = 0.005
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
     temperature: Positive = 1.0
     select: Literal["knapsack", "argmax"] = "knapsack"
     min_use: Annotated[float, Field(ge=0, le=1)] = 0.95
+
+
+class Search(SearchOptions, Training):
+    """The search: the options of `Haloc`, and the training of the weights in it.
+
+    ``start`` says what alpha starts from. `Haloc` takes the measured values themselves under that
+    name, and without them all candidates start alike.
+    """
+
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    epochs: Count = 1
+    lr: Positive = 0.02
+    schedule: Literal["step", "onecycle", "constant"] = "constant"
+    start: Literal["uniform", "sensitivity"] = "sensitivity"
     tensorboard: bool = False

@@ -45,8 +45,45 @@ class Limit:
     costs: CostTable
     budget: float
 
+    @classmethod
+    def of(
+        cls,
+        costs: CostTable,
+        fraction: float | None = None,
+        absolute: float | None = None,
+        name: str = "budget_absolute",
+    ) -> Limit:
+        """Return the limit for a budget that is given in one of two ways.
+
+        Args:
+            costs: table of what each candidate costs.
+            fraction: the budget as a fraction of the original's cost, above 0 to 1.
+            absolute: the budget in the table's unit.
+            name: what the caller's users call ``absolute``, for the message.
+
+        Raises:
+            ValueError: unless exactly one of the two is given, and in its range.
+        """
+        if fraction is not None and absolute is None:
+            if not 0 < fraction <= 1:
+                raise ValueError(
+                    "budget: expected a fraction of the original's cost, above 0 to 1, found"
+                    f" {fraction}; for a number of {costs.metric} use {name}"
+                )
+            return cls(costs, fraction * costs.original)
+        if absolute is not None and fraction is None:
+            if not 0 < absolute < math.inf:
+                raise ValueError(
+                    f"{name}: expected a number of {costs.metric} above 0, found {absolute}"
+                )
+            return cls(costs, absolute)
+        raise ValueError(
+            "expected either budget, a fraction of the original's cost, or"
+            f" {name}, a number of {costs.metric}"
+        )
+
     def holds(self, choice: Mapping[str, str]) -> bool:
-        """Whether a choice is within the limit, by its exact cost."""
+        """Tell whether a choice is within the limit, by its exact cost."""
         return self.costs.total(choice) <= self.budget
 
     def facts(self, choice: Mapping[str, str]) -> dict[str, Any]:

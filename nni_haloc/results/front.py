@@ -58,7 +58,7 @@ def front(
     infeasible: list[dict[str, Any]] = []
     for fraction in sorted(set(budgets), reverse=True):
         try:
-            plan = strategy.plan(fraction * original)
+            plan = strategy.plan(fraction, select="knapsack")  # the arg max knows no budget
         except (InfeasibleBudget, UndecidedBudget) as error:
             logger.info("budget %g: %s", fraction, error)
             infeasible.append({"fraction": fraction, "reason": str(error)})
@@ -142,7 +142,6 @@ def _finished(folder: Path, factories: bool) -> tuple[Job, Haloc]:
         )
     job = Job(config, folder, factories=factories)
     strategy = searched(job, resume=True)
-    strategy.select = "knapsack"  # the arg max is the same for every budget
     return job, strategy
 
 

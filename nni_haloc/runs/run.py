@@ -13,7 +13,7 @@ from nni_haloc.costs.analytic import param_table
 from nni_haloc.costs.from_settings import rules_of
 from nni_haloc.inputs import data as datasets
 from nni_haloc.inputs.config import Config
-from nni_haloc.inputs.schema import Training
+from nni_haloc.inputs.schema import SearchOptions
 from nni_haloc.plan.budget import cheapest, check_feasible
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.sensitivity import sensitivities
@@ -221,7 +221,6 @@ def _prepare(
             limit.budget,
             limit.costs.original,
         )
-    options = set(type(s).model_fields) - set(Training.model_fields) - {"tensorboard", "start"}
     start = None
     if s.start == "sensitivity":
         images, labels = splits.labelled("plain", r.calibration_images, config.seed)
@@ -236,7 +235,8 @@ def _prepare(
             bf16=s.precision == "bf16-mixed",
             progress=left,
         )
-    return Haloc(limits, seed=config.seed, start=start, **s.model_dump(include=options)), space
+    options = s.model_dump(include=set(SearchOptions.model_fields))
+    return Haloc(limits, seed=config.seed, start=start, **options), space
 
 
 def _search(

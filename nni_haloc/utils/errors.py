@@ -7,6 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class HalocError(ValueError):
@@ -56,6 +61,28 @@ def as_one_line(kind: type[HalocError] = SettingsError, where: str = "") -> Iter
         raise kind(f"{where}: {reason_of(error)}" if where else reason_of(error)) from None
 
 
+@contextmanager
+def needs(*packages: str, what: str, install: str) -> Iterator[None]:
+    """Import optional packages, then run a block; one that is missing is one line.
+
+    Args:
+        packages: names to import. The block may import others, which are looked after, too.
+        what: the command, setting or function that needs them.
+        install: what ``pip install`` is to be given: ``onnxruntime``, ``nni-haloc[onnx]``.
+
+    Raises:
+        MissingPackage: if one of the packages is not installed.
+    """
+    try:
+        for package in packages:
+            import_module(package)
+        yield
+    except ModuleNotFoundError as error:
+        remedy = f"pip install {install!r}" if "[" in install else f"pip install {install}"
+        message = f"{what}: needs the package {error.name}, which is not installed ({remedy})"
+        raise MissingPackage(message) from None
+
+
 def printable(message: str, most: int = 1000) -> str:
     """Put a message on one line of at most ``most`` characters; escape what can't be printed."""
     line = "".join(
@@ -80,3 +107,25 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def explain(error: ValidationError) -> str:
+    """Return pydantic's first error on one line: key, what was expected, what was found."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    found = first.get("input")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key"
+    elif first["type"] == "missing":
+        message = "missing"
+    elif first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+    else:
+        shown = (
+            repr(found)
+            if isinstance(found, (str, int, float, bool, type(None)))
+            else type(found).__name__
+        )
+        message = f"{first['msg'][:1].lower()}{first['msg'][1:]}, found {shown}"
+    more = error.error_count() - 1
+    return (f"{key}: " if key else "") + message + (f" (and {more} more)" if more else "")

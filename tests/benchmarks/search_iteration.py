@@ -40,8 +40,9 @@ from torch.utils.data import DataLoader
 from nni_haloc.inputs.models import build_model
 from nni_haloc.search.evaluator import classification
 from nni_haloc.search.execution import contraction_work, contracts, runs_dense, work
+from nni_haloc.search.probabilities import ARRIVAL
 from nni_haloc.search.space import RankSpace
-from nni_haloc.search.strategy import ARRIVAL, Haloc, InProcess, run_search
+from nni_haloc.search.strategy import Haloc, InProcess, run_search
 from nni_haloc.space.ranks import RankRules, find_layers, macs
 from nni_haloc.training.finetuning import finetune
 from nni_haloc.training.recipe import Recipe
@@ -220,7 +221,7 @@ class Setting:
             return classification(loader(), loader(), recipe, callbacks=[clock], **options)
 
         strategy = Haloc(
-            space.costs, self.budget * space.costs.original, alpha_every=1, approach_share=1.0
+            space.costs, self.budget, alpha_every=1, approach_share=1.0
         )  # the dearest iteration
         return {
             "ordinary": lambda clock: finetune(

@@ -23,22 +23,23 @@ from nni_haloc.runs.job import _quiet, _splits
 from nni_haloc.runs.run import _prepare
 from nni_haloc.runs.training import recipe_of
 from nni_haloc.search.evaluator import classification
-from nni_haloc.search.strategy import Haloc, run_search
+from nni_haloc.search.probabilities import SearchState
+from nni_haloc.search.strategy import run_search
 from nni_haloc.training.finetuning import accuracy, recalibrate
 
 
-class AtOnce(Haloc):
+class AtOnce(SearchState):
     """The expected cost is the budget from the first step on."""
 
     def settle(self, progress=1.0):
         super().settle()
 
 
-class Penalty(Haloc):
+class Penalty(SearchState):
     """Adds ``2 |E / budget - 1|`` to the cross-entropy; plans are scored by the mean gate gradients, alpha holding the price too."""
 
     def probability_loss(self, ce):
-        return ce + 2 * (self.expected_cost() / self.budget - 1).abs()
+        return ce + 2 * (self.expected_cost() / self.limits[0].budget - 1).abs()
 
     def settle(self, progress=1.0):
         pass
@@ -56,12 +57,12 @@ class Multiplier(Penalty):
     multiplier = 0.0
 
     def probability_loss(self, ce):
-        excess = self.expected_cost() / self.budget - 1
+        excess = self.expected_cost() / self.limits[0].budget - 1
         self.multiplier += 0.05 * float(excess.detach())
         return ce + self.multiplier * excess + 5 * excess**2
 
 
-MODES = {"settle": Haloc, "at-once": AtOnce, "penalty": Penalty, "multiplier": Multiplier}
+MODES = {"settle": SearchState, "at-once": AtOnce, "penalty": Penalty, "multiplier": Multiplier}
 
 
 class Trace(pl.Callback):
@@ -79,7 +80,7 @@ def measure(mode, config, splits):
     load_weights(model, config.weights)
     with tempfile.TemporaryDirectory() as folder:
         strategy, space = _prepare(config, splits, model, splits.images("test", 1), Path(folder))
-    strategy.__class__ = MODES[mode]
+    strategy.state_type = MODES[mode]
     trace = Trace(strategy)
     train, val = (
         splits.loader(split, d.batch_size, shuffle=True, seed=config.seed + i)

@@ -60,32 +60,32 @@ class Watch(pl.Callback):
     """Counts forward passes by network and candidate, and notes which weights each iteration changed."""
 
     def on_fit_start(self, trainer, module):
-        self.strategy = module._strategy
+        self.state = module.state
         self.runs, self.rounds = [], []
-        for layer in self.strategy.mixed_layers.values():
+        for layer in self.state.mixed_layers.values():
             for name in layer.names:
                 layer[name].register_forward_hook(
                     lambda *_, key=(layer.label, name): self.runs.append(key)
                 )
         self.original = 0
-        self.strategy.supernet.original.register_forward_hook(
+        self.state.supernet.original.register_forward_hook(
             lambda *_: setattr(self, "original", self.original + 1)
         )
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.runs.clear()
-        self.before = {k: v.detach().clone() for k, v in self.strategy.supernet.named_parameters()}
+        self.before = {k: v.detach().clone() for k, v in self.state.supernet.named_parameters()}
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        layers = self.strategy.mixed_layers
+        layers = self.state.mixed_layers
         last = {
             layer.label: layer.names[layer.sampled] for layer in layers.values()
         }  # the weight step samples last
         changed = {
             k
-            for k, v in self.strategy.supernet.named_parameters()
+            for k, v in self.state.supernet.named_parameters()
             if not torch.equal(v, self.before[k])
         }
         optimizer = trainer.optimizers[0]
-        held = {k for k, v in self.strategy.supernet.named_parameters() if optimizer.state.get(v)}
+        held = {k for k, v in self.state.supernet.named_parameters() if optimizer.state.get(v)}
         self.rounds.append((list(self.runs), last, changed, held))

@@ -50,7 +50,7 @@ loaders = [DataLoader(Subset(TensorDataset(x, y), mine), 32 // processes) for _ 
 rules = RankRules(step=4, exclude=("0",))
 costs = mac_table(model, x[:1], rules)
 space = RankSpace(model, x[:1], costs, rules)
-strategy = Haloc(costs, 0.6 * costs.original, approach_share=1.0, alpha_every=1, objective=objective, alpha_lr=0.1)
+strategy = Haloc(costs, 0.6, approach_share=1.0, alpha_every=1, objective=objective, alpha_lr=0.1)
 options = {"devices": processes, "accelerator": "cpu", "enable_progress_bar": False, "use_distributed_sampler": False}
 if processes > 1:
     options["strategy"] = "ddp_find_unused_parameters_true"
@@ -124,7 +124,7 @@ def test_a_layer_that_one_process_does_not_call_counts_as_nothing_there(net, ima
         return float(ce), {x.label: (t, x.pending) for x, t in zip(mixed, task, strict=True)}
 
     space = RankSpace(net, images[:1])
-    strategy = Haloc(space.costs, space.costs.original)
+    strategy = Haloc(space.costs, 1.0)
     run_search(
         space,
         classification(*loaders, Recipe(1, 0.01), enable_progress_bar=False, limit_train_batches=1),

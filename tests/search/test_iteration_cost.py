@@ -69,7 +69,7 @@ def searching(number, **options):
             max(map(len, space.candidates.values())) == number
         )  # the first layer, of 3 channels, has room for two
         evaluator = classification(loader, loader, recipe, callbacks=[counter], **QUIET)
-        run_search(space, evaluator, Haloc(space.costs, 0.8 * space.costs.original, **options))
+        run_search(space, evaluator, Haloc(space.costs, 0.8, **options))
 
     return train
 

@@ -1,7 +1,10 @@
 """The search on NNI: what each update touches, where it settles, what it exports."""
 
+import ast
 import copy
+import inspect
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -19,11 +22,12 @@ from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.models import build_model
+from nni_haloc.inputs.schema import Search, Training
 from nni_haloc.plan.budget import Limit, cheapest
 from nni_haloc.plan.compression import compress
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.run import run
-from nni_haloc.search import gates
+from nni_haloc.search import gates, probabilities, updates
 from nni_haloc.search import supernet as supernet_module
 from nni_haloc.search.approach import FeatureMaps, Kernels
 from nni_haloc.search.evaluator import classification
@@ -46,7 +50,7 @@ def test_ten_lines_of_python_compress_a_network(net, images, loaders, tmp_path, 
     monkeypatch.chdir(tmp_path)
     before = state(net)
     space = RankSpace(net, images[:1], calibration=images)
-    strategy = Haloc(space.costs, budget=0.5 * space.costs.original)
+    strategy = Haloc(space.costs, budget=0.5)
     experiment = NasExperiment(space, classification(*loaders, Recipe(1, 0.01), **QUIET), strategy)
     experiment.config.experiment_working_directory = str(tmp_path)
     experiment.run()
@@ -300,8 +304,6 @@ def test_weight_approaching_compares_kernels_and_runs_no_original(net, images, l
 
 
 def test_lambda_may_fall_to_nothing_over_the_search(net, images, loaders, monkeypatch):
-    from nni_haloc.search import updates
-
     used = []
     monkeypatch.setattr(
         updates, "weight_loss", lambda ce, approach, lam: used.append(lam) or ce + lam * approach
@@ -339,13 +341,13 @@ class Costs(pl.Callback):
     """Expected cost of every limit, in units of its budget, after each iteration."""
 
     def on_fit_start(self, trainer, module):
-        self.strategy, self.ratios = module._strategy, []
+        self.state, self.ratios = module.state, []
 
     def on_train_batch_end(self, *_):
         self.ratios.append(
             [
-                float(self.strategy.expected_cost(limit).detach()) / limit.budget
-                for limit in self.strategy.limits
+                float(self.state.expected_cost(limit).detach()) / limit.budget
+                for limit in self.state.limits
             ]
         )
 
@@ -435,7 +437,7 @@ def test_alpha_is_updated_as_often_as_asked(net, images, loaders, options, steps
     run_search(
         RankSpace(net, images[:1], costs, calibration=images),
         evaluator,
-        Haloc(costs, 0.5 * costs.original, **options),
+        Haloc(costs, 0.5, **options),
     )
     assert len(counted) == steps
 
@@ -447,12 +449,12 @@ def test_scores_are_alphas_path_without_the_prices(net, images, loaders):
         def on_fit_start(self, trainer, module):
             self.total = {
                 name: torch.zeros(len(layer.names), dtype=torch.float64)
-                for name, layer in module._strategy.mixed_layers.items()
+                for name, layer in module.state.mixed_layers.items()
             }
 
             def add(optimizer, *_):
                 for layer, size in zip(
-                    module._strategy.mixed_layers.values(), self.total.values(), strict=True
+                    module.state.mixed_layers.values(), self.total.values(), strict=True
                 ):
                     size -= 0.5 * layer.alpha.grad.double()
 
@@ -502,7 +504,7 @@ def test_of_two_budgets_both_hold(net, images, loaders, macs, params):
     assert max(f["expected_cost"] / f["budget"] for f in facts) == pytest.approx(1.0, abs=1e-5)
     least = limits[0].costs.total(cheapest(strategy.supernet.candidates, limits[0].costs))
     between = (plan.chosen_by["cost"] + least) / 2
-    tighter = strategy.plan(between)  # another budget in the first table; the second stays
+    tighter = strategy.plan(absolute=between)  # another budget in the first table; the second stays
     assert tighter.chosen_by["cost"] <= between
     assert tighter.chosen_by["also"][0]["budget"] == limits[1].budget
 
@@ -514,7 +516,7 @@ def test_the_papers_loss_prices_the_limit_that_is_exceeded_most(net, images, loa
             net, images, loaders, limits=limits, objective="paper", theta=2.0, lam=0.0, min_use=0.0
         )
         expected = float(strategy.expected_cost(limits[binding]).detach()) / limits[binding].budget
-        assert float(strategy.probability_loss(torch.tensor(3.0)).detach()) == pytest.approx(
+        assert float(strategy.state.probability_loss(torch.tensor(3.0)).detach()) == pytest.approx(
             3 * expected**2
         )
 
@@ -727,7 +729,7 @@ def test_users_own_lightning_module_is_enough(net, images, loaders):
     )  # fmt: skip
     costs = mac_table(net, images[:1])
     space = RankSpace(net, images[:1], costs, calibration=images)
-    strategy = run_search(space, evaluator, Haloc(costs, 0.5 * costs.original))
+    strategy = run_search(space, evaluator, Haloc(costs, 0.5))
     assert strategy.plan().chosen_by["cost"] <= 0.5 * costs.original
     assert any(isinstance(m, MixedRankLayer) for m in strategy.supernet.modules())
     assert not any(isinstance(m, MixedRankLayer) for m in space.modules())
@@ -793,7 +795,7 @@ def test_the_plan_keeps_dense_where_the_task_needs_it(images):
     costs = mac_table(model, images[:1], rules)
     space = RankSpace(model, images[:1], costs, rules, images)
     budget = costs.total({"1": "r2", "2": "dense"})
-    strategy = Haloc(costs, budget, lam=0.0)
+    strategy = Haloc(costs, budget_absolute=budget, lam=0.0)
     run_search(
         space, classification(data, data, Recipe(10, 1e-6, schedule="constant"), **QUIET), strategy
     )
@@ -851,11 +853,62 @@ def test_gate_gradients_that_are_not_finite_are_a_divergence_too(net, images, lo
 
 
 @pytest.mark.parametrize(
-    "option", [{"objective": "papr"}, {"select": "arg max"}, {"alpha_optimizer": "lion"}]
+    ("option", "message"),
+    [
+        ({"objective": "papr"}, "objective: input should be 'settle' or 'paper', found 'papr'"),
+        ({"select": "arg max"}, "select: input should be 'knapsack' or 'argmax', found 'arg max'"),
+        ({"alpha_optimizer": "lion"}, "alpha_optimizer: input should be .*, found 'lion'"),
+        ({"lamda": 2.0}, "lamda: unknown key"),
+        ({"approach_share": 0.0}, "approach_share: input should be greater than 0, found 0.0"),
+        ({"alpha_every": 0, "eta": "1"}, r"eta: .*, found '1' \(and 1 more\)"),
+    ],
 )
-def test_options_that_do_not_exist_are_refused(net, images, option):
-    with pytest.raises(ValueError, match="expected one of"):
+def test_options_that_do_not_exist_are_refused(net, images, option, message):
+    with pytest.raises(ValueError, match=f"^{message}$") as raised:
         Haloc(mac_table(net, images[:1]), 1.0, **option)
+    assert type(raised.value) is ValueError
+    assert raised.value.__suppress_context__
+
+
+def test_python_and_the_settings_have_the_same_options_and_defaults(net, images):
+    options = Haloc(mac_table(net, images[:1]), 0.5).options
+    names = set(type(options).model_fields)
+    assert Search().model_dump(include=names) == options.model_dump()
+    assert names == set(Search.model_fields) - set(Training.model_fields) - {"start", "tensorboard"}
+    for name in names:
+        assert re.search(rf"^        (\w+, )*{name}(, \w+)*: ", Haloc.__doc__, re.M), name
+
+
+def test_a_fraction_and_an_absolute_budget_are_not_confused(net, images, loaders):
+    costs = mac_table(net, images[:1])
+    half = 0.5 * costs.original
+    assert Haloc(costs, 0.5).budget == Haloc(costs, budget_absolute=half).budget == half
+    with pytest.raises(
+        ValueError,
+        match=r"^budget: expected a fraction .*, found 12.5; .* macs use budget_absolute$",
+    ):
+        Haloc(costs, 12.5)
+    for wrong in ({}, {"budget": 0.5, "budget_absolute": half}):
+        with pytest.raises(ValueError, match="^expected either budget, .*, or budget_absolute, "):
+            Haloc(costs, **wrong)
+    for wrong in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="budget_absolute: expected a number of macs above 0"):
+            Haloc(costs, budget_absolute=wrong)
+    with pytest.raises(ValueError, match="or a list of limits$"):
+        Haloc([Limit(costs, half)], budget_absolute=half)
+    strategy = search(net, images, loaders, 0.8)
+    assert strategy.plan(0.5) == strategy.plan(absolute=half)
+    assert strategy.plan().chosen_by["budget"] == 0.8 * costs.original
+    with pytest.raises(ValueError, match=r"found 12.5; for a number of macs use absolute$"):
+        strategy.plan(12.5)
+
+
+def test_the_updates_and_the_state_do_not_know_the_strategy():
+    for module in (updates, probabilities):
+        tree = ast.parse(inspect.getsource(module))
+        imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        assert "nni_haloc.search.objective" in imported
+        assert "nni_haloc.search.strategy" not in imported
 
 
 def test_alpha_takes_no_part_in_the_weight_step(net, images, loaders, monkeypatch):
@@ -868,7 +921,7 @@ def test_alpha_takes_no_part_in_the_weight_step(net, images, loaders, monkeypatc
 
     class After(pl.Callback):
         def on_train_batch_end(self, trainer, module, *_):
-            left.extend(layer.alpha.grad for layer in module._strategy.mixed_layers.values())
+            left.extend(layer.alpha.grad for layer in module.state.mixed_layers.values())
 
     monkeypatch.setattr(MixedRankLayer, "_gate_gradients", counted)
     strategy = search(net, images, loaders, epochs=2, callbacks=[After()])
@@ -889,14 +942,12 @@ def test_a_plans_layers_are_plain_strings(net, images, loaders):
 def test_without_a_number_of_epochs_lambda_stays_and_the_cost_is_at_the_budget(
     net, images, loaders, monkeypatch
 ):
-    from nni_haloc.search import updates
-
     used = []
     monkeypatch.setattr(
         updates, "weight_loss", lambda ce, approach, lam: used.append(lam) or ce + lam * approach
     )
     costs = mac_table(net, images[:1])
-    strategy = Haloc(costs, 0.5 * costs.original, lam_schedule="linear")
+    strategy = Haloc(costs, 0.5, lam_schedule="linear")
     evaluator = classification(
         *loaders, Recipe(-1, 0.01, schedule="constant"), max_steps=6, **QUIET
     )
