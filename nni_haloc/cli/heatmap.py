@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 from nni_haloc.costs.accelerator import CACHE, accelerator_costs
 from nni_haloc.costs.device.measurements import keep_measurements
@@ -17,7 +16,6 @@ from nni_haloc.costs.device.measuring import Timing, measure
 from nni_haloc.costs.device.replay import Replay
 from nni_haloc.costs.device.spec import Entry, Specification
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
-from nni_haloc.costs.measure import Parser, model_of
 from nni_haloc.costs.table import CostTable
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.names import DENSE, rank_name
@@ -26,88 +24,94 @@ from nni_haloc.utils.files import whole
 from nni_haloc.utils.progress import progress
 
 UNITS = {"latency_ms": "ms", "cycles": "cycles", "energy_pj": "pJ"}
+Pair = tuple[int, int]
 
 
-def heatmap_main(arguments: Sequence[str] | None = None) -> None:
-    """Draw the cost of every pair of ranks of one layer, and keep the numbers beside the picture: a cost table of that layer.
+def heatmap(
+    spec: LayerSpec,
+    name: str,
+    out: Path,
+    *,
+    metric: str = "latency_ms",
+    step: int = 4,
+    rounds: int = 3,
+    runtime: TorchRuntime | None = None,
+) -> str:
+    """Draw the cost of every pair of ranks of one layer; keep the numbers beside the picture.
 
-    Measuring goes on where it was stopped.
+    The numbers are a cost table of that layer, ``out`` with the ending ``.json``. Measuring goes on
+    where it was stopped.
+
+    Args:
+        spec: the layer, as `layer_spec` finds it.
+        name: what the title calls the layer.
+        out: the picture: ``.png``, ``.pdf`` or ``.svg``.
+        metric: ``latency_ms``, measured here, or ``cycles`` or ``energy_pj``, of an Eyeriss-like
+            array.
+        step: distance between ranks.
+        rounds: how many times each pair is measured.
+        runtime: what measures ``latency_ms``.
+
+    Returns:
+        One line on the dense layer's cost and the files.
+
+    Raises:
+        ValueError: if the step does not fit the layer, or the file is no picture.
     """
-    parser = Parser("haloc heatmap", "Draw what every pair of ranks (r1, r2) of one layer costs.")
-    parser.model_options("heatmap.png")
-    parser.add_argument("--layer", required=True, help="the layer's name in the model")
-    parser.add_argument(
-        "--step", type=int, default=4, help="distance between ranks (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--metric",
-        choices=tuple(UNITS),
-        default="latency_ms",
-        help="measured here, or of an Eyeriss-like array",
-    )
-    parser.add_argument(
-        "--memory-format", choices=("contiguous", "channels_last"), default="contiguous"
-    )
-    parser.add_argument("--threads", type=int, help="processor threads (default: torch's)")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="passes over all pairs (default: %(default)s)"
-    )
-    options = parser.parse_args(arguments)
-    model, example, _ = model_of(options)
-    spec = find_layers(model, example, RankRules(1)).specs.get(options.layer)
-    if spec is None or spec.kind != "conv":
-        raise ValueError(
-            f"--layer: expected a convolution with a kernel larger than 1x1, found {options.layer!r}"
-        )
-    if not 0 < options.step <= min(spec.in_channels, spec.out_channels):
-        raise ValueError(
-            f"--step: expected 1 to {min(spec.in_channels, spec.out_channels)}, found {options.step}"
-        )
-    if options.out.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--out: expected a picture, .png, .pdf or .svg, found {options.out}")
-    numbers = options.out.with_suffix(".json")
+    most = min(spec.in_channels, spec.out_channels)
+    if not 0 < step <= most:
+        raise ValueError(f"--step: expected 1 to {most}, found {step}")
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--out: expected a picture, .png, .pdf or .svg, found {out}")
+    numbers = out.with_suffix(".json")
     numbers.parent.mkdir(parents=True, exist_ok=True)
     pairs = [
-        (r1, r2)
-        for r1 in _ranks(spec.out_channels, options.step)
-        for r2 in _ranks(spec.in_channels, options.step)
+        (r1, r2) for r1 in _ranks(spec.out_channels, step) for r2 in _ranks(spec.in_channels, step)
     ]
-    if options.metric == "latency_ms":
-        runtime = TorchRuntime(memory_format=options.memory_format, threads=options.threads)
-        table = _measured(
-            spec, pairs, runtime, options.rounds, f"{options.model} {options.layer}", numbers
-        )
-        where = f"{runtime.identity()['device']}, batch {options.batch}, {options.memory_format}"
+    if runtime is not None:
+        table = _measured(spec, pairs, runtime, rounds, name, numbers)
+        device = runtime.identity()["device"]
+        where = f"{device}, batch {spec.input_shapes[0][0]}, {runtime.memory_format}"
     else:
-        keep_measurements(numbers)
-        found = accelerator_costs(
-            [(spec, rank) for rank in [None, *pairs]], options.metric, CACHE, progress("modelled")
+        table, where = _modelled(spec, pairs, metric, numbers), "Eyeriss-like array"
+    row, unit = table.costs[spec.name], UNITS[metric]
+    title = f"{name}: {metric.partition('_')[0]} on {where}"
+    draw_heatmap({pair: row[rank_name(pair)] for pair in pairs}, row[DENSE], unit, title, out)
+    return f"{out}: dense {row[DENSE]:.4g} {unit}; the numbers: {numbers}"
+
+
+def layer_spec(model: nn.Module, example: Tensor, layer: str) -> LayerSpec:
+    """Return what the rank space knows of a convolution.
+
+    Raises:
+        ValueError: if the network has no such convolution, or its kernel is 1x1.
+    """
+    spec = find_layers(model, example, RankRules(1)).specs.get(layer)
+    if spec is None or spec.kind != "conv":
+        raise ValueError(
+            f"--layer: expected a convolution with a kernel larger than 1x1, found {layer!r}"
         )
-        names = [rank_name(rank) for rank in [None, *pairs]]
-        where = "Eyeriss-like array"
-        table = CostTable(
-            options.metric, {spec.name: dict(zip(names, found, strict=True))}, 0, {"device": where}
-        )
-        table.save(numbers)
-    row = table.costs[spec.name]
-    title = f"{options.model} {options.layer}: {options.metric.partition('_')[0]} on {where}"
-    draw_heatmap(
-        {pair: row[rank_name(pair)] for pair in pairs},
-        row[DENSE],
-        UNITS[options.metric],
-        title,
-        options.out,
-    )
-    print(f"{options.out}: dense {row[DENSE]:.4g} {UNITS[options.metric]}; the numbers: {numbers}")
+    return spec
 
 
 def _ranks(channels: int, step: int) -> range:
     return range(step, channels + 1, step)
 
 
+def _modelled(spec: LayerSpec, pairs: list[Pair], metric: str, out: Path) -> CostTable:
+    """Write and return the layer's table for the accelerator model."""
+    keep_measurements(out)
+    ranks = [None, *pairs]
+    costs = accelerator_costs([(spec, rank) for rank in ranks], metric, CACHE, progress("modelled"))
+    row = dict(zip(map(rank_name, ranks), costs, strict=True))
+    table = CostTable(metric, {spec.name: row}, 0, {"device": "Eyeriss-like array"})
+    table.save(out)
+    return table
+
+
 def _measured(
     spec: LayerSpec,
-    pairs: list[tuple[int, int]],
+    pairs: list[Pair],
     runtime: TorchRuntime,
     rounds: int,
     name: str,
@@ -129,17 +133,23 @@ def _measured(
 
 
 def _as_model(spec: LayerSpec) -> nn.Module:
-    """The dense layer as a network that has it under its name."""
+    """Return a network of the dense layer alone, under its name."""
     return Replay(
         [{"input": [], "out": 0}, {"layer": spec.name, "args": [{"tensor": 0}], "out": [1]}],
         {spec.name: spec},
     )
 
 
-def draw_heatmap(
-    costs: dict[tuple[int, int], float], dense: float, unit: str, title: str, path: Path
-) -> None:
-    """``costs``: of each pair (r1, r2); a white line where they reach that of the dense layer."""
+def draw_heatmap(costs: dict[Pair, float], dense: float, unit: str, title: str, path: Path) -> None:
+    """Draw a layer's cost over both ranks, with a white line where it is that of the dense layer.
+
+    Args:
+        costs: pairs (r1, r2) to costs.
+        dense: cost of the dense layer.
+        unit: unit of the costs.
+        title: first line of the title.
+        path: the picture; its ending says which kind.
+    """
     rows, columns = (sorted({pair[i] for pair in costs}) for i in (0, 1))
     grid = np.array([[costs[r1, r2] for r2 in columns] for r1 in rows])
     figure = Figure(figsize=(6.5, 5.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""The command ``haloc plot``."""
+"""Figures 3 and 4: a layer's error over the difference of its ranks; the course of searches."""
 
 from __future__ import annotations
 
@@ -9,62 +9,50 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from nni_haloc.costs.measure import Parser, named_model
+from nni_haloc.costs.measure import named_model
+from nni_haloc.inputs.weights import load_weights
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results.figures import MARKS, discrepancy, losses, parameters, rank_bars
-from nni_haloc.runs.folder import RANKS_FILE, SEARCH_FOLDER
+from nni_haloc.runs.folder import RunFolder
 from nni_haloc.space.layers import LayerSpec
-from nni_haloc.training import curves as history
+from nni_haloc.training import curves
 from nni_haloc.utils.files import whole
 
 
-def plot_main(arguments: Sequence[str] | None = None) -> None:
-    """Draw a finished search, or what the difference of a layer's two ranks does to its error."""
-    parser = Parser(
-        "haloc plot",
-        "Draw a search: loss, parameters and ranks (Figure 4); or a layer's error over r1 - r2 (Figure 3).",
-    )
-    parser.add_argument(
-        "folders",
-        nargs="*",
-        type=Path,
-        metavar="FOLDER",
-        help="of searches or runs; several share the figures",
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder for the figures, PNG and SVG (default: the first one)"
-    )
-    parser.add_argument("--layer", help="draw Figure 3 of this convolution of --model")
-    parser.add_argument("--model", help="resnet20, torchvision:resnet18, ...; with --weights")
-    parser.add_argument("--weights", type=Path, help="the trained weights")
-    options = parser.parse_args(arguments)
-    given = [name for name in ("layer", "model", "weights") if getattr(options, name) is not None]
-    if options.folders and given:
-        raise ValueError(
-            f"FOLDER and --{given[0]}: expected folders of searches, or --layer with --model and --weights"
-        )
-    if not options.folders and options.layer is None:
-        raise ValueError("expected folders of searches, or --layer with --model and --weights")
-    if options.layer is not None:
-        _draw_layer(options.model, options.weights, options.layer, options.out or Path())
-        return
-    out = options.out or options.folders[0]
-    names = _names(options.folders)
+def draw_searches(folders: Sequence[Path], out: Path) -> None:
+    """Draw the loss, the parameters and the ranks of finished searches (Figure 4).
+
+    Args:
+        folders: folders of searches or runs; several share the figures.
+        out: folder for the figures, PNG and SVG.
+
+    Raises:
+        ValueError: if a folder's history or plan is damaged.
+        OSError: if there is none.
+    """
+    names = _names(folders)
     histories = {
-        name: history.read(folder / SEARCH_FOLDER / history.HISTORY_FILE)
-        for name, folder in names.items()
+        name: curves.read(RunFolder(folder).searching.history) for name, folder in names.items()
     }
-    plans = {name: RankPlan.load(folder / RANKS_FILE) for name, folder in names.items()}
+    plans = {name: RankPlan.load(RunFolder(folder).ranks) for name, folder in names.items()}
     _save(losses(histories), out / "loss")
     _save(parameters(histories), out / "parameters")
     _save(rank_bars({name: plan.ranks for name, plan in plans.items()}), out / "ranks")
 
 
-def _draw_layer(model: str | None, weights: Path | None, layer: str, out: Path) -> None:
-    from nni_haloc.inputs.weights import load_weights
+def draw_layer(model: str, weights: Path, layer: str, out: Path) -> None:
+    """Draw the error of one layer's kernel over r1 - r2, at equal parameters (Figure 3).
 
-    if model is None or weights is None:
-        raise ValueError("--layer: expected --model and --weights, too")
+    Args:
+        model: name of the network.
+        weights: file of its trained weights.
+        layer: name of a convolution with a kernel larger than 1x1.
+        out: folder for the figure, PNG and SVG.
+
+    Raises:
+        ValueError: if the network has no such convolution, or the weights do not fit.
+        OSError: if the weights can't be read.
+    """
     network = named_model(model)
     load_weights(network, weights)
     module = dict(network.named_modules()).get(layer)
@@ -77,12 +65,12 @@ def _draw_layer(model: str | None, weights: Path | None, layer: str, out: Path) 
             f"--layer: expected a convolution with a kernel larger than 1x1, found {layer!r}"
         )
     with torch.no_grad():
-        found = discrepancy(module.weight.detach())
+        errors = discrepancy(module.weight.detach())
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot(
         xlabel="r1 - r2 (output - input)", ylabel="relative error of the kernel"
     )
-    for (share, rows), mark in zip(found.items(), MARKS, strict=False):
+    for (share, rows), mark in zip(errors.items(), MARKS, strict=False):
         axes.plot(
             rows[:, 0] - rows[:, 1],
             rows[:, 2],
@@ -94,13 +82,13 @@ def _draw_layer(model: str | None, weights: Path | None, layer: str, out: Path) 
     axes.grid(alpha=0.3)
     axes.set_title(f"{model} {layer}", fontsize=10)
     figure.legend(
-        title="share of the layer's parameters", loc="outside lower center", ncols=len(found)
+        title="share of the layer's parameters", loc="outside lower center", ncols=len(errors)
     )
     _save(figure, out / "discrepancy")
 
 
 def _names(folders: Sequence[Path]) -> dict[str, Path]:
-    """The folders by their names, with as many of the parents' as tell them apart: those of an experiment's trials have one name."""
+    """Name the folders, with as many parents as tell them apart: all trials' have one name."""
     whole = [folder.absolute() for folder in dict.fromkeys(folders)]
     for length in range(1, max(len(path.parts) for path in whole) + 1):
         names = {"/".join(path.parts[-length:]): path for path in whole}

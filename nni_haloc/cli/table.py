@@ -1,63 +1,78 @@
-"""The counts of the paper's tables, for any model, and how large its rank space is."""
+"""Count a network as the paper's tables do, and say how large its rank space is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import typer
 from torch import Tensor, nn
 
 from nni_haloc.costs.counts import network_counts
-from nni_haloc.costs.measure import Parser, model_of
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.space.ranks import find_layers
+from nni_haloc.space.ranks import RankRules, find_layers
 from nni_haloc.space.summary import space_report, space_sizes
 from nni_haloc.utils.printing import text_table
 
 
-def table_main(arguments: Sequence[str] | None = None) -> None:
-    """Print every layer's candidates, the size of the rank space, and what the network costs, before and after a plan."""
-    parser = Parser(
-        "haloc table",
-        "Count a model: its layers, its rank space, multiply-accumulates and parameters.",
-    )
-    parser.model_options(None)
-    parser.add_argument(
-        "--plan", type=Path, help="a ranks.json: what is left of the counts with it"
-    )
-    options = parser.parse_args(arguments)
-    plan = None if options.plan is None else RankPlan.load(options.plan)
-    model, example, rules = model_of(options)
-    before = network_counts(model, example)
-    header: tuple[str, ...] = ("count", "original")
-    rows: list[tuple[str, ...]] = [(name, f"{count:,}") for name, count in before.items()]
+def counted(
+    model: nn.Module, example_input: Tensor, rules: RankRules, plan_file: Path | None = None
+) -> dict[str, Any]:
+    """Return a network's layers with their candidates, the size of its rank space, and its counts.
+
+    Args:
+        model: the original network.
+        example_input: a batch of its inputs, ``(N, ...)``.
+        rules: the rank space.
+        plan_file: a ``ranks.json``; its network is counted, too.
+
+    Returns:
+        ``layers``, a `SpaceReport`; ``rank_space``, a dict of numbers of networks; ``counts``, a
+        dict of names (``original``, the plan's file) to dicts of counts for one image.
+
+    Raises:
+        ValueError: if the plan does not fit the network.
+        OSError: if its file can't be read.
+    """
+    plan = None if plan_file is None else RankPlan.load(plan_file)
+    counts = {"original": network_counts(model, example_input)}
     if plan is not None:
-        after = _counts_with(plan, str(options.plan), model, example)
-        less = {
-            name: f"{100 * (1 - after[name] / count):.2f}" if count else ""
-            for name, count in before.items()
-        }
-        header, rows = (
-            (*header, str(options.plan), "less, %"),
-            [(*row, f"{after[row[0]]:,}", less[row[0]]) for row in rows],
-        )
-    layers = find_layers(model, example, rules)
-    print(space_report(model, layers.candidates(rules), layers.left_alone), end="\n\n")
-    sizes = space_sizes(layers, rules)
-    print(
-        text_table(
-            ("rank space", "networks"),
-            [(name, f"{size:.1e}" if size > 10**6 else str(size)) for name, size in sizes.items()],
-        )
-    )
-    print("\n" + text_table(header, rows))
+        counts[str(plan_file)] = _counts_with(plan, str(plan_file), model, example_input)
+    layers = find_layers(model, example_input, rules)
+    return {
+        "layers": space_report(model, layers.candidates(rules), layers.left_alone),
+        "rank_space": space_sizes(layers, rules),
+        "counts": counts,
+    }
+
+
+def print_counted(content: dict[str, Any]) -> None:
+    """Print what `counted` returns: three tables."""
+    sizes, counts = content["rank_space"], content["counts"]
+    typer.echo(f"{content['layers']}\n")
+    shown = [(name, f"{size:.1e}" if size > 10**6 else str(size)) for name, size in sizes.items()]
+    typer.echo(text_table(("rank space", "networks"), shown) + "\n")
+    before, *after = counts.values()
+    header = ["count", *counts, *(["less, %"] if after else [])]
+    rows = []
+    for name, count in before.items():
+        row = [name, *(f"{each[name]:,}" for each in counts.values())]
+        if after:
+            row.append(f"{100 * (1 - after[0][name] / count):.2f}" if count else "")
+        rows.append(row)
+    typer.echo(text_table(header, rows))
+
+
+def as_json(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what `counted` returns as plain lists and dicts."""
+    return content | {"layers": [vars(row) for row in content["layers"]]}
 
 
 def _counts_with(
     plan: RankPlan, file: str, model: nn.Module, example_input: Tensor
 ) -> dict[str, int]:
-    """`network_counts` with a plan's layers; ValueError names its file where the model does not have them, or does not run with them."""
+    """`network_counts` with a plan's layers; a ValueError names the plan's file."""
     try:
         return network_counts(restructure(model, plan), example_input)
     except ValueError as error:

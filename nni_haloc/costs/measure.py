@@ -1,11 +1,16 @@
-"""`haloc spec`, `measure` and `predict`; on a device without NNI: ``python -m nni_haloc.costs.measure --spec spec.json``.
+"""The command ``haloc measure``.
 
-What a device needs is numpy and pyyaml, and PyTorch or ONNX Runtime; everything else is imported where a model is at hand.
+On a device without NNI it is ``python -m nni_haloc.costs.measure --spec spec.json``.
+
+A device needs numpy and pyyaml, and PyTorch or ONNX Runtime; everything else is imported only for
+a model that is named. `predicted_table` and `specification` are the logic of ``haloc predict`` and
+``haloc spec``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,84 +27,102 @@ from nni_haloc.utils.progress import progress
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from nni_haloc.costs.table import CostTable
     from nni_haloc.space.ranks import RankRules
 
 
-def spec_main(arguments: Sequence[str] | None = None) -> None:
-    """Write a specification from a model: what another machine measures without it."""
-    parser = Parser(
-        "haloc spec",
-        "Write what a device has to measure, without model or weights, for `haloc measure --spec`.",
-    )
-    parser.model_options("spec.json")
-    parser.add_argument(
-        "--onnx", action="store_true", help="carry ONNX models too, for devices with ONNX Runtime"
-    )
-    options = parser.parse_args(arguments)
-    spec, _ = _specified(options, options.onnx)
-    spec.save(options.out)
-    print(f"{options.out}: {len(spec.layers)} layers, {len(spec.entries)} entries to measure")
-
-
-def measure_main(arguments: Sequence[str] | None = None) -> int:
-    """Measure every entry of a model's rank space, or of a specification, on this device; returns how many are measured."""
+def measure_parser() -> Parser:
+    """Return the options of ``haloc measure``: argparse's, because a device may have no typer."""
     parser = Parser(
         "haloc measure",
-        "Measure what every candidate of every layer costs on this device. Goes on where it was stopped.",
+        "Measure what every candidate of every layer costs on this device. "
+        "Started again, it goes on where it was stopped.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="NAME",
+        help="Network: resnet20, torchvision:resnet18, package.module:factory, ...",
+    )
+    add("--input", metavar="SHAPE", help="Shape of one image or other input: 3x224x224, 128.")
+    add("--batch", type=int, metavar="N", help="Images in a batch (default: 1).")
+    add(
+        "--rank-space",
+        type=Path,
+        metavar="FILE",
+        help="File of the rank space, as in search_spaces/ (default: every convolution).",
+    )
+    add(
         "--spec",
         type=Path,
-        help="what to measure, as `haloc spec` wrote it, in the place of --model",
+        metavar="FILE",
+        help="What haloc spec wrote, instead of the four options above.",
     )
-    parser.model_options("costs.json")
-    parser.add_argument("--runtime", choices=("torch", "onnxruntime"), default="torch")
-    parser.add_argument(
+    add("--out", type=Path, metavar="FILE", default=Path("costs.json"), help="The cost table.")
+    add(
+        "--runtime",
+        choices=("torch", "onnxruntime"),
+        metavar="NAME",
+        default="torch",
+        help="What runs the layers: torch or onnxruntime.",
+    )
+    add(
         "--device",
+        metavar="NAME",
         default="cpu",
-        help="torch's name of it: cpu, cuda, cuda:1, mps (default: %(default)s)",
+        help="Torch's name of the device: cpu, cuda, cuda:1, mps.",
     )
-    parser.add_argument("--dtype", default="float32", help="default: %(default)s")
-    parser.add_argument(
-        "--memory-format", choices=("contiguous", "channels_last"), default="contiguous"
+    add("--dtype", metavar="NAME", default="float32", help="Number format: float32, float16, ...")
+    add(
+        "--memory-format",
+        choices=("contiguous", "channels_last"),
+        metavar="NAME",
+        default="contiguous",
+        help="Layout of the images in memory: contiguous or channels_last.",
     )
-    parser.add_argument("--threads", type=int, help="processor threads (default: the runtime's)")
-    parser.add_argument(
+    add("--threads", type=int, metavar="N", help="Processor threads (default: the runtime's).")
+    add(
         "--where",
         choices=("alone", "in-place"),
+        metavar="PLACE",
         default=Timing.where,
-        help="a layer by itself, or in the network",
+        help="Time layers alone, or in-place: in the network.",
     )
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=Timing.rounds,
-        help="passes over all entries (default: %(default)s)",
-    )
-    parser.add_argument(
+    add("--rounds", type=int, metavar="N", default=Timing.rounds, help="Passes over all entries.")
+    add(
         "--min-run-time",
         type=float,
         default=Timing.min_run_time,
-        help="seconds for an entry in a pass (%(default)s)",
+        metavar="SECONDS",
+        help="Shortest time for which an entry runs in a pass.",
     )
-    parser.add_argument(
+    add(
         "--sample",
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="measure a share of the entries, predict the others",
+        help="Measure this share of the entries and predict the others.",
     )
-    parser.add_argument(
-        "--part", default="0/1", help="what one of several workers measures: 0/4 to 3/4"
+    add(
+        "--part",
+        metavar="PART",
+        default="0/1",
+        help="One worker's part of the entries: of four, 0/4 to 3/4.",
     )
-    parser.add_argument(
+    add(
         "--merge",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="put the workers' files together, measure nothing",
+        help="Join the workers' files into one table; measure nothing.",
     )
-    options = parser.parse_args(arguments)
+    add("--json", action="store_true", help="Print one JSON object to standard output.")
+    return parser
+
+
+def measure_main(arguments: Sequence[str] | None = None) -> int:
+    """Measure every entry of a model's rank space, or of a specification, on this device; returns how many are measured."""
+    options = measure_parser().parse_args(arguments)
     spec, model = _specified(options, options.runtime == "onnxruntime")
     if options.merge:
         keep_measurements(options.out)
@@ -126,97 +149,122 @@ def measure_main(arguments: Sequence[str] | None = None) -> int:
         if options.sample != 1:
             content = complete(spec, content)
     write_json(options.out, content)
-    print(f"{options.out}: {_summary(content)}")
-    return sum(len(row) for row in content["runs"].values())
+    entries = sum(len(row) for row in content["runs"].values())
+    print(
+        json.dumps(_facts(options.out, content, entries), indent=2)
+        if options.json
+        else f"{options.out}: {_summary(content)}"
+    )
+    return entries
 
 
-def predict_main(arguments: Sequence[str] | None = None) -> None:
-    """Write a cost table that is counted or modelled, not measured."""
-    parser = Parser("haloc predict", "Count or model what every candidate of every layer costs.")
-    parser.add_argument("--predictor", choices=("analytic", "eyeriss", "roofline"), required=True)
-    parser.add_argument(
-        "--metric",
-        help="macs, params or activation_bytes (analytic); cycles or energy_pj (eyeriss)",
-    )
-    parser.model_options("costs.json")
-    parser.add_argument(
-        "--flops",
-        type=float,
-        help="roofline: floating-point operations a second (default: measured here)",
-    )
-    parser.add_argument(
-        "--bandwidth", type=float, help="roofline: bytes a second (default: measured here)"
-    )
-    options = parser.parse_args(arguments)
-    metrics = {
-        "analytic": ("macs", "params", "activation_bytes"),
-        "eyeriss": ("cycles", "energy_pj"),
-        "roofline": ("latency_ms",),
-    }
-    metric = options.metric or metrics[options.predictor][0]
-    if metric not in metrics[options.predictor]:
-        raise ValueError(
-            f"--metric: {options.predictor} gives {' or '.join(metrics[options.predictor])}, found {metric!r}"
-        )
-    if any(rate is not None and rate <= 0 for rate in (options.flops, options.bandwidth)):
+PREDICTED = {
+    "analytic": ("macs", "params", "activation_bytes"),
+    "eyeriss": ("cycles", "energy_pj"),
+    "roofline": ("latency_ms",),
+}
+"""Predictors and the metrics that each gives, the default one first."""
+
+
+def predicted_table(
+    model: nn.Module,
+    example: Tensor,
+    rules: RankRules,
+    predictor: str,
+    metric: str | None = None,
+    *,
+    flops: float | None = None,
+    bandwidth: float | None = None,
+) -> CostTable:
+    """Return a cost table that is counted or modelled, not measured.
+
+    Args:
+        model: the original network.
+        example: a batch of its inputs.
+        rules: the rank space.
+        predictor: a key of `PREDICTED`.
+        metric: one of the predictor's (None: its first).
+        flops: for the roofline, floating-point operations a second (None: measured here).
+        bandwidth: for the roofline, bytes a second (None: measured here).
+
+    Raises:
+        ValueError: if the predictor has no such metric, or a rate is not above 0.
+    """
+    metrics = PREDICTED[predictor]
+    metric = metric or metrics[0]
+    if metric not in metrics:
+        raise ValueError(f"--metric: {predictor} gives {' or '.join(metrics)}, found {metric!r}")
+    if any(rate is not None and rate <= 0 for rate in (flops, bandwidth)):
         raise ValueError("--flops, --bandwidth: expected numbers above 0")
-    model, example, rules = model_of(options)
     from nni_haloc.costs import analytic
     from nni_haloc.costs.accelerator import CACHE, accelerator_table
 
-    if options.predictor == "eyeriss":
-        table = accelerator_table(
+    if predictor == "eyeriss":
+        return accelerator_table(
             model, example, rules, metric, cache=CACHE, progress=progress("modelled")
         )
-    elif options.predictor == "roofline":
-        known = options.flops and options.bandwidth
-        flops, bandwidth = (0.0, 0.0) if known else analytic.measure_peaks()
-        rates = {"flops": options.flops or flops, "bandwidth": options.bandwidth or bandwidth}
-        table = analytic.roofline_table(model, example, rules, **rates)
-    else:
-        counted = {
-            "macs": analytic.mac_table,
-            "params": analytic.param_table,
-            "activation_bytes": analytic.activation_table,
-        }
-        table = counted[metric](model, example, rules)
-    keep_measurements(options.out)
-    table.save(options.out)
-    print(f"{options.out}: the network costs {table.original:.6g} {metric}")
+    if predictor == "roofline":
+        peaks = (0.0, 0.0) if flops and bandwidth else analytic.measure_peaks()
+        rates = {"flops": flops or peaks[0], "bandwidth": bandwidth or peaks[1]}
+        return analytic.roofline_table(model, example, rules, **rates)
+    counted = {
+        "macs": analytic.mac_table,
+        "params": analytic.param_table,
+        "activation_bytes": analytic.activation_table,
+    }
+    return counted[metric](model, example, rules)
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Show each default, as the other commands do, unless it is None, False or in the text."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default not in (None, False, argparse.SUPPRESS)
+        return f"{action.help} [default: %(default)s]" if shown else action.help
 
 
 class Parser(argparse.ArgumentParser):
     def __init__(self, name: str, text: str) -> None:
-        super().__init__(name, description=text, allow_abbrev=False)
+        super().__init__(
+            name,
+            description=text,
+            allow_abbrev=False,
+            formatter_class=_Formatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
-    def model_options(self, out: str | None) -> None:
-        self.add_argument(
-            "--model", help="resnet20, torchvision:resnet18, your_package.models:make_net, ..."
-        )
-        self.add_argument("--input", help="shape of one image or other input: 3x224x224, 128")
-        self.add_argument("--batch", type=int, help="images in a batch (default: 1)")
-        self.add_argument(
-            "--rank-space", type=Path, help="which layers and ranks: a file as in search_spaces/"
-        )
-        if out is not None:
-            self.add_argument("--out", type=Path, default=Path(out), help="default: %(default)s")
+
+def specification(
+    model: nn.Module, example: Tensor, rules: RankRules, name: str, *, onnx: bool = False
+) -> Specification:
+    """Return what another machine has to measure: neither weights nor code of the model.
+
+    Args:
+        model: the original network.
+        example: a batch of its inputs.
+        rules: the rank space.
+        name: name of the network, for messages and tables.
+        onnx: also carry each entry as an ONNX model, for devices with ONNX Runtime.
+    """
+    from nni_haloc.costs.specification import specify
+
+    spec = specify(model, example, rules, name)
+    if onnx:
+        from nni_haloc.costs.device.onnx_models import with_onnx
+
+        spec = with_onnx(spec, model)
+    return spec
 
 
 def _specified(options: argparse.Namespace, onnx: bool) -> tuple[Specification, nn.Module | None]:
     """The specification that the options name, and the model where they name one."""
-    if getattr(options, "spec", None) is None:
-        model, example, rules = model_of(options)
-        from nni_haloc.costs.specification import specify
-
-        spec = specify(model, example, rules, options.model)
-        if onnx:
-            from nni_haloc.costs.device.onnx_models import with_onnx
-
-            spec = with_onnx(spec, model)
-        return spec, model
+    if options.spec is None:
+        model, example, rules = model_of(
+            options.model, options.input, options.batch, options.rank_space
+        )
+        return specification(model, example, rules, options.model, onnx=onnx), model
     given = [
         name
         for name in ("model", "input", "batch", "rank_space")
@@ -231,37 +279,49 @@ def _specified(options: argparse.Namespace, onnx: bool) -> tuple[Specification, 
     return Specification.load(options.spec), None
 
 
-def model_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor, RankRules]:
-    """The model, a batch and the rules of the rank space that the options name."""
-    if options.model is None or options.input is None:
+def model_of(
+    name: str | None, shape: str | None, batch: int | None = None, rank_space: Path | None = None
+) -> tuple[nn.Module, Tensor, RankRules]:
+    """Return the network of a name, a batch of random inputs, and the rules of its rank space.
+
+    Args:
+        name: name of the network, see `nni_haloc.inputs.models.build_model`.
+        shape: shape of one image or other input: ``3x224x224``, ``128``.
+        batch: images in a batch (None: 1).
+        rank_space: file of the rank space (None: that of `RankRules`).
+
+    Raises:
+        ValueError: if one of them is missing or does not fit; the message names the option.
+    """
+    if name is None or shape is None:
         raise ValueError(
-            "--model and --input: expected both, such as --model torchvision:resnet18 --input 3x224x224"
+            "--model and --input: expected both, such as "
+            "--model torchvision:resnet18 --input 3x224x224"
         )
     import torch
 
     from nni_haloc.space.ranks import RankRules
 
-    options.batch = 1 if options.batch is None else options.batch
-    sizes = options.input.split("x")
-    if not all(n.isdecimal() and int(n) > 0 for n in sizes) or options.batch < 1:
+    batch = 1 if batch is None else batch
+    sizes = shape.split("x")
+    if not all(n.isdecimal() and int(n) > 0 for n in sizes) or batch < 1:
         raise ValueError(
-            f"--input, --batch: expected 3x224x224, 128 or so and a number above 0, found {options.input!r}, {options.batch}"
+            "--input, --batch: expected 3x224x224, 128 or so and a number above 0, "
+            f"found {shape!r}, {batch}"
         )
     rules = RankRules()
-    if options.rank_space is not None:
+    if rank_space is not None:
         from nni_haloc.costs.from_settings import rank_rules
         from nni_haloc.inputs.config import load_space
 
-        rules = rank_rules(load_space(options.rank_space))
-    model = named_model(options.model)
+        rules = rank_rules(load_space(rank_space))
+    model = named_model(name)
     try:
-        example = torch.randn(options.batch, *(int(n) for n in sizes))
+        example = torch.randn(batch, *(int(n) for n in sizes))
         with torch.no_grad():
             model(example)
     except Exception as error:  # of the model's own code
-        raise ValueError(
-            f"--input: {options.model} does not take {options.input} ({first_line(error)})"
-        ) from None
+        raise ValueError(f"--input: {name} does not take {shape} ({first_line(error)})") from None
     return model, example, rules
 
 
@@ -298,11 +358,26 @@ def _part(text: str) -> tuple[int, int]:
     return int(first), int(of)
 
 
-def _summary(content: dict[str, Any]) -> str:
+def _facts(out: Path, content: dict[str, Any], entries: int) -> dict[str, Any]:
+    """What ``--json`` prints: the file, how many entries are measured, and the whole network."""
+    facts = {key: content.get(key) for key in ("metric", "unit", "original")}
+    return {"file": str(out), "entries": entries, "spread": _spread(content), **facts}
+
+
+def _spread(content: dict[str, Any]) -> float | None:
+    """The median spread of an entry as a share of its cost; None of a worker's share."""
     if "costs" not in content:
-        return "this worker's share is measured; `haloc measure --merge` makes the table"
+        return None
     spread = sorted(value for row in content["spread"].values() for value in row.values())
-    return f"the network takes {content['original']:.4g} ms; median spread of an entry {100 * spread[len(spread) // 2]:.1f} %"
+    return spread[len(spread) // 2]
+
+
+def _summary(content: dict[str, Any]) -> str:
+    spread = _spread(content)
+    if spread is None:
+        return "this worker's share is measured; `haloc measure --merge` makes the table"
+    original = f"the network takes {content['original']:.4g} ms"
+    return f"{original}; median spread of an entry {100 * spread:.1f} %"
 
 
 def main() -> None:
