@@ -1,0 +1,245 @@
+"""The commands that take a finished run: prune, quantize, export, bench, report, plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nni_haloc.cli.options import (
+    AFTER,
+    Changes,
+    Code,
+    Folder,
+    Json,
+    Resume,
+    StageFolder,
+    assignment,
+    comma_separated,
+    print_json,
+    some_of,
+    trust,
+)
+from nni_haloc.utils.errors import SettingsError, as_one_line
+from nni_haloc.utils.printing import print_table
+
+after = typer.Typer()
+
+Epochs = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Epochs of the training that follows (default: the settings')."),
+]
+
+
+@after.command("prune", rich_help_panel=AFTER)
+def prune_command(
+    folder: StageFolder,
+    pruner: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="l1, fpgm or taylor (default: the settings')."),
+    ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the channels to remove, above 0 and below 1 (default: the settings').",
+        ),
+    ] = None,
+    epochs: Epochs = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for the results (default: FOLDER/pruned)."),
+    ] = None,
+    set_: Changes = None,
+    code: Code = None,
+    resume: Resume = False,
+) -> None:
+    """Remove channels with a pruner of NNI's, and fine-tune."""
+    options = {"pruner": pruner, "sparsity": sparsity, "epochs": epochs}
+    _stage("prune", folder, options, out, set_, code, resume)
+
+
+@after.command("quantize", rich_help_panel=AFTER)
+def quantize_command(
+    folder: StageFolder,
+    quantizer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="ptq, qat or lsq (default: the settings').")
+    ] = None,
+    epochs: Epochs = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for the results (default: FOLDER/quantized)."),
+    ] = None,
+    set_: Changes = None,
+    code: Code = None,
+    resume: Resume = False,
+) -> None:
+    """Quantize to 8 bits: simulated by NNI, and as an ONNX file."""
+    _stage("quantize", folder, {"quantizer": quantizer, "epochs": epochs}, out, set_, code, resume)
+
+
+def _stage(
+    stage: str,
+    folder: Path,
+    options: dict[str, Any],
+    out: Path | None,
+    changes: list[str] | None,
+    code: Path | None,
+    resume: bool,
+) -> None:
+    """Run one more stage on a finished run, and print its figures."""
+    settings = {f"{stage}.{key}": value for key, value in options.items() if value is not None}
+    settings |= dict(map(assignment, changes or []))
+    factories = trust(code)
+    from nni_haloc.runs.chain_stages import stage_folder, stage_of
+    from nni_haloc.runs.finished import Finished
+    from nni_haloc.runs.job import job_in
+
+    Finished(folder, factories=factories)  # before a folder is made
+    with job_in(out or folder, stage_folder(folder, stage, out)):
+        metrics = stage_of(folder, stage, settings, out, factories=factories, resume=resume)
+    print_table(str(out or folder), ("metric", "value"), list(metrics.items()), text={"metric"})
+
+
+@after.command("export", rich_help_panel=AFTER)
+def export_command(
+    folder: StageFolder,
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar="FORMATS", help="Some of onnx, program, safetensors, int8."
+        ),
+    ] = "onnx,program,safetensors,int8",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for the files (default: FOLDER/export)."),
+    ] = None,
+    code: Code = None,
+) -> None:
+    """Write the network for other runtimes, each file checked."""
+    factories = trust(code)
+    from nni_haloc.results.export import FORMATS, export
+
+    formats = some_of("--format", format_, list(FORMATS))
+    rows = [
+        (name, file, f"{file.stat().st_size:,}", fact)
+        for name, file, fact in export(folder, formats, out, factories=factories)
+    ]
+    columns = ("format", "file", "bytes", "checked")
+    print_table(str(folder), columns, rows, text={"format", "file", "checked"})
+
+
+@after.command("bench", rich_help_panel=AFTER)
+def bench_command(
+    folder: Folder,
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="SIZES", help="Batch sizes, such as 1,128 (default: the settings')."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="Processor threads (default: the settings').")
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Images of the accuracies, val or test (default: the settings')."
+        ),
+    ] = None,
+    data: Annotated[
+        bool,
+        typer.Option(
+            "--data/--no-data", metavar="", help="Read images: accuracies and int8 need them."
+        ),
+    ] = True,
+    code: Code = None,
+    json_: Json = False,
+) -> None:
+    """Time the original and all stages in torch and ONNX Runtime."""
+    factories = trust(code)
+    sizes = None if batch is None else comma_separated("--batch", batch, int, "numbers")
+    from nni_haloc.results.bench import bench, print_bench
+
+    content = bench(folder, sizes, threads, split if data else None, data=data, factories=factories)
+    if json_:
+        print_json(content)
+    else:
+        print_bench(f"{folder}: passes in alternation", content)
+
+
+@after.command("report", rich_help_panel=AFTER)
+def report_command(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Folder of a run, a search or a trial.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page (default: FOLDER/report.html).")
+    ] = None,
+) -> None:
+    """Write one HTML page: figures, ranks, curves, settings."""
+    from nni_haloc.results.html_report import REPORT_FILE, html_report
+    from nni_haloc.utils.files import whole
+
+    with as_one_line():
+        page = html_report(folder)
+    out = out or folder / REPORT_FILE
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with whole(out) as part:
+            part.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(
+            f"{out}: expected a file that can be written, found: {error.strerror}"
+        ) from None
+    typer.echo(out)
+
+
+@after.command("plot", rich_help_panel=AFTER)
+def plot_command(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Folders of searches or runs; several share the figures.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for the figures (default: the first FOLDER; with --layer, this one).",
+        ),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Draw the error of this convolution of --model."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Network: resnet20, torchvision:resnet18, ..."),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Trained weights of --model.")
+    ] = None,
+) -> None:
+    """Draw searches (Figure 4), or one layer's error (Figure 3)."""
+    given = {"layer": layer, "model": model, "weights": weights}
+    expected = "expected folders of searches, or --layer with --model and --weights"
+    for name, value in given.items():
+        if folders and value is not None:
+            raise SettingsError(f"FOLDER and --{name}: {expected}")
+    if not folders and layer is None:
+        raise SettingsError(expected)
+    with as_one_line():
+        from nni_haloc.cli.plot import draw_layer, draw_searches
+
+        if folders:
+            draw_searches(folders, out or folders[0])
+        elif layer is not None and model is not None and weights is not None:
+            draw_layer(model, weights, layer, out or Path())
+        else:
+            raise SettingsError("--layer: expected --model and --weights, too")

@@ -1,0 +1,252 @@
+"""The commands that make a compressed network: run, search, train, front, throughput."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nni_haloc.cli.options import (
+    COMPRESS,
+    Changes,
+    Code,
+    Json,
+    Out,
+    Resume,
+    RunFile,
+    Scale,
+    assignment,
+    comma_separated,
+    print_json,
+    some_of,
+    trust,
+)
+from nni_haloc.inputs.registries import RULES
+from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.printing import percent, print_table
+
+compress = typer.Typer()
+
+SEARCH = "search"
+NNI_RULES = ("nni-evolution", "nni-random")
+"""Rules that are strategies of NNI's."""
+
+
+def _rules() -> list[str]:
+    return list(dict.fromkeys([*RULES.names(), *NNI_RULES]))
+
+
+def _starting_with(text: str) -> list[str]:
+    """Rules for the shell's completion."""
+    return [name for name in (SEARCH, *_rules()) if name.startswith(text)]
+
+
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        metavar="FRACTION", help="Fraction of the original's cost (default: the settings')."
+    ),
+]
+
+
+@compress.command("run", rich_help_panel=COMPRESS)
+def run_command(
+    run_file: RunFile,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"How ranks are chosen: {SEARCH}, {', '.join(_rules())} (default: the settings').",
+            autocompletion=_starting_with,
+        ),
+    ] = None,
+    budget: Budget = None,
+    out: Out = Path("haloc-run"),
+    set_: Changes = None,
+    scale: Scale = None,
+    resume: Resume = False,
+    json_: Json = False,
+) -> None:
+    """Compress a trained network: choose ranks, decompose, fine-tune."""
+    if rule is not None:
+        _check_rule(rule, (SEARCH, *_rules()))
+    _run(run_file, rule, budget, out, set_, scale, resume, json_)
+
+
+@compress.command("search", rich_help_panel=COMPRESS)
+def search_command(
+    run_file: RunFile,
+    out: Out = Path("haloc-run"),
+    set_: Changes = None,
+    scale: Scale = None,
+    resume: Resume = False,
+) -> None:
+    """Search for ranks only; haloc run --resume goes on from there."""
+    config, _ = _settings(run_file, set_, scale)
+    if config.rule != SEARCH:
+        raise SettingsError(
+            f"rule: haloc search needs {SEARCH!r}, found {config.rule!r}; haloc run takes any rule"
+        )
+    from nni_haloc.runs.job import Job, job_in
+    from nni_haloc.runs.run import search
+    from nni_haloc.utils.log import logger
+
+    with job_in(out):
+        job = Job(config, out)
+        top1 = job.accuracy(job.model, job.loader("val"))[0]
+        logger.info("original: %.2f %% top-1 (validation)", 100 * top1)
+        search(job, resume=resume)
+
+
+@compress.command("train", rich_help_panel=COMPRESS)
+def train_command(
+    run_file: RunFile, set_: Changes = None, scale: Scale = None, resume: Resume = False
+) -> None:
+    """Train the original network, if you have no weights yet."""
+    config, _ = _settings(run_file, set_, scale, training=True)
+    from nni_haloc.runs.job import job_in
+    from nni_haloc.runs.original import train_original, training_folder
+
+    with job_in(training_folder(config)):
+        train_original(config, resume=resume)
+
+
+@compress.command("front", rich_help_panel=COMPRESS)
+def front_command(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Folder of a finished search or run.", show_default=False
+        ),
+    ],
+    budgets: Annotated[
+        str,
+        typer.Option(
+            metavar="FRACTIONS",
+            help="Fractions of the original's cost, such as 0.6,0.5,0.4.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for front.json, front.png and the networks (default: FOLDER/front).",
+        ),
+    ] = None,
+    code: Code = None,
+) -> None:
+    """Make plans for many budgets from one finished search."""
+    fractions = comma_separated("--budgets", budgets, float, "fractions")
+    factories = trust(code)
+    from nni_haloc.results.front import front
+
+    content = front(folder, fractions, out, factories=factories)
+    original = content["original"]
+    rows: list[Any] = [
+        ("original", original["cost"], percent(1), None, percent(original["top1"], 2), None)
+    ]
+    for point in content["points"]:
+        shares = (percent(point["cost_fraction"] / whole) for whole in (1, point["fraction"]))
+        place = (out or folder / "front") / point["folder"]
+        top1 = percent(point["top1"], 2)
+        rows.append((point["fraction"], point["cost"], *shares, top1, place))
+    rows += [(point["fraction"], *[None] * 4, point["reason"]) for point in content["infeasible"]]
+    columns = ("budget", content["metric"], "of the original", "of the budget", "top-1", "network")
+    title = f"{folder}: top-1 on validation images, not fine-tuned"
+    print_table(title, columns, rows, text={"network"})
+
+
+@compress.command("throughput", rich_help_panel=COMPRESS)
+def throughput_command(
+    run_file: RunFile,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICES",
+            help="Some of torch, onnxruntime, eyeriss, cuda (default: all that are here).",
+        ),
+    ] = None,
+    out: Out = Path("haloc-throughput"),
+    set_: Changes = None,
+    scale: Scale = None,
+    resume: Resume = False,
+) -> None:
+    """Compress for each device here, compare speed (Table 3)."""
+    config, _ = _settings(run_file, set_, scale)
+    from nni_haloc.runs.devices import DEVICES, at_hand, print_throughput, throughput
+    from nni_haloc.runs.job import job_in
+
+    devices = at_hand() if on is None else some_of("--on", on, list(DEVICES))
+    with job_in(out):
+        rows = throughput(config, out, devices, resume=resume)
+        print_throughput(f"{out}: a plan for each device", rows)
+
+
+@compress.command("baseline", hidden=True)
+def baseline_command(
+    run_file: RunFile,
+    rule: Annotated[str, typer.Option(metavar="NAME", help="How ranks are chosen.")],
+    budget: Budget = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results (default: haloc-baseline-RULE).")
+    ] = None,
+    set_: Changes = None,
+    scale: Scale = None,
+    resume: Resume = False,
+) -> None:
+    """Run with a rule instead of the search: the former name of haloc run --rule."""
+    _check_rule(rule, _rules())
+    typer.echo(f"haloc baseline is deprecated: use haloc run --rule {rule}", err=True)
+    out = out or Path(f"haloc-baseline-{rule}")
+    _run(run_file, rule, budget, out, set_, scale, resume, json_=False)
+
+
+def _check_rule(rule: str, names: Sequence[str]) -> None:
+    if rule not in names:
+        raise SettingsError(f"--rule: expected one of {', '.join(names)}, found {rule!r}")
+
+
+def _run(
+    run_file: Path,
+    rule: str | None,
+    budget: float | None,
+    out: Path,
+    assignments: list[str] | None,
+    scale: float | None,
+    resume: bool,
+    json_: bool,
+) -> None:
+    options = {"rule": rule, "budget.fraction": budget}
+    words = [f"{key}={value}" for key, value in options.items() if value is not None]
+    config, changes = _settings(run_file, [*(assignments or []), *words], scale)
+    from nni_haloc.cli.summary import print_summary
+    from nni_haloc.runs.folder import RunFolder
+    from nni_haloc.runs.job import job_in
+    from nni_haloc.runs.run import run
+    from nni_haloc.utils.processes import is_first
+
+    with job_in(out):
+        run(config, out, parameters=changes, resume=resume)
+    if is_first():
+        stages = RunFolder(out).metrics()
+        print_json({"folder": str(out), "stages": stages}) if json_ else print_summary(out, stages)
+
+
+def _settings(
+    run_file: Path, assignments: list[str] | None, scale: float | None, *, training: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """The settings of a file, and what the command line changes in them."""
+    from nni_haloc.cli.experiment import refuse_experiment
+    from nni_haloc.inputs.config import load_config
+
+    changes = dict(assignment(text) for text in assignments or [])
+    changes |= {} if scale is None else {"scale": scale}
+    refuse_experiment(run_file)
+    config = load_config(run_file, changes, training=training)
+    # for a model's factory beside the file, as in a trial
+    sys.path.insert(0, str(run_file.parent.absolute()))
+    return config, changes

@@ -1,0 +1,261 @@
+"""The commands about costs: measure, predict, spec, heatmap, steps, table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from nni_haloc.cli.options import COSTS, Batch, Json, Model, RankSpace, Shape, print_json
+from nni_haloc.costs.measure import measure_main, measure_parser, model_of
+from nni_haloc.utils.errors import MissingPackage, SettingsError, as_one_line
+from nni_haloc.utils.printing import percent, print_table
+
+costs = typer.Typer()
+
+MemoryFormat = Annotated[
+    Literal["contiguous", "channels_last"],
+    typer.Option(metavar="NAME", help="Layout of the images: contiguous or channels_last."),
+]
+Table = Annotated[Path, typer.Option(metavar="FILE", help="The cost table.")]
+
+
+@costs.command(
+    "measure",
+    rich_help_panel=COSTS,
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def measure_command(context: typer.Context) -> None:
+    """Measure each layer's cost at each rank on this device."""
+    parser = measure_parser()
+    if {"-h", "--help"} & set(context.args):
+        _show_help(parser)
+    else:
+        with _mendable("measure"):
+            measure_main(context.args)
+
+
+def _show_help(parser: argparse.ArgumentParser) -> None:
+    """Print an argparse parser's help in the style of the other commands.
+
+    Devices that measure have no typer, so argparse declares and reads the options of `measure`.
+    """
+
+    def command(**values: Any) -> None:
+        pass
+
+    command.__signature__ = Signature(  # type: ignore[attr-defined]
+        [_parameter(action) for action in parser._actions if action.dest != "help"]
+    )
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    app.command(help=parser.description)(command)
+    app(["--help"], prog_name=parser.prog, standalone_mode=False)
+
+
+def _parameter(action: argparse.Action) -> Parameter:
+    """The parameter that makes typer show an option of argparse."""
+    metavar = "" if action.nargs == 0 else str(action.metavar)
+    metavar += "..." if action.nargs == "+" else ""
+    if action.nargs == 0:
+        kind: Any = bool
+    elif action.choices:
+        kind = Literal[tuple(action.choices)]
+    else:
+        kind = action.type or str
+    help_ = (action.help or "").replace("%%", "%")
+    option = typer.Option(*action.option_strings, help=help_, metavar=metavar)
+    return Parameter(
+        action.dest,
+        Parameter.KEYWORD_ONLY,
+        default=action.default,
+        annotation=Annotated[kind if action.default is not None else kind | None, option],
+    )
+
+
+@contextmanager
+def _mendable(command: str) -> Iterator[None]:
+    """Turn errors that the user can mend into errors of the family."""
+    try:
+        with as_one_line():
+            yield
+    except ModuleNotFoundError as error:
+        if isinstance(error, MissingPackage):
+            raise
+        raise MissingPackage(
+            f"{command}: needs the package {error.name}, which is not installed"
+        ) from None
+
+
+@costs.command("predict", rich_help_panel=COSTS)
+def predict_command(
+    predictor: Annotated[
+        Literal["analytic", "eyeriss", "roofline"],
+        typer.Option(
+            metavar="NAME",
+            help="analytic (counts), eyeriss (an array's cycles or energy), roofline (latency).",
+            show_default=False,
+        ),
+    ],
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Analytic: macs (default), params, activation_bytes. "
+            "Eyeriss: cycles (default), energy_pj. Roofline: latency_ms.",
+        ),
+    ] = None,
+    model: Model = None,
+    input_: Shape = None,
+    batch: Batch = 1,
+    rank_space: RankSpace = None,
+    out: Table = Path("costs.json"),
+    flops: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE", help="Roofline: operations a second (default: measured here)."
+        ),
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="Roofline: bytes a second (default: measured here)."),
+    ] = None,
+) -> None:
+    """Count or model each layer's cost at each rank."""
+    with _mendable("predict"):
+        from nni_haloc.costs.device.measurements import keep_measurements
+        from nni_haloc.costs.measure import predicted_table
+
+        named = model_of(model, input_, batch, rank_space)
+        table = predicted_table(*named, predictor, metric, flops=flops, bandwidth=bandwidth)
+        keep_measurements(out)
+        table.save(out)
+    typer.echo(f"{out}: the network costs {table.original:.6g} {table.metric}")
+
+
+@costs.command("spec", rich_help_panel=COSTS)
+def spec_command(
+    model: Model = None,
+    input_: Shape = None,
+    batch: Batch = 1,
+    rank_space: RankSpace = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The specification.")] = Path(
+        "spec.json"
+    ),
+    onnx: Annotated[
+        bool,
+        typer.Option(
+            "--onnx", metavar="", help="Carry ONNX models, too, for devices with ONNX Runtime."
+        ),
+    ] = False,
+) -> None:
+    """Write what another device is to measure, without the model."""
+    with _mendable("spec"):
+        from nni_haloc.costs.measure import specification
+
+        named = model_of(model, input_, batch, rank_space)
+        spec = specification(*named, str(model), onnx=onnx)
+        spec.save(out)
+    typer.echo(f"{out}: {len(spec.layers)} layers, {len(spec.entries)} entries to measure")
+
+
+@costs.command("heatmap", rich_help_panel=COSTS)
+def heatmap_command(
+    layer: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="The layer's name in the network.", show_default=False),
+    ],
+    model: Model = None,
+    input_: Shape = None,
+    batch: Batch = 1,
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="The picture: .png, .pdf or .svg.")
+    ] = Path("heatmap.png"),
+    step: Annotated[int, typer.Option(metavar="N", help="Distance between ranks.")] = 4,
+    metric: Annotated[
+        Literal["latency_ms", "cycles", "energy_pj"],
+        typer.Option(
+            metavar="NAME",
+            help="latency_ms, measured here; cycles or energy_pj, modelled (Eyeriss).",
+        ),
+    ] = "latency_ms",
+    memory_format: MemoryFormat = "contiguous",
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="Processor threads (default: torch's).")
+    ] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", help="Passes over all pairs.")] = 3,
+) -> None:
+    """Draw one layer's cost at every pair of ranks (Figure 2)."""
+    with _mendable("heatmap"):
+        from nni_haloc.cli.heatmap import heatmap, layer_spec
+        from nni_haloc.costs.device.torch_runtime import TorchRuntime
+
+        network, example, _ = model_of(model, input_, batch)
+        spec, runtime = layer_spec(network, example, layer), None
+        if metric == "latency_ms":
+            runtime = TorchRuntime(memory_format=memory_format, threads=threads)
+        line = heatmap(
+            spec,
+            f"{model} {layer}",
+            out,
+            metric=metric,
+            step=step,
+            rounds=rounds,
+            runtime=runtime,
+        )
+    typer.echo(line)
+
+
+@costs.command("steps", rich_help_panel=COSTS)
+def steps_command(
+    table: Annotated[
+        Path,
+        typer.Argument(
+            metavar="COSTS.json",
+            help="A cost table of a rank space with step: 1.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Print at which ranks a device's cost takes a step."""
+    from nni_haloc.costs.stairs import rank_stairs
+    from nni_haloc.costs.table import CostTable
+
+    with as_one_line():
+        stairs = rank_stairs(CostTable.load(table))
+    if not stairs:
+        raise SettingsError(
+            f"{table}: no layer has eight equal ranks or more; "
+            "measure with step: 1 in the rank space"
+        )
+    rows = []
+    for layer, stair in stairs.items():
+        shares = (percent(stair.rise, 0), percent(stair.explained, 0))
+        rows.append((layer, *((stair.width, *shares) if stair.width > 1 else ("no steps",))))
+    columns = ("layer", "ranks cost more above multiples of", "by, of the dense layer", "explained")
+    print_table(f"{table}: rank_space.step: auto uses these", columns, rows, text={"layer"})
+
+
+@costs.command("table", rich_help_panel=COSTS)
+def table_command(
+    model: Model = None,
+    input_: Shape = None,
+    batch: Batch = 1,
+    rank_space: RankSpace = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="RANKS.json", help="Count the network of this plan, too."),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Count a network's layers, ranks, MACs and parameters."""
+    with _mendable("table"):
+        from nni_haloc.cli.table import as_json, counted, print_counted
+
+        content = counted(*model_of(model, input_, batch, rank_space), plan)
+        print_json(as_json(content)) if json_ else print_counted(content)

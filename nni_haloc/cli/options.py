@@ -1,0 +1,141 @@
+"""Arguments and options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from nni_haloc.utils.errors import SettingsError
+
+COMPRESS, COSTS, AFTER, NNI = "Compress", "Costs", "After a run", "NNI experiments"
+"""Groups of commands in ``haloc --help``, in the order of the work."""
+
+T = TypeVar("T")
+
+RunFile = Annotated[
+    Path, typer.Argument(metavar="RUN.yml", help="Settings of the run.", show_default=False)
+]
+Folder = Annotated[
+    Path,
+    typer.Argument(metavar="FOLDER", help="Folder of a finished run.", show_default=False),
+]
+StageFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FOLDER",
+        help="Folder of a finished run or of one of its stages.",
+        show_default=False,
+    ),
+]
+Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the results.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting, such as search.epochs=20; repeatable."
+    ),
+]
+Scale = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="For a first try: do this share of the work, by fewer epochs and fewer images.",
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", metavar="", help="Go on from the checkpoint of an interrupted run."),
+]
+Code = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder of your model's own code, if the settings name package.module:factory.",
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print JSON to standard output, nothing else.")
+]
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Network: resnet20, torchvision:resnet18, package.module:factory, ..."
+    ),
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        "--input", metavar="SHAPE", help="Shape of one image or other input: 3x224x224, 128."
+    ),
+]
+Batch = Annotated[int, typer.Option(metavar="N", help="Images in a batch.")]
+RankSpace = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="File of the rank space, as in search_spaces/ (default: every convolution).",
+    ),
+]
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """Return the key and the value of ``KEY=VALUE``, the value read as YAML.
+
+    Raises:
+        SettingsError: if it is not of this form.
+    """
+    import yaml
+
+    from nni_haloc.inputs.yaml_files import parse_yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise SettingsError(f"--set: expected KEY=VALUE, found {text!r}")
+    try:
+        return key, parse_yaml(value)
+    except yaml.YAMLError:
+        raise SettingsError(f"--set {key}: not a YAML value: {value!r}") from None
+
+
+def comma_separated(option: str, text: str, number: Callable[[str], T], what: str) -> list[T]:
+    """Return the numbers of ``0.6,0.5``.
+
+    Raises:
+        SettingsError: naming the ``option`` and ``what`` it expects.
+    """
+    try:
+        return [number(part) for part in text.split(",")]
+    except ValueError:
+        raise SettingsError(
+            f"{option}: expected {what} separated by commas, found {text!r}"
+        ) from None
+
+
+def some_of(option: str, text: str, names: list[str]) -> list[str]:
+    """Return the names of a comma-separated list, each once.
+
+    Raises:
+        SettingsError: if one is not among ``names``.
+    """
+    chosen = list(dict.fromkeys(text.split(",")))
+    for name in chosen:
+        if name not in names:
+            raise SettingsError(f"{option}: expected some of {', '.join(names)}, found {name!r}")
+    return chosen
+
+
+def trust(code: Path | None) -> bool:
+    """Make the modules in ``code`` importable; return whether a model's own factory may run."""
+    if code is not None:
+        sys.path.insert(0, str(code.absolute()))
+    return code is not None
+
+
+def print_json(content: Any) -> None:
+    """Print an object as indented JSON."""
+    typer.echo(json.dumps(content, indent=2))
