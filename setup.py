@@ -52,6 +52,7 @@ setup(
             *ONNX,
             *ACCELERATOR,
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "fvcore>=0.1.5",
             "ruff>=0.9",

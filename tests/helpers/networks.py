@@ -5,7 +5,10 @@ from torch import nn
 
 
 class SmallNet(nn.Module):
-    """Two searchable 3x3 convolutions, a searchable 1x1 one, BatchNorm, in-place activations, a shortcut and a classifier."""
+    """Two searchable 3x3 convolutions and a 1x1 one, a shortcut and a classifier.
+
+    Also BatchNorm and activations in place.
+    """
 
     def __init__(self):
         super().__init__()

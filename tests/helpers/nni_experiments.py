@@ -1,4 +1,8 @@
-"""Real NNI experiments for the tests: created by nnictl on a private home and port, watched through its REST API, always stopped."""
+"""Real NNI experiments for the tests.
+
+Each is created by nnictl with a private home and port, watched through its REST API, and always
+stopped.
+"""
 
 import json
 import os
@@ -19,7 +23,10 @@ NNICTL = (
     "from nni.experiment import launcher; launcher._check_rest_server.__defaults__ = (90, None)\n"
     "from nni.tools.nnictl.nnictl import parse_args; parse_args()"
 )
-"""nnictl, with a minute and a half for its manager to start and not three seconds: a test says nothing of how busy the machine is."""
+"""nnictl, which gives its manager a minute and a half to start and not three seconds.
+
+A test does not depend on how busy the machine is.
+"""
 
 EXAMPLES = ROOT / "examples"
 DIGITS = EXAMPLES / "digits"
@@ -88,7 +95,10 @@ def until_done(port):
 
 
 def begun(port):
-    """Whether a trial runs. On a busy machine the experiment's tuner may miss the ten seconds that NNI's manager gives it."""
+    """Tell whether a trial runs.
+
+    On a busy machine the tuner may miss the ten seconds that NNI's manager gives it.
+    """
 
     def state():
         answer = get(port, "check-status")
@@ -142,6 +152,6 @@ def finished(home, file):
 
 @contextmanager
 def digits_experiment(home, budgets):
-    """The digits example with fewer epochs and one trial a budget, when it is DONE: its port and id."""
+    """Yield port and id of the digits example, DONE: with fewer epochs, one trial a budget."""
     with finished(home, with_budgets(digits_code(home / "digits") / "haloc.yml", budgets)) as found:
         yield found
