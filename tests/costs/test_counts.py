@@ -9,7 +9,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
-from nni_haloc.cli.table import table_main
+from nni_haloc.cli.main import app
 from nni_haloc.costs.counts import count_macs, count_paper_macs, count_params
 from nni_haloc.inputs.models import build_model
 from nni_haloc.space.ranks import RankRules, find_layers
@@ -119,7 +119,7 @@ def table(capsys, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run(*arguments):
-        table_main([*map(str, arguments)])
+        app(["table", *map(str, arguments)], standalone_mode=False)
         return capsys.readouterr().out.splitlines()
 
     return run

@@ -17,6 +17,7 @@ from helpers.commands import haloc
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nni_haloc.cli.main import app
 from nni_haloc.costs.analytic import param_table
 from nni_haloc.costs.device.measurements import NETWORK, merge
 from nni_haloc.costs.device.measuring import Timing, measure
@@ -25,7 +26,7 @@ from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
 from nni_haloc.costs.device.replay import Replay, record
 from nni_haloc.costs.device.spec import Specification, share
 from nni_haloc.costs.device.torch_runtime import TorchRuntime, layer_spec
-from nni_haloc.costs.measure import measure_main, predict_main
+from nni_haloc.costs.measure import measure_main
 from nni_haloc.costs.nn_meter import predicted_table
 from nni_haloc.costs.specification import specify
 from nni_haloc.costs.table import CostTable
@@ -795,7 +796,7 @@ def test_measurements_are_not_overwritten_by_what_is_counted(tmp_path, spec, clo
         str(out),
     ]
     with pytest.raises(ValueError, match=r"costs\.json: holds measurements, which would be lost"):
-        predict_main(arguments)
+        app(["predict", *arguments], standalone_mode=False)
     assert out.read_bytes() == before
 
 

@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from tensorly.decomposition import partial_tucker
 from torch import nn
 
+from nni_haloc.cli import plot
+from nni_haloc.cli.main import app
 from nni_haloc.costs.analytic import param_table
 from nni_haloc.costs.from_settings import rules_of
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.results import figures
 from nni_haloc.results.figures import discrepancy, losses, parameters, rank_bars
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import search
@@ -87,13 +88,13 @@ def test_the_figures_of_two_searches_are_drawn(folder, tmp_path, monkeypatch):
     (other / "search" / "history.csv").write_text("\n".join(rows[:9]))
     RankPlan({"block1.conv": (4, 4)}).save(other / "ranks.json")
     found = {}
-    drawn = figures._save
+    drawn = plot._save
     monkeypatch.setattr(
-        figures,
+        plot,
         "_save",
         lambda figure, path: (found.update({path.name: figure}), drawn(figure, path)),
     )
-    figures.plot_main([str(folder[0]), str(other), "--out", str(tmp_path / "figures")])
+    plot.draw_searches([folder[0], other], tmp_path / "figures")
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert names == {
         f"{name}{suffix}" for name in ("loss", "parameters", "ranks") for suffix in (".png", ".svg")
@@ -266,7 +267,7 @@ def test_pairs_of_ranks_have_the_share_and_the_error_that_tensorly_finds():
 )
 def test_what_cannot_be_drawn_is_one_line(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
-        figures.plot_main([*map(str, arguments), "--out", str(tmp_path)])
+        app(["plot", *map(str, arguments), "--out", str(tmp_path)], standalone_mode=False)
 
 
 def test_figure_3_is_drawn_of_a_model_by_a_factory_in_the_current_folder(tmp_path, monkeypatch):
@@ -277,7 +278,8 @@ def test_figure_3_is_drawn_of_a_model_by_a_factory_in_the_current_folder(tmp_pat
     save_file(nn.Sequential(nn.Conv2d(2, 2, 3)).state_dict(), tmp_path / "w.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    figures.plot_main(["--layer", "0", "--model", "my_factory:net", "--weights", "w.safetensors"])
+    words = ["--layer", "0", "--model", "my_factory:net", "--weights", "w.safetensors"]
+    app(["plot", *words], standalone_mode=False)
     assert (tmp_path / "discrepancy.png").exists()
 
 
@@ -285,7 +287,7 @@ def test_a_search_without_a_plan_is_named(tmp_path):
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "history.csv").write_text(",".join(COLUMNS) + "\n0,1,1,1,1\n")
     with pytest.raises(FileNotFoundError, match=r"ranks.json: No such file or directory$"):
-        figures.plot_main([str(tmp_path)])
+        plot.draw_searches([tmp_path], tmp_path)
 
 
 def test_folders_of_one_name_are_told_apart(tmp_path):

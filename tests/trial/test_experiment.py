@@ -8,7 +8,8 @@ import pytest
 from helpers.nni_experiments import DIGITS, digits_experiment, finished, get
 
 from nni_haloc.cli.experiment import check_experiment, trial_results
-from nni_haloc.costs.measure import measure_main, spec_main
+from nni_haloc.cli.main import app
+from nni_haloc.costs.measure import measure_main
 from nni_haloc.costs.table import CostTable
 from nni_haloc.runs.saved import load
 
@@ -83,7 +84,8 @@ def test_a_trial_that_cannot_succeed_fails_with_its_line(tmp_path):
 def test_workers_measure_a_table_together(tmp_path):
     code = tmp_path / "measure"
     shutil.copytree(DIGITS.parent / "measure", code)
-    spec_main(["--model", "digits_cnn", "--input", "1x8x8", "--out", str(code / "spec.json")])
+    words = ["--model", "digits_cnn", "--input", "1x8x8", "--out", str(code / "spec.json")]
+    app(["spec", *words], standalone_mode=False)
     file = code / "measure.yml"
     file.write_text(
         file.read_text().replace("--threads 1", "--threads 1 --rounds 1 --min-run-time 0.001")
