@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from nni_haloc.cli.options import COSTS, Batch, Json, Model, RankSpace, Shape, print_json
-from nni_haloc.costs.measure import measure_main, measure_parser, model_of
 from nni_haloc.utils.errors import MissingPackage, SettingsError, as_one_line
 from nni_haloc.utils.printing import percent, print_table
 
@@ -33,6 +32,8 @@ Table = Annotated[Path, typer.Option(metavar="FILE", help="The cost table.")]
 )
 def measure_command(context: typer.Context) -> None:
     """Measure each layer's cost at each rank on this device."""
+    from nni_haloc.costs.measure import measure_main, measure_parser
+
     parser = measure_parser()
     if {"-h", "--help"} & set(context.args):
         _show_help(parser)
@@ -129,7 +130,7 @@ def predict_command(
     """Count or model each layer's cost at each rank."""
     with _mendable("predict"):
         from nni_haloc.costs.device.measurements import keep_measurements
-        from nni_haloc.costs.measure import predicted_table
+        from nni_haloc.costs.measure import model_of, predicted_table
 
         named = model_of(model, input_, batch, rank_space)
         table = predicted_table(*named, predictor, metric, flops=flops, bandwidth=bandwidth)
@@ -156,7 +157,7 @@ def spec_command(
 ) -> None:
     """Write what another device is to measure, without the model."""
     with _mendable("spec"):
-        from nni_haloc.costs.measure import specification
+        from nni_haloc.costs.measure import model_of, specification
 
         named = model_of(model, input_, batch, rank_space)
         spec = specification(*named, str(model), onnx=onnx)
@@ -194,6 +195,7 @@ def heatmap_command(
     with _mendable("heatmap"):
         from nni_haloc.cli.heatmap import heatmap, layer_spec
         from nni_haloc.costs.device.torch_runtime import TorchRuntime
+        from nni_haloc.costs.measure import model_of
 
         network, example, _ = model_of(model, input_, batch)
         spec, runtime = layer_spec(network, example, layer), None
@@ -256,6 +258,7 @@ def table_command(
     """Count a network's layers, ranks, MACs and parameters."""
     with _mendable("table"):
         from nni_haloc.cli.table import as_json, counted, print_counted
+        from nni_haloc.costs.measure import model_of
 
         content = counted(*model_of(model, input_, batch, rank_space), plan)
         print_json(as_json(content)) if json_ else print_counted(content)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a command ends with one line, and with the shell's exit status for it, 130 or 143."""
+"""End a command with one line after Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 @contextmanager
 def stoppable(command: str, kept: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Ends the process with one line, ``COMMAND: stopped by Ctrl-C; KEPT``, where one of the signals comes meanwhile; may be nested.
+    """End the process with one line if Ctrl-C or SIGTERM comes while the block runs.
 
-    Whatever leaves the block after a signal is taken for its consequence: Lightning makes an exit of it, with status 1, and a loader whose
-    workers are gone an error. In the main thread alone. Of several processes the first says the line.
+    The line is ``COMMAND: stopped by Ctrl-C; KEPT``, on standard error, from the first of several
+    processes. The exit status is the shell's: 130 after Ctrl-C, 143 after SIGTERM. After a signal
+    any exception that leaves the block counts as its consequence: Lightning turns Ctrl-C into an
+    exit with status 1, and a data loader whose workers are gone raises an error of its own.
+
+    Blocks may be nested; they must be in the main thread.
+
+    Args:
+        command: what the line begins with.
+        kept: returns what the line ends with: which results stay.
     """
     received: list[int] = []
 
     def stop(signum: int, frame: object) -> None:
         received.append(signum)
-        if (
-            signum == signal.SIGINT or len(received) == 1
-        ):  # Lightning sends one more where another process has ended first
+        # Lightning sends one more SIGTERM if another of its processes has ended first
+        if signum == signal.SIGINT or len(received) == 1:
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in _NAMES}
@@ -38,11 +45,8 @@ def stoppable(command: str, kept: Callable[[], str] = lambda: "") -> Iterator[No
             signal.signal(number, signal.SIG_IGN)
         if is_first():
             by = _NAMES[signal.Signals(received[0])]
-            print(
-                "; ".join(filter(None, (f"{command}: stopped by {by}", kept()))),
-                file=sys.stderr,
-                flush=True,
-            )
+            line = "; ".join(filter(None, (f"{command}: stopped by {by}", kept())))
+            print(line, file=sys.stderr, flush=True)
         sys.exit(128 + received[0])
     finally:
         for number, handler in before.items():

@@ -1,4 +1,4 @@
-"""The log of a run: one logger, to a file and to standard error."""
+"""Log a run with one logger, to a file and to standard error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ logger = logging.getLogger("nni_haloc")
 
 
 class _File(logging.FileHandler):
-    """Says once that nothing more can be written, where `logging` would show a traceback for each line; the run goes on."""
+    """A log file that says once if it can no longer be written, and lets the run go on.
+
+    `logging` itself would print a traceback for each line.
+    """
 
     refused = False
 
@@ -27,9 +30,15 @@ class _File(logging.FileHandler):
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Send what is logged here to ``path`` (its folder is made) and to standard error. `SettingsError` where nothing can be written there.
+    """Log what happens in the block to a file and to standard error.
 
-    Of several processes the first one logs.
+    Of several processes only the first one logs.
+
+    Args:
+        path: the file; its folder is made.
+
+    Raises:
+        SettingsError: if nothing can be written there.
     """
     before = logger.level, logger.propagate, logger.disabled
     handlers = _handlers(path) if is_first() else []
@@ -44,7 +53,7 @@ def log_to(path: Path) -> Iterator[None]:
     finally:
         for handler in handlers:
             logger.removeHandler(handler)
-            with suppress(OSError):  # what is left in it can't be written; that was said
+            with suppress(OSError):  # a full disk, of which `_File` has told
                 handler.close()
         level, logger.propagate, logger.disabled = before
         logger.setLevel(level)
