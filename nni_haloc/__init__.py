@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from nni_haloc.plan.compression import compress
     from nni_haloc.plan.rank_plan import RankPlan
     from nni_haloc.plan.sensitivity import sensitivities
-    from nni_haloc.results.front import front
+    from nni_haloc.results.front import pareto_front
     from nni_haloc.runs.saved import load, save
-    from nni_haloc.search.evaluator import classification
+    from nni_haloc.search.evaluator import Classification, classification
     from nni_haloc.search.space import RankSpace, TableProfiler
     from nni_haloc.search.strategy import Haloc
     from nni_haloc.space.ranks import RankRules
@@ -39,9 +39,9 @@ _HOMES = {
     "plan.compression": ("compress",),
     "plan.rank_plan": ("RankPlan",),
     "plan.sensitivity": ("sensitivities",),
-    "results.front": ("front",),
+    "results.front": ("pareto_front",),
     "runs.saved": ("load", "save"),
-    "search.evaluator": ("classification",),
+    "search.evaluator": ("Classification", "classification"),
     "search.space": ("RankSpace", "TableProfiler"),
     "search.strategy": ("Haloc",),
     "space.ranks": ("RankRules",),

@@ -1,4 +1,7 @@
-"""What nnictl runs: ``python3 -m nni_haloc.trial run.yml``, or ``... measure --spec spec.json``. The only file that reports to NNI."""
+"""The program that nnictl runs: ``python3 -m nni_haloc.trial run.yml``, or ``... measure OPTIONS``.
+
+It is the only file that reports to NNI.
+"""
 
 import json
 import os
@@ -11,11 +14,11 @@ from nni_haloc.utils.errors import HalocError, UnusableCheckpoint
 if __name__ == "__main__":
     PARENT = os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        sys.exit(
-            "trialCommand: expected no torchrun: each process would ask for parameters; trainer.devices starts as many as it says"
-        )
-    # First of all, before anything that takes time or may fail: the manager hands parameters out in the order in which it is asked, so a
-    # trial that asks late, or dies before it asks, passes its parameters on to another. The trial's other processes must not ask at all.
+        why = "each process would ask for parameters; trainer.devices starts as many as it says"
+        sys.exit(f"trialCommand: expected no torchrun: {why}")
+    # Ask before anything that takes time or may fail: the manager hands parameters out in the order
+    # in which it is asked. A trial that asks late, or dies before it asks, passes its parameters on
+    # to another. The trial's other processes must not ask at all.
     handed_on = os.environ.get("NNI_HALOC_PARAMETERS")
     PARAMETERS = json.loads(handed_on) if handed_on else nni.get_next_parameter() or {}
     os.environ["NNI_HALOC_PARAMETERS"] = json.dumps(PARAMETERS)
@@ -31,21 +34,23 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nni_haloc.inputs.config import load_config
-from nni_haloc.runs.folder import COSTS_FILE
-from nni_haloc.utils.errors import SettingsError, reason_of
+from nni_haloc.runs.folder import RunFolder
+from nni_haloc.utils.errors import as_one_line, reason_of
 from nni_haloc.utils.files import write_json
 from nni_haloc.utils.log import log_to, logger
 from nni_haloc.utils.processes import is_first
 
-LOCK_FILE, REPORTED_FILE = "trial.lock", "reported.json"
-
 
 class Reports:
-    """What a trial tells NNI: each result once, though a trial that NNI starts again comes by some of them a second time.
+    """Report a trial's results to NNI, each once, also if NNI starts the trial again.
 
-    A result is noted in ``path`` after it went out. Killed between the two, the trial sends it twice, which is the same point once more in
-    a curve; noted before, it would be missing, and a trial whose final result is missing counts for nothing. ``identity``: plain values
-    that the results depend on; with others, all are sent anew. Raises `SettingsError` where NNI does not answer.
+    A result is noted in a file after it was sent. If the trial is killed between the two, it sends
+    the result twice, which adds one equal point to a curve. Noted before, the result would be
+    missing, and a trial without a final result counts for nothing.
+
+    Args:
+        path: the file.
+        identity: plain values that the results depend on; with others, all are sent anew.
     """
 
     def __init__(self, path: Path, identity: Any) -> None:
@@ -62,17 +67,18 @@ class Reports:
                     bool(noted["final"]),
                 )
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # of a first start
+            pass  # nothing is noted before the first start
         nni.trial.overwrite_intermediate_seq(self.intermediate)
 
     def point(self, metrics: dict[str, float], place: int) -> None:
-        """The point of the curve at ``place``, unless it went out before."""
+        """Send the point of the curve at ``place``, unless it was sent before."""
         if place >= self.intermediate:
             self._send(nni.report_intermediate_result, metrics)
             self.intermediate = place + 1
             self._note()
 
     def final(self, metrics: dict[str, Any]) -> None:
+        """Send the final result, unless it was sent before."""
         if not self.final_sent:
             self._send(nni.report_final_result, metrics)
             self.final_sent = True
@@ -82,9 +88,9 @@ class Reports:
         try:
             send(metrics)
         except OSError as error:  # that of requests is one
-            raise SettingsError(
-                f"NNI's manager does not answer ({type(error).__name__}); `nnictl resume` goes on from the last epoch"
-            ) from None
+            name = type(error).__name__
+            goes_on = "`nnictl resume` goes on from the last epoch"
+            raise HalocError(f"NNI's manager does not answer ({name}); {goes_on}") from None
 
     def _note(self) -> None:
         content = {
@@ -92,24 +98,31 @@ class Reports:
             "intermediate": self.intermediate,
             "final": self.final_sent,
         }
-        try:
+        with as_one_line(HalocError):
             write_json(self.path, content)
-        except OSError as error:
-            raise SettingsError(reason_of(error)) from None
 
 
-def main(run_file: str, parameters: dict, folder: Path) -> int:
-    """One trial: the run of ``run_file`` with the tuner's ``parameters`` (dotted keys of the file); returns the exit status."""
+def main(run_file: str, parameters: dict, folder: RunFolder) -> int:
+    """Run one trial.
+
+    Args:
+        run_file: the settings.
+        parameters: what the tuner sets: dotted keys of the settings to values.
+        folder: receives the results.
+
+    Returns:
+        The exit status.
+    """
     try:
         config = load_config(run_file, parameters)
-        reports = Reports(folder / REPORTED_FILE, config.model_dump(mode="json"))
+        reports = Reports(folder.reported, config.model_dump(mode="json"))
         from nni_haloc.runs.run import run
 
         try:  # a trial that NNI starts again has its folder already
-            metrics = run(config, folder, reports.point, parameters, resume=True)
+            metrics = run(config, folder.path, reports.point, parameters, resume=True)
         except UnusableCheckpoint as error:
             logger.info("%s; starting anew", error)
-            metrics = run(config, folder, reports.point, parameters)
+            metrics = run(config, folder.path, reports.point, parameters)
         if is_first():
             reports.final(metrics)
     except (HalocError, OSError) as error:
@@ -118,14 +131,23 @@ def main(run_file: str, parameters: dict, folder: Path) -> int:
     return 0
 
 
-def measure_share(arguments: list[str], parameters: dict, folder: Path) -> int:
-    """One trial of an experiment that measures a cost table: options of `haloc measure`, by the tuner too (``part``); the exit status."""
+def measure_share(arguments: list[str], parameters: dict, folder: RunFolder) -> int:
+    """Run one trial of an experiment that measures a cost table.
+
+    Args:
+        arguments: options of `haloc measure`.
+        parameters: further ones, which the tuner sets, such as ``part``.
+        folder: receives ``costs.json``.
+
+    Returns:
+        The exit status.
+    """
     words = [word for key, value in parameters.items() for word in (f"--{key}", str(value))]
     from nni_haloc.costs.measure import measure_main
 
     try:
-        entries = measure_main([*arguments, *words, "--out", str(folder / COSTS_FILE)])
-        Reports(folder / REPORTED_FILE, [arguments, words]).final({"default": entries})
+        entries = measure_main([*arguments, *words, "--out", str(folder.costs)])
+        Reports(folder.reported, [arguments, words]).final({"default": entries})
     except (ValueError, OSError) as error:
         logger.error("%s", reason_of(error))
         return 2
@@ -133,7 +155,10 @@ def measure_share(arguments: list[str], parameters: dict, folder: Path) -> int:
 
 
 def _end_with(parent: int) -> None:
-    """End this process soon after the one that started it: a trial whose manager was killed would work on beside the one resumed."""
+    """End this process soon after the one that started it has ended.
+
+    A trial whose manager was killed would otherwise work on beside the one that is resumed.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -143,9 +168,12 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _alone(folder: Path) -> FileLock:
-    """Wait until no other process works in the trial's folder, then hold it: one that a shell keeps going does not see its manager die."""
-    lock = FileLock(folder / LOCK_FILE)
+def _hold_alone(folder: RunFolder) -> FileLock:
+    """Wait until no other process works in the trial's folder, then hold its lock.
+
+    A process that a shell keeps alive does not see its manager die.
+    """
+    lock = FileLock(folder.lock)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -158,18 +186,15 @@ if __name__ == "__main__":
     if "NNI_PLATFORM" in os.environ:
         _end_with(PARENT)
     if sys.argv[1:2] != ["measure"] and len(sys.argv) != 2:
-        sys.exit(
-            "usage: python3 -m nni_haloc.trial RUN.yml, or measure and options of `haloc measure`"
-        )
-    FOLDER = Path(os.environ.get("NNI_OUTPUT_DIR", ".")) / "haloc"
+        usage = "python3 -m nni_haloc.trial RUN.yml, or measure and options of `haloc measure`"
+        sys.exit(f"usage: {usage}")
+    FOLDER = RunFolder(Path(os.environ.get("NNI_OUTPUT_DIR", ".")) / "haloc")
     LOG = ExitStack()
     try:
-        LOG.enter_context(log_to(FOLDER / "log.txt"))
-        HELD = _alone(FOLDER) if is_first() else None
+        LOG.enter_context(log_to(FOLDER.log))
+        HELD = _hold_alone(FOLDER) if is_first() else None
     except (HalocError, OSError) as error:
         sys.exit(str(error))
-    sys.exit(
-        measure_share(sys.argv[2:], PARAMETERS, FOLDER)
-        if sys.argv[1] == "measure"
-        else main(sys.argv[1], PARAMETERS, FOLDER)
-    )
+    if sys.argv[1] == "measure":
+        sys.exit(measure_share(sys.argv[2:], PARAMETERS, FOLDER))
+    sys.exit(main(sys.argv[1], PARAMETERS, FOLDER))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, create_model, model_validator
 
+from nni_haloc.inputs.registries import STAGES
 from nni_haloc.inputs.schema import (
     Budget,
     Cost,
@@ -26,6 +28,7 @@ from nni_haloc.inputs.schema import (
     Space,
     Train,
     Trainer,
+    Training,
     WeightsPath,
     check_uploaded,
 )
@@ -34,9 +37,16 @@ from nni_haloc.utils.errors import SettingsError, explain
 
 Validated = TypeVar("Validated", bound=Section)
 
+_FEWEST_IMAGES = 64
+"""Calibration images that remain at any ``scale``."""
+
 
 class Config(Section):
-    """A whole run. ``preset: paper`` sets what the paper fixes; naming one of those keys beside it is an error."""
+    """The settings of a whole run.
+
+    ``preset: paper`` sets what the paper fixes; naming one of those keys beside it is an error.
+    A stage that another package adds has a section of its own, under the stage's name.
+    """
 
     model: Model
     weights: WeightsPath
@@ -57,12 +67,25 @@ class Config(Section):
     seed: Seed = 0
     preset: Literal["paper"] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _write_out(cls, content: Any) -> Any:
+        """Write ``budget: 0.5`` out as ``budget: {fraction: 0.5}``."""
+        if not isinstance(content, dict) or not _is_number(content.get("budget")):
+            return content
+        fraction = content["budget"]
+        if not 0 < fraction <= 1:
+            absolute = f"write budget: {{absolute: {fraction}}} for a number in the metric's unit"
+            expected = "expected a fraction of the original's cost, above 0 to 1"
+            raise ValueError(f"budget: {expected}, found {fraction}; {absolute}")
+        return {**content, "budget": {"fraction": fraction}}
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.search.warmup_epochs >= self.search.epochs:
-            raise ValueError(
-                f"search.warmup_epochs: must be below search.epochs ({self.search.epochs}), found {self.search.warmup_epochs}"
-            )
+        warmup, epochs = self.search.warmup_epochs, self.search.epochs
+        if warmup >= epochs:
+            expected = f"must be below search.epochs ({epochs})"
+            raise ValueError(f"search.warmup_epochs: {expected}, found {warmup}")
         return self
 
 
@@ -88,13 +111,21 @@ def load_config(
     training: bool = False,
     uploaded: Path | None = None,
 ) -> Config:
-    """Read and validate a run's file. ``changes``: dotted key to value (``{"budget.fraction": 0.3}``), as NNI's tuner gives them.
+    """Read and validate a run's file.
 
-    ``rank_space`` may be the path of a file of its own. With ``scale`` below 1, its root is taken of all numbers of epochs, of one epoch at
-    least, and of the images; of calibration images, which are gone through once, that share itself remains, 64 at least: about that much of
-    the work remains. ``training``: ``weights`` need not be there yet. ``uploaded``: the run is to be on another machine, which gets this
-    folder; relative paths must be inside, absolute ones are that machine's and not looked for here. Raises `SettingsError` with one line that
-    names the file and the key.
+    ``rank_space`` in the file may be the path of a file of its own. With ``scale`` below 1, its
+    root is taken of the epochs and of the images; of calibration images, which are gone through
+    once, that share itself remains: about that much of the work remains.
+
+    Args:
+        path: the YAML file.
+        changes: dotted key to value (``{"budget.fraction": 0.3}``), as NNI's tuner gives them.
+        training: whether the run is to make the file ``weights``, which then need not be there.
+        uploaded: the folder that is sent to another machine, if the run is to be there. Relative
+            paths must lie inside; absolute ones are that machine's and are not looked for here.
+
+    Raises:
+        SettingsError: names the file and the key.
     """
     path = Path(path)
     content = read_yaml(path)
@@ -104,22 +135,39 @@ def load_config(
         content["rank_space"] = _space_file(path, content["rank_space"], uploaded)
     for dotted, value in changes.items():
         set_dotted(content, dotted, value)
+    _apply_preset(content, path)
+    context = {"training": training, "uploaded": uploaded}
+    return _scaled(_validated(config_type(), content, path, path.parent, **context))
+
+
+def config_type() -> type[Config]:
+    """Return `Config` with a section for each stage that another package has added."""
+    return _config_with(tuple(STAGES.foreign()))
+
+
+@lru_cache
+def _config_with(stages: tuple[str, ...]) -> type[Config]:
+    if not stages:
+        return Config
+    sections: dict[str, Any] = {name: (STAGES[name].settings | None, None) for name in stages}
+    return create_model("Config", __base__=Config, **sections)
+
+
+def _apply_preset(content: dict[str, Any], path: Path) -> None:
+    """Set what the settings' ``preset`` fixes; refuse a setting that says otherwise."""
     preset = content.get("preset")
     for section, fixed in PRESETS.get(preset if isinstance(preset, str) else "", {}).items():
         values = content.setdefault(section, {})
-        if isinstance(values, dict):
-            for key, value in fixed.items():
-                if values.setdefault(key, value) != value:
-                    raise SettingsError(
-                        f"{path}: {section}.{key}: preset {preset!r} sets it to {value!r}, found {values[key]!r}"
-                    )
-    return _scaled(
-        _validated(Config, content, path, path.parent, training=training, uploaded=uploaded)
-    )
+        if not isinstance(values, dict):
+            continue  # the schema refuses it
+        for key, value in fixed.items():
+            if values.setdefault(key, value) != value:
+                sets = f"preset {preset!r} sets it to {value!r}"
+                raise SettingsError(f"{path}: {section}.{key}: {sets}, found {values[key]!r}")
 
 
 def _space_file(path: Path, name: str, uploaded: Path | None) -> Any:
-    """The content of the rank space's own file; nothing where that is another machine's."""
+    """Read the rank space's own file; it is empty here if it is another machine's."""
     if uploaded is not None and Path(name).expanduser().is_absolute():
         return {}
     try:
@@ -131,45 +179,54 @@ def _space_file(path: Path, name: str, uploaded: Path | None) -> Any:
 
 
 def _scaled(config: Config) -> Config:
+    """Return the settings with the work that ``scale`` leaves."""
     if config.scale == 1:
         return config
     root = math.sqrt(config.scale)
-    images = config.rank_space.calibration_images
-    parts: dict[str, Any] = {
-        "data": config.data.model_copy(update={"share": root * config.data.share}),
-        "rank_space": config.rank_space.model_copy(
-            update={"calibration_images": max(min(images, 64), round(config.scale * images))}
-        ),
-    }
-    if config.quantize is not None:
-        images = config.quantize.calibration_images
-        calibrating = {"calibration_images": max(min(images, 64), round(config.scale * images))}
-        config = config.model_copy(
-            update={"quantize": config.quantize.model_copy(update=calibrating)}
-        )
-    for name in ("train", "search", "finetune", "prune", "quantize"):
+    share = root * config.data.share
+    parts: dict[str, Section] = {"data": config.data.model_copy(update={"share": share})}
+    for name in type(config).model_fields:
         section = getattr(config, name)
-        if section is None:
+        if not isinstance(section, Section):
             continue
-        epochs = {"epochs": max(1, round(root * section.epochs))} if section.epochs else {}
-        if name == "search":
-            epochs["warmup_epochs"] = min(
-                math.ceil(root * section.warmup_epochs), epochs["epochs"] - 1
-            )
-        parts[name] = section.model_copy(update=epochs)
+        changes: dict[str, Any] = {}
+        if hasattr(section, "calibration_images"):
+            images = section.calibration_images
+            least = min(images, _FEWEST_IMAGES)
+            changes["calibration_images"] = max(least, round(config.scale * images))
+        if isinstance(section, Training) and section.epochs:
+            changes["epochs"] = max(1, round(root * section.epochs))
+        if isinstance(section, Search):
+            warmup = math.ceil(root * section.warmup_epochs)
+            changes["warmup_epochs"] = min(warmup, changes["epochs"] - 1)
+        if changes:
+            parts[name] = section.model_copy(update=changes)
     return config.model_copy(update=parts)
 
 
 def parse_config(
     content: Mapping[str, Any], source: str | Path, folder: Path = Path(), *, files: bool = True
 ) -> Config:
-    """The validated settings, paths relative to ``folder``; `SettingsError` names their ``source``. ``files``: whether those that the
-    settings name have to be there."""
-    return _validated(Config, content, source, folder, files=files)
+    """Validate settings that are at hand.
+
+    Args:
+        content: keys and values.
+        source: where they are from, for messages.
+        folder: what relative paths are relative to.
+        files: whether the files that they name have to be there.
+
+    Raises:
+        SettingsError: names the source and the key.
+    """
+    return _validated(config_type(), content, source, folder, files=files)
 
 
 def load_space(path: str | Path) -> Space:
-    """Read and validate a rank space's own file; `SettingsError` names the file and the key."""
+    """Read and validate a rank space's own file.
+
+    Raises:
+        SettingsError: names the file and the key.
+    """
     return _validated(Space, read_yaml(Path(path)), path, Path())
 
 
@@ -187,14 +244,23 @@ def _validated(
 
 
 def set_dotted(content: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set a key of nested sections in place."""
+    """Set a key of nested sections in place.
+
+    Raises:
+        SettingsError: if the key's section is a plain value.
+    """
     *sections, key = dotted.split(".")
+    if sections == ["budget"] and _is_number(content.get("budget")):
+        content["budget"] = {"fraction": content["budget"]}
     for section in sections:
         if not isinstance(content.setdefault(section, {}), dict):
             raise SettingsError(f"{dotted}: {section!r} is not a section")
         content = content[section]
     if key in ("fraction", "absolute") and sections == ["budget"]:
-        content.pop(
-            "absolute" if key == "fraction" else "fraction", None
-        )  # the two exclude each other: the one set last stands
+        # They exclude each other: the one that is set last counts.
+        content.pop("absolute" if key == "fraction" else "fraction", None)
     content[key] = value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from nni_haloc.inputs.image_files import class_folders, read_all
+from nni_haloc.inputs.registries import DATA
+from nni_haloc.inputs.schema import Data
 from nni_haloc.inputs.tensor_images import TensorImages
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -190,6 +192,43 @@ def image_folder(
         class_folders(root / test, plain),
         files.classes,
     )
+
+
+def load_data(settings: Data) -> Splits:
+    """Load the data set that the settings name, and the share of it that they ask for.
+
+    Raises:
+        SettingsError: if no data set has the name.
+        FileNotFoundError, ValueError: if its files are missing or damaged.
+    """
+    splits: Splits = DATA[settings.name](settings)
+    return splits.shared(settings.share, settings.seed)
+
+
+def load_digits(settings: Data) -> Splits:
+    """Load `digits` as the settings say."""
+    return digits(**_cut(settings))
+
+
+def load_cifar10(settings: Data) -> Splits:
+    """Load `cifar10` as the settings say."""
+    assert settings.root is not None
+    return cifar10(settings.root, **_cut(settings), download=settings.download)
+
+
+def load_folder(settings: Data) -> Splits:
+    """Load `image_folder` as the settings say."""
+    assert settings.root is not None
+    assert settings.size is not None
+    options = {**_cut(settings), "test": settings.test, "in_memory": settings.in_memory}
+    return image_folder(settings.root, settings.size, **options)
+
+
+def _cut(settings: Data) -> dict[str, Any]:
+    """Return the settings that every data set of ours takes."""
+    return {
+        key: getattr(settings, key) for key in ("val_fraction", "seed", "val_list", "mean", "std")
+    }
 
 
 def _in_memory(

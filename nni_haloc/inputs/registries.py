@@ -23,20 +23,27 @@ RULES: Registry[Any] = Registry(
         "sensitivity-knapsack": f"{_RULES}.knapsacks:sensitivity_knapsack",
         "random": f"{_RULES}.knapsacks:random",
         "learned": f"{_RULES}.learned:learned",
+        "nni-evolution": "nni_haloc.search.multitrial:evolution",
+        "nni-random": "nni_haloc.search.multitrial:random_search",
     },
 )
 """Ways to choose ranks without a search: a function of a `Problem` that returns a `Choice`."""
 
+_PREDICTORS = "nni_haloc.costs.predictors"
 PREDICTORS: Registry[Any] = Registry(
     "predictor",
     "nni_haloc.predictors",
     {
-        "macs": "nni_haloc.costs.analytic:mac_table",
-        "params": "nni_haloc.costs.analytic:param_table",
-        "activation_bytes": "nni_haloc.costs.analytic:activation_table",
+        "macs": f"{_PREDICTORS}:macs",
+        "params": f"{_PREDICTORS}:params",
+        "activation_bytes": f"{_PREDICTORS}:activation_bytes",
+        "latency_ms": f"{_PREDICTORS}:latency_ms",
+        "cycles": f"{_PREDICTORS}:cycles",
+        "energy_pj": f"{_PREDICTORS}:energy_pj",
+        "roofline": f"{_PREDICTORS}:roofline",
     },
 )
-"""Cost tables by metric: a function of a network, an example input and `RankRules`."""
+"""What makes the cost table of a metric: a `nni_haloc.costs.predictors.Predictor`."""
 
 RUNTIMES: Registry[Any] = Registry(
     "runtime",
@@ -63,19 +70,19 @@ DATA: Registry[Any] = Registry(
     "data set",
     "nni_haloc.data",
     {
-        "digits": "nni_haloc.inputs.data:digits",
-        "cifar10": "nni_haloc.inputs.data:cifar10",
-        "folder": "nni_haloc.inputs.data:image_folder",
+        "digits": "nni_haloc.inputs.data:load_digits",
+        "cifar10": "nni_haloc.inputs.data:load_cifar10",
+        "folder": "nni_haloc.inputs.data:load_folder",
     },
 )
-"""Data sets: a function that returns `nni_haloc.inputs.data.Splits`."""
+"""Data sets: a function of the settings' section ``data`` that returns `nni_haloc.inputs.data.Splits`."""
 
 STAGES: Registry[Any] = Registry(
     "stage",
     "nni_haloc.stages",
     {
         "pretrain": "nni_haloc.runs.stages.pretrain:Pretrain",
-        "search": "nni_haloc.runs.stages.search:ChooseRanks",
+        "search": "nni_haloc.runs.stages.choose_ranks:ChooseRanks",
         "finetune": "nni_haloc.runs.stages.finetune:Finetune",
         "prune": "nni_haloc.runs.stages.prune:Prune",
         "quantize": "nni_haloc.runs.stages.quantize:Quantize",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+
+from nni_haloc.inputs.registries import DATA, PREDICTORS, RULES, RUNTIMES
+from nni_haloc.utils.registry import Registry
 
 
 class Section(BaseModel):
@@ -50,6 +54,23 @@ def _pin(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _one_of(*names: str | Registry[Any]) -> Callable[[str], str]:
+    """Return a check that a value is one of some names; those of a registry are looked up then."""
+
+    def check(value: str) -> str:
+        known = [name for part in names for name in ([part] if isinstance(part, str) else part)]
+        if value not in known:
+            raise ValueError(f"expected one of {', '.join(known)}, found {value!r}")
+        return value
+
+    return check
+
+
+def _metric(name: str) -> str:
+    """Check that a metric is one of ours, or that another package's predictor has its name."""
+    return _one_of(*METRICS, *PREDICTORS.foreign())(name)
+
+
 WeightsPath = Annotated[str, AfterValidator(_weights)]
 ExistingPath = Annotated[str, AfterValidator(_existing)]
 Pin = Annotated[Any, AfterValidator(_pin)]
@@ -57,11 +78,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
-Metric = Literal["macs", "params", "activation_bytes", "latency_ms", "cycles", "energy_pj"]
-Rule = Literal[
-    "search", "uniform", "energy", "alds", "vbmf", "error-knapsack", "sensitivity-knapsack", "random", "learned",
-    "nni-evolution", "nni-random",
-]  # fmt: skip
+METRICS = ("macs", "params", "activation_bytes", "latency_ms", "cycles", "energy_pj")
+Metric = Annotated[str, AfterValidator(_metric)]
+Rule = Annotated[str, AfterValidator(_one_of("search", RULES))]
+DataName = Annotated[str, AfterValidator(_one_of(DATA))]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -78,7 +98,8 @@ class Data(Section):
     ``share``: of all images, drawn by ``seed``. ``mean`` and ``std`` per channel: those that the network was trained with, where they are
     not the data set's usual ones."""
 
-    name: Literal["digits", "cifar10", "folder"]
+    name: DataName
+    arguments: dict[str, Any] = {}
     root: ExistingPath | None = None
     size: Count | None = None
     test: str = "test"
@@ -101,7 +122,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Data:
-        if self.name != "digits" and self.root is None:
+        if self.name in ("cifar10", "folder") and self.root is None:
             raise ValueError(f"root: data {self.name!r} needs a folder")
         if self.name == "folder" and self.size is None:
             raise ValueError("size: data 'folder' needs the image size in pixels")
@@ -126,11 +147,16 @@ class Space(Section):
 
 
 class Cost(Section):
-    """What the budget limits, and how latency is measured; ``batch_size``, ``memory_format``, ``device`` and ``threads`` hold for
-    the reported latency too."""
+    """What the budget limits, and how latency is measured.
+
+    ``predictor`` makes the table if there is none (None: the one named as the metric). The other
+    keys hold for the reported latency, too.
+    """
 
     metric: Metric = "macs"
+    predictor: Annotated[str, AfterValidator(_one_of(PREDICTORS))] | None = None
     table: ExistingPath | None = None
+    runtime: Annotated[str, AfterValidator(_one_of(RUNTIMES))] = "torch"
     batch_size: Count = 1
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
     device: str = "cpu"

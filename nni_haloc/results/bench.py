@@ -20,7 +20,6 @@ from nni_haloc.costs.device.measuring import Run, Runtime, time_together
 from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
 from nni_haloc.runs.finished import Finished
-from nni_haloc.runs.folder import BENCH_FILE
 from nni_haloc.utils.errors import HalocError, SettingsError
 from nni_haloc.utils.files import read_json, write_json
 from nni_haloc.utils.log import logger
@@ -81,7 +80,7 @@ def bench(
                 "params": count_params(network),
             }
             if data and form.any_batch:
-                form.facts["top1"] = run.job.accuracy(form.network, run.job.loader(split))[0]
+                form.facts["top1"] = run.job.accuracy(form.network, run.job.loader(split))["top1"]
             logger.info("%s", ", ".join(map(str, form.facts.values())))
         for size in sizes:
             rows += _timed(forms, run.example(size).shape, runtime, onnx, rounds, min_run_time)
@@ -96,7 +95,7 @@ def bench(
         "rounds": rounds,
         "rows": rows,
     }
-    write_json(run.folder / BENCH_FILE, content)
+    write_json(run.folder.bench, content)
     return content
 
 

@@ -3,81 +3,92 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torch import nn
+
 from nni_haloc.chain.exporting import export_onnx, export_program, quantize_onnx
 from nni_haloc.runs.finished import Finished
-from nni_haloc.runs.folder import EXPORT_FOLDER, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE
-from nni_haloc.utils.errors import SettingsError, reason_of
+from nni_haloc.utils.errors import SettingsError, as_one_line
 from nni_haloc.utils.files import whole
 
-FORMATS = ("onnx", "program", "safetensors", "int8")
+ONNX_FILE, PROGRAM_FILE, INT8_FILE = "model.onnx", "model.pt2", "model-int8.onnx"
 
-
-ONNX_FILE, INT8_FILE, PROGRAM_FILE = "model.onnx", "model-int8.onnx", "model.pt2"
+Exported = tuple[Path, str]
+"""The file that was written, and what was checked of it."""
 
 
 def export(
     folder: str | Path,
-    formats: Sequence[str] = FORMATS,
+    formats: Sequence[str] | None = None,
     out: str | Path | None = None,
     *,
     factories: bool = False,
 ) -> list[tuple[str, Path, str]]:
-    """Write the network of a finished run's ``folder``, or of a stage's, in some of `FORMATS`; returns format, file and what was checked.
+    """Write the network of a finished run, or of one of its stages, for other runtimes.
 
-    ``out`` (None: ``folder/export``) receives the files, each as soon as it is whole; what ``folder`` holds itself stays as it is. Data are
-    needed for ``int8`` alone, which is calibrated on training images. ``factories``: see `Finished`. Raises `SettingsError`.
+    Each file appears as soon as it is whole. What ``folder`` holds itself stays as it is.
+
+    Args:
+        folder: the run's folder, or a stage's.
+        formats: some of `FORMATS` (None: all). ``int8`` is calibrated on training images and needs
+            the run's data; the others do not.
+        out: receives the files; None is ``folder/export``.
+        factories: see `Finished`.
+
+    Returns:
+        For each format its name, its file, and what was checked.
+
+    Raises:
+        SettingsError: for a folder that is none of a finished run, an unknown format, a network
+            that can't be exported, and an ``out`` that is the run's folder.
     """
-    run = Finished(folder, data="int8" in formats, factories=factories)
-    out = Path(out or run.folder / EXPORT_FOLDER)
-    if out.resolve() == run.folder.resolve():
-        raise SettingsError(f"--out: expected another folder than the run's, found {out}")
-    found: list[tuple[str, Path, str]] = []
-    try:
-        network, example = run.network(), run.example(2)
-        out.mkdir(parents=True, exist_ok=True)
-        for name in formats:
-            if name == "onnx":
-                found.append(
-                    (
-                        name,
-                        out / ONNX_FILE,
-                        _differs(export_onnx(network, example, out / ONNX_FILE), "in ONNX Runtime"),
-                    )
-                )
-            elif name == "program":
-                found.append(
-                    (
-                        name,
-                        out / PROGRAM_FILE,
-                        _differs(
-                            export_program(network, example, out / PROGRAM_FILE), "loaded back"
-                        ),
-                    )
-                )
-            elif name == "int8":
-                with TemporaryDirectory() as scratch:
-                    source = out / ONNX_FILE
-                    if "onnx" not in [done for done, *_ in found]:
-                        source = Path(scratch) / ONNX_FILE
-                        export_onnx(network, example, source)
-                    quantize_onnx(source, run.calibration_images(), out / INT8_FILE)
-                found.append((name, out / INT8_FILE, "runs in ONNX Runtime"))
-            else:
-                for file in (MODEL_FILE, WEIGHTS_FILE, RANKS_FILE):
-                    if (run.folder / file).is_file():
-                        with whole(out / file) as part:
-                            shutil.copyfile(run.folder / file, part)
-                found.append(
-                    (name, out / WEIGHTS_FILE, f"as in the run's folder, with {RANKS_FILE}")
-                )
-    except (OSError, ValueError) as error:
-        raise SettingsError(reason_of(error)) from None
-    return found
+    names = list(FORMATS) if formats is None else list(formats)
+    for name in names:
+        if name not in FORMATS:
+            raise SettingsError(f"format: expected some of {', '.join(FORMATS)}, found {name!r}")
+    run = Finished(folder, data="int8" in names, factories=factories)
+    target = Path(out or run.folder.export)
+    if target.resolve() == run.folder.path.resolve():
+        raise SettingsError(f"--out: expected another folder than the run's, found {target}")
+    with as_one_line():
+        network = run.network()
+        target.mkdir(parents=True, exist_ok=True)
+        return [(name, *FORMATS[name](run, network, target)) for name in names]
 
 
-def _differs(difference: float, how: str) -> str:
-    return f"{how}, {difference:.1e} from torch"
+def _export_onnx(run: Finished, network: nn.Module, out: Path) -> Exported:
+    difference = export_onnx(network, run.example(2), out / ONNX_FILE)
+    return out / ONNX_FILE, f"in ONNX Runtime, {difference:.1e} from torch"
+
+
+def _export_program(run: Finished, network: nn.Module, out: Path) -> Exported:
+    difference = export_program(network, run.example(2), out / PROGRAM_FILE)
+    return out / PROGRAM_FILE, f"loaded back, {difference:.1e} from torch"
+
+
+def _export_safetensors(run: Finished, network: nn.Module, out: Path) -> Exported:
+    for file in (run.folder.model, run.folder.weights, run.folder.ranks):
+        if file.is_file():
+            with whole(out / file.name) as part:
+                shutil.copyfile(file, part)
+    return out / run.folder.weights.name, f"as in the run's folder, with {run.folder.ranks.name}"
+
+
+def _export_int8(run: Finished, network: nn.Module, out: Path) -> Exported:
+    with TemporaryDirectory() as scratch:
+        source = Path(scratch) / ONNX_FILE
+        export_onnx(network, run.example(2), source)
+        quantize_onnx(source, run.calibration_images(), out / INT8_FILE)
+    return out / INT8_FILE, "runs in ONNX Runtime"
+
+
+FORMATS: dict[str, Callable[[Finished, nn.Module, Path], Exported]] = {
+    "onnx": _export_onnx,
+    "program": _export_program,
+    "safetensors": _export_safetensors,
+    "int8": _export_int8,
+}
+"""Formats by name: ONNX, a program of `torch.export`, safetensors, and ONNX in 8 bits."""

@@ -10,10 +10,10 @@ from pytorch_lightning import seed_everything
 from torch import nn
 
 from nni_haloc.inputs.config import parse_config
-from nni_haloc.plan.budget import UndecidedBudget
-from nni_haloc.runs.folder import CHECKPOINT_FILE, FRONT_FOLDER, SEARCH_FOLDER
+from nni_haloc.runs.folder import RunFolder
 from nni_haloc.runs.job import Job
-from nni_haloc.runs.run import searched
+from nni_haloc.runs.stages.choose_ranks import run_or_read_search
+from nni_haloc.runs.stages.stage import ignore
 from nni_haloc.search.strategy import Haloc
 from nni_haloc.training import checkpoint
 from nni_haloc.training.finetuning import recalibrate
@@ -22,6 +22,7 @@ from nni_haloc.utils.files import whole, write_json
 from nni_haloc.utils.log import logger
 
 FRONT_FILE, PLOT_FILE = "front.json", "front.png"
+FRONT_VERSION = 1
 _AXES = {
     "macs": ("MACs, millions", 1e6),
     "params": ("parameters, millions", 1e6),
@@ -30,123 +31,126 @@ _AXES = {
     "cycles": ("cycles, millions", 1e6),
     "energy_pj": ("energy, µJ", 1e6),
 }
+"""Label of a metric's axis, and what one unit of the axis is in the metric's own."""
 
 
-def front(
+def pareto_front(
     folder: str | Path,
     budgets: Sequence[float],
     out: str | Path | None = None,
     *,
     factories: bool = False,
 ) -> dict[str, Any]:
-    """Plans for a list of budgets from the search that ``folder`` holds, each with its accuracy; returns what ``front.json`` says.
+    """Plan for several budgets from one finished search, and measure each plan's accuracy.
 
-    ``budgets``: fractions of the original's cost, above 0 to 1. Each plan is the best by the search's score within its budget, evaluated
-    on the validation images with the searched weights, BatchNorm recalibrated; no fine-tuning. ``out`` (None: ``folder/front``) receives
-    ``front.json``, ``front.png``, and for each budget a folder that `load` takes. ``factories``: call a model factory of one's own
-    (``package.module:factory``) on the folder's word. Raises `SettingsError`, also where the search is not finished.
+    Each plan is the best by the search's score within its budget. Its network has the searched
+    weights with BatchNorm recalibrated, is not fine-tuned, and is evaluated on the validation
+    images.
+
+    Args:
+        folder: the folder of a finished search.
+        budgets: fractions of the original's cost, above 0 to 1.
+        out: receives ``front.json``, ``front.png``, and for each budget a folder that
+            `nni_haloc.load` takes; None is ``folder/front``.
+        factories: whether to import and call the model factory that the folder names: only for
+            folders that you trust.
+
+    Returns:
+        What ``front.json`` says: ``original``, ``points``, and the ``infeasible`` budgets.
+
+    Raises:
+        SettingsError: if there is no finished search, or a budget is none.
     """
-    job, strategy = _finished(Path(folder), factories)
-    out = Path(out or job.folder / FRONT_FOLDER)
+    job = _finished_search(RunFolder(folder), factories)
     for fraction in budgets:
         if not 0 < fraction <= 1:
-            raise SettingsError(
-                f"budgets: expected fractions of the original's cost, above 0 to 1, found {fraction}"
-            )
+            expected = "expected fractions of the original's cost, above 0 to 1"
+            raise SettingsError(f"budgets: {expected}, found {fraction}")
+    target = Path(out or job.folder.front)
+    with job.active():
+        strategy = run_or_read_search(job, ignore, resume=True)
+        content = _content(job, strategy, budgets, target)
+    target.mkdir(parents=True, exist_ok=True)
+    write_json(target / FRONT_FILE, content)
+    plot(content, target / PLOT_FILE)
+    return content
+
+
+def _content(job: Job, strategy: Haloc, budgets: Sequence[float], out: Path) -> dict[str, Any]:
+    """Make and measure the network of each budget; return what ``front.json`` says."""
     original, val = strategy.costs.original, job.loader("val")
     points: list[dict[str, Any]] = []
     infeasible: list[dict[str, Any]] = []
     for fraction in sorted(set(budgets), reverse=True):
         try:
             plan = strategy.plan(fraction, select="knapsack")  # the arg max knows no budget
-        except (InfeasibleBudget, UndecidedBudget) as error:
+        except InfeasibleBudget as error:
             logger.info("budget %g: %s", fraction, error)
             infeasible.append({"fraction": fraction, "reason": str(error)})
             continue
         network = _recalibrated(job, strategy.network(plan))
-        (top1, *_) = job.accuracy(network, val)
-        cost = plan.chosen_by["cost"]
-        job.save(network, plan, out / f"{fraction:g}")
-        points.append(
-            {
-                "fraction": fraction,
-                "cost": cost,
-                "cost_fraction": cost / original,
-                "top1": top1,
-                "folder": f"{fraction:g}",
-            }
-        )
-    content = {
-        "version": 1,
+        name, cost = f"{fraction:g}", plan.chosen_by["cost"]
+        job.save(network, plan, RunFolder(out / name))
+        top1 = job.accuracy(network, val)["top1"]
+        point = {"fraction": fraction, "cost": cost, "cost_fraction": cost / original}
+        points.append({**point, "top1": top1, "folder": name})
+    return {
+        "version": FRONT_VERSION,
         "metric": strategy.costs.metric,
         "searched_at": strategy.budget / original,
-        "original": {"cost": original, "top1": job.accuracy(job.model, val)[0]},
+        "original": {"cost": original, "top1": job.accuracy(job.model, val)["top1"]},
         "points": points,
         "infeasible": infeasible,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / FRONT_FILE, content)
-    plot(content, out / PLOT_FILE)
-    return content
 
 
 def plot(content: dict[str, Any], path: str | Path) -> None:
     """Draw what ``front.json`` holds: validation accuracy against cost, the original marked."""
     from matplotlib.figure import Figure  # slow to import
 
-    label, unit = _AXES[content["metric"]]
+    label, unit = _AXES.get(content["metric"], (content["metric"], 1.0))
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot(xlabel=label, ylabel="top-1 on validation images, %")
     spots: dict[tuple[float, float], list[str]] = {}  # several budgets may have the same plan
-    for p in content["points"]:
-        spots.setdefault((p["cost"] / unit, 100 * p["top1"]), []).append(f"{p['fraction']:g}")
-    axes.plot(
-        *zip(*spots, strict=True) if spots else ([], []),
-        "o-",
-        label="plans (with their budgets), not fine-tuned",
-    )
+    for point in content["points"]:
+        spot = point["cost"] / unit, 100 * point["top1"]
+        spots.setdefault(spot, []).append(f"{point['fraction']:g}")
+    costs, accuracies = zip(*spots, strict=True) if spots else ([], [])
+    axes.plot(costs, accuracies, "o-", label="plans (with their budgets), not fine-tuned")
     for spot, fractions in spots.items():
-        axes.annotate(
-            ", ".join(fractions), spot, xytext=(4, -12), textcoords="offset points", fontsize=8
-        )
+        text = ", ".join(fractions)
+        axes.annotate(text, spot, xytext=(4, -12), textcoords="offset points", fontsize=8)
+    original = content["original"]
     axes.plot(
-        content["original"]["cost"] / unit,
-        100 * content["original"]["top1"],
-        "k*",
-        markersize=11,
-        label="original",
+        original["cost"] / unit, 100 * original["top1"], "k*", markersize=11, label="original"
     )
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")
-    axes.set_title(
-        f"One search at {content['searched_at']:.3g} of the original's cost, plans for other budgets",
-        fontsize=10,
-    )
+    title = f"One search at {content['searched_at']:.3g} of the original's cost"
+    axes.set_title(f"{title}, plans for other budgets", fontsize=10)
     with whole(path) as part:
         figure.savefig(part, dpi=150, format=Path(path).suffix[1:])
 
 
-def _finished(folder: Path, factories: bool) -> tuple[Job, Haloc]:
-    """The job and the search that a folder holds."""
-    path = folder / SEARCH_FOLDER / CHECKPOINT_FILE
+def _finished_search(folder: RunFolder, factories: bool) -> Job:
+    """Return the job of the finished search that a folder holds."""
+    path = folder.searching.checkpoint
     if not path.is_file():
-        raise SettingsError(
-            f"{path}: no such file; expected the folder of a search (haloc search, haloc run)"
-        )
+        expected = "expected the folder of a search (haloc search, haloc run)"
+        raise SettingsError(f"{path}: no such file; {expected}")
     saved = checkpoint.read(path)
     config = parse_config(saved["config"], path)
-    if saved["epochs"] < config.search.epochs:
+    done, epochs = saved["epochs"], config.search.epochs
+    if done < epochs:
         raise SettingsError(
-            f"{path}: the search is not finished ({saved['epochs']} of {config.search.epochs} epochs); resume it"
+            f"{path}: the search is not finished ({done} of {epochs} epochs); resume it"
         )
-    job = Job(config, folder, factories=factories)
-    strategy = searched(job, resume=True)
-    return job, strategy
+    return Job(config, folder.path, factories=factories)
 
 
 def _recalibrated(job: Job, network: nn.Module) -> nn.Module:
-    """With the same training images, augmented in the same way, for every network."""
+    """Recalibrate with the same training images, augmented alike, for every network."""
     seed_everything(job.config.seed, verbose=False)
     recalibrate(network, job.loader("train", shuffle=True), job.config.recalibration_batches)
     return network

@@ -1,9 +1,8 @@
-"""`haloc report`: a finished run's folder as one HTML page that needs nothing else, and runs nothing."""
+"""A finished run's folder as one HTML page that needs nothing else, and runs nothing."""
 
 from __future__ import annotations
 
 import base64
-import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -20,29 +19,14 @@ from nni_haloc.costs.table import CostTable
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results import figures
 from nni_haloc.results.bench import TEXT, bench_table
-from nni_haloc.runs.folder import (
-    BENCH_FILE,
-    COSTS_FILE,
-    FINETUNING_FOLDER,
-    METRICS_FILE,
-    PRUNED_FOLDER,
-    QUANTIZED_FOLDER,
-    RANKS_FILE,
-    SEARCH_FOLDER,
-    WEIGHTS_FILE,
-)
+from nni_haloc.runs.folder import Figures, RunFolder
+from nni_haloc.runs.run import RESULT, flatten, gains
+from nni_haloc.runs.stages import all_stages
 from nni_haloc.space.names import rank_name
-from nni_haloc.training import curves as history
+from nni_haloc.training import curves
 from nni_haloc.utils.errors import SettingsError
 from nni_haloc.utils.printing import percent
 
-REPORT_FILE = "report.html"
-_PARTS = ("metrics", "config", "parameters", "versions")
-"""Of ``metrics.json``."""
-_ROWS = {  # of the table of stages: name to what its metrics begin with
-    "original": "baseline_", "haloc": "haloc_", "pruned": "pruned_", "quantized (simulated)": "quantized_",
-    "float32 in ONNX Runtime": "onnx_", "int8 in ONNX Runtime": "int8_",
-}  # fmt: skip
 _COLUMNS = {
     "top1": "top-1",
     "top5": "top-5",
@@ -51,90 +35,75 @@ _COLUMNS = {
     "params": "parameters",
     "bytes": "file",
 }
-_TRAININGS = {
-    FINETUNING_FOLDER: "Fine-tuning", PRUNED_FOLDER: "Fine-tuning of the pruned network", QUANTIZED_FOLDER: "Quantization-aware training",
-}  # fmt: skip
+"""Figures of the table of networks, and their headings."""
 _TEMPLATES = Environment(
-    loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    loader=PackageLoader(__package__),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
 )
 
 
-def html_report(folder: Path) -> str:
-    """The page of a run's folder, or of a trial's with the run's in it; what the folder does not have is left out.
+def html_report(path: str | Path) -> str:
+    """Make the page of a run's folder, or of a trial's with the run's in it.
 
-    Raises ValueError naming the file where there is no run, or where one of its files is damaged.
+    What the folder does not have is left out.
+
+    Raises:
+        SettingsError: names the file, if there is no run or one of its files is damaged.
     """
-    given, folder = (
-        folder,
-        folder / "haloc" if (folder / "haloc" / RANKS_FILE).is_file() else folder,
-    )
-    if not (folder / RANKS_FILE).is_file():
-        raise SettingsError(
-            f"{folder / RANKS_FILE}: no such file; expected the folder of a finished run (haloc run, haloc search, a trial)"
-        )
-    plan = RankPlan.load(folder / RANKS_FILE)
-    run = _read(folder / METRICS_FILE)
-    metrics, config = _flat(run.get("metrics", {})), run.get("config", {})
-    rows = _rows(metrics, folder)
+    given, folder = Path(path), RunFolder(path)
+    inside = RunFolder(folder.path / "haloc")
+    if inside.ranks.is_file():
+        folder = inside
+    if not folder.ranks.is_file():
+        expected = "expected the folder of a finished run (haloc run, haloc search, a trial)"
+        raise SettingsError(f"{folder.ranks}: no such file; {expected}")
+    plan = RankPlan.load(folder.ranks)
+    run = folder.read_metrics()
+    stages = {name: _numbers(row) for name, row in folder.metrics().items()}
+    config = run["config"]
+    rows = _rows(stages)
     try:
         layers, drawn = _layers(plan, folder), _drawn(plan, folder)
     except OverflowError as error:
         raise SettingsError(f"{folder}: numbers too large to draw ({error})") from None
-    settings = yaml.safe_dump(
-        {key: value for key, value in config.items() if key not in ("scale", "preset")},
-        sort_keys=False,
-    )
-    page = _TEMPLATES.get_template(REPORT_FILE).render(
+    repeated = {key: value for key, value in config.items() if key not in ("scale", "preset")}
+    settings = yaml.safe_dump(repeated, sort_keys=False)
+    page = _TEMPLATES.get_template(folder.report.name).render(
         title="/".join(given.absolute().parts[-2:]),
         model=_flat(config.get("model", {})).get("name", ""),
-        facts={
-            key: _shown(value) for key, value in _flat(plan.chosen_by).items() if value is not None
-        },
-        headline=_headline(metrics, rows),
+        facts={key: _shown(v) for key, v in _flat(plan.chosen_by).items() if v is not None},
+        headline=_headline(stages, rows),
         stages=_table(rows),
         batch=_flat(config.get("cost", {})).get("batch_size", ""),
         texts=TEXT,
-        bench=bench_table(folder / BENCH_FILE) if (folder / BENCH_FILE).is_file() else None,
-        metrics={key: _shown(value) for key, value in metrics.items()},
+        bench=bench_table(folder.bench) if folder.bench.is_file() else None,
+        metrics={key: _shown(value) for key, value in flatten(stages).items()},
         layers=layers,
         drawn=drawn,
-        parameters={key: _shown(value) for key, value in run.get("parameters", {}).items()},
+        parameters={key: _shown(value) for key, value in run["parameters"].items()},
         settings=settings if config else "",
         download=_data("application/yaml", settings.encode()),
         given=shlex.quote(str(given)),
         folder=shlex.quote(str(folder)),
-        searched=(folder / SEARCH_FOLDER / history.HISTORY_FILE).is_file(),
-        versions={key: str(value) for key, value in _flat(run.get("versions", {})).items()},
+        searched=folder.searching.history.is_file(),
+        versions={key: str(value) for key, value in _flat(run["versions"]).items()},
     )
     return page.encode("utf-8", "replace").decode()  # JSON may hold halves of characters
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What a run's JSON file says; nothing where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SettingsError(f"{path}: not a JSON file ({error})") from None
-    parts = {"": content} | {
-        f"{key}: ": content[key] for key in _PARTS if isinstance(content, dict) and key in content
-    }
-    for key, part in parts.items():
-        if not isinstance(part, dict):
-            raise SettingsError(
-                f"{path}: {key}expected keys and values, found {type(part).__name__}"
-            )
-    return content
-
-
 def _flat(content: Any) -> dict[str, Any]:
-    """The keys of a mapping that have plain values; nothing of anything else."""
-    return (
-        {str(k): v for k, v in content.items() if not isinstance(v, (dict, list))}
-        if isinstance(content, Mapping)
-        else {}
-    )
+    """Return the keys of a mapping that have plain values; nothing of anything else."""
+    if not isinstance(content, Mapping):
+        return {}
+    return {str(k): v for k, v in content.items() if not isinstance(v, (dict, list))}
+
+
+def _numbers(row: Any) -> Figures:
+    """Return the figures of a row that are numbers a page can show."""
+    numbers = {key: _number(value) for key, value in _flat(row).items()}
+    return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
 def _number(value: Any) -> float:
@@ -158,76 +127,43 @@ def _shown(value: Any) -> str:
     )
 
 
-def _rows(metrics: Mapping[str, Any], folder: Path) -> dict[str, dict[str, float]]:
-    """The figures of every stage, by the names of `_COLUMNS`; those that a command of its own made are in the stage's folder alone."""
-    m, folders = dict(metrics), (PRUNED_FOLDER, QUANTIZED_FOLDER)
-    if not any(
-        f"{stage}_top1" in m for stage in folders
-    ):  # then what has no stage's name is HALOC's
-        m["haloc_top1"] = m.get("default")
-        m["haloc_bytes"] = (
-            (folder / WEIGHTS_FILE).stat().st_size if (folder / WEIGHTS_FILE).is_file() else None
-        )
-    for stage in folders:
-        m |= _flat(_read(folder / stage / METRICS_FILE).get("metrics", {}))
-    m |= {f"haloc_{key}": m.get(key) for key in ("top5", "latency_ms", "macs", "params")}
-    for key in ("macs", "params"):
-        kept = 1 - _number(m.get(f"{key}_reduction"))
-        m[f"baseline_{key}"] = (
-            float(round(before))
-            if kept > 0 and math.isfinite(before := _number(m.get(key)) / kept)
-            else None
-        )
-    found = {
-        row: {key: _number(m.get(start + key)) for key in _COLUMNS} for row, start in _ROWS.items()
-    }
+def _rows(stages: Mapping[str, Figures]) -> dict[str, Figures]:
+    """Return the rows of the table of networks: title to figures."""
+    rows = {"original": dict(stages.get("original", {}))}
+    known = {stage.name: stage for stage in all_stages()}
+    for name, row in stages.items():
+        if name != "original":
+            rows |= known[name].rows(row) if name in known else {name: dict(row)}
     return {
-        row: {key: value for key, value in cells.items() if math.isfinite(value)}
-        for row, cells in found.items()
+        title: {key: value for key, value in row.items() if key in _COLUMNS}
+        for title, row in rows.items()
     }
 
 
 def _headline(
-    metrics: Mapping[str, Any], rows: Mapping[str, Mapping[str, float]]
+    stages: Mapping[str, Figures], rows: Mapping[str, Figures]
 ) -> list[tuple[str, str, str]]:
-    """Heading, figure and remark of what a reader looks for first."""
-    original, haloc, cards = rows["original"], rows["haloc"], []
-    if "top1" in haloc:
-        cards.append(
-            (
-                "top-1",
-                percent(haloc["top1"], 2),
-                f"original {percent(original['top1'], 2)}" if "top1" in original else "",
-            )
-        )
-    if "latency_ms" in haloc:
-        speedup = _number(metrics.get("speedup"))
-        cards.append(
-            (
-                "latency",
-                f"{haloc['latency_ms']:.4g} ms",
-                f"{speedup:.2f} times as fast" if math.isfinite(speedup) else "",
-            )
-        )
+    """Return heading, figure and remark of what a reader looks for first."""
+    original, result = stages.get("original", {}), stages.get(RESULT, {})
+    gained, cards = gains(original, result), []
+    if "top1" in result:
+        remark = f"original {percent(original['top1'], 2)}" if "top1" in original else ""
+        cards.append(("top-1", percent(result["top1"], 2), remark))
+    if "latency_ms" in result:
+        remark = f"{gained['speedup']:.2f} times as fast" if "speedup" in gained else ""
+        cards.append(("latency", f"{result['latency_ms']:.4g} ms", remark))
     for key, name in (("macs", "MACs"), ("params", "parameters")):
-        if key in haloc:
-            less = _number(metrics.get(f"{key}_reduction"))
-            cards.append(
-                (
-                    name,
-                    _rounded(haloc[key]),
-                    f"{percent(less)} fewer" if math.isfinite(less) else "",
-                )
-            )
-    for row in ("pruned", "int8 in ONNX Runtime"):
-        (name, _, where), cells = row.partition(" in "), rows[row]
-        if "top1" in cells:
-            remark = (
-                f"{cells['latency_ms']:.4g} ms{where and f' in {where}'}"
-                if "latency_ms" in cells
-                else ""
-            )
-            cards.append((f"top-1, {name}", percent(cells["top1"], 2), remark))
+        if key in result:
+            less = gained.get(f"{key}_reduction")
+            remark = "" if less is None else f"{percent(less)} fewer"
+            cards.append((name, _rounded(result[key]), remark))
+    further = list(rows)[2:]
+    for title in further:
+        row, (name, _, where) = rows[title], title.partition(" in ")
+        if "top1" in row and "simulated" not in title:
+            remark = f"{row['latency_ms']:.4g} ms" if "latency_ms" in row else ""
+            remark += f" in {where}" if remark and where else ""
+            cards.append((f"top-1, {name}", percent(row["top1"], 2), remark))
     return cards
 
 
@@ -258,62 +194,60 @@ def _cell(key: str, value: float) -> str:
     return f"{value:,.0f}" if key in ("macs", "params") else f"{value:.4g}"
 
 
-def _layers(plan: RankPlan, folder: Path) -> dict[str, Any]:
-    """A row for each layer: name, chosen rank, candidates, cost dense and chosen, and the share that is left."""
-    table = CostTable.load(folder / COSTS_FILE) if (folder / COSTS_FILE).is_file() else None
+def _layers(plan: RankPlan, folder: RunFolder) -> dict[str, Any]:
+    """Return a row for each layer: its rank, its candidates, and its cost before and after."""
+    table = CostTable.load(folder.costs) if folder.costs.is_file() else None
     rows = []
     for layer, rank in plan.ranks.items():
-        name, costs = rank_name(rank), table.costs.get(layer, {}) if table else {}
-        dense, chosen = costs.get("dense", math.nan), costs.get(name, math.nan)
-        share = chosen / dense if math.isfinite(chosen) else math.nan
-        shown = [
-            f"{cost:,.4g}" if cost < 1e4 else f"{cost:,.0f}" if math.isfinite(cost) else ""
-            for cost in (dense, chosen)
-        ]
+        costs = table.costs.get(layer, {}) if table else {}
+        dense, chosen = costs.get("dense", math.nan), costs.get(rank_name(rank), math.nan)
+        share = chosen / dense
+        known = math.isfinite(share)
         rows.append(
             {
                 "layer": layer,
-                "rank": "dense"
-                if rank is None
-                else " x ".join(map(str, rank if len(set(rank)) > 1 else rank[:1])),
+                "rank": _rank(rank),
                 "candidates": str(len(costs)) if costs else "",
-                "costs": shown,
-                "share": percent(share) if math.isfinite(share) else "",
-                "bar": round(100 * min(1.0, share), 1) if math.isfinite(share) else None,
+                "costs": [_cost(dense), _cost(chosen)],
+                "share": percent(share) if known else "",
+                "bar": round(100 * min(1.0, share), 1) if known else None,
             }
         )
     return {"metric": table.metric if table else "", "rows": rows}
 
 
-def _drawn(plan: RankPlan, folder: Path) -> dict[str, tuple[str, str]]:
-    """Figures: name to caption and the image as an address."""
+def _rank(rank: tuple[int, ...] | None) -> str:
+    if rank is None:
+        return "dense"
+    return " x ".join(map(str, rank if len(set(rank)) > 1 else rank[:1]))
+
+
+def _cost(cost: float) -> str:
+    if not math.isfinite(cost):
+        return ""
+    return f"{cost:,.4g}" if cost < 1e4 else f"{cost:,.0f}"
+
+
+def _drawn(plan: RankPlan, folder: RunFolder) -> dict[str, tuple[str, str]]:
+    """Draw the figures: name to caption and the image as an address."""
     drawn = {}
-    with rc_context(
-        {"text.parse_math": False, "svg.hashsalt": "haloc"}
-    ):  # names of layers are no formulas; the same page each time
+    # Layers' names are no formulas; and the same run gives the same page each time.
+    with rc_context({"text.parse_math": False, "svg.hashsalt": "haloc"}):
         names = {name: _plain(name, i) for i, name in enumerate(plan.ranks)}
-        bars = figures.rank_bars(
-            {"plan": {names[layer]: rank for layer, rank in plan.ranks.items()}}
-        )
-        drawn["ranks"] = "Rank of every layer", _image(bars)
-        path = folder / SEARCH_FOLDER / history.HISTORY_FILE
-        if path.is_file():
-            columns = history.read(path)
-            drawn["loss"] = (
-                "Search: loss of the sampled networks",
-                _image(figures.losses({"search": columns})),
-            )
-            drawn["parameters"] = (
-                "Search: expected parameters",
-                _image(figures.parameters({"search": columns})),
-            )
-        for name, caption in _TRAININGS.items():
-            if (path := folder / name / history.HISTORY_FILE).is_file():
-                columns = history.read(path, history.EPOCH_COLUMNS)
-                drawn[name] = (
-                    f"{caption}: loss, and top-1 on validation images",
-                    _image(figures.finetuning(columns)),
-                )
+        ranks = {names[layer]: rank for layer, rank in plan.ranks.items()}
+        drawn["ranks"] = "Rank of every layer", _image(figures.rank_bars({"plan": ranks}))
+        if folder.searching.history.is_file():
+            columns = {"search": curves.read(folder.searching.history)}
+            loss, parameters = figures.losses(columns), figures.parameters(columns)
+            drawn["loss"] = "Search: loss of the sampled networks", _image(loss)
+            drawn["parameters"] = "Search: expected parameters", _image(parameters)
+        for stage in all_stages():
+            path = stage.files(folder).history
+            if stage.training_title and stage.name != "search" and path.is_file():
+                title = stage.training_title[:1].upper() + stage.training_title[1:]
+                curve = figures.finetuning(curves.read(path, curves.EPOCH_COLUMNS))
+                caption = f"{title}: loss, and top-1 on validation images"
+                drawn[stage.name] = caption, _image(curve)
     return drawn
 
 

@@ -11,7 +11,6 @@ from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules import described, plan
 from nni_haloc.plan.rules.problem import Problem
-from nni_haloc.runs.folder import CHECKPOINT_FILE, FINETUNING_FOLDER, RANKS_FILE, clear
 from nni_haloc.runs.identity import finetuning_identity
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.limits import limits_of
@@ -42,7 +41,7 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
     ``resume``: where the folder holds the state of a fine-tuning with these settings, its plan is read back.
     Raises `SettingsError` for settings that turn out not to fit, `UnusableCheckpoint` where that state is of others.
     """
-    config, state = job.config, job.folder / FINETUNING_FOLDER / CHECKPOINT_FILE
+    config, state = job.config, job.folder.finetuning.checkpoint
     if resume and state.exists():
         saved = {
             key: value
@@ -51,7 +50,7 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
         }
         checkpoint.check_same(state, saved, finetuning_identity(config))
         try:
-            found = RankPlan.load(job.folder / RANKS_FILE)
+            found = RankPlan.load(job.folder.ranks)
             return found, restructure(job.model, found)
         except (OSError, ValueError) as error:
             raise SettingsError(
@@ -78,9 +77,9 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
         *(fact[k] for k in ("rule", "cost", "original_cost", "metric", "budget")),
     )
     if not (
-        resume and job.has(found)
+        resume and job.holds(found)
     ):  # what is there may be fine-tuned already, and stages follow it
-        clear(job.folder)
+        job.folder.clear()
         job.save(network, found)
     return found, network
 

@@ -1,47 +1,54 @@
-"""The paper's Table 3 for one's own network: for each device at hand a plan that is made for it, its counts, and images a second."""
+"""The paper's Table 3 for one's own network: a plan for each device at hand, and its speed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
-from nni_haloc.costs.device.measuring import Timing, measure, time_together
-from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
-from nni_haloc.costs.device.spec import Specification
+from nni_haloc.costs.device.measuring import Timing, measure
 from nni_haloc.costs.from_settings import latency_input, rules_of, runtime_of
 from nni_haloc.costs.specification import specify
 from nni_haloc.inputs.config import Config
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.runs.folder import RANKS_FILE
+from nni_haloc.runs.folder import THROUGHPUT_VERSION
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import run_job
-from nni_haloc.utils.errors import HalocError, SettingsError, reason_of
+from nni_haloc.runs.stages import further_stages
+from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line
 from nni_haloc.utils.files import read_json, write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.printing import percent, print_table
 from nni_haloc.utils.progress import progress
 
 DEVICES = {"torch": None, "onnxruntime": "onnxruntime", "eyeriss": "zigzag", "cuda": None}
-"""Names that ``--on`` takes, and the package that each needs."""
+"""Names of devices, and the package that each needs."""
 CLOCK = 200e6
 """Cycles a second of the Eyeriss chip (Chen et al., 2016)."""
 _HEADINGS = {
-    "budget_fraction": "budget", "batch_size": "batch",
-    "baseline_top1": "top-1, original", "default": "top-1", "baseline_top5": "top-5, original", "top5": "top-5",
-    "macs": "MACs", "macs_reduction": "less", "original_images_per_s": "images/s, original", "images_per_s": "images/s",
-    "speedup": "times as fast", "reason": "why not",
-}  # fmt: skip
-THROUGHPUT_FILE, TABLE_FILE = "throughput.json", "table.json"
-THROUGHPUT_VERSION = 1
+    "device": "device",
+    "budget_fraction": "budget",
+    "batch_size": "batch",
+    "original_top1": "top-1, original",
+    "top1": "top-1",
+    "original_top5": "top-5, original",
+    "top5": "top-5",
+    "macs": "MACs",
+    "macs_reduction": "less",
+    "original_images_per_s": "images/s, original",
+    "images_per_s": "images/s",
+    "speedup": "times as fast",
+    "reason": "why not",
+}
+_RENAMED = {"baseline_top1": "original_top1", "baseline_top5": "original_top5", "default": "top1"}
+"""Keys of rows of version 1, and their names today."""
 
 
 def at_hand() -> list[str]:
-    """The devices that this machine has."""
+    """Return the devices that this machine has."""
     found = [name for name, package in DEVICES.items() if package is None or find_spec(package)]
     return [name for name in found if name != "cuda" or torch.cuda.is_available()]
 
@@ -49,36 +56,39 @@ def at_hand() -> list[str]:
 def throughput(
     config: Config, folder: str | Path, devices: Sequence[str], *, resume: bool = False
 ) -> list[dict[str, Any]]:
-    """Compress the network of ``config`` once for each device, to the budget's fraction of what the original costs there.
+    """Compress the settings' network once for each device, to a fraction of its cost there.
 
-    Each has a folder of its own in ``folder``, with its cost table and a run's results, and a row of ``throughput.json``: accuracies, MACs,
-    and images a second of the original and the compressed network, by ``cost.batch_size`` (on the array one image). A device on which
-    it cannot be done has the reason in its row, in the file only where it was not measured before. Rows of other devices that the file
-    has are kept, and returned before those of ``devices``. ``resume``: as for `run`; cost tables go on where they were stopped in any case.
-    `SettingsError` where nothing could be done on any, or the file is not of this form.
+    Each device has a folder of its own inside ``folder``, with its cost table and a run's results,
+    and a row of ``throughput.json``: accuracies, MACs, and images a second of the original and the
+    compressed network, by ``cost.batch_size`` (on the array by one image). A device that can't do
+    it has the reason in its row; in the file, a reason does not replace an earlier measurement.
+
+    Args:
+        config: the settings; their budget must be a fraction.
+        folder: receives ``throughput.json`` and the devices' folders.
+        devices: names of `DEVICES`.
+        resume: whether to go on from earlier runs. Cost tables go on in any case.
+
+    Returns:
+        The rows that the file has for other devices, then those of ``devices``.
+
+    Raises:
+        SettingsError: if nothing could be done on any device, or the file is damaged.
     """
     if config.budget.fraction is None:
-        raise SettingsError(
-            "budget.fraction: expected, because devices have different costs; found budget.absolute"
-        )
+        why = "because devices have different costs"
+        raise SettingsError(f"budget.fraction: expected, {why}; found budget.absolute")
     if config.trainer.devices * config.trainer.num_nodes > 1:
-        raise SettingsError(
-            "trainer.devices: expected 1, because devices come one after another here"
-        )
+        why = "because devices come one after another here"
+        raise SettingsError(f"trainer.devices: expected 1, {why}")
     job, rows = Job(config, folder), []
-    file = job.folder / THROUGHPUT_FILE
+    file = job.folder.throughput
     earlier = _read(file)
     for device in devices:
         logger.info("%s:", device)
         try:
-            rows.append(
-                {
-                    "device": device,
-                    **_row(
-                        job.at(_config_for(config, device), job.folder / device), device, resume
-                    ),
-                }
-            )
+            own = job.at(_config_for(config, device), job.folder.path / device)
+            rows.append({"device": device, **_row(own, device, resume)})
             _keep(file, rows[-1:])
         except HalocError as error:
             logger.error("%s: %s", device, error)
@@ -90,45 +100,44 @@ def throughput(
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a ``throughput.json`` by their devices; none where there is no file."""
+    """Return the rows of a ``throughput.json`` by their devices; none if there is no file."""
     try:
-        content = read_json(file, "table of devices", THROUGHPUT_VERSION)
-        return {str(row["device"]): dict(row) for row in content["rows"]}
+        with as_one_line():
+            content = read_json(file, "table of devices", THROUGHPUT_VERSION)
+        rows = [{_RENAMED.get(key, key): v for key, v in row.items()} for row in content["rows"]]
+        return {str(row["device"]): row for row in rows}
     except FileNotFoundError:
         return {}
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         raise SettingsError(f"{file}: rows: expected a list, each with its device") from None
-    except (OSError, ValueError) as error:
-        raise SettingsError(str(error)) from None
 
 
 def _keep(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Put rows into the file, in the place of those of the same devices; a reason does not replace what was measured."""
+    """Put rows into the file in place of those of the same devices."""
     known = _read(file)
-    known |= {
-        row["device"]: row
-        for row in rows
-        if "reason" not in row or "reason" in known.get(row["device"], row)
-    }
+    for row in rows:
+        before = known.get(row["device"], row)
+        if "reason" not in row or "reason" in before:
+            known[row["device"]] = row
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"version": THROUGHPUT_VERSION, "rows": list(known.values())})
 
 
 def print_throughput(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rows of `throughput` as a table; accuracies and reductions in percent, columns that no row has left out."""
-    columns: dict[str, Callable[[Any], str]] = {
-        "device": str, "budget_fraction": _percent, "batch_size": str,
-        "baseline_top1": _percent, "default": _percent, "baseline_top5": _percent, "top5": _percent,
-        "macs": lambda n: f"{n / 1e6:,.1f} M", "macs_reduction": _percent, "original_images_per_s": _speed,
-        "images_per_s": _speed, "speedup": lambda n: f"{n:.2f}", "reason": str,
-    }  # fmt: skip
-    used = [key for key in columns if any(key in row for row in rows)]
-    cells = [[columns[key](row[key]) if key in row else None for key in used] for row in rows]
-    print_table(
-        title,
-        [_HEADINGS.get(key, key) for key in used],
-        cells,
-        text={"device", _HEADINGS["reason"]},
-    )
+    """Print the rows of `throughput` as a table, without the columns that no row has."""
+    formats: dict[str, Callable[[Any], str]] = {
+        **dict.fromkeys(("original_top1", "top1", "original_top5", "top5"), _percent),
+        **dict.fromkeys(("budget_fraction", "macs_reduction"), _percent),
+        **dict.fromkeys(("original_images_per_s", "images_per_s"), _speed),
+        "macs": lambda n: f"{n / 1e6:,.1f} M",
+        "speedup": lambda n: f"{n:.2f}",
+    }
+    used = [key for key in _HEADINGS if any(key in row for row in rows)]
+    cells = [
+        [formats.get(key, str)(row[key]) if key in row else None for key in used] for row in rows
+    ]
+    headings = [_HEADINGS[key] for key in used]
+    print_table(title, headings, cells, text={"device", _HEADINGS["reason"]})
 
 
 def _percent(share: float) -> str:
@@ -140,78 +149,46 @@ def _speed(images: float) -> str:
 
 
 def _config_for(config: Config, device: str) -> Config:
-    changes: dict[str, Any] = {
-        "metric": "cycles" if device == "eyeriss" else "latency_ms",
-        "table": None,
-    }
-    changes |= {"device": "cuda" if device == "cuda" else "cpu"}
-    changes |= {"memory_format": "contiguous"} if device == "onnxruntime" else {}
+    """Return the settings with the device's cost, without stages after fine-tuning."""
+    changes: dict[str, Any] = {"table": None, "device": "cuda" if device == "cuda" else "cpu"}
+    changes["metric"] = "cycles" if device == "eyeriss" else "latency_ms"
+    if device == "onnxruntime":
+        changes |= {"runtime": device, "memory_format": "contiguous"}
     cost = config.cost.model_copy(update=changes)
-    return config.model_copy(
-        update={"cost": cost, "prune": None, "quantize": None}
-    )  # the table is of HALOC's networks
+    no_stages = dict.fromkeys(stage.section for stage in further_stages())
+    return config.model_copy(update={"cost": cost, **no_stages})
 
 
 def _row(job: Job, device: str, resume: bool) -> dict[str, Any]:
-    if device != "eyeriss":
-        spec = _measured(job, device)
-    metrics = run_job(job, resume=resume)
-    keys = ("baseline_top1", "default", "baseline_top5", "top5", "macs", "macs_reduction")
-    row: dict[str, Any] = {key: metrics[key] for key in keys if key in metrics}
-    plan, batch = RankPlan.load(job.folder / RANKS_FILE), job.config.cost.batch_size
+    """Run the job on the device and return its row of the table."""
     if device == "eyeriss":
-        seconds = {
-            name: plan.chosen_by[key] / CLOCK
-            for name, key in (("original", "original_cost"), ("compressed", "cost"))
-        }
-        batch = 1
-    elif device == "onnxruntime":
-        runtime = OnnxRuntime(job.config.cost.threads)
-        runs = {
-            "original": runtime.network(spec, {}),
-            "compressed": runtime.network(spec, plan.names),
-        }
-        times = [time_together(runs, runtime, 0.1) for _ in range(5)]
-        seconds = {name: median(found[name] for found in times) for name in runs}
+        flat = run_job(job, resume=resume)
+        plan, batch = RankPlan.load(job.folder.ranks), 1
+        costs = plan.chosen_by["original_cost"], plan.chosen_by["cost"]
+        original, compressed = (cost / CLOCK for cost in costs)
     else:
-        seconds = {
-            "original": metrics["baseline_latency_ms"] / 1e3,
-            "compressed": metrics["latency_ms"] / 1e3,
-        }
-    speeds = {
-        "original_images_per_s": batch / seconds["original"],
-        "images_per_s": batch / seconds["compressed"],
-    }
+        flat = run_job(_with_measured_table(job), resume=resume)
+        batch = job.config.cost.batch_size
+        original, compressed = flat["original_latency_ms"] / 1e3, flat["latency_ms"] / 1e3
+    keys = ("original_top1", "top1", "original_top5", "top5", "macs", "macs_reduction")
     return {
         "budget_fraction": job.config.budget.fraction,
         "batch_size": batch,
-        **row,
-        **speeds,
-        "speedup": seconds["original"] / seconds["compressed"],
+        **{key: flat[key] for key in keys if key in flat},
+        "original_images_per_s": batch / original,
+        "images_per_s": batch / compressed,
+        "speedup": original / compressed,
     }
 
 
-def _measured(job: Job, device: str) -> Specification:
-    """Measure the device's cost table, and have the job use it."""
-    file, config = job.folder / TABLE_FILE, job.config
-    try:
-        spec = specify(
-            job.model,
-            latency_input(config, job.example),
-            rules_of(config),
-            config.model.name,
-            program=False,
-        )
-        if device == "onnxruntime":
-            from nni_haloc.costs.device.onnx_models import with_onnx
-
-            spec = with_onnx(spec, job.model)
-            measure(spec, OnnxRuntime(config.cost.threads), file, Timing(), progress("measured"))
-        else:
-            measure(spec, runtime_of(config, job.model), file, Timing(), progress("measured"))
-    except (ValueError, OSError) as error:
-        raise SettingsError(reason_of(error)) from None
-    job.config = config.model_copy(
-        update={"cost": config.cost.model_copy(update={"table": str(file)})}
-    )
-    return spec
+def _with_measured_table(job: Job) -> Job:
+    """Measure the device's cost table, or what is missing of it; return a job that uses it."""
+    file, config = job.folder.measured_table, job.config
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with as_one_line():
+        batch, runtime = latency_input(config, job.example), runtime_of(config)
+        name = config.model.name
+        spec = specify(job.model, batch, rules_of(config), name, program=False)
+        measure(runtime.prepare(spec, job.model), runtime, file, Timing(), progress("measured"))
+    cost = config.cost.model_copy(update={"table": str(file)})
+    return job.at(config.model_copy(update={"cost": cost}), job.folder.path)

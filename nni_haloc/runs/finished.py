@@ -1,8 +1,8 @@
-"""A finished run's folder: its settings and networks, and the files with which they leave it."""
+"""A finished run's folder: its settings and networks, and further stages of it."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,92 +10,150 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_haloc.inputs.config import parse_config
+from nni_haloc.inputs.config import parse_config, set_dotted
 from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.weights import load_weights
-from nni_haloc.runs.folder import EXPORT_FOLDER, METRICS_FILE, RANKS_FILE, WEIGHTS_FILE
+from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.runs.folder import Figures, RunFolder
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.saved import load
-from nni_haloc.utils.errors import SettingsError
+from nni_haloc.runs.stages import further_stage
+from nni_haloc.runs.stages.stage import NetworkStage, Outcome, ignore
+from nni_haloc.utils.errors import SettingsError, as_one_line
 
 
 class Finished:
-    """A finished run's folder, or that of one of its stages, whose settings are the run's; `SettingsError` where it is neither.
+    """Read the folder of a finished run, or of one of its stages.
 
-    ``data``: whether the files that the settings name have to be there. ``factories``: call a model factory of one's own
-    (``package.module:factory``) on the folder's word.
+    Args:
+        folder: the folder.
+        data: whether the files that the settings name have to be there.
+        factories: whether to import and call the model factory (``package.module:factory``) that
+            the folder names: only for folders that you trust.
+        stage: a stage whose section the settings must have; its defaults, where they have none.
+        changes: dotted keys to values that take the place of the run's settings.
+
+    Raises:
+        SettingsError: if it is not such a folder.
     """
 
-    def __init__(self, folder: str | Path, *, data: bool = True, factories: bool = False) -> None:
-        self.folder, self.factories = Path(folder), factories
-        for file in (RANKS_FILE, WEIGHTS_FILE):
-            if not (self.folder / file).is_file():
-                raise SettingsError(
-                    f"{self.folder / file}: no such file; expected the folder of a finished run"
-                )
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        data: bool = True,
+        factories: bool = False,
+        stage: NetworkStage | None = None,
+        changes: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.factories = RunFolder(folder), factories
+        self.folder.check_holds_network()
         source, settings = _settings(self.folder)
+        if stage is not None:
+            settings[stage.section] = settings.get(stage.section) or {}
+        for key, value in (changes or {}).items():
+            set_dotted(settings, key, value)
         self.config = parse_config(settings, source, files=data)
 
     @cached_property
     def job(self) -> Job:
-        """With the data, and the original network."""
-        return Job(self.config, self.folder, factories=self.factories)
+        """The run's data and original network."""
+        return Job(self.config, self.folder.path, factories=self.factories)
 
     def example(self, batch: int) -> Tensor:
-        """Random images."""
-        return torch.randn(
-            (batch, *self.config.data.shape), generator=torch.Generator().manual_seed(0)
-        )
+        """Return a batch of random images ``(batch, C, H, W)``."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn((batch, *self.config.data.shape), generator=generator)
 
     def calibration_images(self) -> Tensor:
-        """Training images, not augmented: as many as the settings' section ``quantize`` says, where it is set."""
+        """Return training images, not augmented, to calibrate on.
+
+        As many as the settings' section ``quantize`` says, else their ``rank_space``.
+        """
         section = self.config.quantize or self.config.rank_space
         return self.job.splits.images("plain", section.calibration_images, self.config.seed)
 
     def networks(self) -> dict[str, nn.Module]:
-        """``original``, ``haloc``, what the folder holds, and each further stage under its folder's name, in the order of their making."""
-        try:
+        """Return ``original``, ``compressed`` (what the folder holds), and the further stages'.
+
+        A stage's network stands under the name of its folder, in the order of the pipeline.
+        """
+        with as_one_line():
             original = self._untrained()
             load_weights(original, self.config.weights)
             stages = {
-                folder.name: load(folder, self._untrained()) for folder in _stages(self.folder)
+                name: load(folder.path, self._untrained())
+                for name, folder in self.folder.stages().items()
             }
-            return {"original": original.eval(), "haloc": self.network(), **stages}
-        except (OSError, ValueError) as error:
-            raise SettingsError(str(error)) from None
+            return {"original": original.eval(), "compressed": self.network(), **stages}
 
     def network(self) -> nn.Module:
-        """The folder's."""
-        return load(self.folder, self._untrained())
+        """Return the folder's own network."""
+        return load(self.folder.path, self._untrained())
 
     def _untrained(self) -> nn.Module:
-        return build_model(
-            self.config.model.name, self.config.model.arguments, factories=self.factories
-        )
+        model = self.config.model
+        return build_model(model.name, model.arguments, factories=self.factories)
 
 
-def _stages(folder: Path) -> list[Path]:
-    """Folders in a run's that hold a network as it does itself, the oldest first."""
-    found = [
-        path
-        for path in folder.iterdir()
-        if all((path / file).is_file() for file in (RANKS_FILE, WEIGHTS_FILE))
-    ]
-    return sorted(
-        (path for path in found if path.name != EXPORT_FOLDER),
-        key=lambda path: (path / WEIGHTS_FILE).stat().st_mtime,
-    )
+def apply_stage(
+    folder: str | Path,
+    name: str,
+    changes: Mapping[str, Any],
+    out: str | Path | None = None,
+    *,
+    factories: bool = False,
+    resume: bool = False,
+) -> Figures:
+    """Apply a stage, such as ``prune``, to the network of a finished run's folder.
+
+    Args:
+        folder: folder of a finished run, or of one of its stages.
+        name: the stage.
+        changes: dotted keys to values that take the place of the run's settings.
+        out: receives the stage's results; None: the stage's folder inside ``folder``, as in a run.
+        factories: see `Finished`.
+        resume: whether to go on from the state of an interrupted stage of these settings.
+
+    Returns:
+        The stage's figures, under the names that NNI gets.
+
+    Raises:
+        SettingsError: for a folder that is none of a finished run, settings that do not fit, and
+            an ``out`` that the network comes from.
+    """
+    stage = further_stage(name)
+    target = stage_folder(RunFolder(folder), name, out)
+    if "scale" in changes:
+        raise SettingsError(f"scale: of a whole run, not of a stage; set {name}.epochs")
+    finished = Finished(folder, factories=factories, stage=stage, changes=changes)
+    job = finished.job
+    stage.check(job)
+    with job.active():
+        with as_one_line(SettingsError, str(folder)):
+            network = job.laid_out(finished.network())
+        before = Outcome(RankPlan.load(finished.folder.ranks), network)
+        outcome = stage.run_in(job, before, target, ignore, resume)
+    return stage.flatten(outcome.figures)
 
 
-def _settings(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Of the run in ``folder``, or that ``folder`` is a stage of, and the file where they stand."""
-    for path in (folder / METRICS_FILE, folder.absolute().parent / METRICS_FILE):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        except (ValueError, RecursionError) as error:
-            raise SettingsError(f"{path}: not a JSON file ({error})") from None
-        if isinstance(content, dict) and isinstance(content.get("config"), dict):
-            return path, content["config"]
-    raise SettingsError(
-        f"{folder / METRICS_FILE}: expected the settings of a finished run, found none; is the run finished?"
-    )
+def stage_folder(folder: RunFolder, name: str, out: str | Path | None = None) -> RunFolder:
+    """Return where a stage of ``folder`` is left.
+
+    Raises:
+        SettingsError: if that is the folder itself, or the one that it is a stage of.
+    """
+    target = RunFolder(out or folder.path / further_stage(name).folder)
+    inside = folder.path.resolve().is_relative_to(target.path.resolve())
+    if inside and target.ranks.exists():
+        raise SettingsError(f"--out: expected another folder than the run's, found {target}")
+    return target
+
+
+def _settings(folder: RunFolder) -> tuple[Path, dict[str, Any]]:
+    """Return the settings of the run and the file that has them; a stage's run is its parent."""
+    for place in (folder, RunFolder(folder.path.absolute().parent)):
+        if settings := place.read_metrics()["config"]:
+            return place.metrics_file, settings
+    expected = "expected the settings of a finished run, found none; is the run finished?"
+    raise SettingsError(f"{folder.metrics_file}: {expected}")

@@ -1,40 +1,235 @@
-"""The names of the files in a run's folder."""
+"""The folder of a run: its file names, their versions, and the order of its stages."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.files import write_json
 from nni_haloc.utils.processes import is_first
 
-RANKS_FILE, COSTS_FILE, METRICS_FILE, WEIGHTS_FILE, MODEL_FILE, BENCH_FILE = (
-    "ranks.json", "costs.json", "metrics.json", "weights.safetensors", "model.json", "bench.json",
-)  # fmt: skip
+METRICS_VERSION = 2
+SEARCH_VERSION = 1
+THROUGHPUT_VERSION = 1
+
+Figures = dict[str, float]
+"""Measured figures of one network: ``top1`` and ``top5`` (0 to 1), ``latency_ms``, ``macs``,
+``params``, ``bytes`` of its file of weights, and others that a stage measures."""
+
+_OLD_STAGES = {"baseline_": "original", "pruned_": "prune", "quantized_": "quantize"}
+"""Prefixes of version 1's flat metrics, and the stages that they stood for."""
+_OLD_OWN = ("onnx_", "int8_")
+"""Prefixes of figures that the stage ``quantize`` has under the same names today."""
+_OLD_DERIVED = ("default", "speedup", "images_per_s", "macs_reduction", "params_reduction")
+"""What version 1 had beside the measured figures."""
 
 
-SEARCH_FOLDER, FINETUNING_FOLDER, FRONT_FOLDER, EXPORT_FOLDER = (
-    "search",
-    "finetuning",
-    "front",
-    "export",
-)
+class RunFolder:
+    """Name the files of a run's folder, or of the folder of one of its stages.
+
+    A run leaves in its folder::
+
+        ranks.json  costs.json  weights.safetensors  model.json  metrics.json  search.json  log.txt
+        search/      state and history of the search
+        finetuning/  state and history of the fine-tuning
+        pruned/, quantized/, ...   a folder for each further stage, with the same files
+
+    Commands add ``bench.json``, ``report.html``, ``export/`` and ``front/``.
+
+    Args:
+        path: the folder; it need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.ranks = self.path / "ranks.json"
+        self.costs = self.path / "costs.json"
+        self.weights = self.path / "weights.safetensors"
+        self.model = self.path / "model.json"
+        self.metrics_file = self.path / "metrics.json"
+        self.search_file = self.path / "search.json"
+        self.log = self.path / "log.txt"
+        self.bench = self.path / "bench.json"
+        self.report = self.path / "report.html"
+        self.export = self.path / "export"
+        self.front = self.path / "front"
+        self.throughput = self.path / "throughput.json"
+        self.calibration = self.path / "quantization.json"
+        self.measured_table = self.path / "table.json"
+        self.lock = self.path / "trial.lock"
+        self.reported = self.path / "reported.json"
+        self.searching = Training(self.path / "search")
+        self.finetuning = Training(self.path / "finetuning")
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def training(self) -> Training:
+        """State and history of the training of a stage that has this folder to itself."""
+        return Training(self.path)
+
+    def further_costs(self, number: int) -> Path:
+        """Return the file of the cost table of the limit ``budget.also[number]``."""
+        return self.path / f"costs-also{number}.json"
+
+    @property
+    def holds_network(self) -> bool:
+        """Whether a compressed network is in the folder."""
+        return self.ranks.is_file() and self.weights.is_file()
+
+    def check_holds_network(self) -> None:
+        """Check that a compressed network is in the folder.
+
+        Raises:
+            SettingsError: names the file that is missing.
+        """
+        for file in (self.ranks, self.weights):
+            if not file.is_file():
+                raise SettingsError(f"{file}: no such file; expected the folder of a finished run")
+
+    def stages(self) -> dict[str, RunFolder]:
+        """Return the further stages' folders by their names, in the order of the pipeline.
+
+        A folder that a command made under another name (``--out``) comes last.
+        """
+        from nni_haloc.runs.stages import further_stages
+
+        order = [stage.folder for stage in further_stages()]
+        others = {*(self.export.name, self.front.name)}
+        made = [RunFolder(path) for path in self.path.iterdir() if path.name not in others]
+        made = [folder for folder in made if folder.holds_network]
+        rank = {name: place for place, name in enumerate(order)}
+        made.sort(key=lambda folder: (rank.get(folder.path.name, len(rank)), folder.path.name))
+        return {folder.path.name: folder for folder in made}
+
+    def clear(self) -> None:
+        """Remove what an earlier run left here; files that are not a run's stay."""
+        if not is_first() or not self.path.is_dir():
+            return
+        from nni_haloc.runs.stages import further_stages
+
+        files = (self.ranks, self.weights, self.metrics_file, self.model, self.bench)
+        for file in (*files, self.search_file):
+            file.unlink(missing_ok=True)
+        folders = [self.searching.path, self.finetuning.path, self.front, self.export]
+        for folder in (*folders, *(self.path / stage.folder for stage in further_stages())):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def write_metrics(self, stages: Mapping[str, Figures], **facts: Any) -> None:
+        """Write ``metrics.json``.
+
+        Args:
+            stages: name of a stage (``original`` for the original network) to its figures.
+            facts: what else the file says: ``config``, ``parameters``, ``versions``, ``identity``.
+        """
+        nested = {name: dict(figures) for name, figures in stages.items()}
+        write_json(self.metrics_file, {"version": METRICS_VERSION, "stages": nested, **facts})
+
+    def read_metrics(self) -> dict[str, Any]:
+        """Read ``metrics.json``, of any version, in today's form; empty where there is no file.
+
+        Returns:
+            ``stages`` (name of a stage to its figures), ``config``, ``parameters`` and
+            ``versions``, each a dict that may be empty; for a stage also ``identity``.
+
+        Raises:
+            SettingsError: if the file is damaged.
+        """
+        content = self._read_json()
+        if "metrics" in content and "stages" not in content:
+            content["stages"] = _nested(_section(self.metrics_file, content, "metrics"))
+        for key in ("stages", "config", "parameters", "versions", "identity"):
+            content[key] = _section(self.metrics_file, content, key)
+        for name, figures in content["stages"].items():
+            if not isinstance(figures, dict):
+                kind = type(figures).__name__
+                raise SettingsError(f"{self.metrics_file}: {name}: expected figures, found {kind}")
+        return content
+
+    def metrics(self) -> dict[str, Figures]:
+        """Return the figures of the original network and of every stage, in the order of the run.
+
+        Those of stages that a command of their own made are read from the stages' folders.
+
+        Raises:
+            SettingsError: if a file is damaged.
+        """
+        found = dict(self.read_metrics()["stages"])
+        if self.path.is_dir():
+            for folder in self.stages().values():
+                for name, figures in folder.read_metrics()["stages"].items():
+                    found.setdefault(name, figures)
+        return found
+
+    def _read_json(self) -> dict[str, Any]:
+        if not self.metrics_file.is_file():
+            return {}
+        try:
+            content = json.loads(self.metrics_file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise SettingsError(f"{self.metrics_file}: not a JSON file ({error})") from None
+        if not isinstance(content, dict):
+            kind = type(content).__name__
+            raise SettingsError(f"{self.metrics_file}: expected keys and values, found {kind}")
+        version = content.get("version", 1)
+        if version not in (1, METRICS_VERSION):
+            expected = f"metrics of version {METRICS_VERSION}"
+            raise SettingsError(f"{self.metrics_file}: expected {expected}, found {version!r}")
+        return content
 
 
-PRUNED_FOLDER, QUANTIZED_FOLDER, CHECKPOINT_FILE = "pruned", "quantized", "checkpoint.ckpt"
+class Training:
+    """Name the files of one training: its state after the last epoch, and its history.
+
+    Args:
+        path: the folder that holds them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = path / "checkpoint.ckpt"
+        self.history = path / "history.csv"
 
 
-def clear(folder: Path) -> None:
-    """Remove what an earlier run left in ``folder``."""
-    if not is_first():
-        return
-    for file in (RANKS_FILE, WEIGHTS_FILE, METRICS_FILE, MODEL_FILE, BENCH_FILE):
-        (folder / file).unlink(missing_ok=True)
-    for part in (
-        SEARCH_FOLDER,
-        FINETUNING_FOLDER,
-        FRONT_FOLDER,
-        EXPORT_FOLDER,
-        PRUNED_FOLDER,
-        QUANTIZED_FOLDER,
-    ):
-        shutil.rmtree(folder / part, ignore_errors=True)
+def _section(file: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return a part of a file's content that is keys and values; empty where there is none."""
+    part = content.get(key, {})
+    if not isinstance(part, dict):
+        expected = f"expected keys and values, found {type(part).__name__}"
+        raise SettingsError(f"{file}: {key}: {expected}")
+    return part
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Figures]:
+    """Sort the flat metrics of version 1 by stages, in the names of today."""
+    stages: dict[str, Figures] = {}
+    for key, value in flat.items():
+        prefix = next((p for p in _OLD_STAGES if key.startswith(p)), "")
+        if prefix:
+            stages.setdefault(_OLD_STAGES[prefix], {})[key.removeprefix(prefix)] = value
+        elif key.startswith(_OLD_OWN):
+            stages.setdefault("quantize", {})[key] = value
+        elif key not in _OLD_DERIVED:
+            stages.setdefault("finetune", {})[key.removeprefix("haloc_")] = value
+    if "finetune" in stages:
+        if "default" in flat:
+            stages["finetune"].setdefault("top1", flat["default"])
+    _add_counts_of_original(flat, stages)
+    return dict(sorted(stages.items(), key=lambda item: _ORDER.index(item[0])))
+
+
+_ORDER = ["original", "finetune", "prune", "quantize"]
+
+
+def _add_counts_of_original(flat: Mapping[str, Any], stages: dict[str, Figures]) -> None:
+    """Restore the original's counts, which version 1 gave as reductions alone."""
+    for key in ("macs", "params"):
+        count, reduction = flat.get(key), flat.get(f"{key}_reduction")
+        if isinstance(count, (int, float)) and isinstance(reduction, (int, float)):
+            if reduction < 1:
+                stages.setdefault("original", {})[key] = round(count / (1 - reduction))

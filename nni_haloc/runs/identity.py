@@ -1,4 +1,4 @@
-"""What the state of a search or training depends on."""
+"""What the state of a search or of a training depends on."""
 
 from __future__ import annotations
 
@@ -7,46 +7,50 @@ from pathlib import Path
 from typing import Any
 
 from nni_haloc.inputs.config import Config
+from nni_haloc.inputs.registries import STAGES
 
 VERSION = 2
 
+_WHOLE_SECTIONS = ("finetune", "prune", "quantize", "train")
+_SETTINGS = ("scale", "recalibration_batches", "threads")
+_KEYS = {"data": {"workers", "score", "download"}, "search": {"tensorboard"}}
+"""Settings that the state of a search does not depend on."""
+_ADDED: dict[str, Any] = {"cost.runtime": "torch", "cost.predictor": None, "data.arguments": {}}
+"""Settings that earlier versions did not have, and the values that stand for what they did."""
 
-_NO_PART = {  # settings that the state of a search does not depend on
-    "finetune": None, "prune": None, "quantize": None, "train": None, "scale": None, "recalibration_batches": None, "threads": None,
-    "data": {"workers", "score", "download"}, "search": {"tensorboard"},
-}  # fmt: skip
 
-
-def identity(config: Config) -> dict[str, Any]:
-    """What a search's state depends on: dotted settings to values, files by their content."""
+def search_identity(config: Config) -> dict[str, Any]:
+    """Return what a search's state depends on: dotted settings to values, files by content."""
     content: dict[str, Any] = {"version": VERSION}
+    left_out = {*_WHOLE_SECTIONS, *_SETTINGS, *STAGES.foreign()}
     for section, values in config.model_dump(mode="json").items():
-        left_out = _NO_PART.get(section, set())
-        if isinstance(values, dict) and left_out is not None:
-            content |= {
-                f"{section}.{key}": value for key, value in values.items() if key not in left_out
-            }
-        elif left_out is not None:
+        if section in left_out:
+            continue
+        if not isinstance(values, dict):
             content[section] = values
+            continue
+        unused = _KEYS.get(section, set())
+        content |= {f"{section}.{key}": v for key, v in values.items() if key not in unused}
     for key in ("weights", "data.val_list", "cost.table"):
-        if content[key] is not None:
-            content[key] = (
-                f"sha256 {hashlib.sha256(Path(content[key]).read_bytes()).hexdigest()[:16]}"
-            )
+        content[key] = _digest(content[key])
     for limit in content["budget.also"]:
-        if limit["table"] is not None:
-            limit["table"] = (
-                f"sha256 {hashlib.sha256(Path(limit['table']).read_bytes()).hexdigest()[:16]}"
-            )
+        limit["table"] = _digest(limit["table"])
     if content["data.root"] is not None:
         content["data.root"] = str(Path(content["data.root"]).resolve())
-    return content
+    return {key: v for key, v in content.items() if not (key in _ADDED and v == _ADDED[key])}
 
 
 def finetuning_identity(config: Config) -> dict[str, Any]:
-    """What the state of a fine-tuning depends on, beside the ranks."""
+    """Return what the state of a fine-tuning depends on, the ranks apart."""
     return {
-        **identity(config),
+        **search_identity(config),
         "finetune": config.finetune.model_dump(),
         "recalibration_batches": config.recalibration_batches,
     }
+
+
+def _digest(path: str | None) -> str | None:
+    """Return what stands for a file's content."""
+    if path is None:
+        return None
+    return f"sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"

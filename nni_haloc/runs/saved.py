@@ -12,7 +12,7 @@ from torch import nn
 from nni_haloc.inputs.models import build_model
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.runs.folder import METRICS_FILE, MODEL_FILE, RANKS_FILE, WEIGHTS_FILE
+from nni_haloc.runs.folder import RunFolder
 from nni_haloc.space.modules import replace_modules
 from nni_haloc.utils.errors import first_line
 from nni_haloc.utils.files import whole, write_json
@@ -20,67 +20,98 @@ from nni_haloc.utils.files import whole, write_json
 
 def save(
     folder: str | Path,
-    compressed: nn.Module,
+    network: nn.Module,
     plan: RankPlan,
     model: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ``ranks.json``, the weights and, where ``model`` (``name`` and ``arguments`` of `build_model`) is given, ``model.json``.
+    """Write a compressed network's ``ranks.json``, weights and ``model.json``.
 
-    ``metrics.json`` there, which is of other weights, is removed. OSError names the file that can't be written; the old weights then stay.
+    A ``metrics.json`` in the folder is removed: it speaks of other weights.
+
+    Args:
+        folder: receives the files; it is made if it is not there.
+        network: the compressed network.
+        plan: its ranks.
+        model: ``name`` and ``arguments`` of the original network (see `build_model`), with which
+            `load` makes it; None for a network that has no name.
+
+    Raises:
+        OSError: names the file that can't be written; the old weights then stay.
     """
     from safetensors.torch import save_model
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole(folder / WEIGHTS_FILE) as part:
-        save_model(compressed, str(part))
+    files = RunFolder(folder)
+    files.path.mkdir(parents=True, exist_ok=True)
+    with whole(files.weights) as part:
+        save_model(network, str(part))
         if model is not None:
-            write_json(folder / MODEL_FILE, model)
-        plan.save(folder / RANKS_FILE)
-        (folder / METRICS_FILE).unlink(missing_ok=True)
+            write_json(files.model, model)
+        plan.save(files.ranks)
+        files.metrics_file.unlink(missing_ok=True)
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """The compressed network of a run's folder, in evaluation mode; needs torch and safetensors, neither NNI nor Lightning.
+    """Load the compressed network of a run's folder, in evaluation mode.
 
-    ``model``: an instance of the uncompressed network (it is copied), for runs of networks that have no name in ``model.json``.
-    Raises FileNotFoundError or ValueError naming the file that is missing or does not fit.
+    It needs torch and safetensors, neither NNI nor Lightning.
+
+    Args:
+        folder: a run's folder, or that of one of its stages.
+        model: an instance of the original network, which is copied; needed where ``model.json``
+            has no name for it.
+
+    Raises:
+        FileNotFoundError: names the file that is missing.
+        ValueError: names the file that is damaged or does not fit.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_model
 
-    folder = Path(folder)
-    for file in (RANKS_FILE, WEIGHTS_FILE, *([MODEL_FILE] if model is None else [])):
-        if not (folder / file).is_file():
-            hint = (
-                "; pass the uncompressed model as load(folder, model)" if file == MODEL_FILE else ""
-            )
-            raise FileNotFoundError(f"{folder / file}: no such file{hint}")
-    pruned = False
-    if (folder / MODEL_FILE).is_file():
+    files = RunFolder(folder)
+    for file in (files.ranks, files.weights, *([files.model] if model is None else [])):
+        if not file.is_file():
+            hint = "; pass the original network: load(folder, model)" if file == files.model else ""
+            raise FileNotFoundError(f"{file}: no such file{hint}")
+    facts = _read_facts(files)
+    if model is None:
         try:
-            facts = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
-            pruned = facts.get("pruned", False) is True
-            if model is None:
-                model = build_model(str(facts["name"]), facts.get("arguments"), factories=False)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / MODEL_FILE}: {first_line(error)}") from None
-    assert model is not None
-    compressed = restructure(model, RankPlan.load(folder / RANKS_FILE))
+            model = build_model(str(facts["name"]), facts.get("arguments"), factories=False)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{files.model}: {first_line(error)}") from None
+    network = restructure(model, RankPlan.load(files.ranks))
     try:
-        if pruned:
-            shrink(compressed, _shapes(folder / WEIGHTS_FILE))
-        load_model(compressed, str(folder / WEIGHTS_FILE))
+        if facts.get("pruned") is True:
+            shrink(network, _shapes(files.weights))
+        load_model(network, str(files.weights))
     except (RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: {first_line(error)}") from None
-    return compressed.eval()
+        raise ValueError(f"{files.weights}: {first_line(error)}") from None
+    return network.eval()
+
+
+def _read_facts(files: RunFolder) -> dict[str, Any]:
+    """Return what ``model.json`` says; empty where there is none."""
+    if not files.model.is_file():
+        return {}
+    try:
+        facts = json.loads(files.model.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{files.model}: {first_line(error)}") from None
+    if not isinstance(facts, dict):
+        kind = type(facts).__name__
+        raise ValueError(f"{files.model}: expected keys and values, found {kind}")
+    return facts
 
 
 def shrink(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Put smaller layers, with random weights, in the place of those of ``model`` whose weight has another of the ``shapes``.
+    """Replace layers of ``model`` by smaller ones, with random weights, to fit pruned weights.
 
-    ``shapes``: of parameters, by name; others stay. ValueError, naming the layer, for a layer other than a convolution, ungrouped or
-    depthwise, a linear layer or BatchNorm, and for a shape that no pruning makes of it.
+    Args:
+        model: the network; it is changed in place.
+        shapes: names of parameters and buffers to their new shapes; others stay.
+
+    Raises:
+        ValueError: for a shape that no pruning makes of its layer, and for layers other than
+            ungrouped or depthwise convolutions, linear layers and BatchNorm; it names the layer.
     """
     smaller: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -96,16 +127,15 @@ def shrink(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
             )
             if made is None:
                 expected = f"{key} of {list(old)} or, pruned, less"
-                raise ValueError(
-                    f"layer {name!r}: expected {expected}; found {list(new)} ({type(module).__name__})"
-                )
+                kind = type(module).__name__
+                raise ValueError(f"layer {name!r}: expected {expected}; found {list(new)} ({kind})")
             smaller[name] = made.to(value.device)
             break
     replace_modules(model, smaller)
 
 
 def _smaller(module: nn.Module, shape: tuple[int, ...]) -> nn.Module | None:
-    """A layer like this one, whose first parameter or buffer has the shape; None where there is none."""
+    """Make a layer like ``module`` whose first tensor has the shape; None if there is none."""
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         return type(module)(
             shape[0], module.eps, module.momentum, module.affine, module.track_running_stats
@@ -132,7 +162,7 @@ def _smaller(module: nn.Module, shape: tuple[int, ...]) -> nn.Module | None:
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Of every tensor in a safetensors file; the file is at least as large as they say."""
+    """Return the shape of every tensor in a safetensors file."""
     from safetensors import safe_open
 
     with safe_open(str(path), "pt") as file:

@@ -1,0 +1,246 @@
+"""The stage ``search``: choose the rank of every layer, by the search or by a rule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pytorch_lightning import Callback
+
+from nni_haloc.costs.analytic import param_table
+from nni_haloc.costs.from_settings import rules_of
+from nni_haloc.inputs import schema
+from nni_haloc.inputs.config import Config
+from nni_haloc.plan.budget import Limit, Scores, cheapest, check_feasible
+from nni_haloc.plan.sensitivity import sensitivities
+from nni_haloc.runs.by_rule import by_rule
+from nni_haloc.runs.folder import Figures, RunFolder, Training
+from nni_haloc.runs.identity import search_identity
+from nni_haloc.runs.job import Job, trainer_options
+from nni_haloc.runs.limits import limits_of, table_files, with_tables
+from nni_haloc.runs.stages.stage import Outcome, Report, Stage
+from nni_haloc.runs.stages.training import recipe_of
+from nni_haloc.search.evaluator import Classification
+from nni_haloc.search.history import History
+from nni_haloc.search.space import RankSpace
+from nni_haloc.search.strategy import Haloc, run_search
+from nni_haloc.space.ranks import Layers
+from nni_haloc.space.summary import by_reason
+from nni_haloc.training import checkpoint
+from nni_haloc.training.checkpoint import EpochCheckpoint
+from nni_haloc.training.finetuning import EpochEnd, Forecast
+from nni_haloc.utils.errors import Diverged, MissingPackage, as_one_line
+from nni_haloc.utils.log import logger
+from nni_haloc.utils.processes import is_first
+from nni_haloc.utils.progress import TimeLeft
+
+
+class ChooseRanks(Stage):
+    """Choose ranks by the settings' ``rule``, and decompose the network at them.
+
+    The rule ``search`` is HALOC's search; its network has the searched weights.
+    """
+
+    name = "search"
+    settings = schema.Search
+    title = "searched"
+    training_title = "search"
+
+    def points(self, config: Config) -> int:
+        """Return one point for each epoch of a search; a rule reports none."""
+        return config.search.epochs if config.rule == "search" else 0
+
+    def run(self, job: Job, before: Outcome | None, report: Report, resume: bool) -> Outcome:
+        """Choose the ranks, or read back those that an interrupted run has chosen."""
+        if job.config.rule == "search":
+            strategy = search(job, report, resume=resume)
+            plan = strategy.plan()
+            network = strategy.network(plan)
+        else:
+            plan, network = by_rule(job, resume)
+        facts = {key: plan.chosen_by[key] for key in ("cost", "original_cost", "budget")}
+        return Outcome(plan, network, facts if is_first() else {})
+
+    def files(self, folder: RunFolder) -> Training:
+        """Return the folder's own search."""
+        return folder.searching
+
+    def rows(self, figures: Figures) -> dict[str, Figures]:
+        """Return nothing: tables speak of the fine-tuned network."""
+        return {}
+
+    def headline(self, figures: Figures) -> float | None:
+        """Return None: the network is not measured before it is fine-tuned."""
+        return None
+
+    def flatten(self, figures: Figures) -> Figures:
+        """Return nothing: NNI gets the figures of the fine-tuned network."""
+        return {}
+
+
+def search(job: Job, report: Report, *, resume: bool = False) -> Haloc:
+    """Search, and leave the plan, the network with the searched weights and the costs.
+
+    A search that is already finished is read back, and its network is left as it is.
+
+    Args:
+        job: the run's settings, data, network and folder.
+        report: takes the figures of each epoch.
+        resume: whether to go on from the state in the folder.
+    """
+    strategy = run_or_read_search(job, report, resume=resume)
+    plan = strategy.plan()
+    for fact in (plan.chosen_by, *plan.chosen_by["also"]):
+        logger.info(
+            "plan: cost %.6g of %.6g %s, budget %.6g",
+            *(fact[key] for key in ("cost", "original_cost", "metric", "budget")),
+        )
+    if not (resume and job.holds(plan)):  # the network there may be fine-tuned already
+        job.save(strategy.network(plan), plan)
+    return strategy
+
+
+def run_or_read_search(job: Job, report: Report, *, resume: bool) -> Haloc:
+    """Run the search to its end, or read it back if it is finished. Reading writes no results.
+
+    Raises:
+        UnusableCheckpoint: if the folder holds the state of other settings.
+        InfeasibleBudget: if no network of the rank space fits the budget.
+        Diverged: if the search diverges.
+        SettingsError: if a setting does not fit the network.
+    """
+    config, state, saved = job.config, job.folder.searching.checkpoint, None
+    if resume and state.exists():
+        saved = checkpoint.read(state)
+        checkpoint.check_same(state, saved["identity"], search_identity(config))
+        config = with_tables(config, job.folder, saved["costs"])
+        done, epochs = saved["epochs"], config.search.epochs
+        logger.info("search: %d of %d epochs are done: %s", done, epochs, state)
+    elif resume:
+        logger.info("no state of an earlier run in %s: starting from the beginning", job.folder)
+    with as_one_line():
+        strategy, space = _prepare(job.at(config, job.folder.path))
+    if saved is None:
+        job.folder.clear()  # only now: the settings have proved good
+    unfinished = saved is None or saved["epochs"] < config.search.epochs
+    # Each process reads a finished search back for itself.
+    options = trainer_options(job.config, searching=True) if unfinished else {}
+    logs = _tensorboard(job.folder) if config.search.tensorboard and unfinished else False
+    facts = {
+        "identity": search_identity(job.config),
+        "config": job.config.model_dump(mode="json"),
+        "costs": [path.read_text(encoding="utf-8") for path in table_files(job.folder, config)],
+    }
+    _search(job, strategy, space, report, facts, {**options, "logger": logs}, saved is not None)
+    return strategy
+
+
+def _prepare(job: Job) -> tuple[Haloc, RankSpace]:
+    """Make the cost tables, the rank space and the strategy; refuse an impossible budget."""
+    config = job.config
+    r, s, rules = config.rank_space, config.search, rules_of(config)
+    limits = limits_of(config, job.model, job.example, rules, job.folder)
+    calibration = None
+    if r.decomposition in ("auto", "data"):
+        calibration = job.splits.images("plain", r.calibration_images, config.seed)
+    logger.info(
+        "to come: %d calibration images, search %d epochs, fine-tuning %d epochs",
+        0 if calibration is None else len(calibration),
+        s.epochs,
+        config.finetune.epochs,
+    )
+    costs = [limit.costs for limit in limits]
+    method = None if r.decomposition == "auto" else r.decomposition
+    space = RankSpace(job.model, job.example, costs, rules, calibration, method)
+    check_feasible(space.candidates, limits)
+    _log_space(space, limits)
+    start = _sensitivities(job, space) if s.start == "sensitivity" else None
+    options = s.model_dump(include=set(schema.SearchOptions.model_fields))
+    return Haloc(limits, seed=config.seed, start=start, **options), space
+
+
+def _log_space(space: RankSpace, limits: list[Limit]) -> None:
+    alone = by_reason(space.left_alone) or "none"
+    number, size = len(space.candidates), space.size()
+    logger.info("%d layers to search, %.3g networks; left alone: %s", number, size, alone)
+    for limit in limits:
+        costs = limit.costs
+        least = costs.total(cheapest(space.candidates, costs))
+        facts = (least, costs.metric, limit.budget, costs.original)
+        logger.info("cheapest network: %.6g %s; budget %.6g, original %.6g", *facts)
+
+
+def _sensitivities(job: Job, space: RankSpace) -> Scores:
+    config = job.config
+    images, labels = job.splits.labelled("plain", config.rank_space.calibration_images, config.seed)
+    number = sum(map(len, space.candidates.values()))
+    logger.info("sensitivities: %d candidates on %d images (search.start)", number, len(images))
+    bf16 = config.search.precision == "bf16-mixed"
+    left = TimeLeft("sensitivities")
+    return sensitivities(
+        job.model, space.modules_by_layer, images, labels, bf16=bf16, progress=left
+    )
+
+
+def _search(
+    job: Job,
+    strategy: Haloc,
+    space: RankSpace,
+    report: Report,
+    facts: dict[str, Any],
+    options: dict[str, Any],
+    resume: bool,
+) -> None:
+    """Search, from the folder's state if ``resume``; ``options`` are Lightning's."""
+
+    def on_epoch(epoch: int, metrics: Figures) -> None:
+        cost = metrics.get("search/expected_cost_epoch", math.nan) / strategy.costs.original
+        top1 = metrics.get("search/val_top1", metrics["search/train_top1"])
+        logger.info(
+            "search epoch %d: top-1 of sampled networks %.2f %%, expected cost %.1f %% of the "
+            "original",
+            epoch + 1,
+            100 * top1,
+            100 * cost,
+        )
+        figures = {"default": top1, "train_loss": metrics["search/train_loss"]}
+        if math.isfinite(cost):  # epochs of warm-up have none
+            figures["expected_cost"] = cost
+        report(figures, epoch)
+
+    section = job.config.search
+    train, val = (
+        job.loader(split, shuffle=True, seed=i) for i, split in enumerate(("train", "val"))
+    )
+    files = job.folder.searching
+    state = EpochCheckpoint(files.checkpoint, facts, train, val)
+    layers = Layers(space.specs, space.left_alone)
+    parameters = param_table(space.original, job.example, rules_of(job.config), layers)
+    callbacks: list[Callback] = [Forecast("search"), EpochEnd(on_epoch)]
+    if is_first():
+        callbacks.append(History(files.history, strategy, parameters))
+    evaluator = Classification(
+        train,
+        val,
+        recipe_of(section),
+        files.checkpoint if resume else None,
+        callbacks=[*callbacks, state],
+        precision=section.precision,
+        log_every_n_steps=min(10, max(len(train), len(val))),
+        **state.options,
+        **options,
+    )
+    try:
+        run_search(space, evaluator, strategy)
+    except Diverged as error:
+        raise Diverged(f"search: {error}") from None
+
+
+def _tensorboard(folder: RunFolder) -> Any:
+    from pytorch_lightning.loggers import TensorBoardLogger
+
+    try:
+        return TensorBoardLogger(folder.path, name=folder.searching.path.name, version="")
+    except ModuleNotFoundError:
+        needed = "the package tensorboard (pip install 'nni-haloc[tensorboard]')"
+        raise MissingPackage(f"search.tensorboard: needs {needed}") from None

@@ -1,0 +1,210 @@
+"""A step of a run: `Stage`, and `NetworkStage` for those that make a new network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from pytorch_lightning import seed_everything
+from torch import nn
+
+from nni_haloc.inputs.config import Config
+from nni_haloc.inputs.schema import Section
+from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.runs.folder import Figures, RunFolder, Training
+from nni_haloc.runs.identity import finetuning_identity
+from nni_haloc.runs.job import Job
+from nni_haloc.runs.saved import load
+from nni_haloc.utils.log import logger
+from nni_haloc.utils.processes import is_first, wait_for_all
+
+Report = Callable[[Figures, int], None]
+"""Takes the figures of one point of a curve, and the point's place, from 0 on. After a resume the
+last place may be reported twice."""
+
+
+def ignore(figures: Figures, place: int) -> None:
+    """Report nothing."""
+
+
+@dataclass
+class Outcome:
+    """What a stage hands on to the next one.
+
+    Attributes:
+        plan: the chosen ranks.
+        network: the compressed network.
+        figures: the network's figures, as ``metrics.json`` has them; empty in all processes but
+            the first.
+        original: figures of the original network that were measured beside it.
+    """
+
+    plan: RankPlan
+    network: nn.Module
+    figures: Figures = field(default_factory=dict)
+    original: Figures = field(default_factory=dict)
+
+
+class Stage(ABC):
+    """A step of a run, walked by run, resume, trial, report, bench and scaling alike.
+
+    A subclass in one file, and a line in `nni_haloc.inputs.registries.STAGES` (or an entry point of
+    the group ``nni_haloc.stages``), add a stage.
+
+    Attributes:
+        name: its name in ``metrics.json``, and the key of its section in the settings.
+        settings: the type of that section.
+        title: its network's name in tables: ``pruned``.
+        training_title: what its training is called in logs and figures; empty without one.
+        in_run: whether `haloc run` walks it.
+    """
+
+    name: ClassVar[str]
+    settings: ClassVar[type[Section]]
+    title: ClassVar[str] = ""
+    training_title: ClassVar[str] = ""
+    in_run: ClassVar[bool] = True
+    section: ClassVar[str] = ""
+    """Key of the settings, where it is another than the name."""
+    folder: ClassVar[str] = ""
+    """Name of the folder of its results inside the run's; empty where they lie in the run's own."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" in vars(cls):
+            cls.section = vars(cls).get("section", cls.name)
+
+    def settings_of(self, config: Config) -> Any:
+        """Return this stage's section of the settings; None where the run does not have it."""
+        return getattr(config, self.section)
+
+    def wanted(self, config: Config) -> bool:
+        """Return whether the settings ask for this stage."""
+        return self.settings_of(config) is not None
+
+    def points(self, config: Config) -> int:
+        """Return how many points of the run's curve it reports: one, and one an epoch."""
+        section = self.settings_of(config)
+        return 1 + section.epochs if hasattr(section, "epochs") else 0
+
+    def check(self, job: Job) -> None:  # noqa: B027 (most stages have nothing to check)
+        """Check what can be known before anything is trained.
+
+        Raises:
+            HalocError: if the stage is sure to fail.
+        """
+
+    @abstractmethod
+    def run(self, job: Job, before: Outcome | None, report: Report, resume: bool) -> Outcome:
+        """Run the stage, or read it back if it is finished.
+
+        Args:
+            job: the run's settings, data, network and folder.
+            before: what the stage before it handed on; None for the first one.
+            report: takes the points of the stage's curve, counted from 0.
+            resume: whether to go on from the state that an interrupted run left.
+        """
+
+    def files(self, folder: RunFolder) -> Training:
+        """Return where the state and the history of its training lie."""
+        return Training(folder.path / self.folder)
+
+    def rows(self, figures: Figures) -> dict[str, Figures]:
+        """Return the rows of the stage in tables: title to figures."""
+        return {self.title: figures}
+
+    def headline(self, figures: Figures) -> float | None:
+        """Return the figure that a tuner maximises after this stage: top-1."""
+        return figures.get("top1")
+
+    def flatten(self, figures: Figures) -> Figures:
+        """Return the figures under the names that NNI gets: ``pruned_top1``."""
+        return {f"{self.folder}_{key}": value for key, value in figures.items()}
+
+
+class NetworkStage(Stage):
+    """A stage that makes a new network of the last one, in a folder of its own.
+
+    A subclass implements `apply`. Saving, measuring, reading back and resuming are done here.
+    """
+
+    @abstractmethod
+    def apply(
+        self, job: Job, before: Outcome, folder: RunFolder, report: Report, resume: bool
+    ) -> tuple[nn.Module, Figures]:
+        """Make the new network, of a copy of ``before.network``.
+
+        Returns:
+            The network, and what was measured of it beyond what `measure` does.
+        """
+
+    def run(self, job: Job, before: Outcome | None, report: Report, resume: bool) -> Outcome:
+        """Run the stage in its folder inside the run's."""
+        assert before is not None
+        return self.run_in(job, before, RunFolder(job.folder.path / self.folder), report, resume)
+
+    def run_in(
+        self, job: Job, before: Outcome, folder: RunFolder, report: Report, resume: bool
+    ) -> Outcome:
+        """Run the stage with its results in ``folder``, or read it back if it is finished."""
+        same = self.identity(job, before)
+        if resume and (figures := self._finished(job, folder, same)) is not None:
+            logger.info("%s: done: %s", self.name, folder)
+            return Outcome(before.plan, job.laid_out(load(folder.path, job.model)), figures)
+        seed_everything(job.config.seed, verbose=False)
+        network, figures = self.apply(job, before, folder, report, resume)
+        figures |= self.measure(job, network) if is_first() else {}
+        wait_for_all()
+        if is_first():
+            folder.path.mkdir(parents=True, exist_ok=True)
+            job.save(network, before.plan, folder)
+            figures["bytes"] = folder.weights.stat().st_size
+            same = self._what_figures_depend_on(job.config, same)
+            config = job.config.model_dump(mode="json")
+            folder.write_metrics({self.name: figures}, config=config, identity=same)
+            log_figures(self.flatten(figures))
+        return Outcome(before.plan, network, figures if is_first() else {})
+
+    def measure(self, job: Job, network: nn.Module) -> Figures:
+        """Return the new network's accuracies, counts and latency."""
+        latency = job.time(network=network)["network"]
+        return {**job.score(network), **job.count(network), "latency_ms": latency}
+
+    def identity(self, job: Job, before: Outcome) -> dict[str, Any]:
+        """Return what the state of the stage's training depends on, its own section included."""
+        digest = hashlib.sha256()
+        for name, value in before.network.named_parameters():  # not BatchNorm's statistics, which
+            digest.update(name.encode())  # are each process's own
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return {
+            **finetuning_identity(job.config),
+            "ranks": before.plan.names,
+            "network": f"sha256 {digest.hexdigest()}",
+            self.section: self.settings_of(job.config).model_dump(),
+        }
+
+    @staticmethod
+    def _what_figures_depend_on(config: Config, same: Mapping[str, Any]) -> dict[str, Any]:
+        return {**same, "data.score": config.data.score, "threads": config.threads}
+
+    def _finished(self, job: Job, folder: RunFolder, same: Mapping[str, Any]) -> Figures | None:
+        """Return the figures of a stage that is finished in ``folder`` with the same settings."""
+        try:
+            content = folder.read_metrics()
+        except ValueError:
+            return None
+        same = self._what_figures_depend_on(job.config, same)
+        if not folder.holds_network or content["identity"] != json.loads(json.dumps(same)):
+            return None
+        return content["stages"].get(self.name)
+
+
+def log_figures(figures: Mapping[str, float]) -> None:
+    """Log figures, one a line."""
+    for name, value in figures.items():
+        logger.info("%s: %.6g", name, value)

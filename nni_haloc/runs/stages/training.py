@@ -1,0 +1,118 @@
+"""Train a network as a section of the settings says: resumable, and reported after each epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from pytorch_lightning import seed_everything
+from torch import nn
+
+from nni_haloc.inputs.schema import Distilled
+from nni_haloc.inputs.schema import Training as Section
+from nni_haloc.runs.folder import Figures, Training
+from nni_haloc.runs.job import Job, trainer_options
+from nni_haloc.runs.stages.stage import Report, ignore
+from nni_haloc.training import checkpoint
+from nni_haloc.training.checkpoint import EpochCheckpoint
+from nni_haloc.training.curves import add_epoch
+from nni_haloc.training.finetuning import Forecast, accuracy, finetune, recalibrate
+from nni_haloc.training.recipe import Recipe
+from nni_haloc.utils.errors import Diverged, UnusableCheckpoint
+from nni_haloc.utils.log import logger
+
+
+def recipe_of(section: Section) -> Recipe:
+    """Return the recipe that a section of the settings describes."""
+    return Recipe(
+        section.epochs, section.lr, section.momentum, section.weight_decay, section.schedule
+    )
+
+
+def train(
+    job: Job,
+    network: nn.Module,
+    section: Distilled,
+    files: Training,
+    identity: Mapping[str, Any],
+    report: Report = ignore,
+    *,
+    title: str,
+    recalibrated: bool = True,
+    resume: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Train ``network`` in place.
+
+    Args:
+        job: the run's settings, data and original network, which is the teacher of distillation.
+        network: the network; its BatchNorm statistics are recalibrated first if ``recalibrated``.
+        section: epochs, learning rate and so on.
+        files: where the state after each epoch and the history are kept.
+        identity: what the state depends on. A state of another identity is not used.
+        report: takes ``default``, the top-1 on validation images, before the first epoch (place 0)
+            and after each.
+        title: what the log calls this training.
+        recalibrated: whether BatchNorm is recalibrated before the training.
+        resume: whether to go on from the state in ``files``.
+        options: further options of `finetune`.
+
+    Returns:
+        The same network.
+
+    Raises:
+        Diverged: if the training diverges; the message names the section.
+    """
+    config = job.config
+    seed_everything(config.seed, verbose=False)  # the same whatever came before
+    training_loader, val = job.loader("train", shuffle=True), job.loader("val")
+    keep = partial(add_epoch, files.history)
+    state = EpochCheckpoint(files.checkpoint, {"identity": dict(identity)}, training_loader, val)
+    if not (resume and _can_go_on(files, identity, section, title)):
+        resume = False
+        recalibrate(network, training_loader, config.recalibration_batches if recalibrated else 0)
+        (top1,) = accuracy(network, val)
+        logger.info("before %s: top-1 %.2f %% (validation)", title, 100 * top1)
+        keep(0, math.nan, top1)
+        report({"default": top1}, 0)
+
+    def on_epoch(epoch: int, metrics: Figures) -> None:
+        top1 = metrics["val_top1"]
+        logger.info("%s epoch %d: top-1 %.2f %% (validation)", title, epoch + 1, 100 * top1)
+        keep(epoch + 1, metrics["train_loss"], top1)
+        report({"default": top1, "train_loss": metrics["train_loss"]}, 1 + epoch)
+
+    options = {**trainer_of(job, section.precision, state, title), **options}
+    if section.distill:
+        options |= {"teacher": job.model, "distill": section.distill}
+    path = files.checkpoint if resume else None
+    try:
+        return finetune(
+            network, training_loader, recipe_of(section), val, on_epoch, path, **options
+        )
+    except Diverged as error:
+        raise Diverged(f"{type(section).__name__.lower()}: {error}") from None
+
+
+def trainer_of(job: Job, precision: str, state: EpochCheckpoint, title: str) -> dict[str, Any]:
+    """Return the options of Lightning's Trainer for a training that keeps its state."""
+    callbacks = [Forecast(title), state]
+    options = {**state.options, **trainer_options(job.config)}
+    return {**options, "callbacks": callbacks, "precision": precision}
+
+
+def _can_go_on(files: Training, identity: Mapping[str, Any], section: Section, title: str) -> bool:
+    """Return whether there is a state of this training to go on from; log what is there."""
+    if not files.checkpoint.exists():
+        return False
+    try:
+        saved = checkpoint.read(files.checkpoint)
+        checkpoint.check_same(files.checkpoint, saved["identity"], identity)
+    except UnusableCheckpoint as error:
+        logger.info("%s; %s starts anew", error, title)
+        return False
+    epochs, path = section.epochs, files.checkpoint
+    logger.info("%s: %d of %d epochs are done: %s", title, saved["epochs"], epochs, path)
+    return True
