@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from nni_haloc.utils.errors import SettingsError
 from nni_haloc.utils.files import write_json
@@ -22,6 +22,7 @@ Figures = dict[str, float]
 
 _OLD_STAGES = {"baseline_": "original", "pruned_": "prune", "quantized_": "quantize"}
 """Prefixes of version 1's flat metrics, and the stages that they stood for."""
+_OLD_ORDER = ("original", "finetune", "prune", "quantize")
 _OLD_OWN = ("onnx_", "int8_")
 """Prefixes of figures that the stage ``quantize`` has under the same names today."""
 _OLD_DERIVED = ("default", "speedup", "images_per_s", "macs_reduction", "params_reduction")
@@ -207,29 +208,23 @@ def _section(file: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Figures]:
     """Sort the flat metrics of version 1 by stages, in the names of today."""
-    stages: dict[str, Figures] = {}
+    stages: dict[str, Figures] = {name: {} for name in _OLD_ORDER}
     for key, value in flat.items():
         prefix = next((p for p in _OLD_STAGES if key.startswith(p)), "")
         if prefix:
-            stages.setdefault(_OLD_STAGES[prefix], {})[key.removeprefix(prefix)] = value
+            stages[_OLD_STAGES[prefix]][key.removeprefix(prefix)] = value
         elif key.startswith(_OLD_OWN):
-            stages.setdefault("quantize", {})[key] = value
+            stages["quantize"][key] = value
         elif key not in _OLD_DERIVED:
-            stages.setdefault("finetune", {})[key.removeprefix("haloc_")] = value
-    if "finetune" in stages:
-        if "default" in flat:
-            stages["finetune"].setdefault("top1", flat["default"])
-    _add_counts_of_original(flat, stages)
-    return dict(sorted(stages.items(), key=lambda item: _ORDER.index(item[0])))
-
-
-_ORDER = ["original", "finetune", "prune", "quantize"]
-
-
-def _add_counts_of_original(flat: Mapping[str, Any], stages: dict[str, Figures]) -> None:
-    """Restore the original's counts, which version 1 gave as reductions alone."""
-    for key in ("macs", "params"):
+            stages["finetune"][key.removeprefix("haloc_")] = value
+    if stages["finetune"] and "default" in flat:
+        stages["finetune"].setdefault("top1", flat["default"])
+    for key in ("macs", "params"):  # the original's counts were given as reductions alone
         count, reduction = flat.get(key), flat.get(f"{key}_reduction")
-        if isinstance(count, (int, float)) and isinstance(reduction, (int, float)):
-            if reduction < 1:
-                stages.setdefault("original", {})[key] = round(count / (1 - reduction))
+        if _is_number(count) and _is_number(reduction) and reduction < 1:
+            stages["original"][key] = round(count / (1 - reduction))
+    return {name: figures for name, figures in stages.items() if figures}
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
