@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,14 +94,15 @@ def _stage(
     settings = {f"{stage}.{key}": value for key, value in options.items() if value is not None}
     settings |= dict(map(assignment, changes or []))
     factories = trust(code)
-    from nni_haloc.runs.chain_stages import stage_folder, stage_of
-    from nni_haloc.runs.finished import Finished
-    from nni_haloc.runs.job import job_in
+    from nni_haloc.runs.finished import Finished, apply_stage, stage_folder
+    from nni_haloc.runs.folder import RunFolder
+    from nni_haloc.runs.job import logged
 
-    Finished(folder, factories=factories)  # before a folder is made
-    with job_in(out or folder, stage_folder(folder, stage, out)):
-        metrics = stage_of(folder, stage, settings, out, factories=factories, resume=resume)
-    print_table(str(out or folder), ("metric", "value"), list(metrics.items()), text={"metric"})
+    Finished(folder, factories=factories)  # raises before a folder is made
+    target = stage_folder(RunFolder(folder), stage, out)
+    with logged(RunFolder(out or folder), target):
+        figures = apply_stage(folder, stage, settings, out, factories=factories, resume=resume)
+    print_table(str(target), ("figure", "value"), list(figures.items()), text={"figure"})
 
 
 @after.command("export", rich_help_panel=AFTER)
@@ -160,7 +163,10 @@ def bench_command(
     sizes = None if batch is None else comma_separated("--batch", batch, int, "numbers")
     from nni_haloc.results.bench import bench, print_bench
 
-    content = bench(folder, sizes, threads, split if data else None, data=data, factories=factories)
+    with redirect_stdout(sys.stderr):  # standard output is for the result
+        content = bench(
+            folder, sizes, threads, split if data else None, data=data, factories=factories
+        )
     if json_:
         print_json(content)
     else:
@@ -180,12 +186,13 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one HTML page: figures, ranks, curves, settings."""
-    from nni_haloc.results.html_report import REPORT_FILE, html_report
+    from nni_haloc.results.html_report import html_report
+    from nni_haloc.runs.folder import RunFolder
     from nni_haloc.utils.files import whole
 
     with as_one_line():
         page = html_report(folder)
-    out = out or folder / REPORT_FILE
+    out = out or RunFolder(folder).report
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with whole(out) as part:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,17 +32,11 @@ from nni_haloc.utils.printing import percent, print_table
 compress = typer.Typer()
 
 SEARCH = "search"
-NNI_RULES = ("nni-evolution", "nni-random")
-"""Rules that are strategies of NNI's."""
-
-
-def _rules() -> list[str]:
-    return list(dict.fromkeys([*RULES.names(), *NNI_RULES]))
 
 
 def _starting_with(text: str) -> list[str]:
     """Rules for the shell's completion."""
-    return [name for name in (SEARCH, *_rules()) if name.startswith(text)]
+    return [name for name in (SEARCH, *RULES) if name.startswith(text)]
 
 
 Budget = Annotated[
@@ -59,7 +54,7 @@ def run_command(
         str | None,
         typer.Option(
             metavar="NAME",
-            help=f"How ranks are chosen: {SEARCH}, {', '.join(_rules())} (default: the settings').",
+            help=f"How ranks are chosen: {SEARCH}, {', '.join(RULES)} (default: the settings').",
             autocompletion=_starting_with,
         ),
     ] = None,
@@ -72,7 +67,7 @@ def run_command(
 ) -> None:
     """Compress a trained network: choose ranks, decompose, fine-tune."""
     if rule is not None:
-        _check_rule(rule, (SEARCH, *_rules()))
+        _check_rule(rule, (SEARCH, *RULES))
     _run(run_file, rule, budget, out, set_, scale, resume, json_)
 
 
@@ -90,15 +85,20 @@ def search_command(
         raise SettingsError(
             f"rule: haloc search needs {SEARCH!r}, found {config.rule!r}; haloc run takes any rule"
         )
-    from nni_haloc.runs.job import Job, job_in
-    from nni_haloc.runs.run import search
-    from nni_haloc.utils.log import logger
+    from nni_haloc.cli.summary import print_next
+    from nni_haloc.runs.folder import RunFolder
+    from nni_haloc.runs.job import logged
+    from nni_haloc.runs.run import search_only
+    from nni_haloc.utils.processes import is_first
 
-    with job_in(out):
-        job = Job(config, out)
-        top1 = job.accuracy(job.model, job.loader("val"))[0]
-        logger.info("original: %.2f %% top-1 (validation)", 100 * top1)
-        search(job, resume=resume)
+    with logged(RunFolder(out)):
+        search_only(config, out, resume=resume)
+    if is_first():
+        following = {
+            f"haloc run {run_file} --out {out} --resume": "fine-tune, with the same --set",
+            f"haloc front {out} --budgets 0.6,0.5,0.4": "plans for other budgets",
+        }
+        print_next(out, following)
 
 
 @compress.command("train", rich_help_panel=COMPRESS)
@@ -107,10 +107,11 @@ def train_command(
 ) -> None:
     """Train the original network, if you have no weights yet."""
     config, _ = _settings(run_file, set_, scale, training=True)
-    from nni_haloc.runs.job import job_in
-    from nni_haloc.runs.original import train_original, training_folder
+    from nni_haloc.runs.folder import RunFolder
+    from nni_haloc.runs.job import logged
+    from nni_haloc.runs.stages.pretrain import train_original, training_folder
 
-    with job_in(training_folder(config)):
+    with logged(RunFolder(training_folder(config))):
         train_original(config, resume=resume)
 
 
@@ -142,18 +143,19 @@ def front_command(
     """Make plans for many budgets from one finished search."""
     fractions = comma_separated("--budgets", budgets, float, "fractions")
     factories = trust(code)
-    from nni_haloc.results.front import front
+    from nni_haloc.cli.summary import short
+    from nni_haloc.results.front import pareto_front
 
-    content = front(folder, fractions, out, factories=factories)
+    content = pareto_front(folder, fractions, out, factories=factories)
     original = content["original"]
     rows: list[Any] = [
-        ("original", original["cost"], percent(1), None, percent(original["top1"], 2), None)
+        ("original", short(original["cost"]), percent(1), None, percent(original["top1"], 2), None)
     ]
     for point in content["points"]:
         shares = (percent(point["cost_fraction"] / whole) for whole in (1, point["fraction"]))
         place = (out or folder / "front") / point["folder"]
         top1 = percent(point["top1"], 2)
-        rows.append((point["fraction"], point["cost"], *shares, top1, place))
+        rows.append((point["fraction"], short(point["cost"]), *shares, top1, place))
     rows += [(point["fraction"], *[None] * 4, point["reason"]) for point in content["infeasible"]]
     columns = ("budget", content["metric"], "of the original", "of the budget", "top-1", "network")
     title = f"{folder}: top-1 on validation images, not fine-tuned"
@@ -178,10 +180,11 @@ def throughput_command(
     """Compress for each device here, compare speed (Table 3)."""
     config, _ = _settings(run_file, set_, scale)
     from nni_haloc.runs.devices import DEVICES, at_hand, print_throughput, throughput
-    from nni_haloc.runs.job import job_in
+    from nni_haloc.runs.folder import RunFolder
+    from nni_haloc.runs.job import logged
 
     devices = at_hand() if on is None else some_of("--on", on, list(DEVICES))
-    with job_in(out):
+    with logged(RunFolder(out)):
         rows = throughput(config, out, devices, resume=resume)
         print_throughput(f"{out}: a plan for each device", rows)
 
@@ -199,7 +202,7 @@ def baseline_command(
     resume: Resume = False,
 ) -> None:
     """Run with a rule instead of the search: the former name of haloc run --rule."""
-    _check_rule(rule, _rules())
+    _check_rule(rule, RULES.names())
     typer.echo(f"haloc baseline is deprecated: use haloc run --rule {rule}", err=True)
     out = out or Path(f"haloc-baseline-{rule}")
     _run(run_file, rule, budget, out, set_, scale, resume, json_=False)
@@ -225,14 +228,15 @@ def _run(
     config, changes = _settings(run_file, [*(assignments or []), *words], scale)
     from nni_haloc.cli.summary import print_summary
     from nni_haloc.runs.folder import RunFolder
-    from nni_haloc.runs.job import job_in
+    from nni_haloc.runs.job import logged
     from nni_haloc.runs.run import run
     from nni_haloc.utils.processes import is_first
 
-    with job_in(out):
+    folder = RunFolder(out)
+    with logged(folder), redirect_stdout(sys.stderr):  # as Lightning's progress
         run(config, out, parameters=changes, resume=resume)
     if is_first():
-        stages = RunFolder(out).metrics()
+        stages = folder.metrics()
         print_json({"folder": str(out), "stages": stages}) if json_ else print_summary(out, stages)
 
 

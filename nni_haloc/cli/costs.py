@@ -96,10 +96,11 @@ def _mendable(command: str) -> Iterator[None]:
 @costs.command("predict", rich_help_panel=COSTS)
 def predict_command(
     predictor: Annotated[
-        Literal["analytic", "eyeriss", "roofline"],
+        str,
         typer.Option(
             metavar="NAME",
-            help="analytic (counts), eyeriss (an array's cycles or energy), roofline (latency).",
+            help="analytic (counts), eyeriss (an array's cycles or energy), roofline (latency), "
+            "a metric, or a predictor that another package adds.",
             show_default=False,
         ),
     ],

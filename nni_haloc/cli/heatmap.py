@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -121,14 +121,19 @@ def _measured(
     del fields["name"]
     entries = (Entry(fields, None), *(Entry(fields, pair) for pair in pairs))
     names = [rank_name(rank) for rank in [None, *pairs]]
-    whole = Specification(
+    pairs_of_layer = Specification(
         name,
         spec.input_shapes[0],
         {spec.name: dict(zip(names, range(len(names)), strict=True))},
         entries,
     )
-    runtime = replace(runtime, model=_as_model(spec))
-    measure(whole, runtime, out, Timing(rounds=rounds), progress("measured"))
+    measure(
+        runtime.prepare(pairs_of_layer, _as_model(spec)),
+        runtime,
+        out,
+        Timing(rounds=rounds),
+        progress("measured"),
+    )
     return CostTable.load(out)
 
 

@@ -60,7 +60,7 @@ def main() -> None:
         # click's errors; which module they are in depends on typer's version
         if not hasattr(error, "format_message"):
             raise
-        _leave(error.format_message())
+        _leave(error.format_message().replace(": Value error, ", ": "))
 
 
 def _leave(message: str) -> NoReturn:

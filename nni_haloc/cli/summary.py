@@ -7,12 +7,10 @@ from pathlib import Path
 
 import typer
 
+from nni_haloc.runs.stages import all_stages
 from nni_haloc.utils.printing import percent, print_table
 
 Figures = Mapping[str, float]
-
-HEADINGS = {"finetune": "compressed", "prune": "pruned", "quantize": "quantized"}
-"""Columns of stages, by the stages' names; others have their own name."""
 
 ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "top1": ("top-1", lambda share: percent(share, 2)),
@@ -20,7 +18,7 @@ ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "latency_ms": ("latency", "{:.4g} ms".format),
     "macs": ("MACs", lambda count: short(count)),
     "params": ("parameters", lambda count: short(count)),
-    "bytes": ("weights' file", lambda count: f"{short(count)}B"),
+    "bytes": ("file of weights", lambda count: short(count, "B")),
 }
 """Rows of the table: a figure's name, its heading, and how it is written."""
 ACCURACIES = ("top1", "top5")
@@ -37,15 +35,33 @@ def print_summary(folder: Path, stages: Mapping[str, Figures]) -> None:
     columns, rows = summary(stages)
     if rows:
         print_table("", columns, rows, text={columns[0]})
+    print_next(
+        folder,
+        {
+            f"haloc report {folder}": "one HTML page on the run",
+            f"haloc bench {folder}": "every stage timed, in torch and ONNX Runtime",
+        },
+    )
+
+
+def print_next(folder: Path, commands: Mapping[str, str]) -> None:
+    """Print where the results are, and the commands that may follow.
+
+    Args:
+        folder: the folder of the results.
+        commands: command lines to what they do.
+    """
     typer.echo(f"results: {folder}")
-    typer.echo(f"next:    haloc report {folder}   one HTML page on the run")
-    typer.echo(f"         haloc bench {folder}    every stage timed, in torch and ONNX Runtime")
+    width = max(map(len, commands))
+    for number, (command, text) in enumerate(commands.items()):
+        typer.echo(f"{'' if number else 'next:':9}{command:{width}}   {text}")
 
 
 def summary(stages: Mapping[str, Figures]) -> tuple[list[str], list[list[str]]]:
     """Return the headings and the rows of the table; the change is from the first to the last."""
+    titles = {stage.name: stage.title for stage in all_stages()}
     shown = {
-        HEADINGS.get(name, name): figures
+        titles.get(name) or name: figures
         for name, figures in stages.items()
         if any(key in figures for key in ROWS)
     }
@@ -68,9 +84,9 @@ def _change(key: str, values: list[float | None]) -> str:
     return f"{100 * (last / first - 1):+.1f} %" if first else ""
 
 
-def short(count: float) -> str:
-    """Write a count with three or four digits and its thousands: ``1.494 M``, ``85.2 k``."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+def short(count: float, unit: str = "") -> str:
+    """Write a count with four digits and its thousands: ``1.494 M``, ``85.2 kB``."""
+    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
-            return f"{count / size:.4g} {unit}"
-    return f"{count:.4g} "
+            return f"{count / size:.4g} {prefix}{unit}"
+    return f"{count:.4g} {unit}".rstrip()

@@ -64,9 +64,21 @@ def print_counted(content: dict[str, Any]) -> None:
     typer.echo(text_table(header, rows))
 
 
+SIZES = ("all", "multiples", "equal", "searched")
+COUNTS = ("macs", "macs_paper", "params")
+"""Short names, for JSON, of what `space_sizes` and `network_counts` return."""
+
+
 def as_json(content: dict[str, Any]) -> dict[str, Any]:
-    """Return what `counted` returns as plain lists and dicts."""
-    return content | {"layers": [vars(row) for row in content["layers"]]}
+    """Return what `counted` returns as plain lists and dicts with short keys."""
+    return {
+        "layers": [vars(row) for row in content["layers"]],
+        "rank_space": dict(zip(SIZES, content["rank_space"].values(), strict=True)),
+        "counts": {
+            name: dict(zip(COUNTS, counts.values(), strict=True))
+            for name, counts in content["counts"].items()
+        },
+    }
 
 
 def _counts_with(

@@ -1,0 +1,106 @@
+"""What `haloc results` and `haloc check` print, without an NNI experiment that runs."""
+
+import json
+import sqlite3
+
+import pytest
+from helpers.commands import haloc
+from helpers.paths import DIGITS
+
+from nni_haloc.cli.experiment import trial_folders, trial_results
+from nni_haloc.utils.errors import SettingsError
+
+TABLES = (
+    "CREATE TABLE TrialJobEvent (trialJobId, event, data, logPath)",
+    "CREATE TABLE MetricData (trialJobId, parameterId, type, data)",
+    "CREATE TABLE ExperimentProfile (params, revision)",
+)
+
+
+@pytest.fixture
+def database(tmp_path):
+    """Call with statements; they make the database of the experiment ``abc`` in the folder."""
+
+    def make(*statements):
+        file = tmp_path / "abc" / "db" / "nni.sqlite"
+        file.parent.mkdir(parents=True)
+        with sqlite3.connect(file) as connection:
+            for statement, *values in statements:
+                connection.execute(statement, *values)
+        connection.close()
+        return tmp_path
+
+    return make
+
+
+def filled(database):
+    parameters = json.dumps({"parameter_id": 0, "parameters": {"budget.fraction": 0.5}})
+    final = json.dumps(json.dumps({"default": 0.98, "macs": 373408}))
+    event = "INSERT INTO TrialJobEvent VALUES (?, ?, ?, ?)"
+    return database(
+        *((table,) for table in TABLES),
+        (event, ("t1", "WAITING", parameters, "")),
+        (event, ("t1", "SUCCEEDED", None, "/trials/t1")),
+        ("INSERT INTO MetricData VALUES ('t1', '0', 'FINAL', ?)", (final,)),
+    )
+
+
+def test_an_experiment_without_tables_is_one_line(database):
+    folder = database()
+    done = haloc("results", "abc", "--folder", folder)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("haloc: experiment 'abc': ")
+    assert "no such table: TrialJobEvent" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_database_that_is_none_is_one_line(database):
+    folder = database()
+    (folder / "abc" / "db" / "nni.sqlite").write_text("not a database" * 100)
+    with pytest.raises(SettingsError, match="^experiment 'abc': .*not a database"):
+        trial_results(folder, "abc")
+
+
+def test_an_experiment_without_a_profile_has_local_folders(database):
+    assert trial_folders(filled(database), "abc") == {"t1": "/trials/t1/haloc"}
+
+
+def test_results_are_a_table_or_json(database):
+    folder = filled(database)
+    done = haloc("results", "abc", "--folder", folder)
+    assert "budget.fraction" in done.stdout
+    assert "0.98" in done.stdout
+    done = haloc("results", "abc", "--folder", folder, "--json")
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == [
+        {
+            "trial": "t1",
+            "status": "SUCCEEDED",
+            "budget.fraction": 0.5,
+            "default": 0.98,
+            "macs": 373408,
+        }
+    ]
+    done = haloc("results", "abc", "--folder", folder, "--folders", "--json")
+    assert json.loads(done.stdout) == {"t1": "/trials/t1/haloc"}
+
+
+@pytest.mark.parametrize("command", ["run", "search", "train", "throughput"])
+def test_an_experiments_file_is_no_run_file(command):
+    file = DIGITS.with_name("haloc.yml")
+    done = haloc(command, file)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"haloc: {file}: this is an NNI experiment's file, not a run's settings: start it with "
+        f"`nnictl create --config {file}`; `haloc check {file}` checks it first\n"
+    )
+
+
+def test_a_run_file_is_no_experiments_file():
+    done = haloc("check", DIGITS)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"haloc: {DIGITS}: these are a run's settings, not an NNI experiment's file: "
+        f"`haloc run {DIGITS}` runs them\n"
+    )

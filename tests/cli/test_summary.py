@@ -1,0 +1,67 @@
+"""The table at the end of a run."""
+
+from nni_haloc.cli.summary import print_summary, short, summary
+
+ORIGINAL = {
+    "top1": 0.9871, "top5": 0.9995, "latency_ms": 1.25, "macs": 1_493_632, "params": 65_834,
+    "bytes": 270_000,
+}  # fmt: skip
+COMPRESSED = {
+    "top1": 0.9815, "top5": 0.9990, "latency_ms": 0.5, "macs": 373_408, "params": 16_458,
+    "bytes": 67_500,
+}  # fmt: skip
+
+
+def test_original_compressed_and_change_stand_side_by_side():
+    columns, rows = summary({"original": ORIGINAL, "finetune": COMPRESSED})
+    assert columns == ["", "original", "compressed", "change"]
+    assert rows == [
+        ["top-1", "98.71 %", "98.15 %", "-0.56 points"],
+        ["top-5", "99.95 %", "99.90 %", "-0.05 points"],
+        ["latency", "1.25 ms", "0.5 ms", "-60.0 %"],
+        ["MACs", "1.494 M", "373.4 k", "-75.0 %"],
+        ["parameters", "65.83 k", "16.46 k", "-75.0 %"],
+        ["file of weights", "270 kB", "67.5 kB", "-75.0 %"],
+    ]
+
+
+def test_each_further_stage_has_a_column_and_the_change_is_to_the_last_one():
+    stages = {
+        "original": {"top1": 0.9, "macs": 100},
+        "search": {"epochs": 3},
+        "finetune": {"top1": 0.8, "macs": 50},
+        "prune": {"top1": 0.7, "macs": 25},
+        "toy": {"top1": 0.6, "latency_ms": 1.0},
+    }
+    columns, rows = summary(stages)
+    assert columns == ["", "original", "compressed", "pruned", "toy", "change"]
+    assert rows == [
+        ["top-1", "90.00 %", "80.00 %", "70.00 %", "60.00 %", "-30.00 points"],
+        ["latency", "", "", "", "1 ms", ""],
+        ["MACs", "100", "50", "25", "", ""],
+    ]
+
+
+def test_no_figures_make_no_table():
+    assert summary({}) == ([""], [])
+    assert summary({"original": {"top1": 0.5}}) == (["", "original"], [["top-1", "50.00 %"]])
+    assert summary({"original": {"macs": 0}, "finetune": {"macs": 0}})[1] == [
+        ["MACs", "0", "0", ""]
+    ]
+
+
+def test_counts_are_short():
+    counts = (0, 999, 1000, 65_834, 1_493_632, 1_819_070_000)
+    assert [short(n) for n in counts] == [
+        "0", "999", "1 k", "65.83 k", "1.494 M", "1.819 G",
+    ]  # fmt: skip
+    assert [short(n, "B") for n in (270_000, 12)] == ["270 kB", "12 B"]
+
+
+def test_the_folder_and_the_next_commands_follow_the_table(tmp_path, capsys):
+    print_summary(tmp_path, {"original": ORIGINAL, "finetune": COMPRESSED})
+    *table, folder, report, bench = capsys.readouterr().out.splitlines()
+    assert "compressed" in "".join(table)
+    assert folder == f"results: {tmp_path}"
+    assert report.startswith(f"next:    haloc report {tmp_path} ")
+    assert bench.startswith(f"         haloc bench {tmp_path} ")
