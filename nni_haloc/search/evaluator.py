@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import nni
 import torch.nn.functional as F
 from nni.nas.evaluator.pytorch import Lightning, LightningModule, Trainer
 from torch import Tensor
@@ -16,9 +15,10 @@ from torch.utils.data import DataLoader
 
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.utils.processes import check_startable
+from nni_haloc.utils.quiet import quiet
 
 
-class _Classification(LightningModule):
+class _Module(LightningModule):
     """Cross-entropy and top-1 of a batch ``(images, labels)``."""
 
     def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
@@ -34,9 +34,53 @@ class _Classification(LightningModule):
         return {"loss": F.cross_entropy(logits, y), "top1": (logits.argmax(1) == y).float().mean()}
 
     def configure_optimizers(self) -> Any:
-        return self.recipe.optimizers(
-            self.model.parameters(), math.ceil(self.steps_per_epoch / self.trainer.world_size)
-        )
+        steps = math.ceil(self.steps_per_epoch / self.trainer.world_size)
+        return self.recipe.optimizers(self.model.parameters(), steps)
+
+
+@nni.trace
+class Classification(Lightning):
+    """NNI's Lightning evaluator for a search: alpha learns on one loader, the weights on the other.
+
+    For one-shot strategies, as `Haloc` is. It differs from ``nni.nas.evaluator.pytorch``'s of the
+    same name in that a `Recipe` says how the weights are trained.
+
+    Args:
+        train_dataloaders: batches ``(images, labels)`` for the weights.
+        val_dataloaders: batches for alpha.
+        recipe: how many epochs, and how the weights are trained in them.
+        ckpt_path: a Lightning checkpoint of this search to go on from.
+        **trainer_kwargs: options of Lightning's Trainer (devices, precision, callbacks, ...).
+
+    Raises:
+        ValueError: for several devices where no script is run that they could start, too.
+    """
+
+    def __init__(
+        self,
+        train_dataloaders: DataLoader,
+        val_dataloaders: DataLoader,
+        recipe: Recipe,
+        ckpt_path: str | Path | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        defaults = {
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+        }
+        steps = max(len(train_dataloaders), len(val_dataloaders))
+        with quiet():
+            trainer = Trainer(max_epochs=recipe.epochs, **{**defaults, **trainer_kwargs})
+            check_startable(trainer)
+            super().__init__(
+                _Module(recipe, steps),
+                trainer,
+                train_dataloaders=train_dataloaders,
+                val_dataloaders=val_dataloaders,
+                fit_kwargs={"ckpt_path": ckpt_path, "weights_only": True},
+            )
 
 
 def classification(
@@ -46,36 +90,10 @@ def classification(
     ckpt_path: str | Path | None = None,
     **trainer: Any,
 ) -> Lightning:
-    """NNI's Lightning evaluator for the search: alpha learns on ``val``, the weights on ``train``.
-
-    ``ckpt_path``: a Lightning checkpoint of this search to go on from; ``trainer``: options of Lightning's Trainer;
-    ValueError for several devices where no script is run.
-    """
-    steps = max(len(train), len(val))
-    defaults = {
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-    }
-    module = _Classification(recipe, steps)
-    runs = Trainer(max_epochs=recipe.epochs, **{**defaults, **trainer})
-    check_startable(runs)
-    with plain_loaders():
-        return Lightning(
-            module,
-            runs,
-            train_dataloaders=train,
-            val_dataloaders=val,
-            fit_kwargs={"ckpt_path": ckpt_path, "weights_only": True},
-        )
-
-
-@contextmanager
-def plain_loaders() -> Iterator[None]:
-    """NNI warns of loaders that it can't send to another process; a one-shot search stays in this one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", ".*wrap PyTorch DataLoader with nni.trace.*", RuntimeWarning
-        )
-        yield
+    """Return a `Classification`, under its name of before; deprecated."""
+    warnings.warn(
+        "nni_haloc.classification is now the class nni_haloc.Classification",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return Classification(train, val, recipe, ckpt_path, **trainer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,13 +20,13 @@ from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.schema import SearchOptions
 from nni_haloc.plan.budget import Limit, Scores, check_feasible, choose
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.search.evaluator import plain_loaders
 from nni_haloc.search.probabilities import SearchState
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.supernet import MixedRankLayer
 from nni_haloc.search.updates import HalocModule
 from nni_haloc.space.modules import copy_of
 from nni_haloc.utils.errors import explain
+from nni_haloc.utils.quiet import CONFIGURED_TWICE, Dropped, quiet
 
 
 class Haloc(DARTS):
@@ -101,6 +103,10 @@ class Haloc(DARTS):
             arc_learning_rate=self.options.alpha_lr, warmup_epochs=self.options.warmup_epochs
         )
         self.start, self.seed = start, seed
+        name, message = CONFIGURED_TWICE  # from an experiment's beginning to after its end
+        logger, dropped = logging.getLogger(name), Dropped(message, logging.WARNING)
+        logger.addFilter(dropped)
+        weakref.finalize(self, logger.removeFilter, dropped)
         self._state: SearchState | None = None
 
     @property
@@ -196,7 +202,7 @@ class Haloc(DARTS):
         yield RawFormatModelSpace(self.supernet, None).freeze(self.plan().names)
 
     def mutate_model(self, model: Any) -> Any:
-        """Make the supernet, on a copy of the space: NNI calls this first.
+        """Make the supernet, on a copy of the space.
 
         Raises:
             TypeError: for a space that is not a `RankSpace`.
@@ -215,10 +221,20 @@ class Haloc(DARTS):
         self._state = self.state_type(supernet, self.limits, self.options, self.start)
         return supernet
 
-    def mutate_evaluator(self, evaluator: Lightning) -> Lightning:
-        """Wrap the evaluator's module in the search's: NNI calls this second."""
-        with plain_loaders():
-            return super().mutate_evaluator(evaluator)
+    def initialize(self, model_space: ExecutableModelSpace, engine: Any) -> ExecutableModelSpace:
+        """Make supernet and updates: NNI calls this first."""
+        with quiet():
+            return super().initialize(model_space, engine)
+
+    def run(self) -> None:
+        """Search: NNI calls this second."""
+        with quiet():
+            super().run()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an NNI experiment keeps of the strategy."""
+        with quiet():
+            return super().state_dict()
 
     def default_mutation_hooks(self) -> list[Any]:
         """Return what NNI asks about every module of the space."""
@@ -278,5 +294,6 @@ def run_search(space: RankSpace, evaluator: Lightning, strategy: Haloc) -> Haloc
     Returns:
         The strategy, with its finished search.
     """
-    strategy(RawFormatModelSpace.from_model(space, evaluator), InProcess())
+    with quiet():
+        strategy(RawFormatModelSpace.from_model(space, evaluator), InProcess())
     return strategy

@@ -1,9 +1,8 @@
-"""After compression: BatchNorm recalibration, fine-tuning, and accuracy."""
+"""Train and measure a network after compression: BatchNorm statistics, weights, accuracy."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -23,15 +22,20 @@ from nni_haloc.utils.errors import Diverged
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import check_startable
 from nni_haloc.utils.progress import TimeLeft
+from nni_haloc.utils.quiet import quiet
 
 TEMPERATURE = 4.0
-"""Of distillation: divides both networks' logits."""
+"""Distillation divides both networks' logits by this."""
 
 
 def recalibrate(model: nn.Module, loader: Iterable[tuple[Tensor, Any]], batches: int = 50) -> None:
-    """Set the BatchNorm statistics of ``model`` anew from ``batches`` augmented training batches, equally weighted; nothing else changes.
+    """Compute the BatchNorm statistics of a network anew; nothing else of it changes.
 
-    Augmented ones, because those are what the network was trained on: plain images cost the original network points.
+    Args:
+        model: the network, changed in place.
+        loader: augmented training batches ``(images, anything)``. Augmented, because those are what
+            the network was trained on: plain images cost the original network points.
+        batches: how many are used, equally weighted; 0 leaves the network as it is.
     """
     if not batches:
         return
@@ -55,17 +59,24 @@ def recalibrate(model: nn.Module, loader: Iterable[tuple[Tensor, Any]], batches:
 def accuracy(
     model: nn.Module, loader: DataLoader, topk: tuple[int, ...] = (1,)
 ) -> tuple[float, ...]:
-    """Top-k accuracies, 0 to 1, over a loader of ``(images, labels)``."""
-    # Not inference mode: NNI's wrappers keep tensors of a pass as buffers, which several processes synchronise in training.
+    """Return the top-k accuracies of a network in evaluation mode.
+
+    Args:
+        model: the network; it is left as it was.
+        loader: batches ``(images, labels)``.
+        topk: the numbers k.
+
+    Returns:
+        One accuracy for each k, 0 to 1.
+    """
+    # Not inference mode: NNI's wrappers keep tensors of a pass as buffers, which several processes
+    # synchronise in training.
     with evaluating(model), accelerated(model) as device, torch.no_grad():
         batches = [(model(images.to(device)).cpu(), labels) for images, labels in loader]
     logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    classes = logits.shape[1]
     return tuple(
-        float(
-            multiclass_accuracy(
-                logits, labels, num_classes=logits.shape[1], top_k=k, average="micro"
-            )
-        )
+        float(multiclass_accuracy(logits, labels, num_classes=classes, top_k=k, average="micro"))
         for k in topk
     )
 
@@ -83,89 +94,102 @@ def finetune(
     feature_weight: float = 0.0,
     **trainer: Any,
 ) -> nn.Module:
-    """Train ``model`` in place by the recipe, with a progress bar, and return it in evaluation mode.
+    """Train a network in place, with a progress bar, and return it in evaluation mode.
 
-    ``on_epoch(epoch, metrics)`` is called after each epoch with ``train_loss`` and, where ``val`` is given, ``val_top1``. ``ckpt_path``:
-    a Lightning checkpoint to go on from. ``teacher``: the original network; ``distill``, 0 to 1, is then the share of the loss that is the
-    Kullback-Leibler divergence from it at temperature 4 (Hinton et al., 2015), the rest being the cross-entropy. ``feature_weight`` times
-    the sum over ``layers`` of the mean squared distance between their outputs and the teacher's is added to it: Eq. (8) and (9), the weight
-    being lambda. ``trainer`` goes to Lightning's Trainer (devices, precision, loggers, ...). Raises `Diverged`;
-    ValueError for several devices where no script is run.
+    Args:
+        model: the network.
+        train: training batches ``(images, labels)``.
+        recipe: how many epochs, and how they are trained.
+        val: validation batches, run after each epoch.
+        on_epoch: called after each epoch with its number, from 0, and a dict of ``train_loss`` and,
+            where ``val`` is given, ``val_top1`` (0 to 1).
+        ckpt_path: a Lightning checkpoint to go on from.
+        teacher: the original network, to learn from.
+        distill: share of the loss that is the Kullback-Leibler divergence from the teacher at
+            temperature 4 (Hinton et al., 2015), 0 to 1; the rest is the cross-entropy.
+        layers: names of layers whose outputs are compared with the teacher's.
+        feature_weight: lambda of Eq. (9): the weight of the sum over ``layers`` of the mean squared
+            distance between their outputs and the teacher's, Eq. (8).
+        **trainer: options of Lightning's Trainer (devices, precision, loggers, ...).
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        Diverged: if the loss or a weight is no longer finite.
+        ValueError: for several devices where no script is run that they could start, too.
     """
-    if recipe.epochs:
-        callbacks = [*trainer.pop("callbacks", []), *([EpochEnd(on_epoch)] if on_epoch else [])]
-        defaults = {
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-        }
-        defaults |= {"inference_mode": False}  # see `accuracy`
+    if not recipe.epochs:
+        return model.eval()
+    callbacks = [*trainer.pop("callbacks", []), *([EpochEnd(on_epoch)] if on_epoch else [])]
+    defaults = {
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "inference_mode": False,  # see `accuracy`
+    }
+    compared = layers if feature_weight else ()
+    with quiet():
         fit = pl.Trainer(max_epochs=recipe.epochs, callbacks=callbacks, **{**defaults, **trainer})
         check_startable(fit)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
-            task = _Training(
-                model,
-                recipe,
-                len(train),
-                teacher,
-                distill,
-                layers if feature_weight else (),
-                feature_weight,
+        task = _Training(model, recipe, len(train), teacher, distill, compared, feature_weight)
+        fit.fit(task, train, val, ckpt_path=ckpt_path, weights_only=True)
+    for name, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise Diverged(
+                f"the training diverged: {name} is no longer finite; lower its learning rate"
             )
-            fit.fit(task, train, val, ckpt_path=ckpt_path, weights_only=True)
-        for name, value in model.state_dict().items():
-            if not torch.isfinite(value).all():
-                raise Diverged(
-                    f"the training diverged: {name} is no longer finite; lower its learning rate"
-                )
     return model.eval()
 
 
 class _Training(pl.LightningModule):
+    """Cross-entropy, and what the teacher adds to it."""
+
     def __init__(
-        self, model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher: nn.Module | None, distill: float, layers: Sequence[str],
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        steps_per_epoch: int,
+        teacher: nn.Module | None,
+        distill: float,
+        layers: Sequence[str],
         feature_weight: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.model, self.recipe, self.steps_per_epoch = model.train(), recipe, steps_per_epoch
-        self.teacher = (
-            [] if teacher is None else [copy_of(teacher).eval()]
-        )  # in a list: no part of what is trained and kept
+        # In a list: the teacher is no part of what is trained and kept.
+        self.teacher = [] if teacher is None else [copy_of(teacher).eval()]
         self.distill, self.layers, self.feature_weight = distill, layers, feature_weight
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        loss = (
-            self._taught(x, y, self.teacher[0].to(x.device))
-            if self.teacher
-            else F.cross_entropy(self.model(x), y)
-        )
+        if self.teacher:
+            loss = self._taught(x, y, self.teacher[0].to(x.device))
+        else:
+            loss = F.cross_entropy(self.model(x), y)
         if not torch.isfinite(loss):
-            place = f"epoch {self.current_epoch + 1}, iteration {batch_idx + 1}"
             raise Diverged(
-                f"the training diverged: loss {float(loss.detach())} in {place}; lower its learning rate"
+                f"the training diverged: loss {float(loss.detach())} in epoch"
+                f" {self.current_epoch + 1}, iteration {batch_idx + 1}; lower its learning rate"
             )
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
 
     def _taught(self, x: Tensor, y: Tensor, teacher: nn.Module) -> Tensor:
+        """Return the loss with the distances from the teacher in it."""
         features: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         terms: list[Tensor] = []
 
         def compare(name: str, output: Tensor) -> None:
-            terms.append(
-                F.mse_loss(output.clone(), features[name].pop(0))
-            )  # of copies: an activation may write into the output
+            # Of copies: an activation may write into the output.
+            terms.append(F.mse_loss(output.clone(), features[name].pop(0)))
 
-        with (
-            torch.no_grad(),
-            _observed(
-                teacher, self.layers, lambda name, output: features[name].append(output.clone())
-            ),
-        ):
+        def keep(name: str, output: Tensor) -> None:
+            features[name].append(output.clone())
+
+        with torch.no_grad(), _observed(teacher, self.layers, keep):
             target = teacher(x)
         with _observed(self.model, self.layers, compare):
             logits = self.model(x)
@@ -180,25 +204,19 @@ class _Training(pl.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
-        self.log(
-            "val_top1",
-            (self.model(x).argmax(1) == y).float().mean(),
-            batch_size=len(y),
-            prog_bar=True,
-            sync_dist=True,
-        )
+        top1 = (self.model(x).argmax(1) == y).float().mean()
+        self.log("val_top1", top1, batch_size=len(y), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        return self.recipe.optimizers(
-            self.model.parameters(), math.ceil(self.steps_per_epoch / self.trainer.world_size)
-        )
+        steps = math.ceil(self.steps_per_epoch / self.trainer.world_size)
+        return self.recipe.optimizers(self.model.parameters(), steps)
 
 
 @contextmanager
 def _observed(
     model: nn.Module, layers: Sequence[str], see: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """For the time of a block, ``see(name, output)`` at each call of each layer."""
+    """Call ``see(name, output)`` at each call of each layer while the block runs."""
     modules = dict(model.named_modules())
     hooks = [
         modules[name].register_forward_hook(lambda _, __, output, name=name: see(name, output))
@@ -212,16 +230,18 @@ def _observed(
 
 
 class Forecast(pl.Callback):
-    """Logs how many iterations there will be before the first, and about how long they will take from the first one on."""
+    """Log how many iterations a training has, and soon about how long they will take.
+
+    Args:
+        what: what the lines call the training: ``fine-tuning``.
+    """
 
     def __init__(self, what: str) -> None:
         self.what, self.left, self.done, self.of = what, TimeLeft(what), 0, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        epochs, size = (
-            (trainer.max_epochs or 0) - trainer.current_epoch,
-            int(trainer.num_training_batches),
-        )
+        epochs = (trainer.max_epochs or 0) - trainer.current_epoch
+        size = int(trainer.num_training_batches)
         self.done, self.of = 0, epochs * size
         logger.info("%s: %d iterations, %d epochs of %d", self.what, self.of, epochs, size)
         self.left(0, self.of)
@@ -234,12 +254,15 @@ class Forecast(pl.Callback):
 
 
 class EpochEnd(pl.Callback):
-    """Hands each finished training epoch's metrics on."""
+    """Call a function after each training epoch.
+
+    Args:
+        on_epoch: takes the epoch's number, from 0, and all that was logged in it.
+    """
 
     def __init__(self, on_epoch: Callable[[int, dict[str, float]], None]) -> None:
         self.on_epoch = on_epoch
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.on_epoch(
-            trainer.current_epoch, {k: float(v) for k, v in trainer.callback_metrics.items()}
-        )
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.on_epoch(trainer.current_epoch, metrics)

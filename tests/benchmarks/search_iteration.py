@@ -38,7 +38,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from nni_haloc.inputs.models import build_model
-from nni_haloc.search.evaluator import classification
+from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.execution import contraction_work, contracts, runs_dense, work
 from nni_haloc.search.probabilities import ARRIVAL
 from nni_haloc.search.space import RankSpace
@@ -218,7 +218,7 @@ class Setting:
             return DataLoader([batches[i % 2] for i in range(count)], batch_size=None)
 
         def evaluator(clock: pl.Callback):
-            return classification(loader(), loader(), recipe, callbacks=[clock], **options)
+            return Classification(loader(), loader(), recipe, callbacks=[clock], **options)
 
         strategy = Haloc(
             space.costs, self.budget, alpha_every=1, approach_share=1.0

@@ -22,7 +22,7 @@ from nni_haloc.inputs.yaml_files import parse_yaml
 from nni_haloc.runs.job import _quiet, _splits
 from nni_haloc.runs.run import _prepare
 from nni_haloc.runs.training import recipe_of
-from nni_haloc.search.evaluator import classification
+from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.probabilities import SearchState
 from nni_haloc.search.strategy import run_search
 from nni_haloc.training.finetuning import accuracy, recalibrate
@@ -93,7 +93,7 @@ def measure(mode, config, splits):
     }
     run_search(
         space,
-        classification(
+        Classification(
             train, val, recipe_of(config.search), limit_train_batches=ARGS.batches, **options
         ),
         strategy,

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.plan.budget import Limit
-from nni_haloc.search.evaluator import classification
+from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, run_search
 from nni_haloc.space.ranks import RankRules
@@ -41,7 +41,7 @@ def search(
     limits = limits or [Limit(costs, fraction * costs.original)]
     space = space or RankSpace(net, images[:1], [limit.costs for limit in limits], rules, images)
     strategy = Haloc(limits, seed=seed, **{"alpha_every": 1, "approach_share": 1.0, **options})
-    evaluator = classification(
+    evaluator = Classification(
         train,
         val,
         Recipe(epochs, 0.01, schedule="constant"),

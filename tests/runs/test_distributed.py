@@ -19,7 +19,7 @@ from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.models import build_model
 from nni_haloc.runs.limits import limits_of
-from nni_haloc.search.evaluator import classification
+from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, run_search
 from nni_haloc.search.updates import HalocModule
@@ -33,8 +33,8 @@ import json, os, sys, torch
 from pytorch_lightning import Callback
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
-from nni_haloc import Haloc, RankRules, RankSpace, Recipe, classification, mac_table
-from nni_haloc.search import run_search
+from nni_haloc import Classification, Haloc, RankRules, RankSpace, Recipe, mac_table
+from nni_haloc.search.strategy import run_search
 
 processes, objective, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.manual_seed(0)
@@ -59,7 +59,7 @@ class Losses(Callback):
         losses.append(module.latest.tolist())
 
 losses = []
-run_search(space, classification(*loaders, Recipe(epochs=3, lr=0.05, schedule="constant"), callbacks=[Losses()], **options), strategy)
+run_search(space, Classification(*loaders, Recipe(epochs=3, lr=0.05, schedule="constant"), callbacks=[Losses()], **options), strategy)
 import torch.distributed
 rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 found = {
@@ -127,7 +127,7 @@ def test_a_layer_that_one_process_does_not_call_counts_as_nothing_there(net, ima
     strategy = Haloc(space.costs, 1.0)
     run_search(
         space,
-        classification(*loaders, Recipe(1, 0.01), enable_progress_bar=False, limit_train_batches=1),
+        Classification(*loaders, Recipe(1, 0.01), enable_progress_bar=False, limit_train_batches=1),
         strategy,
     )
     mixed, sent, theirs = list(strategy.mixed_layers.values()), [], None
@@ -197,7 +197,7 @@ def attempt(make):
         print(error)
 loader = DataLoader([(torch.zeros(3), 0)])
 attempt(lambda options: nni_haloc.finetune(torch.nn.Linear(3, 2), loader, nni_haloc.Recipe(1), **options))
-attempt(lambda options: nni_haloc.classification(loader, loader, nni_haloc.Recipe(1), **options))
+attempt(lambda options: nni_haloc.Classification(loader, loader, nni_haloc.Recipe(1), **options))
 from nni_haloc.cli.main import main
 import sys
 sys.argv[1:] = ["run", RUN, "--set", "trainer.devices=2"]

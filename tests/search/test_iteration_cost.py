@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.inputs.models import build_model
-from nni_haloc.search.evaluator import classification
+from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, run_search
 from nni_haloc.space.ranks import RankRules
@@ -68,7 +68,7 @@ def searching(number, **options):
         assert (
             max(map(len, space.candidates.values())) == number
         )  # the first layer, of 3 channels, has room for two
-        evaluator = classification(loader, loader, recipe, callbacks=[counter], **QUIET)
+        evaluator = Classification(loader, loader, recipe, callbacks=[counter], **QUIET)
         run_search(space, evaluator, Haloc(space.costs, 0.8, **options))
 
     return train

@@ -14,7 +14,7 @@ from nni.nas.strategy.middleware import Chain, Filter
 
 from nni_haloc.costs.analytic import mac_table, param_table
 from nni_haloc.costs.table import CostTable
-from nni_haloc.search.evaluator import classification
+from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.multitrial import _apart_from_a_trial, _Unregistered
 from nni_haloc.search.space import RankSpace, TableProfiler
 from nni_haloc.search.strategy import run_search
@@ -77,7 +77,7 @@ def test_nnis_one_shot_strategies_are_penalised_by_it(net, images, loaders, spac
     costs = space.costs
     strategy = DARTS(penalty=Heard(TableProfiler(space), baseline=costs.original))
     run_search(
-        space, classification(*loaders, Recipe(1, 0.01, schedule="constant"), **QUIET), strategy
+        space, Classification(*loaders, Recipe(1, 0.01, schedule="constant"), **QUIET), strategy
     )
     rows, rest = costs.restrict(space.candidates)
     uniform = rest + sum(mean(row.values()) for row in rows.values())

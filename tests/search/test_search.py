@@ -30,7 +30,7 @@ from nni_haloc.runs.run import run
 from nni_haloc.search import gates, probabilities, updates
 from nni_haloc.search import supernet as supernet_module
 from nni_haloc.search.approach import FeatureMaps, Kernels
-from nni_haloc.search.evaluator import classification
+from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, run_search
 from nni_haloc.search.supernet import MixedRankLayer
@@ -51,7 +51,7 @@ def test_ten_lines_of_python_compress_a_network(net, images, loaders, tmp_path, 
     before = state(net)
     space = RankSpace(net, images[:1], calibration=images)
     strategy = Haloc(space.costs, budget=0.5)
-    experiment = NasExperiment(space, classification(*loaders, Recipe(1, 0.01), **QUIET), strategy)
+    experiment = NasExperiment(space, Classification(*loaders, Recipe(1, 0.01), **QUIET), strategy)
     experiment.config.experiment_working_directory = str(tmp_path)
     experiment.run()
     plan = strategy.plan()
@@ -431,7 +431,7 @@ def test_alpha_is_updated_as_often_as_asked(net, images, loaders, options, steps
         DataLoader(Subset(x.dataset, range(48)), 16) for x in loaders
     )  # three iterations an epoch
     costs = mac_table(net, images[:1])
-    evaluator = classification(
+    evaluator = Classification(
         train, val, Recipe(2, 0.01, schedule="constant"), callbacks=[Steps()], **QUIET
     )
     run_search(
@@ -797,7 +797,7 @@ def test_the_plan_keeps_dense_where_the_task_needs_it(images):
     budget = costs.total({"1": "r2", "2": "dense"})
     strategy = Haloc(costs, budget_absolute=budget, lam=0.0)
     run_search(
-        space, classification(data, data, Recipe(10, 1e-6, schedule="constant"), **QUIET), strategy
+        space, Classification(data, data, Recipe(10, 1e-6, schedule="constant"), **QUIET), strategy
     )
     assert strategy.plan().names == {"1": "r2", "2": "dense"}
 
@@ -948,7 +948,7 @@ def test_without_a_number_of_epochs_lambda_stays_and_the_cost_is_at_the_budget(
     )
     costs = mac_table(net, images[:1])
     strategy = Haloc(costs, 0.5, lam_schedule="linear")
-    evaluator = classification(
+    evaluator = Classification(
         *loaders, Recipe(-1, 0.01, schedule="constant"), max_steps=6, **QUIET
     )
     run_search(RankSpace(net, images[:1], costs), evaluator, strategy)

@@ -1,0 +1,71 @@
+"""Silence advice of NNI's, Lightning's and torch's that says nothing of a search or a training.
+
+Everything that is silenced is listed here. Progress bars, our own log and every other warning stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+WARNINGS = (
+    ".*does not have many workers.*",  # data are in memory, or the settings name the workers
+    ".*number of training batches.*smaller than the logging interval.*",
+    ".*`isinstance.treespec.*",  # Lightning's own use of torch
+    ".*LeafSpec.*",
+    ".*no `val_dataloader`.*",  # a fine-tuning without validation images
+    ".*wrap PyTorch DataLoader with nni.trace.*",  # a search stays in this process
+    ".*is found to be not a nn.Module.*",  # classes of torch.nn that are newer than NNI
+)
+"""Messages of warnings, as regular expressions."""
+
+CONFIGURED_TWICE = "nni.nas.experiment.config.experiment", "`training_service` will be ignored"
+"""NNI says this of its own default, each time that it reads an experiment's configuration."""
+
+LOGS = (
+    ("pytorch_lightning.utilities.rank_zero", "", logging.INFO),  # devices, tips, "fit stopped"
+    ("pytorch_lightning.accelerators.cuda", "", logging.INFO),
+    ("nni.experiment.experiment", "", logging.INFO),
+    ("nni.nas.experiment.experiment", "", logging.INFO),
+    ("nni.nas.experiment.config.experiment", "", logging.INFO),
+    (*CONFIGURED_TWICE, logging.WARNING),
+    ("nni.nas.oneshot.pytorch.strategy", "Checkpoint callback is found", logging.WARNING),
+    ("nni.nas.evaluator.pytorch.lightning", "Validation dataloaders are missing", logging.WARNING),
+    # Said of an exception that is raised anyway:
+    ("nni.nas.evaluator.pytorch.lightning", "Trainer status is detected", logging.WARNING),
+    ("nni.nas.strategy.base", "Strategy failed to execute", logging.ERROR),
+)
+"""Logger, how its message begins (a regular expression), and up to which level it is dropped."""
+
+
+class Dropped(logging.Filter):
+    """Drop a logger's records up to a level that begin with a message.
+
+    Args:
+        message: regular expression of a record's beginning; the empty one is all records.
+        level: records above it stay.
+    """
+
+    def __init__(self, message: str, level: int) -> None:
+        super().__init__()
+        self.message, self.level = re.compile(message), level
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether a record stays."""
+        return record.levelno > self.level or not self.message.match(record.getMessage())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what is listed here while the block runs; afterwards all is as it was."""
+    with warnings.catch_warnings(), ExitStack() as stack:
+        for message in WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        for name, message, level in LOGS:
+            logger, dropped = logging.getLogger(name), Dropped(message, level)
+            logger.addFilter(dropped)
+            stack.callback(logger.removeFilter, dropped)
+        yield
