@@ -2,14 +2,63 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from nni_haloc.utils.processes import is_first
 
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class _Signals:
+    """Make a KeyboardInterrupt of each signal, and another one where Python has dropped it.
+
+    Python drops, with a traceback, what is raised in a destructor or in another function that
+    nobody calls; the program would go on as if there had been no signal.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._over = False
+        self._handlers = {number: signal.signal(number, self._stop) for number in _NAMES}
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._dropped
+
+    def ignore(self) -> None:
+        """Let no other signal disturb what remains to be done."""
+        self._over = True
+        for number in _NAMES:
+            signal.signal(number, signal.SIG_IGN)
+
+    def restore(self) -> None:
+        """Put back what was there before."""
+        self._over = True
+        sys.unraisablehook = self._hook
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: object) -> None:
+        self.received.append(number)
+        # Lightning sends another SIGTERM where one of several processes has ended first.
+        if not self._over and (number == signal.SIGINT or len(self.received) == 1):
+            raise KeyboardInterrupt
+
+    def _dropped(self, unraisable: Any) -> None:
+        if not self.received:
+            self._hook(unraisable)
+        elif isinstance(unraisable.exc_value, KeyboardInterrupt):
+            # Not a `threading.Thread`: its locks may be held by what was interrupted.
+            _thread.start_new_thread(self._interrupt, ())
+
+    def _interrupt(self) -> None:
+        time.sleep(0.01)  # until the destructor is left
+        if not self._over:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 @contextmanager
@@ -27,27 +76,17 @@ def stoppable(command: str, kept: Callable[[], str] = lambda: "") -> Iterator[No
         command: what the line begins with.
         kept: returns what the line ends with: which results stay.
     """
-    received: list[int] = []
-
-    def stop(signum: int, frame: object) -> None:
-        received.append(signum)
-        # Lightning sends one more SIGTERM if another of its processes has ended first
-        if signum == signal.SIGINT or len(received) == 1:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in _NAMES}
+    signals = _Signals()
     try:
         yield
     except BaseException:
-        if not received:
+        if not signals.received:
             raise
-        for number in _NAMES:
-            signal.signal(number, signal.SIG_IGN)
+        signals.ignore()
         if is_first():
-            by = _NAMES[signal.Signals(received[0])]
+            by = _NAMES[signal.Signals(signals.received[0])]
             line = "; ".join(filter(None, (f"{command}: stopped by {by}", kept())))
             print(line, file=sys.stderr, flush=True)
-        sys.exit(128 + received[0])
+        sys.exit(128 + signals.received[0])
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signals.restore()

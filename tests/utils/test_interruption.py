@@ -1,34 +1,34 @@
-"""Ctrl-C and SIGTERM end a command with one line and the shell's exit status, and what is done is kept."""
+"""Ctrl-C and SIGTERM end a command with one line and the shell's exit status; its work is kept."""
 
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
-from helpers.paths import DIGITS, ROOT
+from helpers.commands import Fork
+from helpers.paths import DIGITS
 
 from nni_haloc.utils.interruption import stoppable
 
 MANY = ["--set", "search.epochs=1000", "--set", "finetune.epochs=1000"]
 
 
-def ended(program, ready, number):
-    """Sends a signal to a process as soon as it is ``ready``; its exit status, and what it says after."""
-    child = subprocess.Popen(
-        program, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT
-    )
+def ended(number, ready, *words, module=None):
+    """Send a signal to a command as soon as it is ``ready``; its status and what it says then."""
+    child = Fork(*words, module=module, quiet=True)
     try:
         until = time.monotonic() + 100
         while not ready(child):
-            assert child.poll() is None
+            assert child.poll() is None, child.stderr
             assert time.monotonic() < until
-            time.sleep(0.05)
+            time.sleep(0.01)
+        before = len(child.stderr)
         child.send_signal(number)
-        _, rest = child.communicate(timeout=60)
+        return child.wait(60), child.stderr[before:]
     finally:
         child.kill()
-    return child.returncode, rest
+        child.wait()
+        child.remove()
 
 
 @pytest.mark.parametrize(
@@ -57,15 +57,7 @@ def test_a_run_that_is_stopped_ends_with_one_line(tmp_path, line, number, status
         "data.share=0.2",
         *epochs,
     ]
-    program = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        "from nni_haloc.cli.main import main; main()",
-        *map(str, arguments),
-    ]
-    found, rest = ended(program, lambda child: line in child.stderr.readline(), number)
+    found, rest = ended(number, lambda child: line in child.stderr, *arguments)
     assert found == status, rest
     assert rest.splitlines()[-1] == f"haloc: stopped by {name}; {kept.format(out=tmp_path)}"
     assert "Traceback" not in rest
@@ -84,19 +76,11 @@ def test_a_measurement_that_is_stopped_ends_with_one_line(tmp_path):
         "100000",
     ]
     table = tmp_path / "costs.json"
-    program = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "nni_haloc.costs.measure",
-        *map(str, arguments),
-    ]
-    found, rest = ended(program, lambda child: table.exists(), signal.SIGINT)
-    assert (found, rest.splitlines()[-1]) == (
-        130,
-        f"haloc measure: stopped by Ctrl-C; {table} keeps what is measured; the same command goes on",
+    found, rest = ended(
+        signal.SIGINT, lambda child: table.exists(), *arguments, module="nni_haloc.costs.measure"
     )
+    kept = f"{table} keeps what is measured; the same command goes on"
+    assert (found, rest.splitlines()[-1]) == (130, f"haloc measure: stopped by Ctrl-C; {kept}")
     assert "Traceback" not in rest
 
 
@@ -124,3 +108,37 @@ def test_what_follows_a_signal_is_its_consequence_and_other_errors_are_not(capsy
             raise error
     assert capsys.readouterr().err == ""
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")]
+)
+def test_a_signal_that_falls_into_a_destructor_stops_all_the_same(number, name, capsys):
+    """Python drops what a destructor raises, and tells it with a traceback."""
+    hook = sys.unraisablehook
+
+    class Interrupted:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def work():
+        Interrupted()
+        time.sleep(10)
+
+    with pytest.raises(SystemExit) as left, stoppable("haloc", lambda: "all is kept"):
+        work()
+    assert left.value.code == 128 + number
+    assert capsys.readouterr().err == f"haloc: stopped by {name}; all is kept\n"
+    assert sys.unraisablehook is hook
+
+
+def test_what_a_destructor_raises_without_a_signal_is_told(monkeypatch):
+    class Broken:
+        def __del__(self):
+            raise ValueError("broken")
+
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: told.append(dropped.exc_value))
+    with stoppable("haloc"):
+        Broken()
+    assert [str(error) for error in told] == ["broken"]
