@@ -1,4 +1,4 @@
-"""A run that goes on after HALOC: pruned, quantized; its figures, its folders, its resuming, and the commands that do the same."""
+"""A run that goes on after HALOC: pruned, quantized; figures, folders, resuming, and commands."""
 
 import json
 import os
@@ -15,14 +15,15 @@ from nni_haloc.chain.exporting import OnnxNetwork
 from nni_haloc.costs.counts import count_macs
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.data import digits
-from nni_haloc.runs import chain_stages as stages
-from nni_haloc.runs import run as run_module
-from nni_haloc.runs.chain_stages import stage_of
-from nni_haloc.runs.finished import Finished
-from nni_haloc.runs.folder import CHECKPOINT_FILE
-from nni_haloc.runs.job import Job, job_in
+from nni_haloc.runs.finished import Finished, apply_stage
+from nni_haloc.runs.folder import RunFolder
+from nni_haloc.runs.job import Job, logged
 from nni_haloc.runs.run import run
 from nni_haloc.runs.saved import load
+from nni_haloc.runs.stages import stages_of
+from nni_haloc.runs.stages.choose_ranks import ChooseRanks
+from nni_haloc.runs.stages.prune import Prune
+from nni_haloc.runs.stages.quantize import _int8
 from nni_haloc.training.finetuning import accuracy
 from nni_haloc.utils.errors import HalocError
 
@@ -35,6 +36,7 @@ SHORT = {
 }
 PRUNE = {"epochs": 2, "sparsity": 0.3}
 OF_NO_TIME = ("latency_ms", "speedup", "images_per_s")
+OF_THE_TIMED_NETWORK = ("speedup", "images_per_s", "latency_ms", "original_latency_ms")
 
 
 class Stopped(Exception):
@@ -42,7 +44,10 @@ class Stopped(Exception):
 
 
 def chain(folder, resume=False, until=99, **sections):
-    """A run's metrics and reports, stopped by the one numbered ``until``, which is not counted."""
+    """Return a run's metrics and reports.
+
+    It is stopped by the report numbered ``until``, which is not counted.
+    """
     reports = []
 
     def report(metrics, place):
@@ -77,13 +82,21 @@ def whole(folder):
 def test_every_stage_reports_flat_metrics_and_the_last_one_the_default(whole):
     metrics, reports = whole
     assert all(type(value) in (int, float) for value in metrics.values())
-    assert list(metrics)[-12:] == [
-        "haloc_top1", "haloc_bytes", "pruned_top1", "pruned_macs", "pruned_params", "pruned_latency_ms", "pruned_bytes",
+    assert list(metrics) == [
+        "default", "original_top1", "original_macs", "original_params", "original_latency_ms",
+        "speedup", "macs_reduction", "params_reduction",
+        "top1", "macs", "params", "latency_ms", "images_per_s", "bytes",
+        "pruned_top1", "pruned_macs", "pruned_params", "pruned_latency_ms", "pruned_bytes",
         "quantized_top1", "int8_top1", "onnx_latency_ms", "int8_latency_ms", "int8_bytes",
     ]  # fmt: skip
     assert metrics["default"] == metrics["int8_top1"]
     assert metrics["pruned_macs"] < metrics["macs"]
-    assert metrics["pruned_bytes"] < metrics["haloc_bytes"]
+    assert metrics["pruned_bytes"] < metrics["bytes"]
+    assert metrics["images_per_s"] == pytest.approx(8e3 / metrics["latency_ms"])
+    assert metrics["speedup"] == metrics["original_latency_ms"] / metrics["latency_ms"]
+    for key in ("macs", "params"):
+        left = metrics[key] / metrics[f"original_{key}"]
+        assert metrics[f"{key}_reduction"] == pytest.approx(1 - left)
     assert all(0.3 < metrics[key] <= 1 for key in metrics if key.endswith("top1"))
     assert len(reports) == (1 + 1) + (1 + 2) + (1 + 1)
     assert [place for place, _ in reports] == list(range(7))
@@ -98,7 +111,7 @@ def test_each_stages_folder_gives_back_what_was_reported(folder, whole):
     assert accuracy(small, test)[0] == pytest.approx(metrics["pruned_top1"])
     assert count_macs(small, data.images("test", 1)) == metrics["pruned_macs"]
     assert sum(p.numel() for p in small.parameters()) == metrics["pruned_params"]
-    assert accuracy(load(folder), test)[0] == pytest.approx(metrics["haloc_top1"])
+    assert accuracy(load(folder), test)[0] == pytest.approx(metrics["top1"])
     quantized = load(folder / "quantized")
     assert str(quantized) == str(small)
     assert any(
@@ -121,14 +134,8 @@ def test_a_finished_chain_is_read_back_without_training_reporting_or_timing(fold
         quantize={"epochs": 1, "quantizer": "qat", "calibration_images": 64},
     )
     assert reports == []
-    assert {
-        k: v
-        for k, v in again.items()
-        if k not in ("speedup", "images_per_s", "latency_ms", "baseline_latency_ms")
-    } == {
-        k: v
-        for k, v in whole[0].items()
-        if k not in ("speedup", "images_per_s", "latency_ms", "baseline_latency_ms")
+    assert {k: v for k, v in again.items() if k not in OF_THE_TIMED_NETWORK} == {
+        k: v for k, v in whole[0].items() if k not in OF_THE_TIMED_NETWORK
     }
 
 
@@ -169,7 +176,8 @@ def test_a_stage_of_other_settings_is_made_anew(tmp_path):
 
 def test_without_the_sections_a_run_is_what_it_was(tmp_path):
     metrics, _ = chain(tmp_path)
-    assert not any(key.startswith(("haloc_", "pruned_", "quantized_", "int8_")) for key in metrics)
+    assert not any(key.startswith(("pruned_", "quantized_", "int8_")) for key in metrics)
+    assert metrics["default"] == metrics["top1"]
     assert not (tmp_path / "pruned").exists()
 
 
@@ -197,7 +205,7 @@ def test_the_commands_prune_and_quantize_a_finished_run(folder, whole, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "pruned_macs" in done.stdout
     half = json.loads((tmp_path / "half" / "metrics.json").read_text())
-    assert half["metrics"]["pruned_macs"] < whole[0]["pruned_macs"]
+    assert half["stages"]["prune"]["macs"] < whole[0]["pruned_macs"]
     assert (
         half["config"]["prune"] | {"sparsity": 0.5, "pruner": "fpgm", "epochs": 0}
         == half["config"]["prune"]
@@ -214,8 +222,10 @@ def test_the_commands_prune_and_quantize_a_finished_run(folder, whole, tmp_path)
     )
     assert done.returncode == 0, done.stderr
     assert str(load(tmp_path / "small")) == str(load(tmp_path / "half"))
-    metrics = json.loads((tmp_path / "small" / "metrics.json").read_text())["metrics"]
-    assert set(metrics) == {"default", "quantized_top1"}
+    stages = json.loads((tmp_path / "small" / "metrics.json").read_text())["stages"]
+    assert {name: set(figures) for name, figures in stages.items()} == {
+        "quantize": {"top1", "bytes"}
+    }
 
 
 @pytest.mark.parametrize(
@@ -287,17 +297,17 @@ def files(folder):
 def test_a_stage_takes_no_folder_that_its_network_comes_from(folder, whole, stage, source, out):
     before = files(folder)
     with pytest.raises(HalocError, match="--out: expected another folder than the run's, found "):
-        stage_of(folder / source, stage, {}, folder / out)
+        apply_stage(folder / source, stage, {}, folder / out)
     assert files(folder) == before
 
 
 def test_a_stage_of_another_network_is_made_anew(folder, whole, tmp_path):
-    first = stage_of(folder, "quantize", SMALL, tmp_path / "here")
-    assert stage_of(folder, "quantize", SMALL, tmp_path / "here", resume=True) == first
+    first = apply_stage(folder, "quantize", SMALL, tmp_path / "here")
+    assert apply_stage(folder, "quantize", SMALL, tmp_path / "here", resume=True) == first
     assert str(load(tmp_path / "here")) == str(load(folder))
-    other = stage_of(folder / "pruned", "quantize", SMALL, tmp_path / "here", resume=True)
+    other = apply_stage(folder / "pruned", "quantize", SMALL, tmp_path / "here", resume=True)
     assert str(load(tmp_path / "here")) == str(load(folder / "pruned"))
-    assert other == stage_of(folder / "pruned", "quantize", SMALL, tmp_path / "there")
+    assert other == apply_stage(folder / "pruned", "quantize", SMALL, tmp_path / "there")
 
 
 @pytest.mark.parametrize(("key", "value"), [("data.score", "val"), ("threads", 2)])
@@ -306,11 +316,11 @@ def test_a_stages_figures_are_of_their_settings_and_its_training_is_used_again(
 ):
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     settings = {"quantize.quantizer": "qat", "quantize.epochs": 1, "quantize.int8": False}
-    stage_of(folder, "quantize", settings, tmp_path)
+    apply_stage(folder, "quantize", settings, tmp_path)
     caplog.set_level("INFO", "nni_haloc")
     caplog.clear()
-    stage_of(folder, "quantize", settings | {key: value}, tmp_path, resume=True)
-    assert "quantizing: done" not in caplog.text
+    apply_stage(folder, "quantize", settings | {key: value}, tmp_path, resume=True)
+    assert "quantize: done" not in caplog.text
     assert "quantization-aware training: 1 of 1 epochs are done" in caplog.text
     assert "epoch 1: top-1" not in caplog.text
     top, *rest = key.split(".")
@@ -320,14 +330,14 @@ def test_a_stages_figures_are_of_their_settings_and_its_training_is_used_again(
 
 def test_a_package_that_int8_needs_is_missed_before_anything_is_done(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    monkeypatch.setattr(
-        run_module, "choose_ranks", lambda *args, **options: pytest.fail("ranks were chosen")
-    )
+    monkeypatch.setattr(ChooseRanks, "run", lambda *args: pytest.fail("ranks were chosen"))
     with pytest.raises(
         HalocError, match=r"^quantize.int8: .*needs the package onnx, which is not installed"
     ):
         chain(tmp_path, quantize={})
-    stages.check(Job(load_config(DIGITS, SHORT | {"quantize": {"int8": False}}), tmp_path))
+    job = Job(load_config(DIGITS, SHORT | {"quantize": {"int8": False}}), tmp_path)
+    for stage in stages_of(job.config):
+        stage.check(job)
 
 
 def test_a_network_that_cannot_be_traced_is_refused_before_anything_is_done(tmp_path, monkeypatch):
@@ -339,9 +349,7 @@ def test_a_network_that_cannot_be_traced_is_refused_before_anything_is_done(tmp_
         "nni_haloc.runs.job.build_model",
         lambda *args, **options: nn.Sequential(Untraceable(1, 1, 1), nn.Flatten()),
     )
-    monkeypatch.setattr(
-        run_module, "choose_ranks", lambda *args, **options: pytest.fail("ranks were chosen")
-    )
+    monkeypatch.setattr(ChooseRanks, "run", lambda *args: pytest.fail("ranks were chosen"))
     monkeypatch.setattr("nni_haloc.runs.job.load_weights", lambda *args: None)
     Untraceable.__module__ = __name__
     with pytest.raises(HalocError, match="^prune: torch.fx cannot trace Sequential"):
@@ -352,15 +360,15 @@ def test_a_stage_that_fails_leaves_the_runs_own_metrics(tmp_path, monkeypatch):
     def fail(*args, **options):
         raise HalocError("prune: failed")
 
-    monkeypatch.setattr(stages, "prune_stage", fail)
+    monkeypatch.setattr(Prune, "apply", fail)
     with pytest.raises(HalocError, match="prune: failed"):
         chain(tmp_path, prune=PRUNE, **NO_TRAINING)
     content = json.loads((tmp_path / "metrics.json").read_text())
-    assert {"default", "macs", "latency_ms"} <= set(content["metrics"])
-    assert (
-        accuracy(Finished(tmp_path).network(), digits(0.2).shared(0.2).loader("test", 64))[0]
-        == content["metrics"]["default"]
-    )
+    assert list(content["stages"]) == ["original", "search", "finetune"]
+    figures = content["stages"]["finetune"]
+    assert {"top1", "macs", "latency_ms"} <= set(figures)
+    test = digits(0.2).shared(0.2).loader("test", 64)
+    assert accuracy(Finished(tmp_path).network(), test)[0] == figures["top1"]
 
 
 def test_resuming_a_rules_run_without_fine_tuning_keeps_its_stages(tmp_path):
@@ -381,16 +389,17 @@ def test_a_network_of_one_batch_size_has_no_int8_accuracy_and_the_log_says_so(tm
             return self.head(self.conv(x).reshape(8, 72))
 
     job = Job(load_config(DIGITS, SHORT), tmp_path)
-    metrics = stages._int8(job, Fixed().eval(), job.splits.images("plain", 16, 0), tmp_path)
+    metrics = _int8(job, Fixed().eval(), job.splits.images("plain", 16, 0), tmp_path)
     assert set(metrics) == {"onnx_latency_ms", "int8_latency_ms", "int8_bytes"}
     assert f"no int8_top1: {tmp_path / 'int8.onnx'} takes batches of 8 alone" in caplog.text
 
 
 def test_ctrl_c_in_a_stage_promises_its_own_checkpoint_alone(tmp_path, capsys):
-    for stage in (None, tmp_path / "quantized"):
-        (tmp_path / "search").mkdir(exist_ok=True)
-        (tmp_path / "search" / CHECKPOINT_FILE).touch()
-        with pytest.raises(SystemExit), job_in(tmp_path, stage):
+    run_folder = RunFolder(tmp_path)
+    for stage in (None, RunFolder(tmp_path / "quantized")):
+        run_folder.searching.path.mkdir(exist_ok=True)
+        run_folder.searching.checkpoint.touch()
+        with pytest.raises(SystemExit), logged(run_folder, stage):
             os.kill(os.getpid(), signal.SIGINT)
     assert capsys.readouterr().err.splitlines() == [
         f"haloc: stopped by Ctrl-C; {tmp_path} keeps the checkpoint; --resume goes on from it",
@@ -403,7 +412,7 @@ def test_the_scale_of_a_run_is_none_of_a_stage(folder, whole, tmp_path, stage):
     with pytest.raises(
         HalocError, match=f"^scale: of a whole run, not of a stage; set {stage}.epochs$"
     ):
-        stage_of(folder, stage, {"scale": 0.1}, tmp_path / "out")
+        apply_stage(folder, stage, {"scale": 0.1}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -420,11 +429,12 @@ def test_export_and_bench_calibrate_on_as_many_images_as_the_chain(folder, whole
 def test_other_processes_wait_while_the_first_takes_the_time(tmp_path, monkeypatch):
     events = []
     measured = lambda models, *args: events.append("timed") or dict.fromkeys(models, 1.0)  # noqa: E731
-    for module in ("nni_haloc.runs.job", "nni_haloc.runs.chain_stages"):
-        monkeypatch.setattr(f"{module}.measure_latency", measured)
-    for module in ("nni_haloc.runs.run", "nni_haloc.runs.chain_stages"):
+    monkeypatch.setattr("nni_haloc.runs.job.measure_latency", measured)
+    for module in ("nni_haloc.runs.run", "nni_haloc.runs.stages.stage"):
         monkeypatch.setattr(f"{module}.wait_for_all", lambda: events.append("all are here"))
-    for rank, expected in (("0", ["timed", "all are here"] * 2), ("1", ["all are here"] * 2)):
+    meet = "all are here"  # after each stage, and before a stage leaves its files
+    first = [meet, "timed", meet, "timed", meet, meet]
+    for rank, expected in (("0", first), ("1", [meet] * 4)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         events.clear()
         chain(tmp_path / rank, prune={"epochs": 0}, **NO_TRAINING)
@@ -440,7 +450,7 @@ def test_the_settings_of_distillation_reach_the_trainings(tmp_path, monkeypatch)
         )
         return network.eval()
 
-    monkeypatch.setattr("nni_haloc.runs.training.finetune", finetune)
+    monkeypatch.setattr("nni_haloc.runs.stages.training.finetune", finetune)
     sections = {
         "finetune.distill": 0.2,
         "finetune.distill_features": 0.5,

@@ -49,6 +49,8 @@ class Finetune(Stage):
             outcome.original = {"latency_ms": latency["original"]}
             outcome.figures = {**job.score(network), **job.count(network)}
             outcome.figures["latency_ms"] = latency["compressed"]
+            images_per_ms = job.config.cost.batch_size / latency["compressed"]
+            outcome.figures["images_per_s"] = 1e3 * images_per_ms
         job.save(network, before.plan)
         if is_first():
             outcome.figures["bytes"] = job.folder.weights.stat().st_size
