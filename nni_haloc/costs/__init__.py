@@ -1,1 +1,1 @@
-"""What each candidate of each layer costs: cost tables and the predictors that fill them."""
+"""Cost tables, and the predictors that fill them: the cost of each layer at each rank."""

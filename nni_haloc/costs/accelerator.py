@@ -1,4 +1,7 @@
-"""Cycles and energy on an Eyeriss-like array of 14 x 12 processing elements, modelled by ZigZag (the ``zigzag-dse`` package)."""
+"""Cycles and energy on an Eyeriss-like array of 14 x 12 processing elements.
+
+The model is ZigZag's (the package ``zigzag-dse``).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import matplotlib
 import yaml
 from torch import nn
 
@@ -22,6 +24,7 @@ from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import Example, input_shape
 from nni_haloc.space.names import DENSE, Rank
 from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.utils.errors import needs
 from nni_haloc.utils.files import write_json
 from nni_haloc.utils.progress import Progress
 
@@ -32,11 +35,14 @@ CACHE = (
     / "accelerator.json"
 )
 _LOOP_ORDERS = 5
-"""ZigZag's ``lpf_limit``: a sixth takes five times as long for one per cent."""
+"""ZigZag's ``lpf_limit``: a sixth loop order takes five times as long and gains one per cent."""
 _BITS = {"W": 8, "I": 8, "O": 16, "O_final": 8}
 Part = tuple[int, ...]
 """Channels in and out, kernel rows and columns, output rows and columns, stride along both."""
-_PART = "channels in, channels out, kernel rows, kernel columns, output rows, output columns, stride, stride across"
+_PART = (
+    "channels in, channels out, kernel rows, kernel columns, output rows, output columns, stride, "
+    "stride across"
+)
 
 
 def accelerator_table(
@@ -48,10 +54,23 @@ def accelerator_table(
     cache: str | Path | None = None,
     progress: Progress = lambda done, of: None,
 ) -> CostTable:
-    """``cycles`` or ``energy_pj`` of every candidate on the array for one image, each of its factors by itself, at 8 bits.
+    """Model what every candidate costs on the array for one image, at 8 bits.
 
-    ``fixed``: the other convolutions and linear layers, ungrouped ones; everything else is taken to be free. ``cache``: a JSON file that
-    keeps what has been modelled, a second or two each. Raises ValueError where ``zigzag-dse`` is not installed.
+    Each factor is modelled by itself. ``fixed`` is the other ungrouped convolutions and linear
+    layers; everything else is taken to be free.
+
+    Args:
+        model: the original network.
+        example_input: one input or a batch.
+        rules: the rank space.
+        metric: ``cycles`` or ``energy_pj``.
+        cache: a JSON file that keeps what has been modelled, because each convolution takes a
+            second or two (None: keep nothing).
+        progress: called with the numbers of convolutions done and to do.
+
+    Raises:
+        MissingPackage: if ``zigzag-dse`` is not installed.
+        ValueError: if the cache is damaged, or ZigZag can't map a convolution onto the array.
     """
     layers = find_layers(model, example_input, rules)
     everything = find_layers(
@@ -62,16 +81,16 @@ def accelerator_table(
         (layers.specs[name], rank) for name, row in candidates.items() for rank in row.values()
     ]
     others = [(spec, None) for name, spec in everything.items() if name not in candidates]
-    found = iter(accelerator_costs([*searched, *others], metric, cache, progress))
+    modelled = iter(accelerator_costs([*searched, *others], metric, cache, progress))
     costs = {
-        name: {candidate: next(found) for candidate in row} for name, row in candidates.items()
+        name: {candidate: next(modelled) for candidate in row} for name, row in candidates.items()
     }
     identity = {
         "input": input_shape(example_input),
         "device": f"Eyeriss-like {ROWS}x{COLUMNS}",
         "runtime": f"zigzag-dse {_version()}",
     }
-    return CostTable(metric, costs, sum(found), identity)
+    return CostTable(metric, costs, sum(modelled), identity)
 
 
 def accelerator_costs(
@@ -80,21 +99,20 @@ def accelerator_costs(
     cache: str | Path | None = None,
     progress: Progress = lambda done, of: None,
 ) -> list[float]:
-    """What each layer costs at its rank; see `accelerator_table`."""
-    found = _Modelled(cache)
+    """Model what each layer costs at its rank; for the arguments see `accelerator_table`."""
+    modelled = _Modelled(cache)
     parts = [_parts(spec, rank) for spec, rank in wanted]
-    missing = [
-        part for part in dict.fromkeys(p for row in parts for p in row) if part not in found.known
-    ]
+    distinct = dict.fromkeys(part for row in parts for part in row)
+    missing = [part for part in distinct if part not in modelled.known]
     for done, part in enumerate(missing):
         progress(done, len(missing))
-        found.add(part)
+        modelled.add(part)
     progress(len(missing), len(missing))
-    return [sum(found.known[part][metric] for part in row) for row in parts]
+    return [sum(modelled.known[part][metric] for part in row) for row in parts]
 
 
 class _Modelled:
-    """What is known of each part, and the file that keeps it."""
+    """The costs of the parts that have been modelled, and the file that keeps them."""
 
     def __init__(self, path: str | Path | None) -> None:
         self.path, self.version = path, _version()
@@ -126,33 +144,28 @@ class _Modelled:
 
 
 def _parts(spec: LayerSpec, rank: Rank) -> list[Part]:
-    """The convolutions that a layer becomes, one entry for each call."""
-    found: list[Part] = []
+    """List the convolutions that a layer becomes, for each of its calls."""
+    convolutions: list[Part] = []
     parts = spec.parts(rank)
     strided = 1 if len(parts) == 3 else 0
     for shape in spec.input_shapes:
-        before = (
-            shape[2:] if spec.kind != "linear" else (math.prod(shape[1:-1]), 1)
-        )  # tokens, as rows
+        tokens = (math.prod(shape[1:-1]), 1)  # as rows
+        before = tokens if spec.kind == "linear" else shape[2:]
         after = spec.output_shape(shape)[2:] if spec.kind != "linear" else before
         for i, (inputs, outputs, kernel) in enumerate(parts):
             rows, columns = before if i < strided else after
             size = spec.kernel_size[0] if kernel > 1 else 1
             stride = spec.stride if i == strided else (1, 1)
-            found.append((inputs, outputs, size, kernel // size, rows, columns, *stride))
-    return found
+            convolutions.append((inputs, outputs, size, kernel // size, rows, columns, *stride))
+    return convolutions
 
 
 def _model(part: Part) -> dict[str, float]:
-    """Cycles and picojoules by ZigZag, in the better of two ways to lay a convolution on the array."""
-    with _quiet():
-        try:
-            import zigzag
-            from zigzag.api import get_hardware_performance_zigzag
-        except ImportError as error:
-            raise ValueError(
-                f"the accelerator model needs zigzag-dse: pip install 'nni-haloc[accelerator]' ({error})"
-            ) from None
+    """Return ZigZag's cycles and picojoules, for the better of two mappings onto the array."""
+    install = "nni-haloc[accelerator]"
+    with needs("matplotlib", what="the accelerator model", install=install), _quiet():
+        import zigzag
+        from zigzag.api import get_hardware_performance_zigzag
 
     hardware = str(Path(zigzag.__file__).parent / "inputs" / "hardware" / "eyeriss_like.yaml")
     results = []
@@ -196,7 +209,11 @@ def _workload(part: Part) -> dict[str, Any]:
 
 
 def _mappings(part: Part) -> list[dict[str, Any]]:
-    """Output rows along the array as in Eyeriss, filter rows and channels across; and channels along and across."""
+    """Return the mappings to try.
+
+    The first has output rows along the array, as in Eyeriss, and filter rows and channels across;
+    the second has channels along and across.
+    """
     inputs, outputs, height, _, rows, *_ = part
     along = min(rows, ROWS)
     first = [f"OY, {along}"] + (
@@ -223,7 +240,9 @@ def _mappings(part: Part) -> list[dict[str, Any]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """ZigZag sets up the root logger, reports every step, and changes the fonts of every plot to come."""
+    """Undo what ZigZag does to the root logger and to the fonts of later plots; hide its log."""
+    import matplotlib
+
     root, before = logging.getLogger(), logging.root.manager.disable
     handlers, level = list(root.handlers), root.level
     logging.disable(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Costs that can be counted: multiply-accumulates, parameters, memory of activations; and a roofline's latency."""
+"""Cost tables that are counted: MACs, parameters, memory of activations; a roofline's latency."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from nni_haloc.costs.counts import count_macs, count_params
-from nni_haloc.costs.device.measuring import time_together
+from nni_haloc.costs.device.measuring import Runtime, time_together
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
+from nni_haloc.costs.measured import forward_pass
 from nni_haloc.costs.table import CostTable
 from nni_haloc.space.layers import LayerSpec, Work
 from nni_haloc.space.modules import Example, batch_size_of, call, copy_of, input_shape, materialised
@@ -25,7 +26,14 @@ def mac_table(
     rules: RankRules = RankRules(),
     layers: Layers | None = None,
 ) -> CostTable:
-    """Multiply-accumulates of every candidate, for one image; ``layers``: what `find_layers` gave, where that is known."""
+    """Count the multiply-accumulates of every candidate, for one image.
+
+    Args:
+        model: the original network.
+        example_input: one input or a batch, ``(N, ...)``.
+        rules: the rank space.
+        layers: the result of `find_layers`, if it is known already.
+    """
     return _table(
         "macs",
         model,
@@ -43,7 +51,7 @@ def param_table(
     rules: RankRules = RankRules(),
     layers: Layers | None = None,
 ) -> CostTable:
-    """Parameters of every candidate; ``layers``: see `mac_table`."""
+    """Count the parameters of every candidate; for the arguments see `mac_table`."""
     model = materialised(model, example_input)
     return _table(
         "params", model, example_input, rules, params, float(count_params(model)), layers=layers
@@ -53,9 +61,10 @@ def param_table(
 def activation_table(
     model: nn.Module, example_input: Example, rules: RankRules = RankRules()
 ) -> CostTable:
-    """Bytes (float32) that the outputs of all layers take for one image, those between a candidate's factors included.
+    """Count the bytes (float32) that the outputs of all layers take for one image.
 
-    ``fixed``: the outputs of all other modules without children; what functional calls leave is not counted.
+    The outputs between a candidate's factors are included. ``fixed`` is the outputs of all other
+    modules without children; results of functional calls are not counted.
     """
 
     def cost(spec: LayerSpec, rank: Rank) -> int:
@@ -74,11 +83,18 @@ def roofline_table(
     flops: float,
     bandwidth: float,
 ) -> CostTable:
-    """Milliseconds that every candidate takes at the least for the batch of ``example_input (N, ...)``, of floats.
+    """Compute the least milliseconds that every candidate can take for a batch, in float32.
 
-    Each factor takes the longer of its work at ``flops`` (floating-point operations a second) and its traffic at ``bandwidth`` (bytes a
-    second; input, output and weights once each). ``fixed``: the other modules' outputs read and written once, and the work of the other
-    convolutions and linear layers. For both rates, see `measure_peaks`.
+    Each factor takes the longer of its work and its traffic (input, output and weights once each).
+    ``fixed`` is reading and writing the other modules' outputs once, and the work of the other
+    convolutions and linear layers.
+
+    Args:
+        model: the original network.
+        example_input: the batch, ``(N, ...)``.
+        rules: the rank space.
+        flops: floating-point operations a second; see `measure_peaks`.
+        bandwidth: bytes a second.
     """
     images = batch_size_of(example_input)
 
@@ -117,13 +133,21 @@ def roofline_table(
     return _table("latency_ms", model, example_input, rules, cost, None, rest, identity)
 
 
-def measure_peaks(runtime: TorchRuntime = TorchRuntime(), size: int = 1024) -> tuple[float, float]:
-    """Floating-point operations and bytes a second that a device reaches in a matrix product and in copying a large array."""
+def measure_peaks(runtime: Runtime = TorchRuntime(), size: int = 1024) -> tuple[float, float]:
+    """Measure what a device reaches in a matrix product and in copying a large array.
+
+    Args:
+        runtime: what runs both.
+        size: rows and columns of the matrices; the copied array has 32 times as many rows.
+
+    Returns:
+        Floating-point operations a second, and bytes a second.
+    """
     product, copy = nn.Linear(size, size, bias=False), _Copy()
     with runtime.pinned():
         runs = {
-            "product": runtime.ready(product, (size, size)),
-            "copy": runtime.ready(copy, (32 * size, size)),
+            "product": forward_pass(runtime, product, (size, size)),
+            "copy": forward_pass(runtime, copy, (32 * size, size)),
         }
         seconds = time_together(runs, runtime, 0.5)
     return 2 * size**3 / seconds["product"], 2 * FLOAT_BYTES * 32 * size**2 / seconds["copy"]
@@ -137,21 +161,23 @@ class _Copy(nn.Module):
 def _leaf_outputs(
     model: nn.Module, example_input: Example
 ) -> dict[str, tuple[type[nn.Module], list[int]]]:
-    """Of each module without children: its class, and the elements of its output in each call, for one image."""
-    model = copy_of(model).eval()  # not the user's own: hooks, and what it does when it is called
-    found: dict[str, tuple[type[nn.Module], list[int]]] = {}
+    """Map each module without children to its class and to the sizes of its outputs.
+
+    The sizes are elements for one image, one size for each call.
+    """
+    model = copy_of(model).eval()  # the user's own stays without hooks, and is not called
+    outputs: dict[str, tuple[type[nn.Module], list[int]]] = {}
     for name, module in model.named_modules():
         if not list(module.children()):
 
             def keep(module: nn.Module, args: Any, out: Any, name: str = name) -> None:
                 if isinstance(out, Tensor):
-                    found.setdefault(name, (type(module), []))[1].append(
-                        out.numel() // batch_size_of(example_input)
-                    )
+                    sizes = outputs.setdefault(name, (type(module), []))[1]
+                    sizes.append(out.numel() // batch_size_of(example_input))
 
             module.register_forward_hook(keep)
     call(model, example_input)
-    return found
+    return outputs
 
 
 def _table(
@@ -165,7 +191,7 @@ def _table(
     identity: dict[str, Any] | None = None,
     layers: Layers | None = None,
 ) -> CostTable:
-    """``whole``: the network's cost, or None where ``rest`` says that of everything else."""
+    """Make a table; ``whole`` is the network's cost, or None if ``rest`` is that of the others."""
     layers = layers or find_layers(model, example_input, rules)
     costs = {}
     for name, row in layers.candidates(rules).items():

@@ -15,7 +15,12 @@ from nni_haloc.space.modules import Example, batch_size_of, call, copy_of
 
 
 def network_counts(model: nn.Module, example_input: Tensor) -> dict[str, int]:
-    """Multiply-accumulates for one image, by the paper's count and plain, and parameters. ``example_input (N, ...)``."""
+    """Count multiply-accumulates for one image, plain and as the paper does, and parameters.
+
+    Args:
+        model: the network.
+        example_input: ``(N, ...)``.
+    """
     return {
         "MACs (convolutions and matrix products)": count_macs(model, example_input),
         "MACs (the paper's count: normalisation and pooling, too)": count_paper_macs(
@@ -26,18 +31,27 @@ def network_counts(model: nn.Module, example_input: Tensor) -> dict[str, int]:
 
 
 def count_macs(model: nn.Module, example_input: Example) -> int:
-    """Multiply-accumulates of convolutions and matrix products in a forward pass of one image, by torch's own counter.
+    """Count the multiply-accumulates of one image's forward pass, by torch's own counter.
 
-    ``example_input (N, ...)``: the count is divided by N. Biases, normalisation and activations are not counted.
+    Convolutions and matrix products are counted; biases, normalisation and activations are not.
+
+    Args:
+        model: the network.
+        example_input: ``(N, ...)``; the count is divided by N.
     """
     return _counted(model, example_input, {})
 
 
 def count_paper_macs(model: nn.Module, example_input: Example) -> int:
-    """The count of the paper's tables, which is that of the `thop` package: `count_macs`, two for each number that batch normalisation
-    gives, and one for each number that goes into an average pooling or comes out of it.
+    """Count multiply-accumulates as the paper's tables do, which is as the package `thop` does.
 
-    ResNet-18 has 1,819.07 M by it, MobileNetV2 314.19 M. For one image of ``example_input (N, ...)``.
+    It is `count_macs`, plus two for each number that batch normalisation returns, and one for each
+    number that goes into an average pooling or comes out of it. ResNet-18 has 1,819.07 M by this
+    count, MobileNetV2 314.19 M.
+
+    Args:
+        model: the network.
+        example_input: ``(N, ...)``; the count is for one image.
     """
 
     def normalised(x: torch.Size, *args: Any, **kwargs: Any) -> int:
@@ -61,9 +75,10 @@ def count_paper_macs(model: nn.Module, example_input: Example) -> int:
 def _counted(
     model: nn.Module, example_input: Example, more: Mapping[Any, Callable[..., int]]
 ) -> int:
-    """Half of the floating-point operations for one image; ``more``: functions that count operators that torch does not.
+    """Return half of the floating-point operations for one image.
 
-    Attention is run as matrix products, because not all of its fused operations are counted.
+    ``more`` maps operators that torch does not count to functions that do. Attention is run as
+    matrix products, because torch does not count all of its fused operations.
     """
     model = copy_of(model).eval()
     with (
@@ -75,5 +90,5 @@ def _counted(
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters, shared ones once."""
+    """Count the parameters, shared ones once."""
     return sum(p.numel() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""The cost tables of a run's limits, counted, measured or read, and where they lie in its folder."""
+"""The cost tables and the runtime that a run's settings ask for."""
 
 from __future__ import annotations
 
@@ -9,36 +9,45 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nni_haloc.costs.accelerator import CACHE, accelerator_table
-from nni_haloc.costs.analytic import activation_table, mac_table, param_table
-from nni_haloc.costs.device.torch_runtime import TorchRuntime
-from nni_haloc.costs.measured import latency_table
+from nni_haloc.costs.device.measuring import Runtime
 from nni_haloc.costs.stairs import rank_stairs
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import Config
-from nni_haloc.inputs.schema import Metric, Space
+from nni_haloc.inputs.registries import PREDICTORS, RUNTIMES
+from nni_haloc.inputs.schema import Space
 from nni_haloc.space.ranks import RankRules
-from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.errors import SettingsError, as_one_line
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first, start_together
 from nni_haloc.utils.versions import processor
 
+_DTYPE = "float32"
+"""The precision in which runs measure latency."""
+
 
 def rules_of(config: Config, step: int | None = None) -> RankRules:
-    """The rules of a run's rank space; ``step`` where the settings leave it open, and with ``auto`` the stairs of its cost table."""
+    """Return the rules of a run's rank space.
+
+    Args:
+        config: the settings; ``rank_space.step: auto`` takes the stairs of their cost table.
+        step: distance between ranks, for settings that leave it open.
+
+    Raises:
+        SettingsError: if the step is ``auto`` and there is no cost table.
+    """
     space = config.rank_space
     if space.step != "auto":
         return rank_rules(space, step)
     if config.cost.table is None:
         raise SettingsError("rank_space.step: 'auto' is read off cost.table, which is not set")
     stairs = rank_stairs(_load("cost", config.cost.metric, config.cost.table))
-    found = {layer: stair.width for layer, stair in stairs.items() if stair.width > 1}
-    logger.info("stairs of the cost table: %s", found or "none")
-    return replace(rank_rules(space.model_copy(update={"step": None}), step), stairs=found)
+    widths = {layer: stair.width for layer, stair in stairs.items() if stair.width > 1}
+    logger.info("stairs of the cost table: %s", widths or "none")
+    return replace(rank_rules(space.model_copy(update={"step": None}), step), stairs=widths)
 
 
 def rank_rules(space: Space, step: int | None = None) -> RankRules:
-    """The rules of a rank space; ``step`` where it leaves it open."""
+    """Return the rules of a rank space; ``step`` is for one that leaves it open."""
     if space.step == "auto":
         raise SettingsError("rank_space.step: 'auto' is for runs with a cost.table")
     return RankRules(
@@ -54,57 +63,78 @@ def rank_rules(space: Space, step: int | None = None) -> RankRules:
 def cost_table(
     config: Config,
     key: str,
-    metric: Metric,
+    metric: str,
     file: str | None,
     model: nn.Module,
     example: Tensor,
     rules: RankRules,
     path: Path,
 ) -> CostTable:
-    """One limit's table: from its file, measured or counted; ``key`` names its section in messages; ``path``: where it will lie."""
+    """Return the cost table of one limit: read from its file, or made by a predictor.
+
+    Args:
+        config: the settings.
+        key: the limit's section, for messages: ``cost``, ``budget.also.0``.
+        metric: the limit's metric.
+        file: the table to read (None: make one).
+        model: the original network.
+        example: one input.
+        rules: the rank space.
+        path: where the first of several processes leaves what it measured, for the others to read.
+
+    Raises:
+        SettingsError: if the table does not fit the settings, or can't be made.
+    """
     if file is not None:
         costs = _load(key, metric, file)
         if metric == "latency_ms":
             _check_measured_alike(costs.identity, config, example, f"{key}.table: {file}")
         return costs
-    if metric == "latency_ms":
+    predictor = (config.cost.predictor if key == "cost" else None) or metric
+    maker = PREDICTORS[predictor]
+    if maker.metric != metric:
+        raise SettingsError(
+            f"{key}.predictor: expected one of {metric}, found {predictor!r}, "
+            f"which gives {maker.metric}"
+        )
+    if maker.measured:
         if config.trainer.num_nodes > 1 or start_together():
             raise SettingsError(
-                f"{key}.table: each of the processes would measure another latency; name a table (haloc measure)"
+                f"{key}.table: each of the processes would measure another latency; "
+                "name a table (haloc measure)"
             )
         if not is_first():
             return CostTable.load(path)
-        logger.info("measuring the latency of every candidate")
-        return latency_table(model, latency_input(config, example), rules, runtime_of(config))
-    if metric == "cycles" or metric == "energy_pj":
-        logger.info("modelling every candidate on an Eyeriss-like array")
-        try:
-            return accelerator_table(model, example, rules, metric, cache=CACHE)
-        except ValueError as error:
-            raise SettingsError(f"{key}.metric: {error}") from None
-    counted = {"macs": mac_table, "params": param_table, "activation_bytes": activation_table}
-    return counted[metric](model, example, rules)
+    logger.info("cost table: %s of every candidate", predictor)
+    example = latency_input(config, example) if metric == "latency_ms" else example
+    with as_one_line(where=f"{key}.metric"):
+        return maker.table(model, example, rules, runtime_of(config), lambda done, of: None)
 
 
 def _check_measured_alike(
     identity: Mapping[str, Any], config: Config, example: Tensor, where: str
 ) -> None:
-    """`SettingsError` where a latency was measured for another batch, or on this very device in another way than the run measures."""
+    """Raise `SettingsError` if a latency table does not hold for what the run measures.
+
+    It must be of the same batch and, if it is of this very processor, of the same memory format,
+    precision and threads.
+    """
     expected: dict[str, Any] = {"input": list(latency_input(config, example).shape)}
     if config.cost.device == "cpu" and identity.get("device") == processor():
-        expected |= {"memory_format": config.cost.memory_format, "dtype": runtime_of(config).dtype}
+        expected |= {"memory_format": config.cost.memory_format, "dtype": _DTYPE}
         expected |= {"threads": config.cost.threads} if config.cost.threads is not None else {}
     for key, value in expected.items():
         if (
             "runtime" in identity or (key == "input" and identity.get("kind") == "roofline")
         ) and identity.get(key) != value:
             raise SettingsError(
-                f"{where}: measured with {key} {identity.get(key)!r}, the run's is {value!r} (cost.batch_size and others)"
+                f"{where}: measured with {key} {identity.get(key)!r}, the run's is {value!r} "
+                "(cost.batch_size and others)"
             )
 
 
 def _load(key: str, metric: str, file: str) -> CostTable:
-    """A table from its file; ``key`` names its section in messages."""
+    """Read a table from its file; ``key`` names its section in messages."""
     try:
         costs = CostTable.load(file)
     except OSError as error:
@@ -118,16 +148,19 @@ def _load(key: str, metric: str, file: str) -> CostTable:
     return costs
 
 
-def runtime_of(config: Config, model: nn.Module | None = None) -> TorchRuntime:
-    """What latency is measured with; ``model``: see `TorchRuntime`."""
-    return TorchRuntime(
-        config.cost.device,
-        memory_format=config.cost.memory_format,
-        threads=config.cost.threads,
-        model=model,
+def runtime_of(config: Config) -> Runtime:
+    """Return the runtime that latency is measured with.
+
+    Raises:
+        ValueError: if it can't be used as the settings say.
+        MissingPackage: if a package that it needs is not installed.
+    """
+    cost = config.cost
+    return RUNTIMES[cost.runtime].from_options(
+        device=cost.device, dtype=_DTYPE, memory_format=cost.memory_format, threads=cost.threads
     )
 
 
 def latency_input(config: Config, example: Tensor) -> Tensor:
-    """The batch that latency is measured with."""
+    """Return the batch that latency is measured with: ``cost.batch_size`` times the example."""
     return example.repeat(config.cost.batch_size, *[1] * (example.dim() - 1))

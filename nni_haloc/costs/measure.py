@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from nni_haloc.costs.device.measurements import keep_measurements, merge
 from nni_haloc.costs.device.measuring import Runtime, Timing, measure
 from nni_haloc.costs.device.spec import Specification, draw, share
+from nni_haloc.inputs.registries import RUNTIMES
 from nni_haloc.utils.errors import first_line, reason_of
 from nni_haloc.utils.files import write_json
 from nni_haloc.utils.interruption import stoppable
@@ -61,10 +62,9 @@ def measure_parser() -> Parser:
     add("--out", type=Path, metavar="FILE", default=Path("costs.json"), help="The cost table.")
     add(
         "--runtime",
-        choices=("torch", "onnxruntime"),
         metavar="NAME",
         default="torch",
-        help="What runs the layers: torch or onnxruntime.",
+        help="What runs the layers: torch, onnxruntime, or one that another package adds.",
     )
     add(
         "--device",
@@ -121,33 +121,13 @@ def measure_parser() -> Parser:
 
 
 def measure_main(arguments: Sequence[str] | None = None) -> int:
-    """Measure every entry of a model's rank space, or of a specification, on this device; returns how many are measured."""
-    options = measure_parser().parse_args(arguments)
-    spec, model = _specified(options, options.runtime == "onnxruntime")
-    if options.merge:
-        keep_measurements(options.out)
-        content = merge(spec, options.merge)
-    else:
-        timing = Timing(options.where, options.rounds, options.min_run_time)
-        if options.sample != 1:
-            from nni_haloc.costs.regression import complete
+    """Measure every entry of a model's rank space, or of a specification, on this device.
 
-            if options.where != "alone" or options.part != "0/1":
-                raise ValueError(
-                    "--sample: the entries of a sample are measured alone, by one worker; found --where in-place or --part"
-                )
-        indices = (
-            draw(spec, options.sample) if options.sample != 1 else share(spec, *_part(options.part))
-        )
-        with stoppable(
-            "haloc measure",
-            lambda: f"{options.out} keeps what is measured; the same command goes on",
-        ):
-            content = measure(
-                spec, _runtime(options, model), options.out, timing, progress("measured"), indices
-            )
-        if options.sample != 1:
-            content = complete(spec, content)
+    Returns:
+        The number of entries that have been measured.
+    """
+    options = measure_parser().parse_args(arguments)
+    content = _merged(options) if options.merge else _measured(options)
     write_json(options.out, content)
     entries = sum(len(row) for row in content["runs"].values())
     print(
@@ -158,12 +138,40 @@ def measure_main(arguments: Sequence[str] | None = None) -> int:
     return entries
 
 
-PREDICTED = {
-    "analytic": ("macs", "params", "activation_bytes"),
-    "eyeriss": ("cycles", "energy_pj"),
-    "roofline": ("latency_ms",),
-}
-"""Predictors and the metrics that each gives, the default one first."""
+def _merged(options: argparse.Namespace) -> dict[str, Any]:
+    """Join the workers' files that ``--merge`` names."""
+    spec, _ = _specified(options)
+    keep_measurements(options.out)
+    return merge(spec, options.merge)
+
+
+def _measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the options ask for."""
+    runtime = _runtime(options)
+    spec, model = _specified(options)
+    if model is not None:
+        spec = runtime.prepare(spec, model)
+    timing = Timing(options.where, options.rounds, options.min_run_time)
+    sampled = options.sample != 1
+    if sampled:
+        from nni_haloc.costs.regression import check_installed, complete
+
+        check_installed()
+        if options.where != "alone" or options.part != "0/1":
+            raise ValueError(
+                "--sample: the entries of a sample are measured alone, by one worker; "
+                "found --where in-place or --part"
+            )
+    indices = draw(spec, options.sample) if sampled else share(spec, *_part(options.part))
+    with stoppable(
+        "haloc measure", lambda: f"{options.out} keeps what is measured; the same command goes on"
+    ):
+        content = measure(spec, runtime, options.out, timing, progress("measured"), indices)
+    return complete(spec, content) if sampled else content
+
+
+GROUPS = {"analytic": ("macs", "params", "activation_bytes"), "eyeriss": ("cycles", "energy_pj")}
+"""Names for several predictors of one kind, and their metrics, the default one first."""
 
 
 def predicted_table(
@@ -176,43 +184,38 @@ def predicted_table(
     flops: float | None = None,
     bandwidth: float | None = None,
 ) -> CostTable:
-    """Return a cost table that is counted or modelled, not measured.
+    """Return a cost table by the predictor of a name.
 
     Args:
         model: the original network.
         example: a batch of its inputs.
         rules: the rank space.
-        predictor: a key of `PREDICTED`.
-        metric: one of the predictor's (None: its first).
+        predictor: a name of `nni_haloc.inputs.registries.PREDICTORS`, or a key of `GROUPS`.
+        metric: one of the predictor's metrics (None: its first).
         flops: for the roofline, floating-point operations a second (None: measured here).
         bandwidth: for the roofline, bytes a second (None: measured here).
 
     Raises:
-        ValueError: if the predictor has no such metric, or a rate is not above 0.
+        ValueError: if there is no such predictor, it has no such metric, or a rate is not above 0.
     """
-    metrics = PREDICTED[predictor]
-    metric = metric or metrics[0]
-    if metric not in metrics:
-        raise ValueError(f"--metric: {predictor} gives {' or '.join(metrics)}, found {metric!r}")
+    from nni_haloc.costs.device.torch_runtime import TorchRuntime
+    from nni_haloc.costs.predictors import roofline_predictor
+    from nni_haloc.inputs.registries import PREDICTORS
+
     if any(rate is not None and rate <= 0 for rate in (flops, bandwidth)):
         raise ValueError("--flops, --bandwidth: expected numbers above 0")
-    from nni_haloc.costs import analytic
-    from nni_haloc.costs.accelerator import CACHE, accelerator_table
-
-    if predictor == "eyeriss":
-        return accelerator_table(
-            model, example, rules, metric, cache=CACHE, progress=progress("modelled")
-        )
-    if predictor == "roofline":
-        peaks = (0.0, 0.0) if flops and bandwidth else analytic.measure_peaks()
-        rates = {"flops": flops or peaks[0], "bandwidth": bandwidth or peaks[1]}
-        return analytic.roofline_table(model, example, rules, **rates)
-    counted = {
-        "macs": analytic.mac_table,
-        "params": analytic.param_table,
-        "activation_bytes": analytic.activation_table,
-    }
-    return counted[metric](model, example, rules)
+    group = GROUPS.get(predictor)
+    if group is not None:
+        metric = metric or group[0]
+        maker = PREDICTORS[metric if metric in group else group[0]]
+    elif predictor == "roofline":
+        maker = roofline_predictor(flops, bandwidth)
+    else:
+        maker = PREDICTORS[predictor]
+    if metric not in (None, maker.metric):
+        expected = " or ".join(group or (maker.metric,))
+        raise ValueError(f"--metric: {predictor} gives {expected}, found {metric!r}")
+    return maker.table(model, example, rules, TorchRuntime(), progress("modelled"))
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -258,13 +261,13 @@ def specification(
     return spec
 
 
-def _specified(options: argparse.Namespace, onnx: bool) -> tuple[Specification, nn.Module | None]:
-    """The specification that the options name, and the model where they name one."""
+def _specified(options: argparse.Namespace) -> tuple[Specification, nn.Module | None]:
+    """Return the specification that the options name, and the model if they name one."""
     if options.spec is None:
         model, example, rules = model_of(
             options.model, options.input, options.batch, options.rank_space
         )
-        return specification(model, example, rules, options.model, onnx=onnx), model
+        return specification(model, example, rules, options.model), model
     given = [
         name
         for name in ("model", "input", "batch", "rank_space")
@@ -272,7 +275,8 @@ def _specified(options: argparse.Namespace, onnx: bool) -> tuple[Specification, 
     ]
     if given:
         raise ValueError(
-            f"--spec and --{given[0].replace('_', '-')}: expected one of the two; a specification says what is measured"
+            f"--spec and --{given[0].replace('_', '-')}: expected one of the two; "
+            "a specification says what is measured"
         )
     if not options.spec.exists():
         raise ValueError(f"--spec: no such file: {options.spec}")
@@ -326,29 +330,26 @@ def model_of(
 
 
 def named_model(name: str) -> nn.Module:
-    """A network by its name, in evaluation mode; where it is a factory, that may lie in the current folder."""
+    """Build a network by its name, in evaluation mode.
+
+    If the name is a factory, it may lie in the current folder.
+    """
     from nni_haloc.inputs.models import build_model
 
     sys.path.insert(0, "")
     return build_model(name).eval()
 
 
-def _runtime(options: argparse.Namespace, model: nn.Module | None) -> Runtime:
+def _runtime(options: argparse.Namespace) -> Runtime:
+    """Make the runtime that the options name."""
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"--threads: expected a number above 0, found {options.threads}")
-    if options.runtime == "torch":
-        from nni_haloc.costs.device.torch_runtime import TorchRuntime
-
-        return TorchRuntime(
-            options.device, options.dtype, options.memory_format, options.threads, model
-        )
-    if (options.device, options.dtype, options.memory_format) != ("cpu", "float32", "contiguous"):
-        raise ValueError(
-            "--runtime onnxruntime: runs on the processor in float32, without --device, --dtype and --memory-format"
-        )
-    from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
-
-    return OnnxRuntime(options.threads)
+    return RUNTIMES[options.runtime].from_options(
+        device=options.device,
+        dtype=options.dtype,
+        memory_format=options.memory_format,
+        threads=options.threads,
+    )
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -1,14 +1,14 @@
-"""Latency measured on the machine at hand, one entry per distinct layer shape and rank."""
+"""Latency measured on the machine at hand."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from statistics import median
 
 from torch import nn
 
-from nni_haloc.costs.device.measuring import Timing, measure, time_together
+from nni_haloc.costs.device.measuring import Run, Runtime, Timing, measure, time_together
+from nni_haloc.costs.device.spec import Specification
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
 from nni_haloc.costs.specification import specify
 from nni_haloc.costs.table import CostTable
@@ -21,38 +21,67 @@ def latency_table(
     model: nn.Module,
     example_input: Example,
     rules: RankRules = RankRules(),
-    runtime: TorchRuntime = TorchRuntime(),
+    runtime: Runtime = TorchRuntime(),
     timing: Timing = Timing(),
     progress: Progress = lambda done, of: None,
 ) -> CostTable:
-    """Milliseconds that every candidate takes on this machine for the batch of ``example_input (N, ...)``.
+    """Measure the latency of every candidate on this machine, in milliseconds.
 
-    Each distinct (geometry, input shape, rank) is timed as ``timing`` say, in the precision, memory format and threads of ``runtime``. The
-    table's ``fixed`` is the whole network's time less that of its searched layers, and not below zero.
+    Each distinct (geometry, input shape, rank) is timed once a round. The table's ``fixed`` is the
+    whole network's time minus that of its searched layers, and not below zero.
+
+    Args:
+        model: the original network.
+        example_input: the batch to time, ``(N, ...)``.
+        rules: the rank space.
+        runtime: what runs it; it settles precision, memory format and threads.
+        timing: how often and how long.
+        progress: called with the numbers of entries done and to do.
+
+    Raises:
+        ValueError: if the network takes more than one tensor, or an entry can't be run.
     """
-    state = measure(
-        specify(model, example_input, rules, program=False),
-        replace(runtime, model=model),
-        None,
-        timing,
-        progress,
-    )
+    spec = runtime.prepare(specify(model, example_input, rules, program=False), model)
+    state = measure(spec, runtime, None, timing, progress)
     return CostTable(
         state["metric"], state["costs"], state["fixed"], state["identity"], state["spread"]
     )
 
 
+def forward_pass(runtime: Runtime, model: nn.Module, shape: tuple[int, ...]) -> Run:
+    """Return a forward pass of a copy of a network in a runtime.
+
+    Args:
+        runtime: what runs it.
+        model: the network; it is left as it is.
+        shape: of its input, batch included.
+    """
+    spec = Specification(type(model).__name__, shape, {}, ())
+    return runtime.network(runtime.prepare(spec, model), {})
+
+
 def measure_latency(
     models: Mapping[str, nn.Module],
     example_input: Example,
-    runtime: TorchRuntime = TorchRuntime(),
+    runtime: Runtime = TorchRuntime(),
     *,
     min_run_time: float = 0.1,
     rounds: int = 5,
 ) -> dict[str, float]:
-    """Milliseconds of a forward pass of each network: timed in alternation, the median of ``rounds`` medians."""
+    """Measure a forward pass of each network, all of them in alternation.
+
+    Args:
+        models: networks by name.
+        example_input: the batch, ``(N, ...)``.
+        runtime: what runs them.
+        min_run_time: seconds for which each network runs in a round.
+        rounds: the median is of as many medians.
+
+    Returns:
+        Milliseconds by name.
+    """
     shape = tuple(only_tensor(example_input).shape)
     with runtime.pinned():
-        runs = {name: runtime.ready(model, shape, copied=False) for name, model in models.items()}
-        found = [time_together(runs, runtime, min_run_time) for _ in range(rounds)]
-    return {name: 1e3 * median(times[name] for times in found) for name in models}
+        runs = {name: forward_pass(runtime, model, shape) for name, model in models.items()}
+        times = [time_together(runs, runtime, min_run_time) for _ in range(rounds)]
+    return {name: 1e3 * median(seconds[name] for seconds in times) for name in models}

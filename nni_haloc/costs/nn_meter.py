@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import onnx
 from torch import nn
 
 from nni_haloc.costs.device.measurements import METRIC
@@ -15,12 +14,15 @@ from nni_haloc.space.modules import Example
 from nni_haloc.space.names import DENSE
 from nni_haloc.space.ranks import RankRules
 
+if TYPE_CHECKING:
+    import onnx
+
 
 class LatencyPredictor(Protocol):
-    """nn-Meter's interface: ``nn_meter.load_latency_predictor("cortexA76cpu_tflite21")`` gives one."""
+    """nn-Meter's interface: ``nn_meter.load_latency_predictor("cortexA76cpu_tflite21")``."""
 
     def predict(self, model: onnx.ModelProto, model_type: str = "onnx") -> float:
-        """Milliseconds of an ONNX model."""
+        """Return the milliseconds of an ONNX model."""
 
 
 def predicted_table(
@@ -30,10 +32,19 @@ def predicted_table(
     rules: RankRules = RankRules(),
     device: str = "",
 ) -> CostTable:
-    """Milliseconds of every candidate by ``predictor``, each given as a whole ONNX model of its layers.
+    """Predict the milliseconds of every candidate, each given as a whole ONNX model of its layers.
 
-    ``device``: its name, for the table's identity. ValueError where the predictor says zero or less, as nn-Meter does of a graph that it
-    cannot take apart into kernels that it knows.
+    Args:
+        model: the original network.
+        example_input: the batch, ``(N, ...)``.
+        predictor: predicts the latency of an ONNX model.
+        rules: the rank space.
+        device: its name, for the table's identity.
+
+    Raises:
+        ValueError: if the predictor says zero or less, as nn-Meter does of a graph that it can't
+            take apart into kernels that it knows.
+        MissingPackage: if ONNX is not installed.
     """
     spec = with_onnx(specify(model, example_input, rules, program=False), model)
 
@@ -41,16 +52,17 @@ def predicted_table(
         latency = float(predictor.predict(with_initializers(onnx_model or b""), model_type="onnx"))
         if not latency > 0:
             raise ValueError(
-                f"{what}: expected a latency above 0 from {type(predictor).__name__}, found {latency}"
+                f"{what}: expected a latency above 0 from {type(predictor).__name__}, "
+                f"found {latency}"
             )
         return latency
 
-    found = {
+    latencies = {
         i: predict(spec.entries[i].onnx, f"layer {home[0]!r}, candidate {home[1]!r}")
         for i, home in spec.homes().items()
     }
     costs = {
-        layer: {candidate: found[index] for candidate, index in row.items()}
+        layer: {candidate: latencies[index] for candidate, index in row.items()}
         for layer, row in spec.layers.items()
     }
     fixed = max(0.0, predict(spec.onnx, "the network") - sum(row[DENSE] for row in costs.values()))

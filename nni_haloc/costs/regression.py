@@ -1,4 +1,7 @@
-"""Latency of the entries that were not measured, from those that were."""
+"""Predict the latency of entries that were not measured, from those that were.
+
+It needs scikit-learn, which is imported when something is predicted.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +12,45 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
-from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
-from sklearn.model_selection import KFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from nni_haloc.costs.device.measurements import finished, unmeasured
 from nni_haloc.costs.device.spec import Entry, Specification
 from nni_haloc.costs.device.torch_runtime import layer_spec
+from nni_haloc.utils.errors import needs
 
 _BLOCKS = (8, 16, 32)
-"""Channels are computed in blocks: a rank of 17 may cost what 32 does."""
+"""Channels are computed in blocks: a rank of 17 may cost as much as one of 32."""
 _BLOCKED = ((1, 1), (16, 16), (1, 16), (16, 1))
 """Blocks of input and output channels."""
 _RATES = 2 + 2 * (len(_BLOCKED) + 4)
 """Columns of `_rates`."""
 
 
-def complete(spec: Specification, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of ``costs.json`` with the entries that have no run predicted from those that have.
+def check_installed() -> None:
+    """Raise `MissingPackage` unless scikit-learn is installed."""
+    with needs("sklearn", what="measuring a sample", install="scikit-learn"):
+        pass
 
-    Rates of work and traffic by non-negative least squares, and a Gaussian process for what they leave (scikit-learn). Its median relative
-    error, cross-validated on what was measured, stands in the table's identity and as the spread of each predicted entry. ValueError
-    where fewer than ten entries were measured.
+
+def complete(spec: Specification, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Predict the entries that have no measured time from those that have.
+
+    Rates of work and traffic are fitted by non-negative least squares, and a Gaussian process is
+    fitted to what they leave. The median relative error, cross-validated on the measured entries,
+    is in the table's identity and is the spread of each predicted entry.
+
+    Args:
+        spec: what was measured.
+        state: the content of a file of measurements, of a sample of the entries.
+
+    Returns:
+        The content of a finished ``costs.json``.
+
+    Raises:
+        ValueError: if fewer than ten entries were measured, or they were measured in place.
+        MissingPackage: if scikit-learn is not installed.
     """
+    check_installed()
     missing = set(unmeasured(spec, state))
     homes = spec.homes()
     known = [index for index in homes if index not in missing]
@@ -54,19 +68,9 @@ def complete(spec: Specification, state: Mapping[str, Any]) -> dict[str, Any]:
     y = np.log(
         [float(np.median(state["runs"][homes[index][0]][homes[index][1]])) for index in known]
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # a length scale at its bound: a feature that says nothing
-        guessed = cross_val_predict(
-            _LatencyModel(), x, y, cv=KFold(min(10, len(known)), shuffle=True, random_state=0)
-        )
-        error = float(np.median(np.abs(np.exp(guessed - y) - 1)))
-        found = np.exp(
-            _LatencyModel()
-            .fit(x, y)
-            .predict(np.array([_columns(spec.entries[index]) for index in sorted(missing)]))
-        )
+    error = float(np.median(np.abs(np.exp(_cross_validated(x, y) - y) - 1)))
+    unknown = np.array([_columns(spec.entries[index]) for index in sorted(missing)])
+    latencies = np.exp(_LatencyModel(x, y).predict(unknown))
     identity = {
         **state["identity"],
         "predicted": len(missing),
@@ -74,31 +78,50 @@ def complete(spec: Specification, state: Mapping[str, Any]) -> dict[str, Any]:
         "median_error": round(error, 4),
     }
     predicted = {
-        index: (float(value), error) for index, value in zip(sorted(missing), found, strict=True)
+        index: (float(value), error)
+        for index, value in zip(sorted(missing), latencies, strict=True)
     }
     return {**state, **finished(spec, {**state, "identity": identity}, predicted)}
 
 
-class _LatencyModel(RegressorMixin, BaseEstimator):
-    """Logarithm of the milliseconds, from the columns of `_rates` and then of `_features`."""
+def _cross_validated(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Predict each row by a model of the other nine tenths of the rows."""
+    from sklearn.model_selection import KFold
 
-    def fit(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> _LatencyModel:
+    predicted = np.empty_like(y)
+    for fit, rest in KFold(min(10, len(y)), shuffle=True, random_state=0).split(x):
+        predicted[rest] = _LatencyModel(x[fit], y[fit]).predict(x[rest])
+    return predicted
+
+
+class _LatencyModel:
+    """Predicts the logarithm of the milliseconds from the columns of `_rates` and `_features`."""
+
+    def __init__(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> None:
+        from scipy.optimize import nnls
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
         amounts, features = x[:, :_RATES], x[:, _RATES:]
-        found, _ = nnls(
-            amounts / np.exp(y)[:, None], np.ones(len(y))
-        )  # least squares of the relative error
-        self.seconds_ = found + 1e-9  # nothing is for nothing
+        # Least squares of the relative error.
+        seconds, _ = nnls(amounts / np.exp(y)[:, None], np.ones(len(y)))
+        self.seconds = seconds + 1e-9  # nothing is free
         kernel = ConstantKernel() * Matern(
             np.ones(features.shape[1]), (1e-1, 1e3), nu=1.5
         ) + WhiteKernel(1e-3)
         process = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
-        self.rest_ = make_pipeline(StandardScaler(), process).fit(
-            features, y - np.log(amounts @ self.seconds_)
-        )
-        return self
+        with warnings.catch_warnings():
+            # A length scale at its bound belongs to a feature that says nothing.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            self.rest = make_pipeline(StandardScaler(), process).fit(
+                features, y - np.log(amounts @ self.seconds)
+            )
 
     def predict(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.log(x[:, :_RATES] @ self.seconds_) + self.rest_.predict(x[:, _RATES:])
+        return np.log(x[:, :_RATES] @ self.seconds) + self.rest.predict(x[:, _RATES:])
 
 
 def _columns(entry: Entry) -> list[float]:
@@ -106,8 +129,11 @@ def _columns(entry: Entry) -> list[float]:
 
 
 def _rates(entry: Entry) -> list[float]:
-    """What takes time in proportion: work and traffic of the 1x1 and of the spatial factors, exact and rounded up to blocks of channels,
-    the weights, and the number of calls. Scaled to be of one magnitude."""
+    """Return the amounts that time is proportional to, scaled to be of one magnitude.
+
+    They are the weights, the number of calls, and the work and traffic of the 1x1 and of the
+    spatial factors, exact and rounded up to blocks of channels.
+    """
     layer = layer_spec("", entry.layer)
     images = layer.input_shapes[0][0]
     work = layer.work(entry.rank)
@@ -126,7 +152,7 @@ def _rates(entry: Entry) -> list[float]:
 
 
 def _features(entry: Entry) -> list[float]:
-    """Work and traffic of a layer's factors, exact and rounded up to blocks of channels; the rank, and what it is a multiple of."""
+    """Return work and traffic of a layer's factors, the rank, and which blocks divide it."""
     layer = layer_spec("", entry.layer)
     images = layer.input_shapes[0][0]
     work = layer.work(entry.rank)

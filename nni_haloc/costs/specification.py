@@ -1,4 +1,4 @@
-"""The `Specification` of a model and its rank space: what a device measures without either."""
+"""Make a `Specification`, which a device measures without the model or its rank space."""
 
 from __future__ import annotations
 
@@ -22,10 +22,17 @@ def specify(
     *,
     program: bool = True,
 ) -> Specification:
-    """Every distinct (layer shape, rank) of the rank space; ``name``: the model's, by default its class's.
+    """List every distinct (layer shape, rank) of the rank space.
 
-    ``example_input (N, ...)``: the batch that is timed; ValueError where the model takes more than one tensor. ``program``: whether the
-    network's operations are recorded, for a device without the model.
+    Args:
+        model: the original network.
+        example_input: the batch that is timed, ``(N, ...)``.
+        rules: the rank space.
+        name: the model's name (empty: its class's).
+        program: whether to record the network's operations, for a device without the model.
+
+    Raises:
+        ValueError: if the model takes more than one tensor.
     """
     example_input = only_tensor(example_input)
     model = materialised(model, example_input)
@@ -34,7 +41,7 @@ def specify(
     entries: list[Entry] = []
     rows: dict[str, dict[str, int]] = {}
     for layer, candidates in layers.candidates(rules).items():
-        fields = json.loads(json.dumps(asdict(layers.specs[layer])))  # as it will be read back
+        fields = json.loads(json.dumps(asdict(layers.specs[layer])))  # as read from the file
         del fields["name"]
         rows[layer] = {}
         for candidate, rank in {DENSE: None, **candidates}.items():

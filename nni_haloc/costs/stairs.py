@@ -1,4 +1,4 @@
-"""Design principle 1: which ranks a device rewards, read off a cost table."""
+"""Design principle 1: find the ranks that a device rewards, from its cost table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy.special import fdtrc
 
 from nni_haloc.costs.table import CostTable
 from nni_haloc.space.names import DENSE, parse_rank
@@ -14,17 +14,25 @@ from nni_haloc.space.names import DENSE, parse_rank
 _CONVINCING = 0.5
 """Share of what a smooth curve leaves unexplained that stairs must explain."""
 _UNLIKELY = 0.01
-"""Probability at which noise on a smooth curve may pass for stairs (F-test, over all the widths that are tried)."""
+"""Probability at which noise on a smooth curve may pass for stairs.
+
+By an F-test, over all the widths that are tried.
+"""
 _ROUNDING = 1e-12
-"""Share of a cost's square that is rounding, not stairs."""
+"""Share of a cost's square that is taken for rounding."""
 _FEWEST = 8
 """Ranks that a layer must have for its stairs to be seen."""
 
 
 class Stairs(NamedTuple):
-    """Cost rises where the rank passes a multiple of ``width``: a rank just above one costs ``rise`` more, of the dense layer's cost.
+    """Steps in the cost of a layer.
 
-    ``explained``: share of what a smooth curve leaves unexplained. Where no stairs are seen ``width`` is 1 and the others are 0.
+    Attributes:
+        width: the cost rises where the rank passes a multiple of it; 1 if there are no stairs.
+        rise: how much more a rank just above a multiple costs, as a share of the dense layer's
+            cost; 0 if there are no stairs.
+        explained: the share that stairs explain of what a smooth curve leaves unexplained; 0 if
+            there are no stairs.
     """
 
     width: int
@@ -33,11 +41,12 @@ class Stairs(NamedTuple):
 
 
 def rank_stairs(costs: CostTable) -> dict[str, Stairs]:
-    """The stairs of each layer that has eight equal ranks (``r16``) or more in the table.
+    """Find the stairs of each layer that has eight equal ranks (``r16``) or more in the table.
 
-    Of the curves ``a + b r + c r^2 + d ceil(r / width)``, the best by least squares, against the one without the last term.
+    The curves ``a + b r + c r^2 + d ceil(r / width)`` are fitted by least squares, and the best is
+    compared with the curve without the last term.
     """
-    found = {}
+    stairs = {}
     for layer, row in costs.costs.items():
         points = {
             int(name[1:]): cost
@@ -45,8 +54,8 @@ def rank_stairs(costs: CostTable) -> dict[str, Stairs]:
             if name != DENSE and "x" not in name and parse_rank(name, "conv")
         }
         if len(points) >= _FEWEST:
-            found[layer] = _stairs(points, row[DENSE])
-    return found
+            stairs[layer] = _stairs(points, row[DENSE])
+    return stairs
 
 
 def _stairs(points: Mapping[int, float], dense: float) -> Stairs:
@@ -64,15 +73,14 @@ def _stairs(points: Mapping[int, float], dense: float) -> Stairs:
             continue
         after, slopes = _left(np.column_stack([smooth, step]), cost)
         explained = 1 - after / left
-        chance = (
-            stats.f.sf(free * (left - after) / after, 1, free) * len(widths) if after > 0 else 0.0
-        )
+        improvement = free * (left - after) / after if after > 0 else np.inf
+        chance = fdtrc(1, free, improvement) * len(widths)  # of an F-test
         if slopes[-1] > 0 and explained > max(best.explained, _CONVINCING) and chance < _UNLIKELY:
             best = Stairs(width, float(slopes[-1]) / dense, float(explained))
     return best
 
 
 def _left(columns: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarray]:
-    """Sum of squares that least squares leaves, and the coefficients."""
+    """Return the sum of squares that least squares leaves, and the coefficients."""
     slopes, *_ = np.linalg.lstsq(columns, target, rcond=None)
     return float(np.sum((target - columns @ slopes) ** 2)), slopes

@@ -10,18 +10,27 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from nni_haloc.costs.device.costs_file import UNITS, costs_content, read_costs
+from nni_haloc.costs.device.costs_file import costs_content, read_costs, unit_of
 from nni_haloc.space.names import DENSE, Rank
 from nni_haloc.utils.files import is_number, write_json
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """Cost of every candidate of every layer, in the metric's unit, and ``fixed``, that of everything else in the network.
+    """The cost of every candidate of every layer, and of everything else in the network.
 
-    ``metric``: one of `UNITS`. ``costs``: layer to candidate name to cost; every layer has ``dense``. ``identity``: what the numbers hold
-    for (device, batch, memory format, dtype, threads, versions, ...); two tables are comparable only where it agrees. ``spread``: for what
-    was measured, how far its runs lie apart (interquartile range over median).
+    Attributes:
+        metric: a key of `UNITS`, or the metric of another package's predictor.
+        costs: layer name to candidate name to cost, in the metric's unit; every layer has
+            ``dense``.
+        fixed: the cost of everything else in the network.
+        identity: what the numbers hold for (device, batch, memory format, dtype, threads,
+            versions, ...); two tables are comparable only where it agrees.
+        spread: for measured costs, how far the single times lie apart (interquartile range over
+            median).
+
+    Raises:
+        ValueError: if a cost is not positive, or a layer has no dense candidate.
     """
 
     metric: str
@@ -31,41 +40,51 @@ class CostTable:
     spread: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.metric not in UNITS:
-            raise ValueError(f"metric: expected one of {', '.join(UNITS)}, found {self.metric!r}")
+        unit_of(self.metric)
         for layer, row in self.costs.items():
             if DENSE not in row:
                 raise ValueError(f"layer {layer!r}: the table has no {DENSE!r} entry")
             for candidate, cost in row.items():
                 if not (is_number(cost) and cost > 0):
                     raise ValueError(
-                        f"layer {layer!r}, candidate {candidate!r}: expected a positive cost, found {cost!r}"
+                        f"layer {layer!r}, candidate {candidate!r}: "
+                        f"expected a positive cost, found {cost!r}"
                     )
         if not (is_number(self.fixed) and self.fixed >= 0):
             raise ValueError(f"fixed cost: expected a number >= 0, found {self.fixed!r}")
 
     @property
     def original(self) -> float:
-        """Cost of the uncompressed network."""
+        """The cost of the original network."""
         return self.total(dict.fromkeys(self.costs, DENSE))
 
     def total(self, choice: Mapping[str, str]) -> float:
-        """Exact cost of a network, correctly rounded: ``choice`` maps layer to candidate; layers that it does not name are dense."""
+        """Return the exact cost of a network, correctly rounded.
+
+        Args:
+            choice: layer name to candidate name; other layers are dense.
+
+        Raises:
+            ValueError: if a layer is not in the table.
+        """
         unknown = set(choice) - set(self.costs)
         if unknown:
             raise ValueError(f"layer {min(unknown)!r} is not in the cost table")
         return math.fsum(self.terms(choice))
 
     def terms(self, choice: Mapping[str, str]) -> list[float]:
-        """What `total` sums up."""
+        """Return the numbers that `total` sums up."""
         return [self.fixed, *(row[choice.get(layer, DENSE)] for layer, row in self.costs.items())]
 
     def restrict(
         self, candidates: Mapping[str, Mapping[str, Any]]
     ) -> tuple[dict[str, dict[str, float]], float]:
-        """Costs of just these candidates, and the cost of all the rest with unnamed layers dense.
+        """Return the costs of some candidates, and the cost of the rest of the network.
 
-        ValueError names the first candidate that the table does not know.
+        Layers without a name in ``candidates`` are dense in the rest.
+
+        Raises:
+            ValueError: if the table does not know a candidate; the message names it.
         """
         for layer, names in candidates.items():
             for name in names:
@@ -92,7 +111,14 @@ class CostTable:
 
     @classmethod
     def load(cls, path: str | Path) -> CostTable:
-        """Read ``costs.json``, or a CSV file of one's own measurements (`_read_csv`); ValueError names the file and what is wrong in it."""
+        """Read ``costs.json``, or a CSV file of the user's own measurements.
+
+        The CSV file has the header ``layer,candidate,METRIC``, a line for each candidate, and one
+        line ``network,,NUMBER`` or ``fixed,,NUMBER``.
+
+        Raises:
+            ValueError: if the file is damaged; the message names it and what is wrong.
+        """
         content = _read_csv(Path(path)) if Path(path).suffix == ".csv" else read_costs(path)
         try:
             if "costs" not in content and "runs" in content:
@@ -116,22 +142,27 @@ class CostTable:
 
 
 def _read_csv(path: Path) -> dict[str, Any]:
-    """What a CSV file of measurements says: the header ``layer,candidate,METRIC``, and one line each.
+    """Read a CSV file of measurements.
 
-    A line without a candidate is for the network as it was (``network``) or for all but its searched layers (``fixed``).
+    A line without a candidate is for the original network (``network``), or for all of it but its
+    searched layers (``fixed``).
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark at the beginning
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
     with StringIO(text, newline="") as file:
         csv.field_size_limit(len(text) + 1)
         reader = csv.reader(file)
         header = [name.strip() for name in next(reader, [])]
-        if len(header) != 3 or header[:2] != ["layer", "candidate"] or header[2] not in UNITS:
+        if len(header) != 3 or header[:2] != ["layer", "candidate"]:
             raise ValueError(
-                f"{path}: line 1: expected layer,candidate and one of {', '.join(UNITS)}, found {','.join(header)!r}"
+                f"{path}: line 1: expected layer,candidate and a metric, found {','.join(header)!r}"
             )
+        try:
+            unit_of(header[2])
+        except ValueError as error:
+            raise ValueError(f"{path}: line 1: expected layer,candidate and a {error}") from None
         costs: dict[str, dict[str, float]] = {}
         whole: dict[str, float] = {}
         for row in filter(None, reader):
@@ -162,9 +193,18 @@ def worthwhile(
     tables: Sequence[CostTable],
     pinned: Collection[str] = (),
 ) -> tuple[dict[str, dict[str, Rank]], dict[str, str]]:
-    """The candidates that cost less than the dense layer in any of the tables, and why the other layers are left alone.
+    """Keep the candidates that cost less than the dense layer in any of the tables.
 
-    ``candidates``: layer to candidate name to rank; layers in ``pinned`` stay as they are. ValueError names what a table does not know.
+    Args:
+        candidates: layer name to candidate name to rank.
+        tables: the cost tables of all limits.
+        pinned: layers whose candidates all stay.
+
+    Returns:
+        The kept candidates, and for each other layer the reason why it is left alone.
+
+    Raises:
+        ValueError: if a table does not know a candidate; the message names it.
     """
     kept, left_alone = {}, {}
     for layer, row in candidates.items():
@@ -179,7 +219,6 @@ def worthwhile(
         if layer in pinned or any(few.values()):
             kept[layer] = few
         else:
-            left_alone[layer] = (
-                f"no rank is cheaper than the dense layer in {' or '.join(table.metric for table in tables)}"
-            )
+            metrics = " or ".join(table.metric for table in tables)
+            left_alone[layer] = f"no rank is cheaper than the dense layer in {metrics}"
     return kept, left_alone

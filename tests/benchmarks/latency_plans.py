@@ -65,11 +65,11 @@ def compare(work: Path, batch: int, form: Any, rounds: int, step: int) -> dict[s
     torch.manual_seed(0)
     model, shape = build_model("torchvision:resnet18").eval(), (batch, 3, 224, 224)
     example, rules = torch.randn(shape), RankRules(step=step, kinds=("conv",), exclude=("conv1",))
-    runtime = TorchRuntime(memory_format=form, threads=1, model=model)
+    runtime = TorchRuntime(memory_format=form, threads=1)
     file = work / f"{form}-{batch}-step{step}.json"
     work.mkdir(parents=True, exist_ok=True)
     measure(
-        specify(model, example, rules, "resnet18", program=False),
+        runtime.prepare(specify(model, example, rules, "resnet18", program=False), model),
         runtime,
         file,
         Timing(rounds=3),

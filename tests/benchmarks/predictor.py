@@ -82,8 +82,8 @@ def main(
     name, shape, rules = NETWORKS[network]
     torch.manual_seed(0)
     model, example = build_model(name).eval(), torch.randn(shape)
-    runtime = TorchRuntime(memory_format=memory_format, threads=threads, model=model)
-    spec = specify(model, example, rules, network, program=False)
+    runtime = TorchRuntime(memory_format=memory_format, threads=threads)
+    spec = runtime.prepare(specify(model, example, rules, network, program=False), model)
     work.mkdir(parents=True, exist_ok=True)
     tables = {"MACs": mac_table(model, example, rules)}
     with runtime.pinned():

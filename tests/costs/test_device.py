@@ -447,7 +447,9 @@ def test_onnx_runtimes_errors_are_one_line(tmp_path, spec):
     [
         (["--sample", "0.5", "--part", "0/2"], "--sample"),
         (["--sample", "0.5", "--where", "in-place"], "--sample"),
-        (["--runtime", "onnxruntime", "--device", "cuda"], "--runtime onnxruntime"),
+        (["--runtime", "onnxruntime", "--device", "cuda"], "runtime onnxruntime: device: expected"),
+        (["--runtime", "onnxruntime", "--dtype", "bfloat16"], "runtime onnxruntime: dtype"),
+        (["--runtime", "tflite"], "runtime: expected one of torch, onnxruntime, found 'tflite'"),
         (["--rounds", "0"], "rounds"),
     ],
 )
@@ -651,7 +653,8 @@ def test_bad_options_are_one_line(arguments, message):
 
 
 def test_what_was_measured_in_one_precision_is_timed_in_it(spec):
-    run = TorchRuntime(dtype="bfloat16", model=Forked()).network(spec, {"a": "r2"})
+    runtime = TorchRuntime(dtype="bfloat16")
+    run = runtime.network(runtime.prepare(spec, Forked()), {"a": "r2"})
     assert [y.dtype for y in run()] == [torch.bfloat16]
 
 
@@ -801,7 +804,10 @@ def test_measurements_are_not_overwritten_by_what_is_counted(tmp_path, spec, clo
 
 
 def test_processes_that_write_one_file_do_not_disturb_each_other(tmp_path):
-    program = "import sys; from nni_haloc.costs.device.costs_file import write_json\nfor i in range(300): write_json(sys.argv[1], {'version': i})"
+    program = (
+        "import sys; from nni_haloc.utils.files import write_json\n"
+        "for i in range(300): write_json(sys.argv[1], {'version': i})"
+    )
     running = [
         subprocess.Popen(
             [sys.executable, "-c", program, str(tmp_path / "a.json")], stderr=subprocess.PIPE

@@ -1,4 +1,5 @@
-"""Measuring on a device: what it takes besides the standard library is imported where it is used, PyTorch or ONNX Runtime alone.
+"""Measuring on a device that has PyTorch or ONNX Runtime, but neither NNI nor Lightning.
 
-`Specification` says what to time, `measure` times it and keeps ``costs.json``; the runtimes are in files of their own.
+`Specification` says what to time, `measure` times it and keeps ``costs.json``. Each runtime is in a
+file of its own, and what it needs is imported when it is used.
 """

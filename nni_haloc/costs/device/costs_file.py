@@ -1,4 +1,4 @@
-"""The two files of a device: ``costs.json``'s form, and how files are written and read here."""
+"""The form of ``costs.json``, and the units of the metrics."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nni_haloc.inputs.registries import PREDICTORS
 from nni_haloc.space.names import DENSE
 from nni_haloc.utils.files import read_json
 
@@ -19,7 +20,21 @@ UNITS = {
     "cycles": "cycles",
     "energy_pj": "picojoules",
 }
-"""What can be counted, measured or modelled, and its unit in ``costs.json``."""
+"""This package's metrics and their units in ``costs.json``."""
+
+
+def unit_of(metric: Any) -> str:
+    """Return the unit of a metric of this package, or of another package's predictor.
+
+    Raises:
+        ValueError: if no predictor gives that metric.
+    """
+    if isinstance(metric, str) and metric in UNITS:
+        return UNITS[metric]
+    foreign = PREDICTORS.foreign()
+    if metric in foreign and PREDICTORS[metric].metric == metric:
+        return PREDICTORS[metric].unit
+    raise ValueError(f"metric: expected one of {', '.join([*UNITS, *foreign])}, found {metric!r}")
 
 
 def costs_content(
@@ -29,11 +44,11 @@ def costs_content(
     costs: Mapping[str, Mapping[str, float]],
     spread: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
-    """What ``costs.json`` says of a finished table."""
+    """Return the content of ``costs.json`` for a finished table; see `CostTable`."""
     return {
         "version": COSTS_VERSION,
         "metric": metric,
-        "unit": UNITS[metric],
+        "unit": unit_of(metric),
         "identity": dict(identity),
         "fixed": fixed,
         "original": math.fsum([fixed, *(row[DENSE] for row in costs.values())]),
@@ -43,13 +58,18 @@ def costs_content(
 
 
 def read_costs(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a ``costs.json`` of this version, in the unit that its metric has; ValueError names the file."""
+    """Read a ``costs.json`` of this version.
+
+    Raises:
+        ValueError: if it is damaged, or has another unit than its metric; the message names it.
+    """
     content = read_json(path, "cost table", COSTS_VERSION)
-    metric = content.get("metric")
-    if not isinstance(metric, str) or metric not in UNITS:
-        raise ValueError(f"{path}: metric: expected one of {', '.join(UNITS)}, found {metric!r}")
-    if content.get("unit", UNITS[metric]) != UNITS[metric]:
+    try:
+        unit = unit_of(content.get("metric"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if content.get("unit", unit) != unit:
         raise ValueError(
-            f"{path}: unit: expected {UNITS[metric]!r} for {metric}, found {content['unit']!r}"
+            f"{path}: unit: expected {unit!r} for {content['metric']}, found {content['unit']!r}"
         )
     return content

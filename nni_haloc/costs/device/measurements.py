@@ -1,4 +1,4 @@
-"""What was measured so far, entry by entry: the part of ``costs.json`` that measuring goes on with, and the table that it makes."""
+"""The measured times in ``costs.json``: read, joined, and made into a cost table."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from nni_haloc.utils.files import is_number
 NETWORK = "network"
 METRIC = "latency_ms"
 _LEAST = 0.01
-"""Share of the dense layer's cost below which no candidate's is put: differences of two measurements may be negative."""
+"""The least cost of a candidate, in shares of the dense layer's: a difference may be negative."""
 _ALIKE = 1.25
-"""How many times as long as on another worker the dense layers may take, for times of both in one table."""
+"""Largest ratio of two workers' times of the dense layers for which no warning is given."""
 _SAME = (
     "model",
     "input",
@@ -31,13 +31,13 @@ _SAME = (
     "memory",
     "where",
 )
-"""What must agree where measuring goes on in an existing file."""
+"""Facts that must agree for measuring to go on in an existing file."""
 STATE = ("version", "metric", "unit", "identity", "runs", NETWORK)
-"""What a file of measurements has that are not yet a table."""
+"""Keys of a file of measurements that is not yet a table."""
 
 
 def unmeasured(spec: Specification, state: Mapping[str, Any]) -> list[int]:
-    """The entries without a run."""
+    """Return the entries that have no measured time."""
     runs = state.get("runs", {})
     return [
         index
@@ -51,9 +51,17 @@ def finished(
     state: Mapping[str, Any],
     predicted: Mapping[int, tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
-    """The table that the runs make: medians; ``fixed`` is the network's time less that of its dense layers, and not below zero.
+    """Make the cost table of the medians of all measured times.
 
-    ``predicted``: milliseconds and relative error of entries without a run.
+    ``fixed`` is the network's time minus that of its dense layers, and not below zero.
+
+    Args:
+        spec: what was measured.
+        state: the content of a file of measurements.
+        predicted: milliseconds and relative error of entries that were not measured.
+
+    Returns:
+        The content of a finished ``costs.json``, without the times themselves.
     """
     homes, where = spec.homes(), state["identity"]["where"]
     centre = {home: median(values) for home, values in _by_home(state["runs"])}
@@ -76,17 +84,25 @@ def finished(
 
 
 def keep_measurements(path: str | Path) -> None:
-    """ValueError if there are measurements in a file that is about to be written anew."""
+    """Refuse to overwrite a file of measurements.
+
+    Raises:
+        ValueError: if the file holds any.
+    """
     try:
-        found = "runs" in json.loads(Path(path).read_text(encoding="utf-8"))
+        has_times = "runs" in json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return
-    if found:
+    if has_times:
         raise ValueError(f"{path}: holds measurements, which would be lost; expected another --out")
 
 
 def merge(spec: Specification, paths: Sequence[str | Path]) -> dict[str, Any]:
-    """The content of one ``costs.json`` from the workers' files; ValueError where they differ or an entry is in none of them."""
+    """Join the files of several workers into the content of one ``costs.json``.
+
+    Raises:
+        ValueError: if the workers measured different things, or an entry is in none of the files.
+    """
     again = [
         path
         for path in paths
@@ -110,69 +126,63 @@ def merge(spec: Specification, paths: Sequence[str | Path]) -> dict[str, Any]:
     missing = unmeasured(spec, first)
     if missing:
         layer, candidate = spec.homes()[missing[0]]
-        raise ValueError(
-            f"layer {layer!r}, candidate {candidate!r}: measured in none of {', '.join(map(str, paths))}"
-        )
+        files = ", ".join(map(str, paths))
+        raise ValueError(f"layer {layer!r}, candidate {candidate!r}: measured in none of {files}")
     return first | finished(spec, first)
 
 
 def _same_speed(
     spec: Specification, some: Mapping[str, Any], others: Mapping[str, Any], files: str
 ) -> None:
-    """A warning if the dense layers, which every worker measures, say that two workers differ in speed, or that one was disturbed."""
+    """Warn if the dense layers, which all workers measure, took longer on one of the two."""
     dense = [layer for layer, candidate in spec.homes().values() if candidate == DENSE]
     times = [[runs.get(layer, {}).get(DENSE) for layer in dense] for runs in (others, some)]
     ratio = median([median(a) / median(b) for a, b in zip(*times, strict=True) if a and b] or [1.0])
     if not 1 / _ALIKE <= ratio <= _ALIKE:
         warnings.warn(
-            f"{files}: expected workers that are alike, found dense layers take {ratio:.2f} times as long on the first",
+            f"{files}: expected workers that are alike, "
+            f"found dense layers take {ratio:.2f} times as long on the first",
             stacklevel=3,
         )
 
 
 def subject(spec: Specification) -> dict[str, Any]:
-    """What is measured."""
+    """Return the part of a table's identity that says what is measured."""
     return {"model": spec.model, "input": list(spec.input), "geometry": spec.geometry()}
 
 
 def read_measurements(
     path: str | Path | None, identity: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """An earlier state, if there is one; ValueError names the file and what differs from ``identity``."""
+    """Read the measurements of an earlier start.
+
+    Args:
+        path: ``costs.json``; it need not exist.
+        identity: what is to be measured now, and with what.
+
+    Returns:
+        The content of the file, None if there is none.
+
+    Raises:
+        ValueError: if the file is damaged, or was measured for something else; the message names
+            the file and what differs.
+    """
     if path is None or not Path(path).exists():
         return None
     content = read_costs(path)
     if "runs" not in content:
         raise ValueError(
-            f"{path}: a table without the runs that it was made of cannot be gone on with; choose another file"
+            f"{path}: a table without the runs that it was made of cannot be gone on with; "
+            "choose another file"
         )
     try:
-        found = content["identity"]
-        for key in _SAME:
-            if key in identity and found.get(key) != identity[key]:
-                raise ValueError(
-                    f"measured for another {key}: {found.get(key)!r}, now {identity[key]!r}"
-                )
-        for layer, digest in found.get("geometry", {}).items():
-            if identity["geometry"].get(layer, digest) != digest:
-                raise ValueError(
-                    f"measured for another network: its layer {layer!r} had another geometry"
-                )
+        _check_same(content["identity"], identity)
         if (content["metric"], content["unit"]) != (METRIC, UNITS[METRIC]):
             raise ValueError(
-                f"expected {METRIC} in {UNITS[METRIC]}, found {content['metric']} in {content['unit']}"
+                f"expected {METRIC} in {UNITS[METRIC]}, "
+                f"found {content['metric']} in {content['unit']}"
             )
-        signed = found.get("where") == "in-place"
-        for (layer, candidate), values in [
-            *_by_home(content["runs"]),
-            ((NETWORK, ""), content[NETWORK]),
-        ]:
-            if not isinstance(values, list) or not all(
-                is_number(v) and (v > 0 or signed) for v in values
-            ):
-                raise ValueError(
-                    f"runs: layer {layer!r}, candidate {candidate!r}: expected times above 0, found {values!r}"
-                )
+        _check_times(content)
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]}: missing") from None
     except (AttributeError, TypeError, ValueError) as error:
@@ -180,9 +190,38 @@ def read_measurements(
     return content
 
 
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError if another thing was measured before, or in another way."""
+    for key in _SAME:
+        if key in now and before.get(key) != now[key]:
+            raise ValueError(f"measured for another {key}: {before.get(key)!r}, now {now[key]!r}")
+    for layer, digest in before.get("geometry", {}).items():
+        if now["geometry"].get(layer, digest) != digest:
+            raise ValueError(
+                f"measured for another network: its layer {layer!r} had another geometry"
+            )
+
+
+def _check_times(content: Mapping[str, Any]) -> None:
+    """Raise ValueError for a time that is none; in place, candidates' times are differences."""
+    signed = content["identity"].get("where") == "in-place"
+    for (layer, candidate), values in [
+        *_by_home(content["runs"]),
+        ((NETWORK, ""), content[NETWORK]),
+    ]:
+        if not isinstance(values, list) or not all(
+            is_number(v) and (v > 0 or signed) for v in values
+        ):
+            raise ValueError(
+                f"runs: layer {layer!r}, candidate {candidate!r}: "
+                f"expected times above 0, found {values!r}"
+            )
+
+
 def _by_home(
     runs: Mapping[str, Mapping[str, list[float]]],
 ) -> list[tuple[tuple[str, str], list[float]]]:
+    """List the (layer, candidate) pairs that have measured times, with those times."""
     return [
         ((layer, candidate), values)
         for layer, row in runs.items()
@@ -192,7 +231,7 @@ def _by_home(
 
 
 def spread(values: list[float]) -> float:
-    """Interquartile range."""
+    """Return the interquartile range."""
     if len(values) < 2:
         return 0.0
     low, _, high = quantiles(values, n=4, method="inclusive")

@@ -1,4 +1,4 @@
-"""The loop that times every entry of a specification and keeps what it found in ``costs.json``, entry by entry."""
+"""Time every entry of a specification; keep each time in ``costs.json`` as soon as it is known."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nni_haloc.costs.device.costs_file import COSTS_VERSION, UNITS
 from nni_haloc.costs.device.measurements import (
@@ -28,38 +28,95 @@ from nni_haloc.utils.errors import first_line
 from nni_haloc.utils.files import write_json
 from nni_haloc.utils.progress import Progress
 
+if TYPE_CHECKING:
+    from torch import nn
+
 Run = Callable[[], Any]
 """A forward pass, ready to be timed."""
 Where = Literal["alone", "in-place"]
 _FEWEST = 5
 """Passes that are timed at least, however long each takes."""
 _VISITS = 8
-"""How often a round comes back to the network: its time makes ``fixed``, an error in which every prediction has."""
+"""How often per round the whole network is timed: an error in `fixed` shifts every prediction."""
 
 
 class Runtime(Protocol):
-    """Something that runs the entries of a specification and can be timed."""
+    """Runs the entries of a specification, so that they can be timed.
+
+    Another package adds a runtime by a class with these methods and an entry point in the group
+    ``nni_haloc.runtimes``. A class that derives from this one has `prepare`, `once` and `pinned`
+    already and writes the other four.
+    """
+
+    @classmethod
+    def from_options(
+        cls,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        memory_format: str = "contiguous",
+        threads: int | None = None,
+    ) -> Runtime:
+        """Make the runtime that ``haloc measure`` and a run's settings ask for.
+
+        Args:
+            device: the name that torch has for it: ``cpu``, ``cuda:1``, ...
+            dtype: the name that torch has for the number format.
+            memory_format: ``contiguous`` or ``channels_last``.
+            threads: processor threads (None: the runtime's own choice).
+
+        Raises:
+            ValueError: if it can't do what an option says; the message names the option.
+            MissingPackage: if a package that it needs is not installed.
+        """
+        ...
 
     def identity(self) -> dict[str, Any]:
-        """What its times hold for: device, versions, precision, layout, threads."""
+        """Return what the times hold for.
+
+        The keys are ``runtime`` (name and version), ``device``, ``dtype``, ``memory_format`` and
+        ``threads``; tables are comparable where they agree.
+        """
+        ...
+
+    def prepare(self, spec: Specification, model: nn.Module) -> Specification:
+        """Add to a specification what this runtime needs of the network: by default the network."""
+        return replace(spec, module=model)
 
     def entry(self, spec: Specification, index: int) -> Run:
-        """A forward pass of an entry, on random inputs, warmed up."""
+        """Return a forward pass of one entry on random inputs, warmed up."""
+        ...
 
     def network(self, spec: Specification, choice: Mapping[str, str]) -> Run:
-        """A forward pass of the whole network, the layers that ``choice`` names at their candidates; warmed up."""
+        """Return a forward pass of the whole network, warmed up.
+
+        Args:
+            spec: the specification, which may have no layers.
+            choice: layer name to candidate name; other layers are dense.
+        """
+        ...
 
     def once(self, run: Run) -> float:
-        """Seconds of one pass."""
+        """Run one pass and return its seconds."""
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
 
     def pinned(self) -> AbstractContextManager[None]:
-        """A context in which the runtime's number of threads holds."""
+        """Return a context in which the runtime has its number of threads."""
+        return nullcontext()
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How to measure. ``where``: entries ``alone``, or ``in-place``, the network with the candidate swapped in against the network as it
-    was, in alternation. Each of ``rounds`` passes over all entries times each of them for ``min_run_time`` seconds."""
+    """How to measure.
+
+    Attributes:
+        where: ``alone`` times each entry by itself; ``in-place`` times the network with the
+            candidate swapped in against the network as it was, in alternation.
+        rounds: passes over all entries.
+        min_run_time: seconds for which each entry is timed in a round.
+    """
 
     where: Where = "alone"
     rounds: int = 5
@@ -68,14 +125,19 @@ class Timing:
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.min_run_time < 0:
             raise ValueError(
-                f"rounds, min_run_time: expected 1 or more, and no less than 0, found {self.rounds}, {self.min_run_time}"
+                "rounds, min_run_time: expected 1 or more, and no less than 0, "
+                f"found {self.rounds}, {self.min_run_time}"
             )
 
 
 def time_together(
     runs: Mapping[str, Run], runtime: Runtime, min_run_time: float
 ) -> dict[str, float]:
-    """Median seconds of each, passes in alternation, so that a disturbance falls on all of them."""
+    """Time several forward passes in alternation, so that a disturbance falls on all of them.
+
+    Returns:
+        Median seconds by name.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + min_run_time * len(runs)
     while len(next(iter(times.values()))) < _FEWEST or time.perf_counter() < end:
@@ -92,29 +154,29 @@ def measure(
     progress: Progress = lambda done, of: None,
     indices: Collection[int] | None = None,
 ) -> dict[str, Any]:
-    """Measure what ``out`` does not have yet, and leave it there after each entry; returns the content of ``costs.json``.
+    """Measure the entries that ``out`` does not have yet, and write it after each of them.
 
-    ``indices``: the entries to measure (None: all); the network is measured in any case. The table is in the content once no entry is
-    missing, until then the runs alone. Raises ValueError where ``out`` holds measurements of something else.
+    Args:
+        spec: what to time.
+        runtime: what runs it.
+        out: ``costs.json``; measuring goes on in one that is there (None: keep nothing).
+        timing: how often and how long.
+        progress: called with the numbers of entries done and to do.
+        indices: the entries to measure (None: all). The network is measured in any case.
+
+    Returns:
+        The content of ``costs.json``. It is a cost table once every entry has been measured; until
+        then it holds the measured times only.
+
+    Raises:
+        ValueError: if ``out`` holds measurements of something else, or an entry can't be run.
     """
     if not spec.layers:
         raise ValueError(f"{spec.model}: expected layers to measure, found none in its rank space")
     identity = {**subject(spec), **runtime.identity(), "where": timing.where}
     homes = spec.homes()
     mine = [index for index in homes if indices is None or index in indices]
-    state = read_measurements(out, identity) or {
-        "version": COSTS_VERSION,
-        "metric": METRIC,
-        "unit": UNITS[METRIC],
-        "identity": {},
-    }
-    before = state["identity"]
-    kept_facts = {key: before[key] for key in ("date", "runs") if key in before}
-    state["identity"] = (
-        identity | kept_facts | {"geometry": before.get("geometry", {}) | identity["geometry"]}
-    )
-    if unmeasured(spec, state):  # else what is there stays a table while it is measured once more
-        state = {key: state[key] for key in STATE if key in state}
+    state = _state_to_go_on_with(spec, identity, out)
     runs: dict[str, dict[str, list[float]]] = state.setdefault("runs", {})
     whole: list[float] = state.setdefault(NETWORK, [])
     missing, seen = [], Counter[int | None]()
@@ -128,21 +190,15 @@ def measure(
             kept = _kept(runs, whole, homes, index)
             try:
                 kept.append(1e3 * _time(spec, runtime, index, timing))
-            # The device is gone, out of memory, or cannot run this; or a specification that was written by hand makes no sense.
+            # The device is gone, out of memory or can't run this entry; or somebody wrote the
+            # specification by hand and it makes no sense.
             except (RuntimeError, TypeError, LookupError, AttributeError) as error:
-                what = (
-                    "the network"
-                    if index is None
-                    else "layer {!r}, candidate {!r}".format(*homes[index])
-                )
-                reason = first_line(error)
-                reason = (
-                    reason
-                    if isinstance(error, RuntimeError)
-                    else f"the specification is damaged ({type(error).__name__}: {reason})"
-                )
+                what = "the network"
+                if index is not None:
+                    what = "layer {!r}, candidate {!r}".format(*homes[index])
+                where = f"is in {out}" if out else "is lost"
                 raise ValueError(
-                    f"{what}: {reason}; what was measured until then {'is in ' + str(out) if out else 'is lost'}"
+                    f"{what}: {_reason(error)}; what was measured until then {where}"
                 ) from None
             state["identity"] |= {"date": time.strftime("%Y-%m-%d"), "runs": timing.rounds}
             if out is not None and done + 1 < len(missing):
@@ -154,9 +210,39 @@ def measure(
     return state
 
 
+def _state_to_go_on_with(
+    spec: Specification, identity: dict[str, Any], out: str | Path | None
+) -> dict[str, Any]:
+    """Read the state of an earlier start, or make an empty one."""
+    state = read_measurements(out, identity) or {
+        "version": COSTS_VERSION,
+        "metric": METRIC,
+        "unit": UNITS[METRIC],
+        "identity": {},
+    }
+    before = state["identity"]
+    kept_facts = {key: before[key] for key in ("date", "runs") if key in before}
+    state["identity"] = (
+        identity | kept_facts | {"geometry": before.get("geometry", {}) | identity["geometry"]}
+    )
+    if not unmeasured(spec, state):  # a finished table stays one while it is measured once more
+        return state
+    return {key: state[key] for key in STATE if key in state}
+
+
+def _reason(error: Exception) -> str:
+    """Say on one line why an entry can't be run."""
+    if isinstance(error, RuntimeError):
+        return first_line(error)
+    return f"the specification is damaged ({type(error).__name__}: {first_line(error)})"
+
+
 def _time(spec: Specification, runtime: Runtime, index: int | None, timing: Timing) -> float:
-    """Seconds of an entry, of the network for None; in place, what one layer gains (negative) or loses against the dense one: all layers
-    alike are swapped at once, and the difference is shared out among them."""
+    """Return the seconds of an entry, or of the whole network for None.
+
+    In place it is what one layer gains (negative) or loses against the dense one. All layers that
+    are alike are swapped at once, and the difference is divided by their number.
+    """
     layers = [] if index is None else spec.alike(index)
     dense = index is None or all(spec.layers[layer][DENSE] == index for layer in layers)
     if dense or timing.where == "alone":
@@ -175,7 +261,10 @@ def _time(spec: Specification, runtime: Runtime, index: int | None, timing: Timi
 
 
 def _one_round(indices: Sequence[int]) -> list[int | None]:
-    """Each entry once, and after every few of them the network, None, since one moment may be a disturbed one."""
+    """List each entry once, and after every few of them None, the whole network.
+
+    The network is visited all along the round, because any one moment may be a disturbed one.
+    """
     few = max(1, math.ceil(len(indices) / _VISITS))
     return [
         index
@@ -190,9 +279,8 @@ def _kept(
     homes: Mapping[int, tuple[str, str]],
     index: int | None,
 ) -> list:
-    """The measurements of an entry, of the network for None."""
-    return (
-        whole
-        if index is None
-        else runs.setdefault(homes[index][0], {}).setdefault(homes[index][1], [])
-    )
+    """Return the list that keeps an entry's times; the network's for None."""
+    if index is None:
+        return whole
+    layer, candidate = homes[index]
+    return runs.setdefault(layer, {}).setdefault(candidate, [])

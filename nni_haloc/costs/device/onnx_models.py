@@ -1,4 +1,4 @@
-"""ONNX models of layers and of a network, with random weights: what `OnnxRuntime` times."""
+"""ONNX models of layers and of a network, with random weights, for `OnnxRuntime` to time."""
 
 from __future__ import annotations
 
@@ -8,29 +8,39 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-import onnx
 import torch
-from onnx import TensorProto, helper
 from torch import nn
 
 from nni_haloc.costs.device.spec import Entry, Specification
 from nni_haloc.costs.device.torch_runtime import layer_spec
 from nni_haloc.space.layers import LayerSpec
+from nni_haloc.utils.errors import needs
+
+with needs("onnx", what="ONNX models of layers", install="nni-haloc[onnx]"):
+    import onnx
+    from onnx import TensorProto, helper
 
 _OPSET = 20
 _SHAPE = "/shape"
-"""What the name of a constant's shape ends with."""
+"""Ending of the name of a constant's shape."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch's exporter notes the modules that a node comes from, as the text of a Python list."""
+"""Key under which torch's exporter notes a node's modules, as the text of a Python list."""
 
 
 def with_onnx(spec: Specification, model: nn.Module) -> Specification:
-    """The specification with ONNX models of every entry and of the network."""
+    """Return the specification with ONNX models of every entry and of the network.
+
+    Raises:
+        MissingPackage: if ONNX Script is not installed, which torch's exporter needs.
+        ValueError: if a layer has no ONNX form here, or is not found in the network's model.
+    """
     entries = tuple(replace(e, onnx=_entry(e)) for e in spec.entries)
     x = torch.randn(spec.input)
-    with warnings.catch_warnings():
+    exporting = needs("onnxscript", what="export to ONNX", install="nni-haloc[onnx]")
+    with exporting, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Not optimised: batch normalisation would be folded into convolutions that are to be replaced. ONNX Runtime does that itself.
+        # Not optimised, because batch normalisation would be folded into convolutions that are to
+        # be replaced; ONNX Runtime folds it itself.
         exported = torch.onnx.export(
             copy.deepcopy(model).eval(),
             (x,),
@@ -51,7 +61,7 @@ def with_onnx(spec: Specification, model: nn.Module) -> Specification:
 
 
 def with_layers(spec: Specification, choice: Mapping[str, str]) -> bytes:
-    """The network's ONNX model with the layers that ``choice`` names at their candidates."""
+    """Return the network's ONNX model with the candidates of ``choice`` in it."""
     network = onnx.load_from_string(spec.onnx or b"")
     for layer, candidate in choice.items():
         entry = spec.entries[spec.layers[layer][candidate]]
@@ -71,7 +81,10 @@ def with_layers(spec: Specification, choice: Mapping[str, str]) -> bytes:
 
 
 def with_initializers(model: bytes) -> Any:
-    """An ONNX model (`onnx.ModelProto`) with its weights as tensors instead of constant nodes, for those who look for them there."""
+    """Return an `onnx.ModelProto` whose weights are initializers instead of constant nodes.
+
+    Programs such as nn-Meter look for weights there.
+    """
     import numpy as np
     from onnx import numpy_helper
 
@@ -108,7 +121,10 @@ def _entry(entry: Entry) -> bytes:
 def _nodes(
     layer: LayerSpec, rank: tuple[int, ...] | None, x: str, y: str, prefix: str
 ) -> list[Any]:
-    """The nodes of a layer at a rank, from tensor ``x`` to ``y``; the weights are constant nodes, so that the model stays small."""
+    """Make the nodes of a layer at a rank, from tensor ``x`` to ``y``.
+
+    The weights are constant nodes, so that the model stays small.
+    """
     if layer.padding_mode != "zeros":
         raise ValueError(
             f"layer {layer.name!r}: padding mode {layer.padding_mode!r} has no ONNX form here"
@@ -153,7 +169,7 @@ def _attributes(conv: nn.Conv2d) -> dict[str, Any]:
 
 
 def _constant(name: str, shape: list[int], value: float = 0.01) -> list[Any]:
-    """A tensor of one value; ONNX Runtime makes it a weight when it loads the model."""
+    """Make a tensor of one value; ONNX Runtime turns it into a weight when it loads the model."""
     return [
         helper.make_node(
             "Constant",
@@ -171,7 +187,7 @@ def _constant(name: str, shape: list[int], value: float = 0.01) -> list[Any]:
 
 
 def _weightless(network: Any) -> Any:
-    """The model with each float weight as a constant node of its shape, and without the exporter's notes: a small file."""
+    """Replace float weights by constant nodes and drop the exporter's notes: a small file."""
     kept, nodes = [], []
     for tensor in network.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT and len(tensor.dims):
@@ -194,13 +210,16 @@ def _weightless(network: Any) -> Any:
 
 
 def _without_made_biases(network: Any, layers: Collection[str]) -> None:
-    """Take off the zeros that the exporter adds to convolutions without bias: computed at run time, they keep ONNX Runtime from folding
-    the batch normalisation behind it."""
+    """Take off the zero biases that the exporter adds to convolutions without bias.
+
+    They are computed at run time, which keeps ONNX Runtime from folding the batch normalisation
+    that follows.
+    """
     for node in network.graph.node:
         if node.op_type == "Conv" and len(node.input) == 3 and set(layers) & set(_scopes(node)):
             del node.input[2]
     before = None
-    while before != len(network.graph.node):  # and what is now computed for nobody
+    while before != len(network.graph.node):  # also drop nodes whose results nobody uses any more
         before = len(network.graph.node)
         used = {name for node in network.graph.node for name in node.input} | {
             value.name for value in network.graph.output
@@ -210,15 +229,15 @@ def _without_made_biases(network: Any, layers: Collection[str]) -> None:
 
 
 def _nodes_of(network: Any, layer: str) -> list[Any]:
-    """The nodes that the calls of a layer have become; ValueError where there is none."""
-    found = [
+    """Return the nodes that the calls of a layer have become; ValueError if there is none."""
+    nodes = [
         n
         for n in network.graph.node
         if n.op_type in ("Conv", "Gemm", "MatMul") and layer in _scopes(n)
     ]
-    if not found:
+    if not nodes:
         raise ValueError(f"layer {layer!r}: not found in the ONNX model")
-    return found
+    return nodes
 
 
 def _scopes(node: Any) -> list[str]:

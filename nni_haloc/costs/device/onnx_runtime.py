@@ -1,36 +1,58 @@
-"""Timing with ONNX Runtime on the processor; needs numpy and onnxruntime, and no PyTorch where the specification carries ONNX models."""
+"""Timing with ONNX Runtime on the processor.
+
+It needs numpy and onnxruntime, and no PyTorch if the specification carries ONNX models.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from time import perf_counter
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from nni_haloc.costs.device.measuring import Run
+from nni_haloc.costs.device.measuring import Run, Runtime
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.space.names import DENSE
+from nni_haloc.utils.errors import needs
 from nni_haloc.utils.versions import processor
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def _onnxruntime() -> ModuleType:
+    """Import ONNX Runtime; if it is not installed, say so on one line."""
+    with needs("onnxruntime", what="ONNX Runtime", install="onnxruntime"):
+        import onnxruntime
+    return onnxruntime
 
 
 def open_session(model: bytes | str, threads: int | None = None) -> Any:
-    """An `onnxruntime.InferenceSession` on the processor of an ONNX model, its content or its path; RuntimeError where it is none."""
-    import onnxruntime
+    """Open an ONNX model as an `onnxruntime.InferenceSession` on the processor.
 
+    Args:
+        model: its content or its path.
+        threads: processor threads (None: ONNX Runtime's choice).
+
+    Raises:
+        RuntimeError: if it is no ONNX model.
+        MissingPackage: if ONNX Runtime is not installed.
+    """
+    onnxruntime = _onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
-    options.add_session_config_entry(
-        "session.force_spinning_stop", "1"
-    )  # else the threads of one session disturb the next one's
+    # Otherwise the threads of one session disturb the next one's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     with clear_errors():
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """ONNX Runtime's own exceptions, which have no common base, as RuntimeErrors."""
+    """Turn ONNX Runtime's own exceptions, which have no common base, into RuntimeErrors."""
+    _onnxruntime()
     from onnxruntime.capi import onnxruntime_pybind11_state as binding
 
     errors = tuple(
@@ -43,23 +65,61 @@ def clear_errors() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class OnnxRuntime:
-    """ONNX Runtime's CPU provider with ``threads`` threads (its own choice where None), float32."""
+class OnnxRuntime(Runtime):
+    """Times with ONNX Runtime's CPU provider, in float32.
+
+    Attributes:
+        threads: processor threads (None: ONNX Runtime's own choice).
+    """
 
     threads: int | None = None
 
-    def identity(self) -> dict[str, Any]:
-        import onnxruntime
+    @classmethod
+    def from_options(
+        cls,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        memory_format: str = "contiguous",
+        threads: int | None = None,
+    ) -> OnnxRuntime:
+        """Make the runtime; see `Runtime.from_options`.
 
+        Raises:
+            ValueError: if an option asks for anything but the processor, float32 and contiguous
+                images.
+            MissingPackage: if ONNX Runtime is not installed.
+        """
+        given = {"device": device, "dtype": dtype, "memory_format": memory_format}
+        only = {"device": "cpu", "dtype": "float32", "memory_format": "contiguous"}
+        for option, value in given.items():
+            if value != only[option]:
+                raise ValueError(
+                    f"runtime onnxruntime: {option}: expected {only[option]!r}, found {value!r}"
+                )
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads: expected a number above 0, found {threads}")
+        _onnxruntime()
+        return cls(threads)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the times hold for; see `Runtime.identity`."""
         return {
-            "runtime": f"onnxruntime {onnxruntime.__version__}",
+            "runtime": f"onnxruntime {_onnxruntime().__version__}",
             "device": processor(),
             "dtype": "float32",
             "memory_format": "contiguous",
             "threads": self.threads or "default",
         }
 
+    def prepare(self, spec: Specification, model: nn.Module) -> Specification:
+        """Add ONNX models of every entry and of the network."""
+        from nni_haloc.costs.device.onnx_models import with_onnx
+
+        return with_onnx(spec, model)
+
     def entry(self, spec: Specification, index: int) -> Run:
+        """Return a forward pass of one entry; see `Runtime.entry`."""
         model = spec.entries[index].onnx
         if model is None:
             raise ValueError(
@@ -68,9 +128,11 @@ class OnnxRuntime:
         return self.ready(model)
 
     def network(self, spec: Specification, choice: Mapping[str, str]) -> Run:
+        """Return a forward pass of the whole network; see `Runtime.network`."""
         if spec.onnx is None:
             raise ValueError(
-                "the specification carries no ONNX model of the network: make it with `haloc spec --onnx`"
+                "the specification carries no ONNX model of the network: "
+                "make it with `haloc spec --onnx`"
             )
         if all(name == DENSE for name in choice.values()):
             return self.ready(spec.onnx)
@@ -79,9 +141,11 @@ class OnnxRuntime:
         return self.ready(with_layers(spec, choice))
 
     def ready(self, model: bytes | str, batch: int | None = None) -> Run:
-        """A forward pass of an ONNX model, its content or its path, on random inputs of the shapes that it states, warmed up.
+        """Return a forward pass of an ONNX model on random inputs of its shapes, warmed up.
 
-        ``batch``: the size of the dimension that it leaves open.
+        Args:
+            model: its content or its path.
+            batch: the size of the dimension that the model leaves open (None: 1).
         """
         import numpy as np
 
@@ -98,12 +162,3 @@ class OnnxRuntime:
             for _ in range(2):
                 session.run(None, feeds)
         return lambda: session.run(None, feeds)
-
-    def once(self, run: Run) -> float:
-        start = perf_counter()
-        run()
-        return perf_counter() - start
-
-    @contextmanager
-    def pinned(self) -> Iterator[None]:
-        yield

@@ -1,4 +1,7 @@
-"""A network as the list of operations of one forward pass: recorded where the model is, run where it is not."""
+"""A network as the list of operations of one forward pass.
+
+It is recorded where the model is, and run on a device that does not have the model.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import evaluating
 
 _TEXT = {"gelu", "gelu_"}
-"""Operations that take a text; any other with one, such as those that open files, is refused."""
+"""Operations that may take a text; all others that do, such as to open a file, are refused."""
 _RESHAPE = {"view": "reshape", "_unsafe_view": "reshape"}
-"""A view of one memory layout may need a copy in another."""
+"""A view of one memory layout may need a copy in another: what such operations are run as."""
 Program = list[dict[str, Any]]
 
 
@@ -29,7 +32,7 @@ class _Recorder(TorchDispatchMode):
         self.inside = 0
 
     def number(self, tensor: Tensor, *, new: bool = False) -> int:
-        """A tensor's number; one that no recorded operation made is a constant."""
+        """Return a tensor's number; a tensor that no recorded operation made is a constant."""
         if new or id(tensor) not in self.numbers:
             self.numbers[id(tensor)] = len(self.kept)
             self.kept.append(tensor)
@@ -89,9 +92,13 @@ def record(
     layers: Collection[str],
     tensors: dict[int, Tensor] | None = None,
 ) -> Program:
-    """The operations of a forward pass of ``model`` in evaluation mode; a call of one of ``layers`` is one operation of its own.
+    """Record the operations of a forward pass in evaluation mode.
 
-    ``tensors`` is filled with the tensor behind each number.
+    Args:
+        model: the network.
+        example_input: its input, ``(N, ...)``.
+        layers: names of layers; a call of one of them is a single operation.
+        tensors: is filled with the tensor behind each number, if it is given.
     """
     recorder = _Recorder()
     modules = {module: name for name, module in model.named_modules() if name in layers}
@@ -126,10 +133,13 @@ def record(
 
 
 class Replay(nn.Module):
-    """A network that runs a recorded program on random weights; its layers stand under their own names and can be replaced.
+    """Runs a recorded program on random weights.
 
-    ValueError names an operation that is not one of torch's ``aten``, or that takes a text such as a file's name, and says what is wrong
-    with a program that is none.
+    The layers have their own names in it and can be replaced.
+
+    Raises:
+        ValueError: if an operation is not one of torch's ``aten``, or takes a text such as a file's
+            name, or if it is no program at all; the message says which.
     """
 
     def __init__(self, program: Program, layers: dict[str, LayerSpec]) -> None:
@@ -138,7 +148,8 @@ class Replay(nn.Module):
             self._read(program, layers)
         except (LookupError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"program: expected the operations of a forward pass, found something else ({error!r})"
+                "program: expected the operations of a forward pass, "
+                f"found something else ({error!r})"
             ) from None
 
     def _read(self, program: Program, layers: dict[str, LayerSpec]) -> None:
@@ -225,19 +236,19 @@ def _decode(value: Any, known: dict[int, Any]) -> Any:
 def _operation(name: str, line: dict[str, Any]) -> Callable[..., Any]:
     space, _, rest = name.partition(".")
     op, _, overload = rest.partition(".")
-    found = (
+    operation = (
         getattr(getattr(torch.ops.aten, _RESHAPE.get(op, op), None), overload or "default", None)
         if space == "aten"
         else None
     )
     values = [*line["args"], *line.get("kwargs", {}).values()]
     if (
-        not isinstance(found, torch._ops.OpOverload)
-        or not (op in _TEXT or _without_text(found))
+        not isinstance(operation, torch._ops.OpOverload)
+        or not (op in _TEXT or _without_text(operation))
         or not all(map(_is_plain, values))
     ):
         raise ValueError(f"operation {name!r}: cannot be run from a file")
-    return found
+    return operation
 
 
 def _without_text(operation: torch._ops.OpOverload) -> bool:
@@ -245,7 +256,7 @@ def _without_text(operation: torch._ops.OpOverload) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is of a recorded form."""
+    """Tell whether a value has one of the recorded forms."""
     if isinstance(value, list):
         return all(map(_is_plain, value))
     return not isinstance(value, dict) or (
@@ -254,15 +265,15 @@ def _is_plain(value: Any) -> bool:
 
 
 def _named(name: str) -> Any:
-    """A type or memory format of torch's, and nothing else that it has."""
-    found = getattr(torch, name, None)
-    if not isinstance(found, (torch.dtype, torch.memory_format)):
+    """Return torch's type or memory format of a name; anything else in torch is refused."""
+    value = getattr(torch, name, None)
+    if not isinstance(value, (torch.dtype, torch.memory_format)):
         raise ValueError(f"expected a type or memory format of torch's, found {name!r}")
-    return found
+    return value
 
 
 def _constant(shape: list[int], dtype: str) -> Tensor:
-    """Weights that keep activations of ordinary size: a denormal number is slow to compute with."""
+    """Draw weights that keep activations at ordinary sizes: denormal numbers are slow."""
     kind = _named(dtype)
     if not kind.is_floating_point:
         return torch.zeros(shape, dtype=kind)

@@ -1,4 +1,7 @@
-"""What there is to time: `Specification`, of a model and its rank space without model or weights, and its file ``spec.json``."""
+"""What a device has to time: `Specification` and its file ``spec.json``.
+
+A specification holds layer shapes and operations, neither the network's code nor its weights.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,25 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nni_haloc.space.names import DENSE
 from nni_haloc.utils.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SPEC_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One distinct thing to time: a layer's geometry (fields of `LayerSpec` without its name) at one rank, None for dense.
+    """One distinct thing to time: a layer's geometry at one rank.
 
-    ``onnx``: the same as an ONNX model, for devices without PyTorch.
+    Attributes:
+        layer: the fields of `LayerSpec` without its name.
+        rank: the rank, None for the dense layer.
+        onnx: the same as an ONNX model, for devices without PyTorch.
     """
 
     layer: Mapping[str, Any]
@@ -33,10 +42,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Specification:
-    """Which entry each candidate of each layer is, and the whole network.
+    """The entries of a rank space, and the whole network.
 
-    ``input``: shape, batch included. ``layers``: layer to candidate name to index into ``entries``; layers of one shape share theirs.
-    ``program``: the network's operations (`Replay`); ``onnx``: the network as an ONNX model; either may be missing.
+    Attributes:
+        model: the network's name.
+        input: shape of its input, batch included.
+        layers: layer name to candidate name to index into ``entries``; layers of one shape share
+            their entries.
+        entries: what is timed.
+        program: the network's operations (see `Replay`); may be missing.
+        onnx: the network as an ONNX model; may be missing.
+        module: the network itself if it is at hand; not in the file.
     """
 
     model: str
@@ -45,17 +61,21 @@ class Specification:
     entries: tuple[Entry, ...]
     program: list[Any] | None = field(default=None, repr=False)
     onnx: bytes | None = field(default=None, repr=False)
+    module: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def homes(self) -> dict[int, tuple[str, str]]:
-        """Of each entry, the first layer and candidate that it is: its name in a file of measurements."""
-        found: dict[int, tuple[str, str]] = {}
+        """Map each entry to the first (layer, candidate) that uses it.
+
+        That is the entry's name in a file of measurements.
+        """
+        homes: dict[int, tuple[str, str]] = {}
         for layer, row in self.layers.items():
             for candidate, index in row.items():
-                found.setdefault(index, (layer, candidate))
-        return found
+                homes.setdefault(index, (layer, candidate))
+        return homes
 
     def geometry(self) -> dict[str, str]:
-        """Of each layer a digest of its shape and of what it is fed."""
+        """Map each layer to a digest of its shape and of its inputs' shapes."""
         dense = {
             layer: json.dumps(dict(self.entries[row[DENSE]].layer), sort_keys=True)
             for layer, row in self.layers.items()
@@ -65,7 +85,7 @@ class Specification:
         }
 
     def alike(self, index: int) -> list[str]:
-        """The layers that have an entry among their candidates."""
+        """Return the layers that have an entry among their candidates."""
         return [layer for layer, row in self.layers.items() if index in row.values()]
 
     def save(self, path: str | Path) -> None:
@@ -90,17 +110,14 @@ class Specification:
 
     @classmethod
     def load(cls, path: str | Path) -> Specification:
-        """Read ``spec.json``; ValueError names the file and what is wrong in it."""
+        """Read ``spec.json``.
+
+        Raises:
+            ValueError: if the file is damaged; the message names it and what is wrong.
+        """
         content = read_json(path, "layer specification", SPEC_VERSION)
         try:
-            entries = tuple(
-                Entry(
-                    dict(e["layer"]),
-                    None if e["rank"] is None else tuple(int(r) for r in e["rank"]),
-                    _bytes(e.get("onnx")),
-                )
-                for e in content["entries"]
-            )
+            entries = tuple(map(_entry, content["entries"]))
             layers = {
                 layer: {name: int(index) for name, index in row.items()}
                 for layer, row in content["layers"].items()
@@ -108,25 +125,34 @@ class Specification:
             for layer, row in layers.items():
                 if DENSE not in row or not all(0 <= index < len(entries) for index in row.values()):
                     raise ValueError(
-                        f"layer {layer!r}: expected a {DENSE!r} entry and indices below {len(entries)}, found {row}"
+                        f"layer {layer!r}: expected a {DENSE!r} entry and indices below "
+                        f"{len(entries)}, found {row}"
                     )
             shape = tuple(int(n) for n in content["input"])
-            return cls(
-                str(content["model"]),
-                shape,
-                layers,
-                entries,
-                content.get("program"),
-                _bytes(content.get("onnx")),
-            )
+            program, onnx = content.get("program"), _bytes(content.get("onnx"))
+            return cls(str(content["model"]), shape, layers, entries, program, onnx)
         except KeyError as error:
             raise ValueError(f"{path}: {error.args[0]}: missing") from None
         except (AttributeError, TypeError, ValueError, binascii.Error) as error:
             raise ValueError(f"{path}: {error}") from None
 
 
+def _entry(fields: Mapping[str, Any]) -> Entry:
+    """Make an entry of what the file says of it."""
+    rank = None if fields["rank"] is None else tuple(int(r) for r in fields["rank"])
+    return Entry(dict(fields["layer"]), rank, _bytes(fields.get("onnx")))
+
+
 def share(spec: Specification, part: int, of: int) -> list[int]:
-    """The entries that one of several workers measures; all of them measure the dense layers, to be compared by."""
+    """Return the entries that one of several workers measures.
+
+    Every worker measures the dense layers, by which the workers' speeds are compared.
+
+    Args:
+        spec: what is measured.
+        part: the worker's number, from 0.
+        of: the number of workers.
+    """
     return [
         index
         for i, (index, home) in enumerate(spec.homes().items())
@@ -135,29 +161,33 @@ def share(spec: Specification, part: int, of: int) -> list[int]:
 
 
 def draw(spec: Specification, fraction: float, seed: int = 0) -> list[int]:
-    """A sample of the entries: of each shape's a ``fraction``, the dense layer and at least one other among them, spread over its ranks.
+    """Draw a sample of the entries.
 
-    ValueError unless the fraction is above 0 and at most 1.
+    For each layer shape it holds the dense layer and at least one other entry, spread over the
+    shape's ranks.
+
+    Args:
+        spec: what is measured.
+        fraction: share of each shape's entries, above 0 and at most 1.
+        seed: of the random draw.
+
+    Raises:
+        ValueError: if the fraction is out of its range.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"sample: expected a share above 0 and at most 1, found {fraction}")
-    generator, found = random.Random(seed), []
+    generator, drawn = random.Random(seed), []
     rows = dict.fromkeys(tuple(row.values()) for row in spec.layers.values())
     for dense, *others in rows:
+        drawn.append(dense)
         if not others:
-            found.append(dense)
             continue
         count = min(len(others), max(1, round(fraction * (1 + len(others))) - 1))
         cuts = [round(i * len(others) / count) for i in range(count + 1)]
-        found += [
-            dense,
-            *(
-                others[generator.randrange(low, high)]
-                for low, high in itertools.pairwise(cuts)
-                if high > low
-            ),
-        ]
-    return found
+        for low, high in itertools.pairwise(cuts):
+            if high > low:
+                drawn.append(others[generator.randrange(low, high)])
+    return drawn
 
 
 def _text(data: bytes | None) -> str | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from nni_haloc.costs.device.measuring import Run
+from nni_haloc.costs.device.measuring import Run, Runtime
 from nni_haloc.costs.device.replay import Replay
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.space.layers import LayerSpec
@@ -24,27 +24,46 @@ from nni_haloc.utils.versions import processor
 _MALLOC = ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28))
 """glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD, and the bytes that they are set to."""
 _HEAD_START = 10_000_000
-"""Cycles of a CUDA device, some milliseconds."""
+"""Cycles of a CUDA device for which it is kept busy: some milliseconds."""
 MemoryFormat = Literal["contiguous", "channels_last"]
 
 
 @dataclass(frozen=True)
-class TorchRuntime:
-    """PyTorch. ``device``: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...; ``threads``: torch's setting where None (processor alone).
+class TorchRuntime(Runtime):
+    """Times with PyTorch.
 
-    ``model``: the network itself where it is at hand; else the specification's program is run. ValueError where the device is not there.
+    Attributes:
+        device: torch's name of the device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...
+        dtype: torch's name of a floating-point type.
+        memory_format: ``contiguous`` or ``channels_last``.
+        threads: processor threads (None: as torch is set). Other devices ignore it.
+
+    Raises:
+        ValueError: if torch can't use the device or the type here.
     """
 
     device: str = "cpu"
     dtype: str = "float32"
     memory_format: MemoryFormat = "contiguous"
     threads: int | None = None
-    model: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def from_options(
+        cls,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        memory_format: str = "contiguous",
+        threads: int | None = None,
+    ) -> TorchRuntime:
+        """Make the runtime; see `Runtime.from_options`."""
+        return cls(device, dtype, cast(MemoryFormat, memory_format), threads)
 
     def __post_init__(self) -> None:
         if self.memory_format not in get_args(MemoryFormat):
             raise ValueError(
-                f"memory_format: expected one of {', '.join(get_args(MemoryFormat))}, found {self.memory_format!r}"
+                f"memory_format: expected one of {', '.join(get_args(MemoryFormat))}, "
+                f"found {self.memory_format!r}"
             )
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads: expected a number above 0, found {self.threads}")
@@ -65,6 +84,7 @@ class TorchRuntime:
         return dtype
 
     def identity(self) -> dict[str, Any]:
+        """Return what the times hold for; see `Runtime.identity`."""
         cpu = self.device == "cpu"
         return {
             "runtime": f"torch {torch.__version__}",
@@ -78,18 +98,20 @@ class TorchRuntime:
         }
 
     def entry(self, spec: Specification, index: int) -> Run:
+        """Return a forward pass of one entry; see `Runtime.entry`."""
         entry = spec.entries[index]
         layer = layer_spec("", entry.layer)
         layer.check_rank(entry.rank)
         return self.ready(layer.build(entry.rank), *layer.input_shapes)
 
     def network(self, spec: Specification, choice: Mapping[str, str]) -> Run:
+        """Return a forward pass of the network itself, or of its recorded program without it."""
         entries = {
             layer: spec.entries[row[choice.get(layer, DENSE)]] for layer, row in spec.layers.items()
         }
         specs = {layer: layer_spec(layer, entry.layer) for layer, entry in entries.items()}
-        if self.model is not None:
-            model = copy_of(self.model)
+        if spec.module is not None:
+            model = copy_of(spec.module)
         elif spec.program is not None:
             model = Replay(spec.program, specs)
         else:
@@ -105,7 +127,13 @@ class TorchRuntime:
         return self.ready(model, spec.input, copied=True)
 
     def ready(self, module: nn.Module, *shapes: tuple[int, ...], copied: bool = True) -> Run:
-        """Forward passes of a module (of a copy of it unless ``copied``) on random inputs of these shapes, warmed up."""
+        """Return a forward pass of a module on random inputs, warmed up.
+
+        Args:
+            module: it is moved and set to evaluation mode, unless it is copied.
+            shapes: one input shape for each call in a pass.
+            copied: whether ``module`` is a copy already.
+        """
         model = (module if copied else copy_of(module)).eval().to(self.device, self._dtype)
         inputs = [torch.randn(shape).to(self.device, self._dtype) for shape in shapes]
         if self.memory_format == "channels_last":
@@ -119,15 +147,15 @@ class TorchRuntime:
             with torch.inference_mode():
                 return [model(x) for x in inputs]
 
-        for _ in range(2):  # allocation, and the library's choice of algorithm
+        for _ in range(2):  # memory is allocated, and the library chooses its algorithms
             run()
         self._wait()
         return run
 
     def once(self, run: Run) -> float:
-        if self.device.startswith(
-            "cuda"
-        ):  # the device's own time: it is kept busy while the host prepares what is timed
+        """Run one pass and return its seconds, on a CUDA device by the device's own clock."""
+        if self.device.startswith("cuda"):
+            # The device is kept busy while the host prepares the pass that is timed.
             with torch.cuda.device(self.device):
                 before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 torch.cuda._sleep(_HEAD_START)
@@ -150,6 +178,7 @@ class TorchRuntime:
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
+        """Set torch's number of threads for the time of a block."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
         _keep_memory()
@@ -160,10 +189,11 @@ class TorchRuntime:
 
 
 def _keep_memory() -> bool:
-    """Have glibc keep freed memory for the rest of the process, where there is glibc.
+    """Have glibc keep freed memory for the rest of the process, if there is glibc.
 
-    By default it may give an activation of some megabytes back to the system and take it anew in each pass, zeroed page by page; whether
-    it does depends on what was allocated before, and can treble a layer's time.
+    By default it may give an activation of some megabytes back to the system and take it anew in
+    each pass, zeroed page by page. Whether it does depends on what was allocated before, and it can
+    treble a layer's time.
     """
     try:
         library = ctypes.CDLL(None)
@@ -173,14 +203,19 @@ def _keep_memory() -> bool:
 
 
 def layer_spec(name: str, fields: Mapping[str, Any]) -> LayerSpec:
-    """A layer's geometry from a specification's fields; ValueError says what does not fit."""
+    """Make a layer's geometry of a specification's fields.
+
+    Raises:
+        ValueError: if the fields do not fit; the message says which.
+    """
 
     def pairs(value: Any) -> Any:
         return tuple(pairs(v) for v in value) if isinstance(value, (list, tuple)) else value
 
     if fields.get("kind") not in get_args(Kind):
         raise ValueError(
-            f"layer {name!r}: kind: expected one of {', '.join(get_args(Kind))}, found {fields.get('kind')!r}"
+            f"layer {name!r}: kind: expected one of {', '.join(get_args(Kind))}, "
+            f"found {fields.get('kind')!r}"
         )
     try:
         return LayerSpec(name=name, **{key: pairs(value) for key, value in fields.items()})
