@@ -2,20 +2,36 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-NNI_PLATFORMS = (
-    "platform_machine == 'x86_64' or platform_machine == 'AMD64'"  # nni has wheels for these alone
-)
-TENSORBOARD = ["tensorboard>=2.18"]
-ACCELERATOR = [
-    "zigzag-dse>=3.9,<4; python_version >= '3.11'",
-    "six>=1.16",
-]  # six: needed and not declared
-ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+NNI_PLATFORMS = "platform_machine == 'x86_64' or platform_machine == 'AMD64'"
+"""NNI has wheels for these alone."""
+EXTRAS = {
+    "plots": ["matplotlib>=3.9", "jinja2>=3.1"],
+    "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
+    "sampling": ["scikit-learn>=1.5"],
+    "accelerator": [
+        "zigzag-dse>=3.9,<4; python_version >= '3.11'",
+        "six>=1.16",  # zigzag-dse needs it and does not declare it
+    ],
+    "tensorboard": ["tensorboard>=2.18"],
+}
+TEST = [
+    "pytest>=8.0",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "fvcore>=0.1.5",
+    "ruff>=0.9",
+    "import-linter>=2.0",
+    "mypy>=1.15",
+    "playwright>=1.40",
+    "types-PyYAML>=6.0",
+    "types-requests>=2.31",
+]
 
 setup(
     name="nni-haloc",
-    version="0.1.0",
-    description="Hardware-aware automatic low-rank compression (HALOC) of convolutional networks, as an NNI plugin",
+    version="0.2.0",
+    description="Hardware-aware automatic low-rank compression (HALOC) of convolutional networks, "
+    "as an NNI plugin",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -28,40 +44,17 @@ setup(
         "torch>=2.9",
         "torchvision>=0.24",
         "pytorch_lightning>=2.6",  # 2.5 draws the order of a resumed epoch twice
-        "torchmetrics>=1.6",
         "tensorly>=0.9",
         "numpy>=2.0",
         "scipy>=1.13",
-        "scikit-learn>=1.5",
-        "matplotlib>=3.9",
         "pyyaml>=6.0",
         "pydantic>=2.7",
         "safetensors>=0.4",
         "typer>=0.15",
-        "rich>=13.0",
-        "jinja2>=3.1",
-        "filelock>=3.11",
-        "packaging>=23.0",
     ],
     extras_require={
-        "tensorboard": TENSORBOARD,
-        "onnx": ONNX,
-        "accelerator": ACCELERATOR,
-        "test": [
-            *TENSORBOARD,
-            *ONNX,
-            *ACCELERATOR,
-            "pytest>=8.0",
-            "pytest-xdist>=3.6",
-            "hypothesis>=6.100",
-            "fvcore>=0.1.5",
-            "ruff>=0.9",
-            "import-linter>=2.0",
-            "mypy>=1.15",
-            "playwright>=1.40",
-            "types-PyYAML>=6.0",
-            "types-requests>=2.31",
-        ],
+        **EXTRAS,
+        "test": [*TEST, *(package for extra in EXTRAS.values() for package in extra)],
         "docs": ["mkdocs>=1.6"],
     },
     entry_points={"console_scripts": ["haloc=nni_haloc.cli.main:main"]},

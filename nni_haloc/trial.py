@@ -23,15 +23,14 @@ if __name__ == "__main__":
     PARAMETERS = json.loads(handed_on) if handed_on else nni.get_next_parameter() or {}
     os.environ["NNI_HALOC_PARAMETERS"] = json.dumps(PARAMETERS)
 
+import fcntl
 import hashlib
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
+from typing import IO, Any
 
 from nni_haloc.inputs.config import load_config
 from nni_haloc.runs.folder import RunFolder
@@ -168,17 +167,20 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _hold_alone(folder: RunFolder) -> FileLock:
+def _hold_alone(folder: RunFolder) -> IO[str]:
     """Wait until no other process works in the trial's folder, then hold its lock.
 
     A process that a shell keeps alive does not see its manager die.
+
+    Returns:
+        The open lock file; the lock is held until it is closed or the process ends.
     """
-    lock = FileLock(folder.lock)
+    lock = folder.lock.open("a")
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         logger.info("%s: waiting for this trial's earlier process to end", folder)
-        lock.acquire()
+        fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
 
 

@@ -1,0 +1,262 @@
+"""Compress a network in one call: no settings file, no NNI experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import seed_everything
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from nni_haloc.costs.counts import count_macs, count_params
+from nni_haloc.costs.measured import measure_latency
+from nni_haloc.costs.table import CostTable, worthwhile
+from nni_haloc.inputs.registries import PREDICTORS, RUNTIMES
+from nni_haloc.plan.budget import Limit
+from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.plan.rules import plan as plan_by_rule
+from nni_haloc.plan.rules.problem import Problem
+from nni_haloc.plan.sensitivity import sensitivities
+from nni_haloc.runs.folder import Figures, RunFolder
+from nni_haloc.runs.saved import save
+from nni_haloc.runs.summary import summary_text
+from nni_haloc.search.evaluator import Classification
+from nni_haloc.search.space import RankSpace
+from nni_haloc.search.strategy import Haloc, run_search
+from nni_haloc.space.modules import copy_of, evaluating
+from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.summary import why_nothing
+from nni_haloc.training.finetuning import accuracy, finetune, recalibrate
+from nni_haloc.training.recipe import Recipe
+from nni_haloc.utils.quiet import quiet
+
+_RECALIBRATION_BATCHES = 50
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress_model` returns.
+
+    Attributes:
+        model: the compressed network, plain `torch.nn`, in evaluation mode.
+        plan: the chosen rank of every layer.
+        costs: what every candidate costs.
+        metrics: figures of ``original`` and ``compressed``: ``macs`` (for one image), ``params``,
+            ``latency_ms`` and, where labels are at hand, ``top1`` on the validation loader.
+    """
+
+    model: nn.Module
+    plan: RankPlan
+    costs: CostTable
+    metrics: Mapping[str, Figures]
+
+    def report(self) -> str:
+        """Return a small table: original, compressed, change."""
+        return summary_text(self.metrics)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ranks, weights, costs and figures into a folder.
+
+        ``nni_haloc.load(folder, model)`` makes the network from them and an instance of the
+        original one.
+        """
+        files = RunFolder(folder)
+        save(folder, self.model, self.plan)
+        self.costs.save(files.costs)
+        original, compressed = (dict(self.metrics[key]) for key in ("original", "compressed"))
+        compressed["bytes"] = files.weights.stat().st_size
+        files.write_metrics({"original": original, "finetune": compressed})
+
+
+def compress_model(
+    model: nn.Module,
+    train_loader: DataLoader,
+    val_loader: DataLoader | None = None,
+    *,
+    budget: float = 0.5,
+    metric: str = "latency_ms",
+    epochs: int = 10,
+    rule: str | None = None,
+    recipe: Recipe | None = None,
+    search_recipe: Recipe | None = None,
+    rank_space: RankRules = RankRules(),
+    costs: CostTable | None = None,
+    batch_size: int = 1,
+    memory_format: str = "contiguous",
+    runtime: str = "torch",
+    calibration_images: int = 512,
+    seed: int = 0,
+    verbose: bool = False,
+    **search_options: Any,
+) -> Compressed:
+    """Compress a trained classification network to a share of its cost.
+
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 2))
+    >>> images = DataLoader(TensorDataset(torch.randn(64, 3, 8, 8)), 16)
+    >>> result = compress_model(net, images, metric="macs", budget=0.8, epochs=0)
+    >>> result.metrics["compressed"]["macs"] <= 0.8 * result.metrics["original"]["macs"]
+    True
+
+    Args:
+        model: the trained network; it is copied and never changed.
+        train_loader: batches ``(images, labels)``. With ``epochs=0``, images alone will do.
+        val_loader: batches for the search's probabilities and for the accuracies; needed with
+            ``epochs`` above 0.
+        budget: the share of the original's cost that the compressed network may have, above 0
+            to 1.
+        metric: the cost: ``latency_ms`` (measured here), ``macs``, ``params``, or another name of
+            `nni_haloc.inputs.registries.PREDICTORS`.
+        epochs: epochs of fine-tuning. 0 is the way that takes minutes: no search and no training;
+            ranks by the rule ``sensitivity-knapsack``, weights decomposed for the data.
+        rule: how ranks are chosen: ``search`` (the default, unless ``epochs`` is 0), or a rule
+            of `nni_haloc.inputs.registries.RULES`.
+        recipe: how the fine-tuning goes; its epochs take the place of ``epochs``.
+        search_recipe: how the weights are trained in the search (default: one epoch at 0.02).
+        rank_space: which layers and ranks are searched.
+        costs: a cost table that is at hand, in the place of one that is made here.
+        batch_size: images in the batch that latency is measured with.
+        memory_format: ``contiguous`` or ``channels_last``, for latency and for the result.
+        runtime: what latency is measured with: ``torch``, ``onnxruntime``, ...
+        calibration_images: training images for decomposition and sensitivities.
+        seed: of path sampling and shuffling.
+        verbose: whether to show progress bars.
+        search_options: further options of `nni_haloc.Haloc`.
+
+    Returns:
+        The network with its plan, its cost table and its figures.
+
+    Raises:
+        InfeasibleBudget: if no network of the rank space fits the budget; names the cheapest cost.
+        ValueError: if nothing in the model can be searched, or labels are missing to train with.
+        Diverged: if the search or the fine-tuning diverges.
+    """
+    if not 0 < budget <= 1:
+        expected = "expected a share of the original's cost, above 0 to 1"
+        raise ValueError(f"budget: {expected}, found {budget}")
+    recipe = recipe or Recipe(epochs=epochs, lr=0.02, schedule="onecycle")
+    rule = rule or ("search" if recipe.epochs else "sensitivity-knapsack")
+    if search_options and rule != "search":
+        name = next(iter(search_options))
+        raise ValueError(f"{name}: an option of the search, and the rule is {rule!r}")
+    trained = recipe.epochs > 0 or rule == "search"
+    with quiet(), isolate_rng():
+        seed_everything(seed, verbose=False)
+        images, labels = _calibration(train_loader, calibration_images)
+        images = images.to(next(model.parameters()).device)
+        if trained and (labels is None or val_loader is None):
+            raise ValueError("train_loader, val_loader: expected both, with labels, to train with")
+        original = model if memory_format == "contiguous" else _channels_last(model)
+        example = images[:1].repeat(batch_size, *[1] * (images.dim() - 1))
+        timing = RUNTIMES[runtime].from_options(memory_format=memory_format)
+        if costs is None:
+            batch = example if metric == "latency_ms" else images[:1]
+            make = PREDICTORS[metric].table
+            costs = make(original, batch, rank_space, timing, lambda done, of: None)
+        labels = _predictions(original, images) if labels is None else labels
+        task = _Task(
+            original, images, labels, train_loader, Limit.of(costs, budget), rank_space, seed
+        )
+        if rule == "search":
+            how = search_recipe or Recipe(epochs=1, lr=0.02, schedule="constant")
+            plan, network = task.search(val_loader, how, verbose, search_options)
+        else:
+            plan, network = task.apply_rule(rule)
+        recalibrate(network, _pairs(train_loader), _RECALIBRATION_BATCHES)
+        finetune(network, train_loader, recipe, val_loader, enable_progress_bar=verbose)
+        networks = {"original": original, "compressed": network}
+        metrics = {name: _measure(net, val_loader, images[:1]) for name, net in networks.items()}
+        for name, latency in measure_latency(networks, example, timing).items():
+            metrics[name]["latency_ms"] = latency
+    return Compressed(network, plan, costs, metrics)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A network, the data to choose its ranks by, and the limit on its cost."""
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    train: DataLoader
+    limit: Limit
+    rules: RankRules
+    seed: int
+
+    def search(
+        self, val: Any, recipe: Recipe, verbose: bool, options: Mapping[str, Any]
+    ) -> tuple[RankPlan, nn.Module]:
+        """Choose ranks by the search; return the plan, and its network with searched weights."""
+        space = RankSpace(self.model, self.images[:1], self.limit.costs, self.rules, self.images)
+        start = sensitivities(self.model, space.modules_by_layer, self.images, self.labels)
+        strategy = Haloc([self.limit], start=start, seed=self.seed, **options)
+        evaluator = Classification(self.train, val, recipe, enable_progress_bar=verbose)
+        run_search(space, evaluator, strategy)
+        plan = strategy.plan()
+        return plan, strategy.network(plan)
+
+    def apply_rule(self, rule: str) -> tuple[RankPlan, nn.Module]:
+        """Choose ranks by a rule; return the plan, and its network decomposed for the data."""
+        layers = find_layers(self.model, self.images[:1], self.rules)
+        candidates = layers.candidates(self.rules)
+        pinned = [name for name in candidates if self.rules.pins(name)]
+        kept, dropped = worthwhile(candidates, [self.limit.costs], pinned)
+        if not kept:
+            raise ValueError(why_nothing(self.model, {**layers.left_alone, **dropped}))
+        problem = Problem(
+            self.model,
+            layers.specs,
+            kept,
+            [self.limit],
+            self.images,
+            self.labels,
+            seed=self.seed,
+            train=self.train,
+        )
+        plan = plan_by_rule(problem, rule)
+        return plan, problem.network(plan.names)
+
+
+def _calibration(loader: Iterable[Any], number: int) -> tuple[Tensor, Tensor | None]:
+    """Return the first images of a loader, and their labels where it has any."""
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    for batch in loader:
+        parts = batch if isinstance(batch, Sequence) else [batch]
+        images.append(parts[0])
+        labels += parts[1:2]
+        if sum(map(len, images)) >= number:
+            break
+    if not images:
+        raise ValueError("train_loader: expected batches of images, found none")
+    return torch.cat(images)[:number], torch.cat(labels)[:number] if labels else None
+
+
+def _pairs(loader: Iterable[Any]) -> Iterable[tuple[Tensor, Any]]:
+    """Yield a loader's batches as pairs of images and something."""
+    for batch in loader:
+        yield (batch[0], None) if isinstance(batch, Sequence) else (batch, None)
+
+
+def _predictions(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the classes that the original network sees, which stand in for labels."""
+    with evaluating(model), torch.no_grad():
+        return torch.cat([model(part).argmax(1) for part in images.split(64)])
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    """Return a copy of the network in channels-last memory format."""
+    return copy_of(model).to(memory_format=torch.channels_last)
+
+
+def _measure(network: nn.Module, val_loader: DataLoader | None, example: Tensor) -> Figures:
+    """Count a network, and take its accuracy where a validation loader is at hand."""
+    figures: Figures = {}
+    if val_loader is not None:
+        figures["top1"] = accuracy(network, val_loader)[0]
+    return {**figures, "macs": count_macs(network, example), "params": count_params(network)}

@@ -1,0 +1,66 @@
+"""The table at the end of a run: the original network, the compressed one, and the change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from nni_haloc.runs.folder import Figures
+from nni_haloc.utils.printing import percent, text_table
+
+ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "top1": ("top-1", lambda share: percent(share, 2)),
+    "top5": ("top-5", lambda share: percent(share, 2)),
+    "latency_ms": ("latency", "{:.4g} ms".format),
+    "macs": ("MACs", lambda count: short(count)),
+    "params": ("parameters", lambda count: short(count)),
+    "bytes": ("file of weights", lambda count: short(count, "B")),
+}
+"""Rows of the table: a figure's name, its heading, and how it is written."""
+_ACCURACIES = ("top1", "top5")
+
+
+def summary(networks: Mapping[str, Figures]) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and the rows of the table.
+
+    Args:
+        networks: titles of networks to their figures. The first is the original, the second the
+            compressed network, behind which stands the change from the one to the other.
+    """
+    shown = {title: row for title, row in networks.items() if any(key in row for key in ROWS)}
+    changed = len(shown) > 1
+    headings = ["", *shown]
+    if changed:
+        headings.insert(3, "change")
+    rows = []
+    for key, (heading, text) in ROWS.items():
+        values = [row.get(key) for row in shown.values()]
+        if all(value is None for value in values):
+            continue
+        cells = [heading, *("" if value is None else text(value) for value in values)]
+        if changed:
+            cells.insert(3, _change(key, values[0], values[1]))
+        rows.append(cells)
+    return headings, rows
+
+
+def summary_text(networks: Mapping[str, Figures]) -> str:
+    """Return the table as plain text."""
+    headings, rows = summary(networks)
+    return text_table(headings, rows)
+
+
+def _change(key: str, first: float | None, last: float | None) -> str:
+    """Return how a figure changed: in points or in percent."""
+    if first is None or last is None:
+        return ""
+    if key in _ACCURACIES:
+        return f"{100 * (last - first):+.2f} points"
+    return f"{100 * (last / first - 1):+.1f} %" if first else ""
+
+
+def short(count: float, unit: str = "") -> str:
+    """Write a count with four digits and its thousands: ``1.494 M``, ``85.2 kB``."""
+    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.4g} {prefix}{unit}"
+    return f"{count:.4g} {unit}".rstrip()
