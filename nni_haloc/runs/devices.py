@@ -101,13 +101,13 @@ def throughput(
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:
     """Return the rows of a ``throughput.json`` by their devices; none if there is no file."""
+    if not file.exists():
+        return {}
     try:
         with as_one_line():
             content = read_json(file, "table of devices", THROUGHPUT_VERSION)
         rows = [{_RENAMED.get(key, key): v for key, v in row.items()} for row in content["rows"]]
         return {str(row["device"]): row for row in rows}
-    except FileNotFoundError:
-        return {}
     except (KeyError, TypeError, AttributeError):
         raise SettingsError(f"{file}: rows: expected a list, each with its device") from None
 
