@@ -1,5 +1,12 @@
 """What all tests share: small random networks and data, processes, two workers."""
 
+import os
+
+for library in ("OMP", "OPENBLAS", "MKL"):
+    # The matrices here are too small to share out: threads that wait for each other on a busy
+    # machine took thirty times as long. Set before a library is loaded, and for subprocesses.
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
 import pytest
 import torch
 from helpers.commands import Commands, end_server
@@ -7,7 +14,7 @@ from helpers.networks import SmallNet
 from helpers.workers import number_of_workers, place_of
 from torch.utils.data import DataLoader, TensorDataset
 
-torch.set_num_threads(1)  # the networks here are too small to share out
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser, pluginmanager):

@@ -2,11 +2,10 @@
 
 import itertools
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from helpers.commands import haloc
 from helpers.paths import DIGITS
 from PIL import Image
 
@@ -150,18 +149,7 @@ def test_the_plot_is_a_picture(folder):
 
 
 def test_the_command_prints_a_table(folder, tmp_path):
-    command = [
-        sys.executable,
-        "-c",
-        "from nni_haloc.cli.main import main; main()",
-        "front",
-        str(folder),
-        "--budgets",
-        "0.5,0.05",
-    ]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
+    done = haloc("front", folder, "--budgets", "0.5,0.05", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     (point,) = json.loads((tmp_path / "front.json").read_text())["points"]
     (row,) = (

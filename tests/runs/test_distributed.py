@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import commands
 from helpers.paths import DIGITS
 
 import nni_haloc
@@ -281,7 +282,6 @@ def test_processes_that_start_together_need_a_table(tmp_path, monkeypatch):
 )
 def test_one_process_of_a_trial_asks_for_parameters(tmp_path, variable, value, status, line):
     """The manager answers once: the others would wait for ever. They are handed what the first was given."""
-    environment = {**os.environ, "NNI_OUTPUT_DIR": str(tmp_path), variable: value}
-    command = [sys.executable, "-m", "nni_haloc.trial", str(DIGITS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    environment = {"NNI_OUTPUT_DIR": str(tmp_path), variable: value}
+    done = commands.haloc(DIGITS, module="nni_haloc.trial", environment=environment)
     assert (done.returncode, line in done.stderr) == (status, True), done.stderr

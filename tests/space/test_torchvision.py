@@ -7,11 +7,13 @@ for all below 30 M parameters and for detection, whose post-processing looks at 
 import os
 import random
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torchvision
 from nni.nas.nn.pytorch import LayerChoice
+from torch import nn
 
 from nni_haloc.inputs.models import build_model
 from nni_haloc.search.space import RankSpace
@@ -123,6 +125,21 @@ def test_a_model_of_three_dimensional_convolutions_alone_is_refused_in_one_line(
         RankSpace(build_on_meta("s3d"), batch("s3d").to("meta"), rules=RULES)
 
 
+@contextmanager
+def parameters_on_meta():
+    """Move each parameter to the meta device before it is initialised, which takes seconds."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module, name, parameter):
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "register_parameter", register_on_meta)
+        yield
+
+
 def build_on_meta(name):
     try:
         with torch.device("meta"):
@@ -130,8 +147,9 @@ def build_on_meta(name):
     except ValueError as error:
         if "NotImplementedError" not in str(error):
             raise
-        # Its constructor looks at values.
-        return build(name).to("meta")
+        # Its constructor looks at values, though not at those of its parameters.
+        with parameters_on_meta():
+            return build(name).to("meta")
 
 
 def with_values(name):

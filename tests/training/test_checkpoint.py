@@ -3,14 +3,13 @@
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.commands import Fork, haloc
 from helpers.paths import DIGITS
 from helpers.states import differences
 
@@ -32,20 +31,9 @@ SHORT = [
 STATE = Path("search", "checkpoint.ckpt")
 
 
-def command(*arguments, module=None):
-    program = ["-m", module] if module else ["-c", "from nni_haloc.cli.main import main; main()"]
-    return [sys.executable, *program, *map(str, arguments)]
-
-
-def haloc(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
-
-
-def killed_after(path, words, **environment):
+def killed_after(path, *words, **options):
     """Run a command until ``path`` is there, and then end it as a power cut would; the number of epochs that the file holds."""
-    process = subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | environment
-    )
+    process = Fork(*words, **options)
     try:
         end = time.monotonic() + 120
         while not path.exists():
@@ -55,6 +43,7 @@ def killed_after(path, words, **environment):
     finally:
         process.kill()
         process.wait()
+        process.remove()
     return checkpoint.read(path)["epochs"]
 
 
@@ -72,7 +61,7 @@ def undisturbed(tmp_path_factory):
 
 def test_a_search_killed_after_an_epoch_resumes_to_the_same_state(undisturbed, tmp_path):
     """Ranks, weights, alphas, both optimizers, learning rates, scores, and every random state, bit by bit."""
-    assert killed_after(tmp_path / STATE, command("search", DIGITS, "--out", tmp_path, *SHORT)) < 3
+    assert killed_after(tmp_path / STATE, "search", DIGITS, "--out", tmp_path, *SHORT) < 3
     midway = loaded(tmp_path)
     done = haloc("search", DIGITS, "--out", tmp_path, *SHORT, "--resume")
     assert done.returncode == 0, done.stderr
@@ -98,7 +87,7 @@ def test_a_search_killed_after_an_epoch_resumes_to_the_same_state(undisturbed, t
 
 def test_a_run_killed_in_fine_tuning_goes_on_there(undisturbed, tmp_path):
     state = Path("finetuning", "checkpoint.ckpt")
-    assert killed_after(tmp_path / state, command("run", DIGITS, "--out", tmp_path, *SHORT)) == 1
+    assert killed_after(tmp_path / state, "run", DIGITS, "--out", tmp_path, *SHORT) == 1
     done = haloc("run", DIGITS, "--out", tmp_path, *SHORT, "--resume")
     assert done.returncode == 0, done.stderr
     assert "search epoch" not in done.stderr
@@ -125,21 +114,17 @@ def test_a_trial_that_nni_starts_again_goes_on(undisturbed, tmp_path):
     )
     settings = settings.replace("epochs: 10, lr: 0.02, schedule: onecycle", "epochs: 1, lr: 0.02")
     (tmp_path / "run.yml").write_text(settings)
-    trial, folder = command(tmp_path / "run.yml", module="nni_haloc.trial"), tmp_path / "haloc"
-    environment = {"NNI_OUTPUT_DIR": str(tmp_path)}
-    assert killed_after(folder / STATE, trial, **environment) < 3
-    subprocess.run(
-        trial, env=os.environ | environment, check=True, capture_output=True, timeout=300
-    )
+    trial, folder = tmp_path / "run.yml", tmp_path / "haloc"
+    options = {"module": "nni_haloc.trial", "environment": {"NNI_OUTPUT_DIR": str(tmp_path)}}
+    assert killed_after(folder / STATE, trial, **options) < 3
+    assert (done := haloc(trial, **options)).returncode == 0, done.stderr
     log = (folder / "log.txt").read_text()
     assert log.count("search epoch 1:") == log.count("search epoch 3:") == 1
     assert list(differences(loaded(folder)["state_dict"], loaded(undisturbed)["state_dict"])) == []
     (tmp_path / "run.yml").write_text(
         settings.replace("alpha_lr: 0.03", "alpha_lr: 0.01")
     )  # the same folder, other settings
-    subprocess.run(
-        trial, env=os.environ | environment, check=True, capture_output=True, timeout=300
-    )
+    assert (done := haloc(trial, **options)).returncode == 0, done.stderr
     log = (folder / "log.txt").read_text()
     assert "made with other settings: search.alpha_lr: 0.03 there, 0.01 here; starting anew" in log
     assert log.count("search epoch 1:") == 2

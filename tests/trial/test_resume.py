@@ -11,6 +11,7 @@ import threading
 import nni
 import psutil
 import pytest
+from helpers.commands import haloc
 from helpers.nni_experiments import (
     created,
     digits_code,
@@ -197,14 +198,8 @@ def test_nnictl_resume_after_the_manager_was_killed_ends_as_if_it_had_not_been(t
     expected = {}
     for budget in BUDGETS:
         out = tmp_path / str(budget)
-        program = "from nni_haloc.cli.main import main; main()"
         words = ["run", code / "run.yml", "--out", out, "--set", f"budget.fraction={budget}"]
-        subprocess.run(
-            [sys.executable, "-c", program, *map(str, words)],
-            check=True,
-            capture_output=True,
-            timeout=300,
-        )
+        assert (done := haloc(*words)).returncode == 0, done.stderr
         expected[budget] = out
 
     with created(
