@@ -6,8 +6,18 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers.paths import PACKAGE, ROOT
 from importlinter.cli import lint_imports
+
+from nni_haloc.costs.device.onnx_models import with_onnx
+from nni_haloc.costs.specification import specify
+from nni_haloc.costs.table import CostTable
+from nni_haloc.inputs.models import build_model
+from nni_haloc.plan.compression import restructure
+from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.runs.saved import save
+from nni_haloc.space.ranks import RankRules, find_layers
 
 ENTRIES = 16
 """Files and folders at the root of the package: about a dozen folders and a few files."""
@@ -35,11 +45,65 @@ def test_what_a_benchmark_imports_is_there(path):
 
 
 def loaded_by(program):
-    """The top-level modules that a fresh process has loaded after it ran ``program``."""
-    program += "; import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    """Return the top-level modules that a fresh process has loaded after it ran ``program``."""
+    program += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+    return set(done.stdout.splitlines()[-1].split())
+
+
+HEAVY = {
+    "nni", "pytorch_lightning", "torchmetrics", "typer", "rich", "pydantic", "scipy", "sklearn",
+    "matplotlib", "tensorly", "torchvision", "pandas", "jinja2", "filelock",
+}  # fmt: skip
+"""What neither a device that measures nor one that runs a compressed network needs."""
+SHAPES = {"digits_cnn": (1, 1, 8, 8), "torchvision:squeezenet1_1": (1, 3, 64, 64)}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "costs",
+        "costs.measure",
+        "costs.device",
+        "costs.device.measuring",
+        "costs.device.onnx_runtime",
+        "chain",
+        "inputs.registries",
+    ],
+)
+def test_a_module_that_a_bare_device_imports_is_cheap(module):
+    assert not loaded_by(f"import nni_haloc.{module}") & (HEAVY | {"torch", "numpy", "onnxruntime"})
+
+
+@pytest.mark.parametrize(("runtime", "other"), [("torch", "onnxruntime"), ("onnxruntime", "torch")])
+def test_a_device_that_measures_loads_its_runtime_and_nothing_heavy(tmp_path, runtime, other):
+    model, shape = build_model("digits_cnn"), SHAPES["digits_cnn"]
+    spec = specify(model, torch.randn(shape), RankRules())
+    with_onnx(spec, model).save(tmp_path / "spec.json")
+    arguments = ["measure", "--spec", str(tmp_path / "spec.json"), "--runtime", runtime]
+    arguments += ["--rounds", "1", "--min-run-time", "0.0001", "--out", str(tmp_path / "c.json")]
+    loaded = loaded_by(
+        f"import runpy, sys; sys.argv = {arguments!r}\n"
+        "runpy.run_module('nni_haloc.costs.measure', run_name='__main__')"
+    )
+    assert runtime in loaded
+    assert not loaded & (HEAVY | {other, "onnx"})
+    assert CostTable.load(tmp_path / "c.json").identity["runtime"].startswith(runtime)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_loading_a_compressed_network_needs_torch_and_safetensors_alone(tmp_path, name):
+    model, x = build_model(name), torch.randn(SHAPES[name])
+    layers = find_layers(model, x, RankRules(kinds=("conv",)))
+    plan = RankPlan(dict.fromkeys(layers.specs, (2, 2)))
+    save(tmp_path, restructure(model, plan), plan, {"name": name, "arguments": {}})
+    loaded = loaded_by(
+        f"import nni_haloc, torch; nni_haloc.load({str(tmp_path)!r})(torch.zeros({SHAPES[name]}))"
+    )
+    assert {"torch", "safetensors"} <= loaded
+    allowed = {"torchvision"} if name.startswith("torchvision") else set()
+    assert not loaded & (HEAVY | {"onnx", "onnxruntime"}) - allowed
 
 
 def test_ci_finds_the_test_line_in_a_long_readme(tmp_path):
