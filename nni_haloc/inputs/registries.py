@@ -53,7 +53,7 @@ RUNTIMES: Registry[Any] = Registry(
         "onnxruntime": "nni_haloc.costs.device.onnx_runtime:OnnxRuntime",
     },
 )
-"""What runs and times networks: a class that implements `nni_haloc.costs.device.measuring.Runtime`."""
+"""What runs and times networks: a class like `nni_haloc.costs.device.measuring.Runtime`."""
 
 MODELS: Registry[Any] = Registry(
     "model",
@@ -75,7 +75,7 @@ DATA: Registry[Any] = Registry(
         "folder": "nni_haloc.inputs.data:load_folder",
     },
 )
-"""Data sets: a function of the settings' section ``data`` that returns `nni_haloc.inputs.data.Splits`."""
+"""Data sets: a function of the section ``data`` that returns `nni_haloc.inputs.data.Splits`."""
 
 STAGES: Registry[Any] = Registry(
     "stage",

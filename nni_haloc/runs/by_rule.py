@@ -1,4 +1,4 @@
-"""Ranks by a rule of thumb in the place of the search: the rest of a run is the same."""
+"""Choose ranks by a rule in the place of the search; the rest of a run is the same."""
 
 from __future__ import annotations
 
@@ -9,106 +9,80 @@ from nni_haloc.costs.from_settings import rules_of
 from nni_haloc.costs.table import worthwhile
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.plan.rules import described, plan
-from nni_haloc.plan.rules.problem import Problem
+from nni_haloc.plan.rules import RULES, Problem, plan
 from nni_haloc.runs.identity import finetuning_identity
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.limits import limits_of
-from nni_haloc.search.multitrial import MultiTrial, run_multitrial
-from nni_haloc.search.space import RankSpace
 from nni_haloc.space.ranks import find_layers
 from nni_haloc.space.summary import why_nothing
 from nni_haloc.training import checkpoint
 from nni_haloc.utils.errors import SettingsError, first_line, reason_of
 from nni_haloc.utils.log import logger
 
-EVERY_RANK = {"uniform", "energy", "alds", "vbmf", "error-knapsack", "learned"}
-"""Rules that run no candidate: they see every rank where the settings leave the step open, so that they can use the whole budget."""
-
-NNI_STRATEGIES: dict[str, MultiTrial] = {
-    "nni-evolution": "regularized-evolution",
-    "nni-random": "random",
-}
-"""Rules that are strategies of NNI's, to its name for them."""
-
-TRIALS = 400
-"""Networks that these try: in time about the sensitivities of all candidates (some 150 passes) and one epoch of the search, ResNet-20."""
-
 
 def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
-    """The plan of the settings' rule, and the network decomposed at its ranks. Leaves plan, network and cost tables in the job's folder.
+    """Choose ranks by the settings' rule, and decompose the network at them.
 
-    ``resume``: where the folder holds the state of a fine-tuning with these settings, its plan is read back.
-    Raises `SettingsError` for settings that turn out not to fit, `UnusableCheckpoint` where that state is of others.
+    Leaves plan, network and cost tables in the job's folder.
+
+    Args:
+        job: what to compress, and where to.
+        resume: read the plan back where the folder holds the state of a fine-tuning with these
+            settings.
+
+    Returns:
+        The plan and its network, not fine-tuned.
+
+    Raises:
+        SettingsError: for settings that turn out not to fit.
+        UnusableCheckpoint: where the folder holds the state of other settings.
     """
-    config, state = job.config, job.folder.finetuning.checkpoint
-    if resume and state.exists():
-        saved = {
-            key: value
-            for key, value in checkpoint.read(state)["identity"].items()
-            if key != "ranks"
-        }
-        checkpoint.check_same(state, saved, finetuning_identity(config))
-        try:
-            found = RankPlan.load(job.folder.ranks)
-            return found, restructure(job.model, found)
-        except (OSError, ValueError) as error:
-            raise SettingsError(
-                f"{error}: there is a fine-tuning to go on with, but not its plan; start without --resume"
-            ) from None
+    if resume and job.folder.finetuning.checkpoint.exists():
+        return _read_back(job)
+    rule = job.config.rule
     try:
         problem = _problem(job)
-        found, network = (
-            _by_nni(job, problem)
-            if config.rule in NNI_STRATEGIES
-            else _by_thumb(problem, config.rule)
-        )
+        chosen = plan(problem, rule)
+        network = problem.network(chosen.names)
     except (OSError, ValueError) as error:
         raise SettingsError(reason_of(error)) from None
-    except (
-        torch.linalg.LinAlgError
-    ) as error:  # of a rule's own; those of the candidates name their layer
+    except torch.linalg.LinAlgError as error:  # a rule's own; a candidate's names its layer
         raise SettingsError(
-            f"rule: {config.rule}: a singular value decomposition failed ({first_line(error)})"
+            f"rule: {rule}: a singular value decomposition failed ({first_line(error)})"
         ) from None
-    fact = found.chosen_by
+    fact = chosen.chosen_by
     logger.info(
         "plan of rule %s: cost %.6g of %.6g %s, budget %.6g",
         *(fact[k] for k in ("rule", "cost", "original_cost", "metric", "budget")),
     )
-    if not (
-        resume and job.holds(found)
-    ):  # what is there may be fine-tuned already, and stages follow it
+    # What is there may be fine-tuned already, and stages follow it.
+    if not (resume and job.holds(chosen)):
         job.folder.clear()
-        job.save(network, found)
-    return found, network
+        job.save(network, chosen)
+    return chosen, network
 
 
-def _by_thumb(problem: Problem, rule: str) -> tuple[RankPlan, nn.Module]:
-    found = plan(problem, rule)
-    return found, problem.network(found.names)
-
-
-def _by_nni(job: Job, problem: Problem) -> tuple[RankPlan, nn.Module]:
-    """The network of least cross-entropy on the calibration images that a strategy of NNI's found in the search's rank space."""
-    rule, costs = job.config.rule, [limit.costs for limit in problem.limits]
-    space = RankSpace(
-        job.model, job.example, costs, rules_of(job.config), problem.images, problem.decomposition
-    )
-    choice = run_multitrial(
-        space,
-        problem.limits,
-        lambda network: -problem.loss(network),
-        NNI_STRATEGIES[rule],
-        TRIALS,
-        problem.seed,
-    )
-    return described(problem, choice, rule), space.freeze(choice)
+def _read_back(job: Job) -> tuple[RankPlan, nn.Module]:
+    """Return the plan that a fine-tuning has begun with, and a network of its structure."""
+    state = job.folder.finetuning.checkpoint
+    identity = checkpoint.read(state)["identity"]
+    saved = {key: value for key, value in identity.items() if key != "ranks"}
+    checkpoint.check_same(state, saved, finetuning_identity(job.config))
+    try:
+        chosen = RankPlan.load(job.folder.ranks)
+        return chosen, restructure(job.model, chosen)
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"{error}: there is a fine-tuning to go on with, but not its plan;"
+            " start without --resume"
+        ) from None
 
 
 def _problem(job: Job) -> Problem:
+    """Return what the rule chooses from: candidates, limits and calibration images."""
     config, r = job.config, job.config.rank_space
-    rules = rules_of(config, 1 if config.rule in EVERY_RANK else None)
+    every_rank = getattr(RULES[config.rule], "every_rank", False)
+    rules = rules_of(config, 1 if every_rank else None)
     limits = limits_of(config, job.model, job.example, rules, job.folder)
     layers = find_layers(job.model, job.example, rules)
     found = layers.candidates(rules)

@@ -1,16 +1,20 @@
-"""NNI's own multi-trial strategies on a rank space, to compare with: a trial scores one compressed network, without training."""
+"""NNI's own multi-trial strategies, to compare with, as rules that choose ranks.
+
+A trial scores one compressed network of a rank space, without training it.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import nni
 from nni.nas.evaluator import FunctionalEvaluator
-from nni.nas.execution.event import ModelEventType
+from nni.nas.execution import SequentialExecutionEngine
+from nni.nas.execution.event import FinalMetricEvent, ModelEventType, TrainingEndEvent
 from nni.nas.experiment import NasExperiment, NasExperimentConfig
 from nni.nas.space import ExecutableModelSpace, ModelStatus
 from nni.nas.strategy import Random, RegularizedEvolution
@@ -18,7 +22,11 @@ from nni.nas.strategy.middleware import Chain, Deduplication, StrategyMiddleware
 from torch import nn
 
 from nni_haloc.plan.budget import Choice, Limit, check_feasible, choose
+from nni_haloc.plan.rules.problem import Problem
 from nni_haloc.search.space import RankSpace
+from nni_haloc.space.layers import LayerSpec
+from nni_haloc.space.names import Kind, Rank
+from nni_haloc.space.ranks import RankRules
 
 MultiTrial = Literal["regularized-evolution", "random"]
 
@@ -26,6 +34,62 @@ _STRATEGIES: dict[MultiTrial, type[RegularizedEvolution] | type[Random]] = {
     "regularized-evolution": RegularizedEvolution,
     "random": Random,
 }
+
+TRIALS = 400
+"""Networks that the rules try.
+
+In time about the sensitivities of all candidates (some 150 passes) and one epoch of the search, for
+ResNet-20.
+"""
+
+
+def evolution(problem: Problem) -> Choice:
+    """Choose ranks by NNI's regularized evolution: rule ``nni-evolution``.
+
+    Returns:
+        Of `TRIALS` networks the one of the least cross-entropy on the problem's images.
+    """
+    return _try_networks(problem, "regularized-evolution")
+
+
+def random_search(problem: Problem) -> Choice:
+    """Choose ranks by NNI's random strategy: rule ``nni-random``; otherwise as `evolution`."""
+    return _try_networks(problem, "random")
+
+
+def _try_networks(problem: Problem, strategy: MultiTrial) -> Choice:
+    """Return the choice of a strategy of NNI's from the problem's own candidates."""
+    space = RankSpace(
+        problem.model,
+        problem.images[:1],
+        [limit.costs for limit in problem.limits],
+        _Exactly(candidates_of=problem.candidates),
+        problem.images,
+        problem.decomposition,
+    )
+    vars(problem)["modules"] = space.modules_by_layer  # its own, decomposed once
+    return run_multitrial(
+        space,
+        problem.limits,
+        lambda network: -problem.loss(network),
+        strategy,
+        TRIALS,
+        problem.seed,
+    )
+
+
+@dataclass(frozen=True)
+class _Exactly(RankRules):
+    """The rules of a rank space whose candidates are chosen already."""
+
+    kinds: tuple[Kind, ...] = ("conv", "pointwise", "linear")
+    candidates_of: Mapping[str, Mapping[str, Rank]] = field(default_factory=dict)
+
+    def pins(self, layer: str) -> list[int | tuple[int, ...] | str]:
+        return list(self.candidates_of.get(layer, ()))
+
+    def candidates(self, spec: LayerSpec) -> list[Rank]:
+        return list(self.candidates_of.get(spec.name, {}).values())
 
 
 def run_multitrial(
@@ -36,15 +100,30 @@ def run_multitrial(
     trials: int,
     seed: int = 0,
 ) -> Choice:
-    """The choice within the limits that scores best among those that NNI's strategy tries, in this process, through `NasExperiment`.
+    """Try networks by a strategy of NNI's, in this process, through `NasExperiment`.
 
-    ``score``: of a network as `RankSpace.freeze` gives it, to be maximised; it is called once for each network tried, at most ``trials``
-    times. The strategies have NNI's defaults: a population of 100, the first ones random. See `_Repair` for samples over a limit. Raises
-    `InfeasibleBudget`. No experiment is registered with NNI, nothing is left on disk, and a trial in which this runs may go on reporting.
+    The strategies have NNI's defaults: a population of 100, the first ones random. See `_Repair`
+    for samples over a limit. No experiment is registered with NNI, nothing is left on disk, and a
+    trial in which this runs may go on reporting.
+
+    Args:
+        space: what is chosen from.
+        limits: what a network may cost; every one holds.
+        score: of a network as `RankSpace.freeze` gives it, to be maximised; called once for each
+            network tried.
+        strategy: which of NNI's.
+        trials: the most networks that are tried.
+        seed: of the strategy's draws.
+
+    Returns:
+        The choice within the limits that scored best.
+
+    Raises:
+        InfeasibleBudget: if no network is within the limits.
     """
     check_feasible(space.candidates, limits)
     chain = Chain(_STRATEGIES[strategy](seed=seed), _Repair(space, limits), Deduplication("replay"))
-    with TemporaryDirectory() as folder, _apart_from_a_trial():
+    with TemporaryDirectory() as folder, _errors_alone():
         config = NasExperimentConfig(
             "sequential",
             "raw",
@@ -52,8 +131,7 @@ def run_multitrial(
             max_trial_number=trials,
             experiment_working_directory=folder,
         )
-        evaluator = FunctionalEvaluator(lambda network: nni.report_final_result(score(network)))
-        experiment = _Unregistered(space, evaluator, chain, config)
+        experiment = _Unregistered(space, FunctionalEvaluator(score), chain, config)
         try:
             if not experiment.run():
                 raise KeyboardInterrupt  # NNI has swallowed it
@@ -64,11 +142,12 @@ def run_multitrial(
 
 
 class _Repair(StrategyMiddleware):
-    """Puts the nearest choice within the limits in the place of a sample over one; the strategy goes on from that.
+    """Replace a sample over a limit by the nearest choice within all; the strategy goes on from it.
 
-    Nearest: by the sum of squared steps from candidate to candidate, in the order of their cost. Of ResNet-20's samples one in 380 is
-    within 28 % of the MACs: drawn anew instead, as by NNI's `Filter`, they gave evolution about the same from a hundred times the samples,
-    and a penalty a worse one (docs/design.md).
+    Nearest: by the sum of squared steps from candidate to candidate, in the order of their cost. Of
+    ResNet-20's samples one in 380 is within 28 % of the MACs: drawn anew instead, as by NNI's
+    `Filter`, they gave evolution about the same from a hundred times the samples, and a penalty a
+    worse one (docs/design.md).
     """
 
     def __init__(self, space: RankSpace, limits: Sequence[Limit]) -> None:
@@ -80,20 +159,16 @@ class _Repair(StrategyMiddleware):
                 name: max(limit.costs.costs[layer][name] / limit.budget for limit in limits)
                 for name in row
             }
-            self.steps[layer] = {
-                name: step for step, name in enumerate(sorted(row, key=prices.__getitem__))
-            }
+            by_price = sorted(row, key=prices.__getitem__)
+            self.steps[layer] = {name: step for step, name in enumerate(by_price)}
 
     def nearest(self, sample: Mapping[str, str]) -> Choice:
-        return choose(
-            {
-                layer: {
-                    name: -float((step - row[sample[layer]]) ** 2) for name, step in row.items()
-                }
-                for layer, row in self.steps.items()
-            },
-            self.limits,
-        )
+        """Return the nearest choice within the limits."""
+        scores = {
+            layer: {name: -float((step - row[sample[layer]]) ** 2) for name, step in row.items()}
+            for layer, row in self.steps.items()
+        }
+        return choose(scores, self.limits)
 
     def submit_models(self, *models: ExecutableModelSpace) -> None:
         for model in models:
@@ -118,8 +193,27 @@ class _Repair(StrategyMiddleware):
         return {}
 
 
+class _ByReturnValue(SequentialExecutionEngine):
+    """NNI's sequential engine, which takes what an evaluator returns for the model's metric.
+
+    NNI's own takes what is reported, and for that puts itself in the place of the trial in which it
+    may be running. Here nothing is reported, and a trial's parameters and reports are left alone.
+    """
+
+    def _run_single_model(self, model: ExecutableModelSpace) -> None:
+        model.status = ModelStatus.Training
+        self.dispatch_model_event(FinalMetricEvent(model, model.execute()))
+        self.dispatch_model_event(TrainingEndEvent(model, ModelStatus.Trained))
+
+
 class _Unregistered(NasExperiment):
-    """An experiment that enters itself in no list in the user's home: nothing of it is left to be seen or resumed."""
+    """An experiment that enters itself in no list in the user's home.
+
+    Nothing of it is left to be seen or resumed.
+    """
+
+    def execution_engine_factory(self, config: Any) -> SequentialExecutionEngine:
+        return _ByReturnValue(config.max_model_count, config.max_duration)
 
     def _start_without_nni_manager(self) -> None:
         pass
@@ -129,13 +223,12 @@ class _Unregistered(NasExperiment):
 
 
 @contextmanager
-def _apart_from_a_trial() -> Iterator[None]:
-    """Gives a trial its parameters back, in whose place NNI's engine leaves its last model; and has NNI say nothing of each sample."""
-    parameters, log = nni.trial._params, logging.getLogger("nni")
+def _errors_alone() -> Iterator[None]:
+    """Let NNI say nothing of each sample while the block runs."""
+    log = logging.getLogger("nni")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        nni.trial._params = parameters
         log.setLevel(level)

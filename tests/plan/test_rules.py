@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import re
-import sys
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,26 +11,29 @@ from helpers.paths import ROOT
 from helpers.problems import every, loader, problem, total
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from torch import nn
 
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.schema import Rule
 from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rules import RULES, knapsacks, plan
+from nni_haloc.plan.rules import learned as learning
 from nni_haloc.plan.rules.knapsacks import USE
 from nni_haloc.plan.rules.problem import Problem
 from nni_haloc.plan.sensitivity import loss
-from nni_haloc.runs.by_rule import EVERY_RANK, NNI_STRATEGIES
+from nni_haloc.search import multitrial
 from nni_haloc.space.layers import rank_of
 from nni_haloc.space.ranks import RankRules
 from nni_haloc.utils.errors import InfeasibleBudget
 
-learning = sys.modules["nni_haloc.plan.rules.learned"]  # in the package, the function has the name
+EVERY_RANK = {"uniform", "energy", "alds", "vbmf", "error-knapsack", "learned"}
 
 
 @pytest.fixture
 def brief(monkeypatch):
-    """Rank learning in four steps."""
+    """Rank learning in four steps, and six of NNI's trials."""
+    monkeypatch.setattr(multitrial, "TRIALS", 6)
     monkeypatch.setattr(learning, "ROUNDS", 2)
     monkeypatch.setattr(learning, "STEPS", 2)
 
@@ -49,13 +50,11 @@ def using(problem):
 
 
 def test_the_settings_name_the_rules_that_there_are():
-    assert get_args(Rule) == ("search", *RULES, *NNI_STRATEGIES)
-    assert set(RULES) > EVERY_RANK
+    settings = TypeAdapter(Rule)
+    assert [settings.validate_python(rule) for rule in RULES] == list(RULES)
+    assert {rule for rule in RULES if getattr(RULES[rule], "every_rank", False)} == EVERY_RANK
     text = (ROOT / "docs" / "settings.md").read_text()
-    assert all(
-        re.search(f"^\\|.* `{rule}`,? .*\\| (yes|no) \\|$", text, re.M)
-        for rule in get_args(Rule)[1:]
-    )
+    assert all(re.search(f"^\\|.* `{rule}`,? .*\\| (yes|no) \\|$", text, re.M) for rule in RULES)
 
 
 def test_plans_are_compared_with_their_batch_norm_recalibrated(images, labels):
@@ -122,7 +121,7 @@ def test_measured_costs_in_no_order_are_kept_too(net, images, labels, monkeypatc
             limits.append(Limit(table, table.total(near)))
         one = dataclasses.replace(whole, limits=limits)
         vars(one).update(shared)  # they do not depend on the limits
-        for rule in RULES.values():
+        for rule in map(RULES.__getitem__, RULES):
             choice = rule(one)
             assert choice.keys() == one.candidates.keys()
             assert one.holds(choice)
@@ -141,7 +140,7 @@ def test_a_budget_below_the_cheapest_network_is_refused(net, images, labels):
 
 def test_an_unknown_rule_is_refused(net, images, labels):
     with pytest.raises(
-        ValueError, match="rule: expected one of uniform, .*, learned, found 'best'"
+        ValueError, match="rule: expected one of uniform, .*, nni-random, found 'best'"
     ):
         plan(problem(net, images, labels), "best")
 

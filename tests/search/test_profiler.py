@@ -3,7 +3,6 @@
 import random
 from statistics import mean
 
-import nni
 import pytest
 from helpers.searches import QUIET
 from nni.nas.evaluator import FunctionalEvaluator
@@ -15,7 +14,7 @@ from nni.nas.strategy.middleware import Chain, Filter
 from nni_haloc.costs.analytic import mac_table, param_table
 from nni_haloc.costs.table import CostTable
 from nni_haloc.search.evaluator import Classification
-from nni_haloc.search.multitrial import _apart_from_a_trial, _Unregistered
+from nni_haloc.search.multitrial import _errors_alone, _Unregistered
 from nni_haloc.search.space import RankSpace, TableProfiler
 from nni_haloc.search.strategy import run_search
 from nni_haloc.space.ranks import RankRules
@@ -44,7 +43,7 @@ def test_nnis_multi_trial_strategies_filter_by_it(net, images, space, tmp_path):
 
     def trial(network):
         tried.append(network)
-        nni.report_final_result(0.0)
+        return 0.0
 
     strategy = Chain(Random(seed=0), Filter(RangeProfilerFilter(TableProfiler(space), max=limit)))
     config = NasExperimentConfig(
@@ -54,7 +53,7 @@ def test_nnis_multi_trial_strategies_filter_by_it(net, images, space, tmp_path):
         max_trial_number=10,
         experiment_working_directory=str(tmp_path),
     )
-    with _apart_from_a_trial():
+    with _errors_alone():
         experiment = _Unregistered(space, FunctionalEvaluator(trial), strategy, config)
         experiment.run()
         samples = experiment.export_top_models(10, formatter="dict")

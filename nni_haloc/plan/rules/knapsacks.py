@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from nni_haloc.plan.budget import Choice, choose
-from nni_haloc.plan.rules.problem import Problem
+from nni_haloc.plan.rules.problem import Problem, sees_every_rank
 from nni_haloc.plan.sensitivity import sensitivities
 
 USE = 0.95
 """Fraction of a budget that a choice uses, where any does."""
 
 
+@sees_every_rank
 def error_knapsack(problem: Problem) -> Choice:
     """The least sum of squared relative output errors."""
     return choose(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nni_haloc.plan.budget import Choice, Limit, check_feasible, choose
-from nni_haloc.plan.rules.problem import Problem
+from nni_haloc.plan.rules.problem import Problem, sees_every_rank
 from nni_haloc.space.modules import copy_of
 from nni_haloc.space.tucker import Tucker2, hosvd, reconstruct
 from nni_haloc.utils.log import logger
@@ -25,6 +25,7 @@ PENALTY, GROWTH = 0.03, 1.3
 LR, MOMENTUM = 0.02, 0.9
 
 
+@sees_every_rank
 def learned(problem: Problem) -> Choice:
     """The ranks of a network that is trained while it is drawn towards low-rank kernels.
 

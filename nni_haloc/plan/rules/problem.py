@@ -1,16 +1,16 @@
-"""What a rank rule chooses from, and what it may ask of the trained network."""
+"""The problem that a rank rule solves: candidates, limits, and the trained network to ask."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from nni_haloc.plan.budget import Limit, check_feasible
+from nni_haloc.plan.budget import Choice, Limit, check_feasible
 from nni_haloc.plan.sensitivity import loss
 from nni_haloc.space.candidates import build_candidates, patch_covariances
 from nni_haloc.space.layers import LayerSpec, kernel_factors
@@ -26,9 +26,20 @@ BATCH = 128
 class Problem:
     """A trained network, its rank candidates, and the limits that a rule's choice must keep.
 
-    ``images (N, ...)`` and ``labels (N,)``: some training images without augmentation; ``train``: batches of all of them, augmented, for
-    rules that train. ``candidates``: layer to candidate name to rank. ``decomposition``: None is by the data. ``bf16``: sensitivities are
-    measured in mixed precision, as the search's. Raises `InfeasibleBudget` where no choice keeps the limits.
+    Args:
+        model: the trained network; no rule changes it.
+        specs: layer to its specification.
+        candidates: layer to candidate name to rank.
+        limits: what the whole network may cost; every one holds.
+        images: some training images without augmentation, ``(N, ...)``.
+        labels: their classes, ``(N,)``.
+        decomposition: how candidates are made; None is by the data.
+        seed: of what a rule draws.
+        train: batches of all training images, augmented, for rules that train.
+        bf16: measure sensitivities in mixed precision, as the search's.
+
+    Raises:
+        InfeasibleBudget: if no choice keeps the limits.
     """
 
     model: nn.Module
@@ -46,54 +57,55 @@ class Problem:
         check_feasible(self.candidates, self.limits)
 
     def holds(self, choice: Mapping[str, str]) -> bool:
-        """Whether a choice keeps every limit."""
+        """Tell whether a choice keeps every limit."""
         return all(limit.holds(choice) for limit in self.limits)
 
     def cost(self, layer: str, candidate: str) -> float:
-        """What a candidate costs, in budgets: where there are several limits, by the one that it uses most of."""
+        """Return a candidate's cost in budgets: in the limit that it uses most of."""
         return max(limit.costs.costs[layer][candidate] / limit.budget for limit in self.limits)
 
     @cached_property
     def modules(self) -> dict[str, dict[str, nn.Module]]:
-        """A trained layer for every candidate."""
+        """Layer to candidate name to its trained layer."""
         return build_candidates(
             self.model, self.specs, self.candidates, self.images, self.decomposition
         )
 
     def kernel(self, layer: str, candidate: str) -> Tensor:
-        """The dense kernel that a candidate stands for, ``(F, C, k1, k2)`` or ``(F, C)``."""
+        """Return a candidate's dense kernel, ``(F, C, k1, k2)`` or ``(F, C)``."""
         factors = kernel_factors(self.modules[layer][candidate])
-        return (
-            factors[0]
-            if len(factors) == 1
-            else reconstruct((LowRank if len(factors) == 2 else Tucker2)(*factors))
-        ).detach()
+        if len(factors) == 1:
+            return factors[0].detach()
+        return reconstruct((LowRank if len(factors) == 2 else Tucker2)(*factors)).detach()
 
     @cached_property
     def errors(self) -> dict[str, dict[str, float]]:
-        """Each candidate's relative output error on the images, ``||y - y'|| / ||y||``; 0 for the dense layer."""
-        found: dict[str, dict[str, float]] = {}
+        """Layer to candidate to relative output error on the images, ``||y - y'|| / ||y||``.
+
+        It is 0 for the dense layer.
+        """
         weights = dict(self.model.named_modules())
-        covariances = patch_covariances(
-            self.model, {name: self.specs[name] for name in self.candidates}, self.images
-        )
+        specs = {name: self.specs[name] for name in self.candidates}
+        covariances = patch_covariances(self.model, specs, self.images)
+        errors: dict[str, dict[str, float]] = {}
         for layer, row in self.candidates.items():
             (weight,) = kernel_factors(weights[layer])
-            found[layer] = {
+            errors[layer] = {
                 name: 0.0
                 if rank is None
                 else output_error(weight, self.kernel(layer, name), covariances[layer])
                 for name, rank in row.items()
             }
-        return found
+        return errors
 
     def network(self, choice: Mapping[str, str]) -> nn.Module:
-        """The compressed network of a choice, with the candidates' own weights."""
-        chosen = {layer: {name: self.candidates[layer][name]} for layer, name in choice.items()}
-        built = self.__dict__.get("modules")  # all of them, where the rule has asked for them
-        built = built or build_candidates(
-            self.model, self.specs, chosen, self.images, self.decomposition
-        )
+        """Return the compressed network of a choice, with the candidates' own weights."""
+        built = self.__dict__.get("modules")  # all of them, if the rule has asked for them
+        if not built:
+            chosen = {layer: {name: self.candidates[layer][name]} for layer, name in choice.items()}
+            built = build_candidates(
+                self.model, self.specs, chosen, self.images, self.decomposition
+            )
         network = copy_of(self.model)
         replace_modules(
             network, {layer: copy.deepcopy(built[layer][name]) for layer, name in choice.items()}
@@ -101,11 +113,24 @@ class Problem:
         return network
 
     def loss(self, network: nn.Module) -> float:
-        """Mean cross-entropy on the images, in evaluation mode, after `recalibrate` on them: so is a delivered network.
+        """Return the mean cross-entropy on the images, in evaluation mode.
 
-        Without that, the losses of untrained plans say next to nothing of what the networks are worth.
+        The network is first recalibrated on them, as a delivered network is. Without that, the
+        losses of untrained plans say next to nothing of what the networks are worth.
         """
-        recalibrate(
-            network, [(images, None) for images in self.images.split(BATCH)], len(self.images)
-        )
+        batches = [(images, None) for images in self.images.split(BATCH)]
+        recalibrate(network, batches, len(self.images))
         return loss(network, self.images, self.labels, BATCH)
+
+
+RuleFunction = Callable[[Problem], Choice]
+
+
+def sees_every_rank(rule: RuleFunction) -> RuleFunction:
+    """Mark a rule that runs no candidate, as a decorator.
+
+    Where the settings leave the step between ranks open, it may choose from every rank, so that it
+    can use the whole budget. Other rules have the search's ranks to choose from.
+    """
+    vars(rule)["every_rank"] = True
+    return rule

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from nni_haloc.plan.budget import Choice, check_feasible, choose
-from nni_haloc.plan.rules.problem import Problem
+from nni_haloc.plan.rules.problem import Problem, sees_every_rank
 from nni_haloc.space.layers import LayerSpec, kernel_factors
 from nni_haloc.space.names import Rank
 
 
+@sees_every_rank
 def uniform(problem: Problem) -> Choice:
     """One fraction of the channels in every layer ("Std. Tucker"): of each layer the largest candidate with no larger a fraction.
 
@@ -38,6 +39,7 @@ def uniform(problem: Problem) -> Choice:
     return filled(problem, choice, fractions)
 
 
+@sees_every_rank
 def energy(problem: Problem) -> Choice:
     """One threshold on the relative output error: of each layer the lowest rank that keeps it, the dense layer where none does.
 
@@ -46,6 +48,7 @@ def energy(problem: Problem) -> Choice:
     return _threshold(problem, problem.errors, lambda layer, name: _size(problem, layer, name))
 
 
+@sees_every_rank
 def alds(problem: Problem) -> Choice:
     """As ALDS (Liebenwein et al., 2021) allots ranks: the largest relative error of any layer, in the spectral norm, is minimised.
 

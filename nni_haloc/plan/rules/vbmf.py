@@ -10,7 +10,7 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from nni_haloc.plan.budget import Choice
-from nni_haloc.plan.rules.problem import Problem
+from nni_haloc.plan.rules.problem import Problem, sees_every_rank
 from nni_haloc.plan.rules.thresholds import filled
 from nni_haloc.space.layers import kernel_factors
 
@@ -18,6 +18,7 @@ FACTORS = np.linspace(2, 0, 2001).tolist()
 """The common factors tried, best first."""
 
 
+@sees_every_rank
 def vbmf(problem: Problem) -> Choice:
     """As MUSCO (Gusak et al., 2019) takes ranks: `evbmf` of each kernel's unfoldings by output and by input channels, on its own.
 
