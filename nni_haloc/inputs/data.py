@@ -1,4 +1,7 @@
-"""Image data sets: scikit-learn's digits, CIFAR-10, and folders of class folders. The validation split is cut from the training images."""
+"""Image data sets: scikit-learn's digits, CIFAR-10, and folders of class folders.
+
+The validation images are cut from the training images.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from nni_haloc.inputs.image_files import class_folders, read_all
 from nni_haloc.inputs.registries import DATA
 from nni_haloc.inputs.schema import Data
 from nni_haloc.inputs.tensor_images import TensorImages
+from nni_haloc.utils.errors import needs
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -23,7 +27,15 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Splits:
-    """``train`` (augmented), ``plain`` (the training images without augmentation), ``val`` and ``test``; items are ``(image, label)``."""
+    """A data set in four splits, whose items are ``(image, label)``.
+
+    Attributes:
+        train: training images, augmented.
+        plain: the same images without augmentation.
+        val: validation images.
+        test: test images.
+        classes: names of the classes; a label is the place of its class.
+    """
 
     train: Dataset
     plain: Dataset
@@ -34,7 +46,16 @@ class Splits:
     def loader(
         self, split: str, batch_size: int, *, shuffle: bool = False, workers: int = 0, seed: int = 0
     ) -> DataLoader:
-        """A loader of one split, its order set by ``seed``; a last, smaller batch is dropped when shuffling."""
+        """Return a loader of one split.
+
+        Args:
+            split: ``train``, ``plain``, ``val`` or ``test``.
+            batch_size: images in a batch; no more than the split has.
+            shuffle: whether the order is drawn anew each epoch; a smaller last batch is then
+                dropped.
+            workers: processes that load images.
+            seed: of the order.
+        """
         data: Any = getattr(self, split)
         size = min(batch_size, len(data))
         generator = torch.Generator().manual_seed(seed)
@@ -45,16 +66,22 @@ class Splits:
             drop_last=shuffle,
             num_workers=workers,
             generator=generator,
-            persistent_workers=False,  # each epoch's workers begin from the generator, so that a resumed training sees the same images
+            # Each epoch's workers begin from the generator, so that a resumed training sees the
+            # same images.
+            persistent_workers=False,
             collate_fn=_as_is if _batched(data) else None,
         )
 
     def shared(self, share: float, seed: int = 0) -> Splits:
-        """A share of each split's images, at least one of them, drawn by ``seed``; the same of ``train`` and ``plain``."""
+        """Return a share of each split's images, at least one of them, drawn by ``seed``.
+
+        ``train`` and ``plain`` keep the same images.
+        """
 
         def drawn(data: Any) -> Any:
+            number = max(1, round(share * len(data)))
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[
-                : max(1, round(share * len(data)))
+                :number
             ]
             return data.part(order) if _batched(data) else Subset(data, order.tolist())
 
@@ -65,16 +92,16 @@ class Splits:
         )
 
     def missing(self, split: str) -> list[str]:
-        """The classes of which a split has no image."""
+        """Return the classes of which a split has no image."""
         found = set(_labels(getattr(self, split)))
         return [name for label, name in enumerate(self.classes) if label not in found]
 
     def images(self, split: str, number: int, seed: int = 0) -> Tensor:
-        """``number`` images ``(N, C, H, W)`` of a split, drawn without replacement."""
+        """Draw ``number`` images ``(N, C, H, W)`` of a split, without replacement."""
         return self.labelled(split, number, seed)[0]
 
     def labelled(self, split: str, number: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """The images that `images` draws, and their labels ``(N,)``."""
+        """Draw the images that `images` draws, with their labels ``(N,)``."""
         data: Any = getattr(self, split)
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:number]
         if _batched(data):
@@ -94,17 +121,27 @@ def digits(
     mean: Scale = None,
     std: Scale = None,
 ) -> Splits:
-    """scikit-learn's 1,797 handwritten digits, 8x8; the last 360 are the test images. Comes with scikit-learn, nothing is downloaded."""
-    from sklearn.datasets import load_digits
+    """Load scikit-learn's 1,797 handwritten digits, 8x8; the last 360 are the test images.
+
+    They come with scikit-learn; nothing is downloaded.
+    """
+    with needs("sklearn", what="data set 'digits'", install="nni-haloc[sampling]"):
+        from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = torch.from_numpy((bunch.images * (255 / 16)).astype(np.uint8))[:, None]
     labels = torch.from_numpy(bunch.target).long()
     classes = [str(n) for n in range(10)]
     return _in_memory(
-        (images[:-360], labels[:-360]), (images[-360:], labels[-360:]), classes, mean or (0.305,), std or (0.376,),
-        pad=1, mirror=False, chosen=_validation(labels[:-360], classes, val_fraction, seed, val_list, None),
-    )  # fmt: skip
+        (images[:-360], labels[:-360]),
+        (images[-360:], labels[-360:]),
+        classes,
+        mean or (0.305,),
+        std or (0.376,),
+        pad=1,
+        mirror=False,
+        chosen=_validation(labels[:-360], classes, val_fraction, seed, val_list, None),
+    )
 
 
 def cifar10(
@@ -117,7 +154,11 @@ def cifar10(
     mean: Scale = None,
     std: Scale = None,
 ) -> Splits:
-    """CIFAR-10 through torchvision, augmented by shifts of up to 4 pixels and mirroring. FileNotFoundError where ``root`` lacks it."""
+    """Load CIFAR-10 through torchvision, augmented by shifts of up to 4 pixels and mirroring.
+
+    Raises:
+        FileNotFoundError: if it is not in ``root``, and ``download`` is off.
+    """
     from torchvision.datasets import CIFAR10
 
     try:
@@ -153,10 +194,25 @@ def image_folder(
     mean: Scale = None,
     std: Scale = None,
 ) -> Splits:
-    """``root/train/CLASS/*`` and ``root/<test>/CLASS/*`` (ImageNet: ``test="val"``), as ``size`` x ``size`` images normalised for ImageNet.
+    """Load the image files ``root/train/CLASS/*`` and ``root/<test>/CLASS/*``.
 
-    ``val_list``: a file with one path a line, relative to ``root/train``. ``in_memory`` suits small images: they are read once, resized to
-    ``size`` and augmented by shifts of ``size // 8`` pixels and mirroring; otherwise random resized crops, as is usual for ImageNet.
+    Args:
+        root: the folder.
+        size: height and width of the images that the network gets.
+        val_fraction: share of the training images that become validation images.
+        seed: of that draw.
+        val_list: a file that names the validation images instead, one path a line, relative to
+            ``root/train``.
+        test: name of the folder of test images (ImageNet: ``val``).
+        in_memory: for small images: read them once, resize them to ``size``, and augment them by
+            shifts of ``size // 8`` pixels and mirroring. Otherwise training images are random
+            resized crops, as is usual for ImageNet.
+        mean: per channel (None: ImageNet's).
+        std: per channel (None: ImageNet's).
+
+    Raises:
+        FileNotFoundError: if a folder is missing.
+        ValueError: if the two folders have different classes.
     """
     from torchvision import transforms
 
@@ -264,41 +320,43 @@ def _validation(
     listed: str | Path | None,
     names: list[str] | None,
 ) -> np.ndarray:
-    """Sorted indices of the validation images: those in the file ``listed`` (paths; without ``names``, indices), else a stratified draw."""
-    if listed is None:
-        from sklearn.model_selection import train_test_split
+    """Return the sorted indices of the validation images.
 
-        counts = labels.bincount()
-        try:
-            _, chosen = train_test_split(
-                np.arange(len(labels)),
-                test_size=fraction,
-                random_state=seed,
-                stratify=labels.numpy(),
-            )
-        except ValueError as error:
-            few = f"class {classes[int(counts.argmin())]!r} has {int(counts.min())} of {len(labels)} training images"
-            raise ValueError(
-                f"val_fraction: expected validation images of every class, found {few} ({error})"
-            ) from None
-        return np.sort(chosen)
-    index = {
-        name: i
-        for i, name in enumerate(names if names is not None else map(str, range(len(labels))))
-    }
-    lines = [
-        line.strip()
-        for line in Path(listed).read_text(encoding="utf-8").splitlines()
-        if line.strip()
-    ]
+    They are those that the file ``listed`` names (by ``names``, or by index without), or else a
+    stratified draw.
+    """
+    if listed is None:
+        return _draw(labels, classes, fraction, seed)
+    known = names if names is not None else map(str, range(len(labels)))
+    index = {name: i for i, name in enumerate(known)}
+    text = Path(listed).read_text(encoding="utf-8")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     for number, line in enumerate(lines, 1):
         if line not in index:
             raise ValueError(f"{listed}: entry {number}, {line!r}, is not a training image")
     if not lines or len(set(lines)) == len(index):
-        raise ValueError(
-            f"{listed}: must list some of the training images, and not all, found {len(lines)}"
-        )
+        expected = "must list some of the training images, and not all"
+        raise ValueError(f"{listed}: {expected}, found {len(lines)}")
     return np.sort([index[line] for line in set(lines)])
+
+
+def _draw(labels: Tensor, classes: list[str], fraction: float, seed: int) -> np.ndarray:
+    """Draw a share of each class; return the sorted indices."""
+    with needs("sklearn", what="a drawn validation split", install="nni-haloc[sampling]"):
+        from sklearn.model_selection import train_test_split
+
+    images = np.arange(len(labels))
+    try:
+        _, chosen = train_test_split(
+            images, test_size=fraction, random_state=seed, stratify=labels.numpy()
+        )
+    except ValueError as error:
+        counts = labels.bincount()
+        name, count = classes[int(counts.argmin())], int(counts.min())
+        few = f"class {name!r} has {count} of {len(labels)} training images"
+        expected = "expected validation images of every class"
+        raise ValueError(f"val_fraction: {expected}, found {few} ({error})") from None
+    return np.sort(chosen)
 
 
 def _labels(data: Any) -> list[int]:

@@ -13,14 +13,17 @@ from nni_haloc.utils.errors import DataError
 
 
 class DamagedImage(DataError):
-    """A file that is no image, or not the whole of one. A loader's worker process hands the line on in a traceback, as its last line."""
+    """A file is no image, or not the whole of one.
+
+    A loader's worker process hands the message on as the last line of a traceback.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(message.strip().splitlines()[-1].rpartition("DamagedImage: ")[2])
 
 
 def class_folders(path: Path, transform: Any = None) -> Any:
-    """torchvision's `ImageFolder`; an image that can't be read is named when it is."""
+    """Make torchvision's `ImageFolder`; an image that can't be read is named then."""
     from torchvision.datasets import ImageFolder
 
     try:
@@ -32,7 +35,7 @@ def class_folders(path: Path, transform: Any = None) -> Any:
 
 
 def _opened(file: str) -> Any:
-    """An image, RGB."""
+    """Read an image as RGB."""
     from torchvision.datasets.folder import default_loader
 
     try:
@@ -47,7 +50,7 @@ def _opened(file: str) -> Any:
 
 
 def read_all(folder: Any, size: int) -> tuple[Tensor, Tensor]:
-    """All images of an `ImageFolder` as bytes."""
+    """Read all images of an `ImageFolder` as bytes."""
     images, labels = [], []
     for image, label in folder:
         images.append(

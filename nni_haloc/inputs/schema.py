@@ -1,4 +1,4 @@
-"""The sections of a run's settings: keys, types and defaults; docs/settings.md has what each means."""
+"""The sections of a run's settings: keys, types and defaults; docs/settings.md explains each."""
 
 from __future__ import annotations
 
@@ -8,16 +8,31 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
+from nni_haloc.inputs.options import (
+    Decomposition,
+    Kind,
+    LamSchedule,
+    MemoryFormat,
+    Pruner,
+    Quantizer,
+    Schedule,
+)
 from nni_haloc.inputs.registries import DATA, PREDICTORS, RULES, RUNTIMES
 from nni_haloc.utils.registry import Registry
 
 
 class Section(BaseModel):
+    """Keys and values of the settings, checked strictly; an unknown key is refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 def check_uploaded(path: Path, uploaded: Path) -> None:
-    """Raise ValueError for a path outside the folder that NNI sends to another machine."""
+    """Check that a path lies in the folder that NNI sends to another machine.
+
+    Raises:
+        ValueError: names both.
+    """
     if not path.resolve().is_relative_to(uploaded.resolve()):
         raise ValueError(
             f"{path} is outside {uploaded}, the folder that is sent to the other machine"
@@ -38,13 +53,12 @@ def _existing(path: str, info: ValidationInfo) -> str:
 
 
 def _weights(path: str, info: ValidationInfo) -> str:
-    """The file is there, unless it is to be made by a training."""
-    folder: Path = (info.context or {}).get("folder", Path())
-    return (
-        str((folder / Path(path).expanduser()).absolute())
-        if (info.context or {}).get("training")
-        else _existing(path, info)
-    )
+    """Return the absolute path of the weights; a training has yet to make the file."""
+    context = info.context or {}
+    if not context.get("training"):
+        return _existing(path, info)
+    folder: Path = context.get("folder", Path())
+    return str((folder / Path(path).expanduser()).absolute())
 
 
 def _pin(value: Any) -> Any:
@@ -86,17 +100,21 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Model(Section):
-    """``name``: ``digits_cnn``, ``resnet20``, ``torchvision:NAME`` or ``package.module:factory``; ``arguments`` go to the factory."""
+    """The original network: a name (see `nni_haloc.inputs.models.build_model`) and arguments."""
 
     name: str
     arguments: dict[str, Any] = {}
 
 
 class Data(Section):
-    """``name``: ``digits``, ``cifar10`` or ``folder``. The validation images are a fraction of the training images, or those
-    that the file ``val_list`` names. ``score``: the images that the final accuracies are of; a tuner that maximises them must have ``val``.
-    ``share``: of all images, drawn by ``seed``. ``mean`` and ``std`` per channel: those that the network was trained with, where they are
-    not the data set's usual ones."""
+    """The data set, and how it is split and read.
+
+    The validation images are a fraction of the training images, or those that the file ``val_list``
+    names. ``score`` says which images the final accuracies are of: a tuner that maximises them must
+    have ``val``. ``share`` of all images are used, drawn by ``seed``. ``mean`` and ``std``, per
+    channel, are those that the network was trained with. ``arguments`` are for data sets that other
+    packages add.
+    """
 
     name: DataName
     arguments: dict[str, Any] = {}
@@ -117,7 +135,7 @@ class Data(Section):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of an image, ``(C, H, W)``."""
+        """The shape of an image, ``(C, H, W)``."""
         return (1, 8, 8) if self.name == "digits" else (3, self.size or 32, self.size or 32)
 
     @model_validator(mode="after")
@@ -127,22 +145,24 @@ class Data(Section):
         if self.name == "folder" and self.size is None:
             raise ValueError("size: data 'folder' needs the image size in pixels")
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
-            raise ValueError(
-                f"std: expected as many numbers as mean has, {len(self.mean)}, found {len(self.std)}"
-            )
+            expected = f"expected as many numbers as mean has, {len(self.mean)}"
+            raise ValueError(f"std: {expected}, found {len(self.std)}")
         return self
 
 
 class Space(Section):
-    """The rank space: see `nni_haloc.space.ranks.RankRules`. ``decomposition: auto`` is by the data."""
+    """The rank space (see `nni_haloc.RankRules`), and how its candidates are made.
+
+    ``decomposition: auto`` is ``data``.
+    """
 
     step: Count | Literal["auto"] | None = None
     dense: bool = True
     equal: bool = True
-    kinds: list[Literal["conv", "pointwise", "linear"]] = ["conv", "pointwise"]
+    kinds: list[Kind] = ["conv", "pointwise"]
     exclude: list[str] = []
     pin: dict[str, Pin] = {}
-    decomposition: Literal["auto", "data", "warm_hooi", "hosvd", "hooi"] = "auto"
+    decomposition: Decomposition | Literal["auto"] = "auto"
     calibration_images: Count = 512
 
 
@@ -158,13 +178,16 @@ class Cost(Section):
     table: ExistingPath | None = None
     runtime: Annotated[str, AfterValidator(_one_of(RUNTIMES))] = "torch"
     batch_size: Count = 1
-    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    memory_format: MemoryFormat = "contiguous"
     device: str = "cpu"
     threads: Count | None = None
 
 
 class Limit(Section):
-    """A limit on the whole network's cost: a ``fraction`` of the original's, or ``absolute`` in the metric's unit."""
+    """A limit on the whole network's cost.
+
+    Either a ``fraction`` of the original's, or ``absolute`` in the metric's unit.
+    """
 
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     absolute: Positive | None = None
@@ -176,7 +199,7 @@ class Limit(Section):
         return self
 
     def of(self, original: float) -> float:
-        """The limit for a network whose original costs ``original``."""
+        """Return the limit in the metric's unit, for an original that costs ``original``."""
         return self.fraction * original if self.fraction is not None else float(self.absolute or 0)
 
 
@@ -194,47 +217,64 @@ class Budget(Limit):
 
 
 class Training(Section):
-    """See `nni_haloc.training.recipe.Recipe`; ``precision`` is Lightning's, and bf16 can be twice as fast where the processor has it."""
+    """How a network is trained; see `nni_haloc.Recipe`.
+
+    ``precision`` is Lightning's; bf16 can be twice as fast on processors that have it.
+    """
 
     epochs: Annotated[int, Field(ge=0)]
     lr: Positive = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegative = 1e-4
-    schedule: Literal["step", "onecycle", "constant"] = "step"
+    schedule: Schedule = "step"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 
 
 class Distilled(Training):
-    """``distill``: the share of the loss that is distance from the original network's outputs, see `nni_haloc.finetune`."""
+    """A training that the original network may teach.
+
+    ``distill`` is the share of the loss that is distance from the original's outputs; see
+    `nni_haloc.finetune`.
+    """
 
     distill: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class Finetune(Distilled):
-    """``distill_features``: the weight, Eq. (9)'s lambda, of the distance of the searched layers' outputs from the original's."""
+    """The fine-tuning of the compressed network.
+
+    ``distill_features`` is the weight (Eq. 9's lambda) of the distance between the searched layers'
+    outputs and the original's.
+    """
 
     epochs: Annotated[int, Field(ge=0)] = 10
     distill_features: NonNegative = 0.0
 
 
 class Prune(Distilled):
-    """NNI's pruner, see `nni_haloc.chain.pruning.prune`, and the fine-tuning after it. ``batches``: of training images, for ``taylor``."""
+    """Pruning by NNI (see `nni_haloc.prune`), and the fine-tuning after it.
+
+    ``batches`` of training images are what ``taylor`` takes its gradients from.
+    """
 
     epochs: Annotated[int, Field(ge=0)] = 10
     lr: Positive = 0.02
-    pruner: Literal["l1", "fpgm", "taylor"] = "l1"
+    pruner: Pruner = "l1"
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.3
     batches: Count = 20
 
 
 class Quantize(Distilled):
-    """NNI's quantizer, see `nni_haloc.chain.quantizing.simulate`, and its training, which ``ptq`` has none of. ``int8``: whether the network is
-    quantized for ONNX Runtime, too. ``calibration_images``: training images, for both."""
+    """Quantizing by NNI (see `nni_haloc.quantize`), and its training, which ``ptq`` does not have.
+
+    ``int8`` quantizes the network for ONNX Runtime, too. Both are calibrated on
+    ``calibration_images`` training images.
+    """
 
     epochs: Annotated[int, Field(ge=0)] = 2
     lr: Positive = 0.001
-    schedule: Literal["step", "onecycle", "constant"] = "constant"
-    quantizer: Literal["ptq", "qat", "lsq"] = "ptq"
+    schedule: Schedule = "constant"
+    quantizer: Quantizer = "ptq"
     calibration_images: Count = 512
     int8: bool = True
 
@@ -244,11 +284,14 @@ class Train(Training):
 
     epochs: Count = 200
     weight_decay: NonNegative = 5e-4
-    schedule: Literal["step", "onecycle", "constant"] = "onecycle"
+    schedule: Schedule = "onecycle"
 
 
 class Trainer(Section):
-    """Lightning's flags of the same names, for the search and both trainings; ``batch_size`` is then of each process."""
+    """Lightning's flags of the same names, for the search and all trainings.
+
+    With several processes ``data.batch_size`` is that of each.
+    """
 
     accelerator: str = "auto"
     devices: Count = 1
@@ -260,7 +303,7 @@ class SearchOptions(Section):
     """How probabilities and weights are searched: the options of `nni_haloc.Haloc`, told there."""
 
     lam: NonNegative = 1.0
-    lam_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lam_schedule: LamSchedule = "constant"
     approach: Literal["features", "weights"] = "features"
     approach_share: Share = 0.25
     clip: Positive | None = 10.0
@@ -287,6 +330,6 @@ class Search(SearchOptions, Training):
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     epochs: Count = 1
     lr: Positive = 0.02
-    schedule: Literal["step", "onecycle", "constant"] = "constant"
+    schedule: Schedule = "constant"
     start: Literal["uniform", "sensitivity"] = "sensitivity"
     tensorboard: bool = False

@@ -11,9 +11,17 @@ from torch.utils.data import Dataset
 
 
 class TensorImages(Dataset):
-    """Images held in memory as bytes, normalised and, where asked, shifted by up to ``pad`` pixels and mirrored at random, by the batch.
+    """Hold images in memory as bytes; normalise and augment them by the batch.
 
-    ``images (N, C, H, W)`` uint8; ``labels (N,)``. Much faster than a transform per image for small ones.
+    For small images this is much faster than a transform for each image.
+
+    Args:
+        images: ``(N, C, H, W)``, uint8.
+        labels: ``(N,)``.
+        mean: per channel.
+        std: per channel.
+        pad: pixels by which an image is shifted at most, at random.
+        mirror: whether half of the images are mirrored, at random.
     """
 
     def __init__(
@@ -30,7 +38,7 @@ class TensorImages(Dataset):
         self.mean, self.std = (torch.tensor(v).reshape(-1, 1, 1) for v in (mean, std))
 
     def part(self, index: Tensor) -> TensorImages:
-        """These images alone, augmented alike."""
+        """Return the images of an index alone, augmented alike."""
         result = copy.copy(self)
         result.images, result.labels = self.images[index], self.labels[index]
         return result

@@ -1,4 +1,4 @@
-"""YAML files that a user writes, and the one line that says what is wrong with them."""
+"""Read the YAML files that a user writes, and say in one line what is wrong with them."""
 
 from __future__ import annotations
 
@@ -26,56 +26,62 @@ _Loader.add_implicit_resolver(
 
 
 _MOST = 100_000
-"""Values of a file. A few lines of aliases of aliases can stand for billions, which nobody means to write."""
+"""Values that a file may have, its aliases written out: a few lines can stand for billions."""
 
 
-def _written_out(value: Any, known: dict[int, int], most: int) -> int:
-    """Number of values in a document with its aliases written out; more than ``most`` where one contains itself."""
-    inner = (
-        [*value, *value.values()]
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, list)
-        else ()
-    )
-    if inner and id(value) not in known:
-        known[id(value)] = most + 1  # while it is being counted: it is inside itself
-        known[id(value)] = 1 + sum(_written_out(v, known, most) for v in inner)
-    return known[id(value)] if inner else 1
+def _count_values(value: Any, known: dict[int, int], most: int) -> int:
+    """Count a document's values with its aliases written out.
+
+    A document that contains itself has more than ``most``.
+    """
+    inner: list[Any] = []
+    if isinstance(value, dict):
+        inner = [*value, *value.values()]
+    elif isinstance(value, list):
+        inner = value
+    if not inner:
+        return 1
+    if id(value) not in known:
+        known[id(value)] = most + 1  # for the time of counting, in case it is inside itself
+        known[id(value)] = 1 + sum(_count_values(v, known, most) for v in inner)
+    return known[id(value)]
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text."""
+    """Return the value of a YAML text."""
     return yaml.load(text, _Loader)  # a safe loader
 
 
 def read_yaml(path: Path, key: str | None = None, *, exponents: bool = True) -> dict[str, Any]:
-    """The keys and values of a YAML file; `SettingsError` names the file, and ``key`` where it is given.
+    """Read the keys and values of a YAML file.
 
-    ``exponents=False`` reads numbers as PyYAML, and so NNI, does.
+    Args:
+        path: the file.
+        key: the setting that names the file, for messages.
+        exponents: whether ``1e-3`` is a number, as everybody writes it. PyYAML, and so NNI, takes
+            it for text.
+
+    Raises:
+        SettingsError: names the file and, where it is known, the line.
     """
-    where = f"{key}: " if key else ""
+    where = f"{key}: {path}" if key else f"{path}"
     try:
-        content = (parse_yaml if exponents else yaml.safe_load)(path.read_text(encoding="utf-8"))
-        size = _written_out(content, {}, _MOST)
+        text = path.read_text(encoding="utf-8")
+        content = parse_yaml(text) if exponents else yaml.safe_load(text)
+        size = _count_values(content, {}, _MOST)
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(
-            f"{where}{path}: {getattr(error, 'strerror', None) or 'not a text file'}"
-        ) from None
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise SettingsError(f"{where}: {reason}") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise SettingsError(
-            f"{where}{path}{line}: not valid YAML ({getattr(error, 'problem', None) or 'syntax'})"
-        ) from None
+        raise SettingsError(f"{where}{line}: not valid YAML ({problem or 'syntax'})") from None
     except RecursionError:
-        raise SettingsError(f"{where}{path}: nested too deeply") from None
+        raise SettingsError(f"{where}: nested too deeply") from None
     if size > _MOST:
-        raise SettingsError(
-            f"{where}{path}: expected at most {_MOST} values, its aliases written out; found more"
-        )
+        expected = f"expected at most {_MOST} values, its aliases written out"
+        raise SettingsError(f"{where}: {expected}; found more")
     if not isinstance(content, dict):
-        raise SettingsError(
-            f"{where}{path}: expected keys and values, found {type(content).__name__}"
-        )
+        kind = type(content).__name__
+        raise SettingsError(f"{where}: expected keys and values, found {kind}")
     return content

@@ -14,7 +14,10 @@ class _Block(nn.Sequential):
 
 
 class DigitsCNN(nn.Module):
-    """Four 3x3 convolutions and a classifier: ``(N, 1, 8, 8)`` to ``(N, num_classes)``; 65,834 parameters with 10 classes."""
+    """Four 3x3 convolutions and a classifier: ``(N, 1, 8, 8)`` to ``(N, num_classes)``.
+
+    It has 65,834 parameters with 10 classes.
+    """
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
-"""ResNet-20 for CIFAR (He et al. 2016, section 4.2): option-A shortcuts, 269,722 parameters with 10 classes.
+"""ResNet-20 for CIFAR (He et al. 2016, section 4.2) with option-A shortcuts.
 
-Parameter names are those that the public CIFAR checkpoints of this network use (``conv1``, ``layer1.0.conv1``, ..., ``linear``).
+It has 269,722 parameters with 10 classes. Their names are those of the public CIFAR checkpoints of
+this network (``conv1``, ``layer1.0.conv1``, ..., ``linear``).
 """
 
 from __future__ import annotations

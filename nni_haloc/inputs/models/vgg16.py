@@ -1,6 +1,7 @@
-"""VGG-16 for CIFAR: torchvision's thirteen convolutions with batch normalisation, and one linear layer behind them.
+"""VGG-16 for CIFAR: torchvision's thirteen convolutions with batch normalisation, and a classifier.
 
-14,728,266 parameters with 10 classes: the network of most low-rank and pruning papers on CIFAR-10, this one's Table 1 included.
+It has 14,728,266 parameters with 10 classes. Most papers on low rank and pruning use it on
+CIFAR-10; it is in the paper's Table 1.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from torchvision.models.vgg import cfgs, make_layers
 
 
 class VGG16(nn.Module):
-    """``(N, 3, 32, 32)`` to ``(N, num_classes)``. Parameter names as in torchvision's ``vgg16_bn``, but for ``classifier``."""
+    """Classify ``(N, 3, 32, 32)`` into ``(N, num_classes)``.
+
+    Parameters have the names of torchvision's ``vgg16_bn``, except for ``classifier``.
+    """
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()

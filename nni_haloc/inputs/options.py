@@ -1,0 +1,20 @@
+"""Words that settings, commands and Python functions take alike, each list in one place."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Schedule = Literal["step", "onecycle", "constant"]
+"""How a learning rate falls; see `nni_haloc.training.recipe.Recipe`."""
+Pruner = Literal["l1", "fpgm", "taylor"]
+"""NNI's pruners; see `nni_haloc.chain.pruning.prune`."""
+Quantizer = Literal["ptq", "qat", "lsq"]
+"""NNI's quantizers; see `nni_haloc.chain.quantizing.quantize`."""
+Decomposition = Literal["warm_hooi", "hosvd", "hooi", "data"]
+"""Ways to decompose a kernel; see `nni_haloc.space.tucker.decompose`."""
+Kind = Literal["conv", "pointwise", "linear"]
+"""Kinds of layers: spatial convolutions, 1x1 convolutions, linear layers."""
+MemoryFormat = Literal["contiguous", "channels_last"]
+"""How torch lays tensors out in memory."""
+LamSchedule = Literal["constant", "linear", "cosine"]
+"""How Eq. (9)'s lambda falls over the search; see `nni_haloc.search.objective.schedule`."""
