@@ -1,4 +1,4 @@
-"""Record every iteration of a search in ``history.csv``."""
+"""Tell what happened in a search: each iteration in ``history.csv``, the end in ``search.json``."""
 
 from __future__ import annotations
 
@@ -9,37 +9,94 @@ import pytorch_lightning as pl
 
 from nni_haloc.costs.table import CostTable
 from nni_haloc.plan.budget import Limit
+from nni_haloc.search.probabilities import logits_of
 from nni_haloc.search.strategy import Haloc
 from nni_haloc.training.curves import COLUMNS, read, write_rows
 from nni_haloc.utils.errors import HalocError
 from nni_haloc.utils.log import logger
 
+SEARCH_VERSION = 1
+
 
 class History(pl.Callback):
-    """Writes the file at the end of each epoch; a search that is resumed keeps the rows up to where it goes on."""
+    """Record every iteration of a search; the file is written at the end of each epoch.
+
+    A search that is resumed keeps the rows up to where it goes on.
+
+    Args:
+        path: the file, ``history.csv``.
+        strategy: the search.
+        params: table of the candidates' parameters.
+    """
 
     def __init__(self, path: Path, strategy: Haloc, params: CostTable) -> None:
         self.path, self.strategy, self.params = path, strategy, Limit(params, params.original)
         self.rows: list[list[Any]] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up the rows of an earlier start."""
         done = trainer.current_epoch * int(trainer.num_training_batches)
         if done and self.path.exists():
             try:
                 columns = read(self.path)
-                self.rows = [
-                    list(row) for row in zip(*columns.values(), strict=True) if row[0] < done
-                ]
             except HalocError as error:  # figures are not worth a search
                 logger.warning("%s; its figures begin anew", error)
+                return
+            rows = zip(*columns.values(), strict=True)
+            self.rows = [list(row) for row in rows if row[0] < done]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Add a row."""
         iteration = trainer.current_epoch * int(trainer.num_training_batches) + batch_idx
         costs = (self.strategy.expected_cost(), self.strategy.expected_cost(self.params))
         self.rows.append([iteration, *pl_module.latest, *(cost.detach() for cost in costs)])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the file."""
         self.rows = [[int(row[0]), *map(float, row[1:])] for row in self.rows]
         write_rows(self.path, COLUMNS, self.rows)
+
+
+def describe_search(strategy: Haloc) -> dict[str, Any]:
+    """Return a search's state in plain numbers, not rounded: the content of ``search.json``.
+
+    Args:
+        strategy: a search that has begun; usually one that has finished.
+
+    Returns:
+        A dict that JSON can hold:
+
+        - ``version``, 1, and ``objective``, ``settle`` or ``paper``.
+        - ``limits``, a list: the ``metric``, ``budget`` and ``original_cost`` of each limit, its
+          ``expected_cost`` (Eq. 6), all in the table's unit, and its ``price`` for a budget's worth
+          of cost (0 with ``objective="paper"``).
+        - ``layers``, layer to candidate: ``logit`` (alpha over the temperature), ``probability``,
+          ``score`` (see `SearchState.scores`), and ``cost``, a list with a number for each limit.
+    """
+    scores, probabilities = strategy.scores(), strategy.probabilities
+    limits = [
+        {
+            "metric": limit.costs.metric,
+            "budget": float(limit.budget),
+            "original_cost": float(limit.costs.original),
+            "expected_cost": float(strategy.expected_cost(limit).detach()),
+            "price": price,
+        }
+        for limit, price in zip(strategy.limits, strategy.state.prices.tolist(), strict=True)
+    ]
+    layers = {
+        name: {
+            candidate: {
+                "logit": logit,
+                "probability": probabilities[name][candidate],
+                "score": scores[name][candidate],
+                "cost": [float(limit.costs.costs[name][candidate]) for limit in strategy.limits],
+            }
+            for candidate, logit in zip(layer.names, logits_of(layer).tolist(), strict=True)
+        }
+        for name, layer in strategy.mixed_layers.items()
+    }
+    objective = strategy.options.objective
+    return {"version": SEARCH_VERSION, "objective": objective, "limits": limits, "layers": layers}

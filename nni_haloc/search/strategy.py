@@ -182,8 +182,14 @@ class Haloc(DARTS):
             {**limit.facts(choice), "expected_cost": float(self.expected_cost(limit).detach())}
             for limit in limits
         )
-        facts = {"rule": "haloc", "select": select, "objective": self.options.objective}
-        facts |= {**main, "also": also, "seed": self.seed}
+        facts = {
+            "rule": "haloc",
+            "select": select,
+            "objective": self.options.objective,
+            **main,
+            "also": also,
+            "seed": self.seed,
+        }
         candidates = self.supernet.candidates
         return RankPlan({name: candidates[name][c] for name, c in choice.items()}, facts)
 
