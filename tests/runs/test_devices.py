@@ -27,7 +27,10 @@ SHORT = {
 
 
 def test_onnx_runtime_has_its_own_plan_and_row(tmp_path, monkeypatch):
-    """Its costs are measured, and then made to follow the MACs: on a processor of the day nothing may be faster on so small a network."""
+    """Its costs are measured, and then made to follow the MACs.
+
+    On a processor of the day nothing may be faster on so small a network.
+    """
     pytest.importorskip("onnxruntime")
     counts = mac_table(build_model("digits_cnn"), torch.zeros(1, 1, 8, 8), RankRules(16))
     measured = []
@@ -83,7 +86,7 @@ def test_the_array_has_its_own_plan_and_row(tmp_path, capsys):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """What each device is found to have, without the work: a number, or an error."""
+    """Yield what each device is found to have, without the work: a number, or an error."""
     found = {}
 
     def row(job, device, resume):

@@ -1,4 +1,7 @@
-"""A search in two processes: both sample the same path and agree, and they find what one process finds on the whole batches."""
+"""A search in two processes: both sample the same path and agree.
+
+They find what one process finds on the whole batches.
+"""
 
 import json
 import os
@@ -19,6 +22,7 @@ from nni_haloc.costs.from_settings import rules_of
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.models import build_model
+from nni_haloc.runs.folder import RunFolder
 from nni_haloc.runs.limits import limits_of
 from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.space import RankSpace
@@ -43,16 +47,19 @@ torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)  # Adam makes much of the last digit of a small gradient
 model = nn.Sequential(
     nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
-    nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
 )
 x, y = torch.randn(96, 3, 8, 8), torch.randint(4, (96,))
-mine = range(int(os.environ.get("LOCAL_RANK", 0)), len(x), processes)  # Lightning's own sampler would shuffle: another order for one
+# Lightning's own sampler would shuffle: another order for one
+mine = range(int(os.environ.get("LOCAL_RANK", 0)), len(x), processes)
 loaders = [DataLoader(Subset(TensorDataset(x, y), mine), 32 // processes) for _ in range(2)]
 rules = RankRules(step=4, exclude=("0",))
 costs = mac_table(model, x[:1], rules)
 space = RankSpace(model, x[:1], costs, rules)
 strategy = Haloc(costs, 0.6, approach_share=1.0, alpha_every=1, objective=objective, alpha_lr=0.1)
-options = {"devices": processes, "accelerator": "cpu", "enable_progress_bar": False, "use_distributed_sampler": False}
+options = {"devices": processes, "accelerator": "cpu", "enable_progress_bar": False}
+options["use_distributed_sampler"] = False
 if processes > 1:
     options["strategy"] = "ddp_find_unused_parameters_true"
 class Losses(Callback):
@@ -60,7 +67,8 @@ class Losses(Callback):
         losses.append(module.latest.tolist())
 
 losses = []
-run_search(space, Classification(*loaders, Recipe(epochs=3, lr=0.05, schedule="constant"), callbacks=[Losses()], **options), strategy)
+recipe = Recipe(epochs=3, lr=0.05, schedule="constant")
+run_search(space, Classification(*loaders, recipe, callbacks=[Losses()], **options), strategy)
 import torch.distributed
 rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 found = {
@@ -101,10 +109,16 @@ def test_two_processes_agree_and_are_one(tmp_path, objective):
 
 
 def test_a_layer_that_one_process_does_not_call_counts_as_nothing_there(net, images, loaders):
-    """Without a place for it in what is exchanged, each process would read another layer's numbers, or wait for ever."""
+    """It has a place in what is exchanged.
+
+    Else each process would read another layer's numbers, or wait for ever.
+    """
 
     class Other:
-        """This process beside one that has called ``stem`` and not ``point``; neither has called ``body.0``."""
+        """This process beside one that has called ``stem`` and not ``point``.
+
+        Neither has called ``body.0``.
+        """
 
         world_size, strategy = 2, property(lambda self: self)
 
@@ -173,17 +187,15 @@ def test_a_run_in_two_processes_leaves_one_folder(tmp_path):
     assert (
         "search: 34 iterations, 2 epochs of 17" in log
     )  # as many as one process has with batches of 64
-    metrics = json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]
-    assert metrics["default"] > 0.9
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())["stages"]["finetune"]
+    assert metrics["top1"] > 0.9
     network = nni_haloc.load(tmp_path / "out")
     assert count_macs(network, torch.zeros(1, 1, 8, 8)) == metrics["macs"]
     assert len(history.read(tmp_path / "out/search/history.csv")["iteration"]) == 34
     again = haloc("run", DIGITS, "--out", tmp_path / "out", "--resume", *words)
     assert "fine-tuning: 2 of 2 epochs are done" in again.stderr
-    assert (
-        json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]["default"]
-        == metrics["default"]
-    )
+    stages = json.loads((tmp_path / "out/metrics.json").read_text())["stages"]
+    assert stages["finetune"]["top1"] == metrics["top1"]
     other = haloc("run", DIGITS, "--out", tmp_path / "out", "--resume", *words[2:])
     assert (other.returncode, "made with other settings" in other.stderr) == (2, True)
 
@@ -197,8 +209,9 @@ def attempt(make):
     except ValueError as error:
         print(error)
 loader = DataLoader([(torch.zeros(3), 0)])
-attempt(lambda options: nni_haloc.finetune(torch.nn.Linear(3, 2), loader, nni_haloc.Recipe(1), **options))
-attempt(lambda options: nni_haloc.Classification(loader, loader, nni_haloc.Recipe(1), **options))
+recipe = nni_haloc.Recipe(1)
+attempt(lambda options: nni_haloc.finetune(torch.nn.Linear(3, 2), loader, recipe, **options))
+attempt(lambda options: nni_haloc.Classification(loader, loader, recipe, **options))
 from nni_haloc.cli.main import main
 import sys
 sys.argv[1:] = ["run", RUN, "--set", "trainer.devices=2"]
@@ -210,7 +223,10 @@ main()
 def test_a_program_in_no_file_can_not_be_run_twice_and_is_refused_at_once(
     tmp_path, arguments, found
 ):
-    """Lightning would start `python -c` without the program, and the first process wait for the second."""
+    """Lightning would start `python -c` without the program.
+
+    The first process would wait for the second.
+    """
     program = ALONE.replace("RUN", repr(str(DIGITS)))
     command = [
         sys.executable,
@@ -251,7 +267,7 @@ def test_the_others_read_what_the_first_measured(tmp_path, monkeypatch):
     CostTable("latency_ms", counts.costs, counts.fixed).save(tmp_path / "costs.json")
     before = (tmp_path / "costs.json").read_bytes()
     monkeypatch.setenv("LOCAL_RANK", "1")
-    (limit,) = limits_of(config, model, image, rules_of(config), tmp_path)
+    (limit,) = limits_of(config, model, image, rules_of(config), RunFolder(tmp_path))
     assert limit.costs.costs == counts.costs
     assert (tmp_path / "costs.json").read_bytes() == before
 
@@ -270,7 +286,7 @@ def test_processes_that_start_together_need_a_table(tmp_path, monkeypatch):
         HalocError,
         match=r"cost.table: each of the processes would measure another latency; name a table",
     ):
-        limits_of(config, model, image, rules_of(config), tmp_path)
+        limits_of(config, model, image, rules_of(config), RunFolder(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -281,7 +297,10 @@ def test_processes_that_start_together_need_a_table(tmp_path, monkeypatch):
     ],
 )
 def test_one_process_of_a_trial_asks_for_parameters(tmp_path, variable, value, status, line):
-    """The manager answers once: the others would wait for ever. They are handed what the first was given."""
+    """The manager answers once: the others would wait for ever.
+
+    They are handed what the first was given.
+    """
     environment = {"NNI_OUTPUT_DIR": str(tmp_path), variable: value}
     done = commands.haloc(DIGITS, module="nni_haloc.trial", environment=environment)
     assert (done.returncode, line in done.stderr) == (status, True), done.stderr

@@ -49,7 +49,7 @@ def test_a_network_is_not_written_as_something_else(run_file):
 @pytest.mark.parametrize("epochs", [1, 10])
 def test_what_is_left_is_told_from_the_first_iteration_on(loaders, monkeypatch, epochs):
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr("nni_haloc.utils.log.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("nni_haloc.utils.progress.time.monotonic", lambda: next(clock))
     of = epochs * len(loaders[0])
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
     told = []

@@ -27,14 +27,18 @@ SERVICES = (
 
 @pytest.fixture
 def code(tmp_path, monkeypatch):
-    """A folder with the run's files, and what a file of the page takes for granted on the manager's machine."""
+    """Return a folder with the run's files.
+
+    It has what a file of the page takes for granted on the manager's machine.
+    """
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".ssh").mkdir()
     (tmp_path / ".ssh" / "id_ed25519").touch()
     (tmp_path / "mnt").mkdir()
     (tmp_path / "weights.pth").touch()
     (tmp_path / "run.yml").write_text(
-        "{model: {name: digits_cnn}, weights: weights.pth, data: {name: folder, root: /data, size: 8}, budget: {fraction: 0.5}}"
+        "{model: {name: digits_cnn}, weights: weights.pth, budget: {fraction: 0.5},"
+        " data: {name: folder, root: /data, size: 8}}"
     )
     return tmp_path
 
