@@ -19,6 +19,7 @@ from nni_haloc.cli.options import (
     StageFolder,
     assignment,
     comma_separated,
+    needs_plots,
     print_json,
     some_of,
     trust,
@@ -186,11 +187,12 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one HTML page: figures, ranks, curves, settings."""
-    from nni_haloc.results.html_report import html_report
     from nni_haloc.runs.folder import RunFolder
     from nni_haloc.utils.files import whole
 
-    with as_one_line():
+    with needs_plots("report"), as_one_line():
+        from nni_haloc.results.html_report import html_report
+
         page = html_report(folder)
     out = out or RunFolder(folder).report
     try:
@@ -241,7 +243,7 @@ def plot_command(
             raise SettingsError(f"FOLDER and --{name}: {expected}")
     if not folders and layer is None:
         raise SettingsError(expected)
-    with as_one_line():
+    with needs_plots("plot"), as_one_line():
         from nni_haloc.cli.plot import draw_layer, draw_searches
 
         if folders:

@@ -21,6 +21,7 @@ from nni_haloc.cli.options import (
     Scale,
     assignment,
     comma_separated,
+    needs_plots,
     print_json,
     some_of,
     trust,
@@ -34,9 +35,9 @@ compress = typer.Typer()
 SEARCH = "search"
 
 
-def _starting_with(text: str) -> list[str]:
+def _rules_with(start: str) -> list[str]:
     """Rules for the shell's completion."""
-    return [name for name in (SEARCH, *RULES) if name.startswith(text)]
+    return [name for name in (SEARCH, *RULES) if name.startswith(start)]
 
 
 Budget = Annotated[
@@ -55,7 +56,7 @@ def run_command(
         typer.Option(
             metavar="NAME",
             help=f"How ranks are chosen: {SEARCH}, {', '.join(RULES)} (default: the settings').",
-            autocompletion=_starting_with,
+            autocompletion=_rules_with,
         ),
     ] = None,
     budget: Budget = None,
@@ -143,10 +144,11 @@ def front_command(
     """Make plans for many budgets from one finished search."""
     fractions = comma_separated("--budgets", budgets, float, "fractions")
     factories = trust(code)
-    from nni_haloc.cli.summary import short
     from nni_haloc.results.front import pareto_front
+    from nni_haloc.runs.summary import short
 
-    content = pareto_front(folder, fractions, out, factories=factories)
+    with needs_plots("front"):
+        content = pareto_front(folder, fractions, out, factories=factories)
     original = content["original"]
     rows: list[Any] = [
         ("original", short(original["cost"]), percent(1), None, percent(original["top1"], 2), None)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from nni_haloc.cli.options import COSTS, Batch, Json, Model, RankSpace, Shape, print_json
-from nni_haloc.utils.errors import MissingPackage, SettingsError, as_one_line
+from nni_haloc.cli.options import (
+    COSTS,
+    Batch,
+    Json,
+    Model,
+    RankSpace,
+    Shape,
+    needs_plots,
+    print_json,
+)
+from nni_haloc.inputs.registries import PREDICTORS
+from nni_haloc.utils.errors import SettingsError, as_one_line
 from nni_haloc.utils.printing import percent, print_table
 
 costs = typer.Typer()
@@ -38,7 +46,7 @@ def measure_command(context: typer.Context) -> None:
     if {"-h", "--help"} & set(context.args):
         _show_help(parser)
     else:
-        with _mendable("measure"):
+        with as_one_line():
             measure_main(context.args)
 
 
@@ -79,18 +87,10 @@ def _parameter(action: argparse.Action) -> Parameter:
     )
 
 
-@contextmanager
-def _mendable(command: str) -> Iterator[None]:
-    """Turn errors that the user can mend into errors of the family."""
-    try:
-        with as_one_line():
-            yield
-    except ModuleNotFoundError as error:
-        if isinstance(error, MissingPackage):
-            raise
-        raise MissingPackage(
-            f"{command}: needs the package {error.name}, which is not installed"
-        ) from None
+def _predictors_with(start: str) -> list[str]:
+    """Predictors for the shell's completion."""
+    names = dict.fromkeys(["analytic", "eyeriss", *PREDICTORS])
+    return [name for name in names if name.startswith(start)]
 
 
 @costs.command("predict", rich_help_panel=COSTS)
@@ -100,8 +100,9 @@ def predict_command(
         typer.Option(
             metavar="NAME",
             help="analytic (counts), eyeriss (an array's cycles or energy), roofline (latency), "
-            "a metric, or a predictor that another package adds.",
+            "or a predictor that another package adds.",
             show_default=False,
+            autocompletion=_predictors_with,
         ),
     ],
     metric: Annotated[
@@ -129,7 +130,7 @@ def predict_command(
     ] = None,
 ) -> None:
     """Count or model each layer's cost at each rank."""
-    with _mendable("predict"):
+    with as_one_line():
         from nni_haloc.costs.device.measurements import keep_measurements
         from nni_haloc.costs.measure import model_of, predicted_table
 
@@ -157,7 +158,7 @@ def spec_command(
     ] = False,
 ) -> None:
     """Write what another device is to measure, without the model."""
-    with _mendable("spec"):
+    with as_one_line():
         from nni_haloc.costs.measure import model_of, specification
 
         named = model_of(model, input_, batch, rank_space)
@@ -193,7 +194,7 @@ def heatmap_command(
     rounds: Annotated[int, typer.Option(metavar="N", help="Passes over all pairs.")] = 3,
 ) -> None:
     """Draw one layer's cost at every pair of ranks (Figure 2)."""
-    with _mendable("heatmap"):
+    with needs_plots("heatmap"), as_one_line():
         from nni_haloc.cli.heatmap import heatmap, layer_spec
         from nni_haloc.costs.device.torch_runtime import TorchRuntime
         from nni_haloc.costs.measure import model_of
@@ -257,7 +258,7 @@ def table_command(
     json_: Json = False,
 ) -> None:
     """Count a network's layers, ranks, MACs and parameters."""
-    with _mendable("table"):
+    with as_one_line():
         from nni_haloc.cli.table import as_json, counted, print_counted
         from nni_haloc.costs.measure import model_of
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.errors import SettingsError, needs
 
 COMPRESS, COSTS, AFTER, NNI = "Compress", "Costs", "After a run", "NNI experiments"
 """Groups of commands in ``haloc --help``, in the order of the work."""
@@ -134,6 +135,12 @@ def trust(code: Path | None) -> bool:
     if code is not None:
         sys.path.insert(0, str(code.absolute()))
     return code is not None
+
+
+def needs_plots(command: str) -> AbstractContextManager[None]:
+    """Return a context that raises `MissingPackage` unless figures can be drawn."""
+    install = "nni-haloc[plots]"
+    return needs("matplotlib", "jinja2", what=f"haloc {command}", install=install)
 
 
 def print_json(content: Any) -> None:

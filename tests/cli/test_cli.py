@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit status, one line, no traceback."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -52,8 +53,6 @@ from nni_haloc.inputs.models import build_model
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(arguments, message):
-    import re
-
     done = haloc(*arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
@@ -139,6 +138,8 @@ def finished(tmp_path_factory):
 
 
 def test_a_run_leaves_its_folder(finished):
+    from nni_haloc.runs.run import flatten
+
     assert {p.name for p in finished.iterdir()} == {
         "costs.json",
         "finetuning",
@@ -150,11 +151,13 @@ def test_a_run_leaves_its_folder(finished):
         "weights.safetensors",
     }
     content = json.loads((finished / "metrics.json").read_text())
-    metrics = content["metrics"]
-    assert list(metrics) == [
-        "default", "baseline_top1", "latency_ms", "baseline_latency_ms", "speedup", "images_per_s", "macs", "macs_reduction", "params",
-        "params_reduction",
-    ]  # fmt: skip
+    stages = content["stages"]
+    assert list(stages) == ["original", "search", "finetune"]
+    assert set(stages["original"]) == {"top1", "macs", "params", "latency_ms"}
+    figures = {"top1", "macs", "params", "latency_ms", "images_per_s", "bytes"}
+    assert set(stages["finetune"]) == figures
+    metrics = flatten(stages)
+    assert {"default", "speedup", "macs_reduction", "params_reduction"} < set(metrics)
     assert all(
         type(v) in (int, float) for v in metrics.values()
     )  # NNI's page goes blank for good on a nested one
@@ -169,14 +172,14 @@ def test_the_folders_network_has_the_reported_accuracy(finished):
     from nni_haloc.runs.saved import load
     from nni_haloc.training.finetuning import accuracy
 
-    metrics = json.loads((finished / "metrics.json").read_text())["metrics"]
+    figures = json.loads((finished / "metrics.json").read_text())["stages"]["finetune"]
     network, data = load(finished), digits()
-    assert accuracy(network, data.loader("test", 64))[0] == pytest.approx(metrics["default"])
-    assert count_macs(network, data.images("test", 1)) == metrics["macs"]
+    assert accuracy(network, data.loader("test", 64))[0] == pytest.approx(figures["top1"])
+    assert count_macs(network, data.images("test", 1)) == figures["macs"]
 
 
 def test_latency_can_be_the_budget(tmp_path):
-    """With a table made before: whether any rank is faster than dense on so small a network is up to the machine of the day."""
+    """With a table made before: on so small a network no rank need be faster than dense."""
     model, image = build_model("digits_cnn"), torch.randn(1, 1, 8, 8)
     counts = mac_table(model, image)
     costs = {
@@ -205,7 +208,7 @@ def test_latency_can_be_the_budget(tmp_path):
 
 
 def test_a_run_may_measure_its_own_table(tmp_path):
-    """It either searches or says in one line that nothing is faster than the layers as they are; the table is left in both cases."""
+    """It searches, or says in one line that no rank is faster; it leaves the table in any case."""
     settings = [
         "cost.metric=latency_ms",
         "cost.batch_size=16",
@@ -241,3 +244,95 @@ def test_an_accelerator_that_is_not_there_loses_nothing_of_an_earlier_run(tmp_pa
     assert done.returncode == 2
     assert "haloc: trainer: " in done.stderr.splitlines()[-1]
     assert (tmp_path / "ranks.json").exists()
+
+
+RULE = ["--rule", "uniform", "--budget", "0.4", "--set", "finetune.epochs=0"]
+
+
+def test_run_takes_a_rule_and_a_budget_and_ends_with_a_table(tmp_path):
+    done = haloc("run", DIGITS, "--out", tmp_path, *RULE)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert content["config"]["rule"] == "uniform"
+    assert content["parameters"] == {
+        "rule": "uniform",
+        "budget.fraction": 0.4,
+        "finetune.epochs": 0,
+    }
+    stages = content["stages"]
+    assert stages["finetune"]["macs"] <= 0.4 * stages["original"]["macs"]
+    heading, top1, *_ = (line for line in done.stdout.splitlines() if line[:1] in "┃│")
+    assert re.findall(r"\w+", heading) == ["original", "compressed", "change"]
+    for stage in ("original", "finetune"):
+        assert f"{100 * stages[stage]['top1']:.2f} %" in top1
+    assert f"results: {tmp_path}" in done.stdout
+    assert f"haloc report {tmp_path}" in done.stdout
+    assert f"haloc bench {tmp_path}" in done.stdout
+    assert "deprecated" not in done.stderr
+
+
+def test_baseline_is_deprecated_and_does_the_same(tmp_path):
+    done = haloc("baseline", DIGITS, *RULE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0] == (
+        "haloc baseline is deprecated: use haloc run --rule uniform"
+    )
+    content = json.loads((tmp_path / "haloc-baseline-uniform" / "metrics.json").read_text())
+    assert content["config"]["rule"] == "uniform"
+    assert content["config"]["budget"]["fraction"] == 0.4
+
+
+@pytest.mark.parametrize("command", ["run", "baseline"])
+def test_a_rule_that_is_none_is_one_line_with_the_names(command):
+    done = haloc(command, DIGITS, "--rule", "fair")
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"haloc: --rule: expected one of .*uniform, energy, .*nni-random, found 'fair'\n",
+        done.stderr,
+    )
+
+
+def test_json_is_all_that_a_run_prints(tmp_path):
+    done = haloc("run", DIGITS, "--out", tmp_path, *RULE, "--json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)
+    assert content["folder"] == str(tmp_path)
+    assert content["stages"] == json.loads((tmp_path / "metrics.json").read_text())["stages"]
+    assert "original: " in done.stderr
+
+
+def test_json_is_all_that_bench_prints(finished):
+    done = haloc("bench", finished, "--batch", 2, "--threads", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)
+    assert content == json.loads((finished / "bench.json").read_text())
+    assert {row["stage"] for row in content["rows"]} == {"original", "compressed"}
+
+
+MODEL = ["--model", "digits_cnn", "--input", "1x8x8"]
+
+
+def test_json_of_a_table_has_layers_rank_space_and_counts(tmp_path):
+    (tmp_path / "ranks.json").write_text('{"version": 1, "ranks": {"block2.conv": [8, 4]}}')
+    done = haloc("table", *MODEL, "--plan", tmp_path / "ranks.json", "--json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)
+    assert [layer["layer"] for layer in content["layers"]][1] == "block2.conv"
+    assert content["layers"][1]["candidates"][0] == "dense"
+    assert content["rank_space"]["searched"] <= content["rank_space"]["all"]
+    before, after = content["counts"]["original"], content["counts"][str(tmp_path / "ranks.json")]
+    assert before == {"macs": 1493632, "macs_paper": 1507008, "params": 65834}
+    assert all(after[key] < before[key] for key in before)
+
+
+def test_json_of_measuring_says_where_the_table_is(tmp_path):
+    out = tmp_path / "costs.json"
+    short = ["--rounds", 1, "--min-run-time", 0.001, "--threads", 1]
+    done = haloc("measure", *MODEL, *short, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)
+    table = CostTable.load(out)
+    assert (content["file"], content["metric"]) == (str(out), "latency_ms")
+    assert content["original"] == pytest.approx(table.original)
+    assert content["entries"] == sum(map(len, json.loads(out.read_text())["runs"].values()))
+    assert content["spread"] >= 0

@@ -1,6 +1,6 @@
-"""Hostile files: whatever is in them, the project's own errors alone come out, on one line that names the file, and no code of theirs runs.
+"""Hostile files raise the project's own errors, on one line that names the file; none runs code.
 
-Some hundreds of cases each; ``HALOC_SLOW=1`` makes it more than ten thousand in all.
+Some dozens of cases each; ``HALOC_SLOW=1`` makes it more than ten thousand in all.
 """
 
 import copy
@@ -226,9 +226,10 @@ def test_a_plan(tmp_path, net, content):
 
 
 COSTS = {
-    "version": 1, "metric": "latency_ms", "unit": "milliseconds", "identity": {"where": "alone", "geometry": {"stem": "0"}}, "fixed": 1.0,
-    "costs": {"stem": {"dense": 2.0, "r4": 1.0}}, "spread": {"stem": {"dense": 0.1}}, "runs": {"stem": {"dense": [2.0], "r4": [1.0, 2.0]}},
-    "network": [3.0],
+    "version": 1, "metric": "latency_ms", "unit": "milliseconds", "fixed": 1.0, "network": [3.0],
+    "identity": {"where": "alone", "geometry": {"stem": "0"}},
+    "costs": {"stem": {"dense": 2.0, "r4": 1.0}}, "spread": {"stem": {"dense": 0.1}},
+    "runs": {"stem": {"dense": [2.0], "r4": [1.0, 2.0]}},
 }  # fmt: skip
 
 
@@ -263,8 +264,12 @@ LAYER = {
     "padding": [1, 1],
 }
 SPEC = {
-    "version": 1, "model": "net", "input": [1, 3, 8, 8], "layers": {"stem": {"dense": 0, "r4": 1}},
-    "entries": [{"layer": LAYER, "rank": None, "onnx": None}, {"layer": LAYER, "rank": [4, 4], "onnx": "AAAA"}], "program": None,
+    "version": 1, "model": "net", "input": [1, 3, 8, 8], "program": None,
+    "layers": {"stem": {"dense": 0, "r4": 1}},
+    "entries": [
+        {"layer": LAYER, "rank": None, "onnx": None},
+        {"layer": LAYER, "rank": [4, 4], "onnx": "AAAA"},
+    ],
 }  # fmt: skip
 
 

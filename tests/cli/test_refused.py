@@ -1,4 +1,4 @@
-"""A full disk and a read-only folder: a line that says where, status 2, and everything that was there before."""
+"""A full disk or a read-only folder: one line that says where, status 2, and no file is lost."""
 
 import json
 import os
