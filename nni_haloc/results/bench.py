@@ -1,4 +1,4 @@
-"""The original network and every stage of a run, timed side by side: in torch, in ONNX Runtime, and there in int8."""
+"""Time the original network and every stage of a run side by side, in torch and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nni_haloc.costs.device.measuring import Run, Runtime, time_together
 from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
 from nni_haloc.runs.finished import Finished
-from nni_haloc.utils.errors import HalocError, SettingsError
+from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line
 from nni_haloc.utils.files import read_json, write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.printing import percent, print_table
@@ -28,7 +28,7 @@ from nni_haloc.utils.printing import percent, print_table
 SPLITS = ("val", "test")
 VERSION = 1
 TEXT = ("stage", "runtime", "precision", "why not")
-"""Headings of the table's columns that are no numbers."""
+"""Headings of the columns that hold text."""
 
 
 def bench(
@@ -42,30 +42,41 @@ def bench(
     rounds: int = 5,
     min_run_time: float = 0.1,
 ) -> dict[str, Any]:
-    """Time a finished run's original network and every stage that its folder holds; returns what is then in its ``bench.json``.
+    """Time a finished run's original network and every stage that its folder holds.
 
-    For each batch size (None: the settings') each stage has a row in torch, one in ONNX Runtime and one there in int8. Their passes are
-    timed in alternation; a row has the median of ``rounds`` medians and their interquartile range. ``split``: the images of the accuracies
-    (None: those of the settings' final ones). Without ``data`` there are neither accuracies nor int8. A row that can't be timed says why.
-    ``threads`` (None: the settings'); ``factories``: see `Finished`. Raises `SettingsError`; an earlier ``bench.json`` then stays.
+    For each batch size each stage has a row in torch, one in ONNX Runtime and one there in int8.
+    Their passes are timed in alternation. A row that can't be timed says why.
+
+    Args:
+        folder: the run's folder; it receives ``bench.json``.
+        batch_sizes: images in a batch (None: the settings' one).
+        threads: processor threads (None: the settings').
+        split: images of the accuracies, ``val`` or ``test`` (None: the settings' ``data.score``).
+        data: whether the data are at hand. Without them there are neither accuracies nor int8.
+        factories: see `Finished`.
+        rounds: medians that are taken of each row; the row has their median and their
+            interquartile range.
+        min_run_time: seconds of passes in each round.
+
+    Returns:
+        What ``bench.json`` says.
+
+    Raises:
+        SettingsError: if the folder is none of a finished run or an option is wrong; an earlier
+            ``bench.json`` then stays.
     """
     run = Finished(folder, data=data, factories=factories)
     cost, split = run.config.cost, split or run.config.data.score
-    sizes, threads = (
-        list(batch_sizes or [cost.batch_size]),
-        cost.threads if threads is None else threads,
-    )
+    sizes = list(batch_sizes or [cost.batch_size])
+    threads = cost.threads if threads is None else threads
     if min([*sizes, threads or 1]) < 1 or threads == 0:
-        raise SettingsError(
-            f"batch sizes, threads: expected numbers above 0, found {sizes}, {threads}"
-        )
+        expected = "batch sizes, threads: expected numbers above 0"
+        raise SettingsError(f"{expected}, found {sizes}, {threads}")
     if split not in SPLITS:
         raise SettingsError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
     networks = run.networks()
-    try:
+    with as_one_line():
         runtime = TorchRuntime(cost.device, memory_format=cost.memory_format, threads=threads)
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
     onnx, rows = OnnxRuntime(threads), []
     with TemporaryDirectory() as scratch, runtime.pinned():
         forms = [
@@ -100,13 +111,17 @@ def bench(
 
 
 def print_bench(title: str, content: Mapping[str, Any]) -> None:
-    """What ``bench.json`` says, as a table."""
+    """Print what ``bench.json`` says as a table."""
     heads, cells = _shown(content)
     print_table(title, heads, cells, text=TEXT)
 
 
 def bench_table(path: Path) -> dict[str, Any]:
-    """What a ``bench.json`` says, as text: ``heads``, ``rows``, and ``rounds`` and ``device``. `SettingsError` names a damaged file."""
+    """Return what a ``bench.json`` says, as text: ``heads``, ``rows``, ``rounds`` and ``device``.
+
+    Raises:
+        SettingsError: names a file that is damaged.
+    """
     try:
         content = read_json(path, "bench", VERSION)
         heads, rows = _shown(content)
@@ -120,14 +135,21 @@ def bench_table(path: Path) -> dict[str, Any]:
 
 
 def _shown(content: Mapping[str, Any]) -> tuple[list[str], list[list[str | None]]]:
-    """Headings of those columns that any row has, and the rows."""
+    """Return the headings of those columns that any row has, and the rows."""
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "stage": ("stage", str), "runtime": ("runtime", str), "precision": ("precision", str), "batch_size": ("batch", str),
-        "latency_ms": ("latency, ms", "{:.3g}".format), "spread_ms": ("spread, ms", "{:.2g}".format),
-        "images_per_s": ("images/s", "{:,.0f}".format), "file_bytes": ("file, kB", lambda n: f"{n / 1e3:,.0f}"),
-        "macs": ("MACs", lambda n: f"{n / 1e6:,.1f} M"), "params": ("parameters", "{:,}".format),
-        "top1": (f"top-1 ({content['split']})", lambda share: percent(share, 2)), "reason": ("why not", str),
-    }  # fmt: skip
+        "stage": ("stage", str),
+        "runtime": ("runtime", str),
+        "precision": ("precision", str),
+        "batch_size": ("batch", str),
+        "latency_ms": ("latency, ms", "{:.3g}".format),
+        "spread_ms": ("spread, ms", "{:.2g}".format),
+        "images_per_s": ("images/s", "{:,.0f}".format),
+        "file_bytes": ("file, kB", lambda n: f"{n / 1e3:,.0f}"),
+        "macs": ("MACs", lambda n: f"{n / 1e6:,.1f} M"),
+        "params": ("parameters", "{:,}".format),
+        "top1": (f"top-1 ({content['split']})", lambda share: percent(share, 2)),
+        "reason": ("why not", str),
+    }
     used = [key for key in columns if any(key in row for row in content["rows"])]
     cells = [
         [columns[key][1](row[key]) if key in row else None for key in used]
@@ -138,7 +160,7 @@ def _shown(content: Mapping[str, Any]) -> tuple[list[str], list[list[str | None]
 
 @dataclass
 class _Form:
-    """A stage's network in one runtime and precision; ``network`` None and the ``reason`` where it can't be had."""
+    """A stage's network in one runtime and precision, or the ``reason`` why there is none."""
 
     facts: dict[str, Any]
     file: Path
@@ -150,7 +172,7 @@ class _Form:
         return self.network is not None and getattr(self.network, "batch", None) is None
 
     def ready(self, shape: Sequence[int], runtime: TorchRuntime, onnx: OnnxRuntime) -> Run:
-        """A forward pass to time; ValueError with the reason why there is none."""
+        """Return a forward pass to time; raise ValueError with the reason if there is none."""
         if self.network is None:
             raise ValueError(self.reason)
         if not isinstance(self.network, OnnxNetwork):
@@ -199,7 +221,7 @@ def _timed(
     rounds: int,
     min_run_time: float,
 ) -> list[dict[str, Any]]:
-    """The rows of one batch size."""
+    """Time all forms at one batch size; return their rows."""
     runs: dict[str, Run] = {}
     rows = []
     for i, form in enumerate(forms):
@@ -210,7 +232,7 @@ def _timed(
             row["reason"] = str(error)
         rows.append(row)
     clocks: list[tuple[Runtime, dict[str, Run]]] = [(runtime, runs)]
-    if runtime.device != "cpu":  # whose clock is not the processor's
+    if runtime.device != "cpu":  # another device is timed by its own clock
         onnx_runs = {i: run for i, run in runs.items() if rows[int(i)]["runtime"] != "torch"}
         clocks = [
             (runtime, {i: run for i, run in runs.items() if i not in onnx_runs}),

@@ -252,7 +252,7 @@ def _drawn(plan: RankPlan, folder: RunFolder) -> dict[str, tuple[str, str]]:
 
 
 def _plain(name: str, number: int) -> str:
-    """A layer's name for a figure: short, of characters that fonts and SVG have, and still its own."""
+    """Shorten a layer's name for a figure, in characters that every font has."""
     plain = ascii(name)[1:-1]
     return plain if len(plain) <= 40 else f"{plain[:32]}...#{number}"
 
