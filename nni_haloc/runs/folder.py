@@ -221,10 +221,14 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Figures]:
         stages["finetune"].setdefault("top1", flat["default"])
     for key in ("macs", "params"):  # the original's counts were given as reductions alone
         count, reduction = flat.get(key), flat.get(f"{key}_reduction")
-        if _is_number(count) and _is_number(reduction) and reduction < 1:
+        if _is_count(count) and _is_number(reduction) and reduction < 1:
             stages["original"][key] = round(count / (1 - reduction))
     return {name: figures for name, figures in stages.items() if figures}
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> TypeGuard[float]:
+    return _is_number(value) and 0 <= value < 1e18  # a damaged file may hold infinity

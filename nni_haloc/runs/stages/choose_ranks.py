@@ -13,15 +13,15 @@ from nni_haloc.inputs import schema
 from nni_haloc.inputs.config import Config
 from nni_haloc.plan.budget import Limit, Scores, cheapest, check_feasible
 from nni_haloc.plan.sensitivity import sensitivities
-from nni_haloc.runs.by_rule import by_rule
 from nni_haloc.runs.folder import Figures, RunFolder, Training
 from nni_haloc.runs.identity import search_identity
 from nni_haloc.runs.job import Job, trainer_options
 from nni_haloc.runs.limits import limits_of, table_files, with_tables
+from nni_haloc.runs.stages.by_rule import by_rule
 from nni_haloc.runs.stages.stage import Outcome, Report, Stage
 from nni_haloc.runs.stages.training import recipe_of
 from nni_haloc.search.evaluator import Classification
-from nni_haloc.search.history import History
+from nni_haloc.search.history import History, describe_search
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, run_search
 from nni_haloc.space.ranks import Layers
@@ -30,6 +30,7 @@ from nni_haloc.training import checkpoint
 from nni_haloc.training.checkpoint import EpochCheckpoint
 from nni_haloc.training.finetuning import EpochEnd, Forecast
 from nni_haloc.utils.errors import Diverged, MissingPackage, as_one_line
+from nni_haloc.utils.files import write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
 from nni_haloc.utils.progress import TimeLeft
@@ -97,6 +98,8 @@ def search(job: Job, report: Report, *, resume: bool = False) -> Haloc:
         )
     if not (resume and job.holds(plan)):  # the network there may be fine-tuned already
         job.save(strategy.network(plan), plan)
+    if is_first() and not (resume and job.folder.search_file.exists()):
+        write_json(job.folder.search_file, describe_search(strategy))
     return strategy
 
 

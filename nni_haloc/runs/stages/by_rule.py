@@ -16,7 +16,7 @@ from nni_haloc.runs.limits import limits_of
 from nni_haloc.space.ranks import find_layers
 from nni_haloc.space.summary import why_nothing
 from nni_haloc.training import checkpoint
-from nni_haloc.utils.errors import SettingsError, first_line, reason_of
+from nni_haloc.utils.errors import SettingsError, as_one_line, first_line
 from nni_haloc.utils.log import logger
 
 
@@ -41,15 +41,13 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
         return _read_back(job)
     rule = job.config.rule
     try:
-        problem = _problem(job)
-        chosen = plan(problem, rule)
-        network = problem.network(chosen.names)
-    except (OSError, ValueError) as error:
-        raise SettingsError(reason_of(error)) from None
+        with as_one_line():
+            problem = _problem(job)
+            chosen = plan(problem, rule)
+            network = problem.network(chosen.names)
     except torch.linalg.LinAlgError as error:  # a rule's own; a candidate's names its layer
-        raise SettingsError(
-            f"rule: {rule}: a singular value decomposition failed ({first_line(error)})"
-        ) from None
+        failed = f"a singular value decomposition failed ({first_line(error)})"
+        raise SettingsError(f"rule: {rule}: {failed}") from None
     fact = chosen.chosen_by
     logger.info(
         "plan of rule %s: cost %.6g of %.6g %s, budget %.6g",
@@ -85,18 +83,19 @@ def _problem(job: Job) -> Problem:
     rules = rules_of(config, 1 if every_rank else None)
     limits = limits_of(config, job.model, job.example, rules, job.folder)
     layers = find_layers(job.model, job.example, rules)
-    found = layers.candidates(rules)
-    if any(
-        name not in limit.costs.costs.get(layer, {})
-        for limit in limits
-        for layer, row in found.items()
+    every = layers.candidates(rules)
+    costs = [limit.costs for limit in limits]
+    unknown = (
+        name not in table.costs.get(layer, {})
+        for table in costs
+        for layer, row in every.items()
         for name in row
-    ):
-        logger.info("not every rank is in the cost table: the rule has the search's to choose from")
-        found = layers.candidates(rules_of(config))
-    candidates, dropped = worthwhile(
-        found, [limit.costs for limit in limits], [name for name in found if rules.pins(name)]
     )
+    if any(unknown):
+        logger.info("not every rank is in the cost table: the rule has the search's to choose from")
+        every = layers.candidates(rules_of(config))
+    pinned = [name for name in every if rules.pins(name)]
+    candidates, dropped = worthwhile(every, costs, pinned)
     if not candidates:
         raise ValueError(why_nothing(job.model, {**layers.left_alone, **dropped}))
     images, labels = job.splits.labelled("plain", r.calibration_images, config.seed)
