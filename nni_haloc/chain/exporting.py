@@ -1,12 +1,14 @@
-"""A network as a file for other runtimes, checked against torch: ONNX, in float and in int8, and torch's exported program."""
+"""A network as a file for other runtimes: ONNX, in float and in int8, and torch's exported program.
+
+Each file is checked against torch.
+"""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from importlib import import_module
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,20 +19,29 @@ from torch.utils import _pytree as pytree
 
 from nni_haloc.costs.device.onnx_runtime import clear_errors, open_session
 from nni_haloc.space.modules import copy_of
-from nni_haloc.utils.errors import first_line
+from nni_haloc.utils.errors import first_line, needs
 from nni_haloc.utils.files import whole
 from nni_haloc.utils.log import logger
 
 _OPSET = 20
 _LARGEST = 3 << 29
-"""Bytes of weights from which torch puts them into a file of their own."""
+"""Bytes of weights above which torch puts them into a separate file."""
 _CALIBRATION_BATCH = 32
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX file as a network, run by ONNX Runtime on the processor with ``threads`` threads (its own choice where None).
+    """Runs an ONNX file as a network, by ONNX Runtime on the processor.
 
-    Called with a tensor ``(N, ...)`` it gives a tensor, or as many as the file has outputs. ValueError where the file is none of ONNX.
+    Called with a tensor ``(N, ...)`` it returns a tensor, or a tuple if the file has more outputs.
+
+    Args:
+        file: the ONNX file.
+        threads: processor threads (None: ONNX Runtime's own choice).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no ONNX file.
+        MissingPackage: if one of ONNX's packages is not installed.
     """
 
     def __init__(self, file: str | Path, threads: int | None = None) -> None:
@@ -46,7 +57,7 @@ class OnnxNetwork(nn.Module):
         self._input = self._session.get_inputs()[0]
         size = self._input.shape[0] if self._input.shape else None
         self.batch: int | None = size if isinstance(size, int) else None
-        """The one batch size that the file takes; None: any."""
+        """The only batch size that the file takes (None: any)."""
 
     def forward(self, x: Tensor) -> Any:
         with clear_errors():
@@ -60,18 +71,31 @@ class OnnxNetwork(nn.Module):
 def export_onnx(
     network: nn.Module, example: Tensor, file: str | Path, *, tolerance: float = 1e-4
 ) -> float:
-    """Write ``network`` as an ONNX file in float32 and evaluation mode, with any batch size; returns the largest difference to torch.
+    """Write a network as an ONNX file, in float32 and evaluation mode.
 
-    ``example (N, ...)``: an input, of which the shape alone counts. The file is run by ONNX Runtime on random inputs of two batch sizes;
-    the difference is of any output. Where it is above ``tolerance`` times the largest output (or 1), or the network can't be exported,
-    ValueError, and ``file`` is what it was before. A network that can't do with any batch size keeps that of ``example``, with a warning
-    in the log.
+    The file takes any batch size; if the network can't be exported so, it keeps the example's, with
+    a warning in the log. It is run by ONNX Runtime on random inputs of two batch sizes, and its
+    outputs are compared with torch's.
+
+    Args:
+        network: what to export; it is left as it is.
+        example: an input, ``(N, ...)``, of which only the shape counts.
+        file: the ONNX file; it keeps its old content if something fails.
+        tolerance: largest difference, as a share of the largest output (or of 1).
+
+    Returns:
+        The largest difference of any output.
+
+    Raises:
+        ValueError: if the network can't be exported, or an output differs by more.
+        MissingPackage: if one of ONNX's packages is not installed.
     """
     with needed("export to ONNX"), whole(file, shared=True) as part:
         program, dynamic = _traced(network, example)
         if sum(p.nbytes for p in program.state_dict.values()) > _LARGEST:
             raise ValueError(
-                f"{file}: expected less than {_LARGEST >> 20} MiB of weights, which is what one ONNX file holds"
+                f"{file}: expected less than {_LARGEST >> 20} MiB of weights, "
+                "which is what one ONNX file holds"
             )
         with _quietly():
             try:
@@ -79,9 +103,8 @@ def export_onnx(
                     program, (), dynamo=True, optimize=True, verbose=False, opset_version=_OPSET
                 )
             except torch.onnx.errors.OnnxExporterError as error:
-                reason = (
-                    error.__cause__ if isinstance(error.__cause__, Exception) else error
-                )  # its own line says which step it was
+                # The error itself only says which step failed.
+                reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
                 raise ValueError(
                     f"{file}: the network can't be exported to ONNX: {first_line(reason)}"
                 ) from None
@@ -93,7 +116,10 @@ def export_onnx(
 def export_program(
     network: nn.Module, example: Tensor, file: str | Path, *, tolerance: float = 1e-4
 ) -> float:
-    """Write ``network`` as a program of torch.export (``.pt2``), which torch alone runs; everything else as for `export_onnx`."""
+    """Write a network as a program of torch.export (``.pt2``), which only torch runs.
+
+    For arguments, result and errors see `export_onnx`.
+    """
     with whole(file, shared=True) as part:
         program, dynamic = _traced(network, example)
         with _quietly():
@@ -103,11 +129,19 @@ def export_program(
 
 
 def quantize_onnx(source: str | Path, images: Tensor, file: str | Path, **options: Any) -> None:
-    """Write the ONNX file ``source`` in 8 bits, by ONNX Runtime's static quantization.
+    """Write an ONNX file in 8 bits, by ONNX Runtime's static quantization.
 
-    ``images (N, ...)``: training images, not augmented, on which the range of every activation is found. Weights have a scale for each
-    channel. ``options``: others of `onnxruntime.quantization.quantize_static`. ValueError where ``source`` can't be quantized; ``file`` is
-    then what it was before.
+    Weights have a scale for each channel.
+
+    Args:
+        source: the ONNX file in float32.
+        images: training images, not augmented, ``(N, ...)``; they give each activation's range.
+        file: the new ONNX file; it keeps its old content if something fails.
+        options: others of `onnxruntime.quantization.quantize_static`.
+
+    Raises:
+        ValueError: if ``source`` can't be quantized, or there are no images.
+        MissingPackage: if one of ONNX's packages is not installed.
     """
     if not len(images):
         raise ValueError("quantization: expected training images to calibrate on, found none")
@@ -124,7 +158,8 @@ def quantize_onnx(source: str | Path, images: Tensor, file: str | Path, **option
         defaults = {
             "quant_format": QuantFormat.QDQ,
             "per_channel": True,
-            # A processor without VNNI adds pairs of products in 16 bits, which overflow unless weights have 7. Other types are slower.
+            # A processor without VNNI adds pairs of products in 16 bits, which overflow unless
+            # weights have 7 bits. Other types are slower.
             "activation_type": QuantType.QUInt8,
             "weight_type": QuantType.QInt8,
             "reduce_range": True,
@@ -135,17 +170,20 @@ def quantize_onnx(source: str | Path, images: Tensor, file: str | Path, **option
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
             with clear_errors():
                 quantize_static(prepared, part, _Reader(network, images), **{**defaults, **options})
-            found = OnnxNetwork(part)(images[: network.batch or 1])
+            outputs = OnnxNetwork(part)(images[: network.batch or 1])
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
             raise ValueError(f"{source}: can't be quantized: {first_line(error)}") from None
         finally:
             prepared.unlink(missing_ok=True)
-        if not all(y.isfinite().all() for y in pytree.tree_leaves(found)):
+        if not all(y.isfinite().all() for y in pytree.tree_leaves(outputs)):
             raise ValueError(f"{source}: quantized, it computes numbers that are not finite")
 
 
 class _Reader:
-    """What ONNX Runtime asks for calibration data, batch by batch; a smaller one is left out where the file takes one size alone."""
+    """Hands ONNX Runtime the calibration images, batch by batch.
+
+    A smaller last batch is left out if the file takes only one batch size.
+    """
 
     def __init__(self, network: OnnxNetwork, images: Tensor) -> None:
         size = network.batch or _CALIBRATION_BATCH
@@ -160,21 +198,23 @@ class _Reader:
         return None if batch is None else {self.name: batch.contiguous().numpy()}
 
 
-@contextmanager
-def needed(what: str) -> Iterator[None]:
-    """ONNX and ONNX Runtime; a package that is missing is one line. Asked for at once: torch does so late and in several lines."""
-    try:
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            import_module(package)
-        yield
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{what}: needs the package {error.name}, which is not installed (pip install 'nni-haloc[onnx]')"
-        ) from None
+def needed(what: str) -> AbstractContextManager[None]:
+    """Return a context in which ONNX, ONNX Script and ONNX Runtime are installed.
+
+    They are imported at once, because torch notices late, and says so in several lines.
+
+    Args:
+        what: what needs them, for the message.
+
+    Raises:
+        MissingPackage: if one of them is not installed.
+    """
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    return needs(*packages, what=what, install="nni-haloc[onnx]")
 
 
 def _traced(network: nn.Module, example: Tensor) -> tuple[Any, bool]:
-    """The exported program, and whether it takes any batch size."""
+    """Return the exported program, and whether it takes any batch size."""
     plain, name, reasons = _plain(network), type(network).__name__, []
     for size, shapes in ((2, ({0: torch.export.Dim("batch")},)), (len(example), None)):
         try:
@@ -182,7 +222,7 @@ def _traced(network: nn.Module, example: Tensor) -> tuple[Any, bool]:
                 program = torch.export.export(
                     plain, (_random(example, size),), dynamic_shapes=shapes
                 )
-        except Exception as error:  # of many kinds, those of the network's own code among them
+        except Exception as error:  # of many kinds; some come from the network's own code
             reasons.append(first_line(error).split(" For more information")[0])
             continue
         if shapes is None:
@@ -194,7 +234,7 @@ def _traced(network: nn.Module, example: Tensor) -> tuple[Any, bool]:
 
 
 def _plain(network: nn.Module) -> nn.Module:
-    """A copy on the processor, in float32, evaluation mode and the default memory format."""
+    """Copy to the processor, in float32, evaluation mode and the default memory format."""
     return (
         copy_of(network).eval().to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
     )
@@ -212,7 +252,7 @@ def _checked(
     file: str | Path,
     tolerance: float,
 ) -> float:
-    """The largest difference between two networks on random inputs; ValueError where it is above the tolerance."""
+    """Return the largest difference of the outputs on random inputs; refuse one too large."""
     plain, difference, largest = _plain(network), 0.0, 1.0
     for size in (1, 3) if dynamic else (len(example),):
         x = _random(example, size)
@@ -220,25 +260,27 @@ def _checked(
             pairs = list(
                 zip(pytree.tree_leaves(plain(x)), pytree.tree_leaves(written(x)), strict=True)
             )
-        for expected, found in pairs:
-            if expected.shape != found.shape:
+        for expected, output in pairs:
+            if expected.shape != output.shape:
                 raise ValueError(
-                    f"{file}: expected outputs of shape {tuple(expected.shape)}, as torch's, found {tuple(found.shape)}"
+                    f"{file}: expected outputs of shape {tuple(expected.shape)}, as torch's, "
+                    f"found {tuple(output.shape)}"
                 )
             difference = max(
-                difference, float((expected - found).abs().max().nan_to_num(torch.inf))
+                difference, float((expected - output).abs().max().nan_to_num(torch.inf))
             )
             largest = max(largest, float(expected.abs().max()))
     if not difference <= tolerance * largest:
         raise ValueError(
-            f"{file}: expected torch's outputs, at most {largest:.4g}, to a share of {tolerance:g}; they differ by {difference:.4g}"
+            f"{file}: expected torch's outputs, at most {largest:.4g}, to a share of "
+            f"{tolerance:g}; they differ by {difference:.4g}"
         )
     return difference
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the exporters' advice to their developers."""
+    """Hide the exporters' advice to their developers."""
     noisy = [
         logging.getLogger(name)
         for name in (

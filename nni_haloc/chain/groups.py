@@ -1,4 +1,7 @@
-"""Which channels of a network can be pruned, and which of them only together: groups of convolutions whose outputs are added up."""
+"""Find the channels of a network that can be pruned, and those that can only be pruned together.
+
+Convolutions whose outputs are added up belong together.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,27 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 _MODULES: tuple[type[nn.Module], ...] = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Identity, nn.Dropout, nn.Dropout2d,
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Identity, nn.Dropout,
+    nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+    nn.Flatten,
 )  # fmt: skip
 _FUNCTIONS = {
     F.relu, torch.relu, F.relu6, F.leaky_relu, F.hardswish, F.silu, F.gelu, F.dropout,
     F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
 }  # fmt: skip
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-"""What keeps channels apart, and makes zeros of zeros: a channel that is zero stays so up to the next convolution."""
+"""Sums. Like the operations above they keep channels apart, and zero channels zero."""
 
 
 @dataclass
 class ChannelGroup:
-    """Layers whose output channels are pruned together: ``convolutions``; ``depthwise`` ones and ``norms`` that follow them."""
+    """Layers whose output channels are pruned together.
+
+    Attributes:
+        convolutions: ungrouped convolutions.
+        depthwise: depthwise convolutions that follow them.
+        norms: batch normalisations that follow them.
+    """
 
     convolutions: list[str] = field(default_factory=list)
     depthwise: list[str] = field(default_factory=list)
@@ -33,10 +43,19 @@ class ChannelGroup:
 
 
 def channel_groups(model: nn.Module, graph: fx.Graph) -> tuple[list[ChannelGroup], dict[str, str]]:
-    """The groups of ``model``, and why other convolutions keep their channels. ``graph``: of the model, by `torch.fx.symbolic_trace`.
+    """Group the convolutions of a network whose channels can be pruned.
 
-    Channels can go where all that is done with them, up to the next convolution or linear layer, is understood: normalised, activated,
-    pooled, added to channels that go with them. An operation that counts on their number (concatenation, padding, a view) keeps them.
+    Channels can be pruned if everything that is done with them, up to the next convolution or
+    linear layer, is understood: they are normalised, activated, pooled, or added to channels that
+    are pruned with them. An operation that depends on their number (concatenation, padding, a view)
+    keeps them.
+
+    Args:
+        model: the network.
+        graph: the network's graph by `torch.fx.symbolic_trace`.
+
+    Returns:
+        The groups, and for each other convolution the reason why it keeps its channels.
     """
     modules = dict(model.named_modules())
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
@@ -45,41 +64,10 @@ def channel_groups(model: nn.Module, graph: fx.Graph) -> tuple[list[ChannelGroup
     for node in graph.nodes:
         inputs = [spaces[source] for source in node.all_input_nodes]
         module = modules[node.target] if node.op == "call_module" else None
-        spaces[node] = found = _Space()
-        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)) and (
-            calls[node.target] > 1 or len(inputs) != 1
-        ):
-            reason = f"{node.target} is called more than once"
-            for space in (*inputs, found):
-                space.keep(reason)
-            if isinstance(module, nn.Conv2d):
-                layers.append(("convolutions", node.target, found))
-        elif isinstance(module, nn.Conv2d) and module.groups == 1:
-            layers.append(("convolutions", node.target, found))
-        elif (
-            isinstance(module, nn.Conv2d)
-            and module.groups == module.in_channels == module.out_channels
-        ):
-            found.join(inputs[0])
-            layers.append(("depthwise", node.target, found))
-        elif isinstance(module, nn.BatchNorm2d):
-            found.join(inputs[0])
-            layers.append(("norms", node.target, found))
-        elif isinstance(module, nn.Linear):
-            found.keep("the output of a linear layer")
-        elif _passes(node, module) or (
-            node.target in _SUMS and len(inputs) == 2 and len(node.args) == 2
-        ):
-            for space in inputs:
-                found.join(space)
-        else:
-            why = {"placeholder": "the network's input", "output": "the network's output"}.get(
-                node.op
-            )
-            for space in (*inputs, found):
-                space.keep(why or f"its channels go through {_name(node, module)}")
-            if isinstance(module, nn.Conv2d):
-                layers.append(("convolutions", node.target, found))
+        spaces[node] = space = _Space()
+        kind = _connect(node, module, inputs, space, once=calls[node.target] == 1)
+        if kind is not None:
+            layers.append((kind, node.target, space))
     groups: dict[_Space, ChannelGroup] = {}
     left_alone: dict[str, str] = {}
     for kind, name, space in layers:
@@ -91,8 +79,53 @@ def channel_groups(model: nn.Module, graph: fx.Graph) -> tuple[list[ChannelGroup
     return [group for group in groups.values() if group.convolutions], left_alone
 
 
+def _connect(
+    node: fx.Node, module: nn.Module | None, inputs: list[_Space], output: _Space, *, once: bool
+) -> str | None:
+    """Join or keep the channels that an operation reads and writes.
+
+    Returns:
+        The list of a `ChannelGroup` that the operation's layer belongs in, None if in none.
+    """
+    kind = _kind(module)
+    if kind is not None and not (once and len(inputs) == 1):
+        for space in (*inputs, output):
+            space.keep(f"{node.target} is called more than once")
+        return "convolutions" if isinstance(module, nn.Conv2d) else None
+    if kind == "convolutions":
+        return kind
+    if kind in ("depthwise", "norms"):
+        output.join(inputs[0])
+        return kind
+    if kind == "linear":
+        output.keep("the output of a linear layer")
+        return None
+    if kind is None and (
+        _passes(node, module) or (node.target in _SUMS and len(inputs) == 2 and len(node.args) == 2)
+    ):
+        for space in inputs:
+            output.join(space)
+        return None
+    ends = {"placeholder": "the network's input", "output": "the network's output"}
+    for space in (*inputs, output):
+        space.keep(ends.get(node.op) or f"its channels go through {_name(node, module)}")
+    return "convolutions" if isinstance(module, nn.Conv2d) else None
+
+
+def _kind(module: nn.Module | None) -> str | None:
+    """Tell what a module does with channels: makes new ones, or keeps each by itself."""
+    if isinstance(module, nn.Conv2d):
+        if module.groups == 1:
+            return "convolutions"
+        depthwise = module.groups == module.in_channels == module.out_channels
+        return "depthwise" if depthwise else "grouped"
+    if isinstance(module, nn.BatchNorm2d):
+        return "norms"
+    return "linear" if isinstance(module, nn.Linear) else None
+
+
 class _Space:
-    """The channels of one feature map; joined with those of others that must keep or lose the same ones."""
+    """The channels of one feature map, joined with others that must keep or lose the same ones."""
 
     def __init__(self) -> None:
         self.parent: _Space | None = None
@@ -113,7 +146,7 @@ class _Space:
 
 
 def _passes(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether the channels of the one input are the output's, zeros staying zeros."""
+    """Tell whether the output has the channels of the one input, and zeros stay zeros."""
     if module is not None:
         return isinstance(module, _MODULES) and not (
             isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1)

@@ -1,4 +1,4 @@
-"""NNI's pruners, with speed-up: channels are taken out, of Tucker layers the ranks too."""
+"""NNI's pruners, with speed-up: they take out channels, and the ranks of Tucker layers, too."""
 
 from __future__ import annotations
 
@@ -27,11 +27,23 @@ def prune(
     pruner: Pruner = "l1",
     batches: Iterable[tuple[Tensor, Tensor]] = (),
 ) -> nn.Module:
-    """A copy of ``network`` without the share ``sparsity`` of the output channels of each group of its convolutions, in evaluation mode.
+    """Prune a copy of a network by one of NNI's pruners.
 
-    By NNI: ``l1`` (L1Norm), ``fpgm`` or ``taylor``, which needs the gradients of ``batches`` of images and labels. Which convolutions are
-    pruned, and which only together: see `channel_groups`. ``example (N, C, H, W)``. The network computes what the masked one computes.
-    Raises ValueError for a network that can't be traced, or has nothing to prune.
+    `channel_groups` tells which convolutions are pruned, and which only together. The result
+    computes what the masked network computes.
+
+    Args:
+        network: the network; it is left as it is.
+        example: an input, ``(N, C, H, W)``.
+        sparsity: share of the output channels that each group of convolutions loses.
+        pruner: ``l1`` (L1Norm), ``fpgm``, or ``taylor``, which needs gradients.
+        batches: images and labels, for ``taylor``.
+
+    Returns:
+        The smaller network, in evaluation mode.
+
+    Raises:
+        ValueError: if the network can't be traced, or has nothing to prune.
     """
     return speed_up(*masked(network, example, sparsity, pruner, batches))
 
@@ -43,7 +55,12 @@ def masked(
     pruner: Pruner = "l1",
     batches: Iterable[tuple[Tensor, Tensor]] = (),
 ) -> tuple[nn.Module, Tensor, Masks]:
-    """What NNI's speed-up takes: a copy of ``network``, its weights as they were, the example and the masks."""
+    """Choose the channels to prune; for the arguments see `prune`.
+
+    Returns:
+        What NNI's speed-up takes: a copy of the network with unchanged weights, the example, and
+        the masks.
+    """
     if pruner not in get_args(Pruner):
         raise ValueError(f"pruner: expected one of {', '.join(get_args(Pruner))}, found {pruner!r}")
     if not 0 < sparsity < 1:
@@ -51,23 +68,22 @@ def masked(
     network = copy.deepcopy(network).eval()
     groups, left_alone = channel_groups(network, traced(network).graph)
     if not groups:
-        raise ValueError(
-            f"nothing to prune in {type(network).__name__} ({by_reason(left_alone) or 'no convolution'})"
-        )
+        why = by_reason(left_alone) or "no convolution"
+        raise ValueError(f"nothing to prune in {type(network).__name__} ({why})")
     logger.info(
         "%d groups of channels to prune; left alone: %s",
         len(groups),
         by_reason(left_alone) or "none",
     )
-    settings, found = pruning_settings(groups, sparsity), list(batches)
+    settings, images = pruning_settings(groups, sparsity), list(batches)
     if pruner == "taylor":
-        if not found:
+        if not images:
             raise ValueError("pruner: 'taylor' needs training images")
         made = TaylorPruner(
             network,
             settings,
-            Loop(lambda after_step: _gradients(network, found, after_step)),
-            len(found),
+            Loop(lambda after_step: _gradients(network, images, after_step)),
+            len(images),
         )
     else:
         made = {"l1": L1NormPruner, "fpgm": FPGMPruner}[pruner](network, settings)
@@ -81,7 +97,7 @@ def masked(
 def _gradients(
     network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], after_step: Callable[[], None]
 ) -> None:
-    """A backward pass for each batch; nothing is trained."""
+    """Run a backward pass for each batch; train nothing."""
     with evaluating(network), accelerated(network) as device, torch.enable_grad():
         for images, labels in batches:
             network.zero_grad()

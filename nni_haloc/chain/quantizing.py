@@ -1,4 +1,4 @@
-"""NNI's quantizers: weights and the inputs of layers as 8 bits hold them, simulated in float32."""
+"""NNI's quantizers: they simulate 8-bit weights and inputs of layers in float32."""
 
 from __future__ import annotations
 
@@ -16,25 +16,33 @@ from nni_haloc.space.modules import evaluating
 Quantizer = Literal["ptq", "qat", "lsq"]
 Training = Callable[[nn.Module], Any]
 _BATCH = 64
-"""Of calibration images."""
+"""Calibration images that are run at once."""
 
 
 class Simulated:
-    """A network that computes as its 8-bit one would: ``network``; see `simulate`."""
+    """A network that computes as its 8-bit version would; see `simulate`.
+
+    Attributes:
+        network: the network, with the rounding in place.
+    """
 
     def __init__(self, network: nn.Module, quantizer: Any) -> None:
         self.network, self._quantizer = network, quantizer
 
     def calibration(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Layer to ``weight`` or ``_input_0`` to what it is rounded by (``scale``, ``zero_point``, ...), as JSON holds it."""
-        found = self._quantizer.get_calibration_config()
+        """Return how each layer's tensors are rounded, in a form for JSON.
+
+        Returns:
+            Layer name to ``weight`` or ``_input_0`` to ``scale``, ``zero_point`` and others.
+        """
+        config = self._quantizer.get_calibration_config()
         return {
             layer: {name: _plain(row) for name, row in targets.items()}
-            for layer, targets in sorted(found.items())
+            for layer, targets in sorted(config.items())
         }
 
     def unwrapped(self) -> nn.Module:
-        """The network with its weights in float32, as they were trained; ``network`` is no longer simulated."""
+        """Take out the rounding and return the network, its weights as trained, in float32."""
         self._quantizer.unwrap_model()
         return self.network
 
@@ -45,11 +53,19 @@ def simulate(
     quantizer: Quantizer = "ptq",
     train: Training = lambda network: None,
 ) -> Simulated:
-    """A copy of ``network`` with the weights and inputs of its convolutions and linear layers rounded to 8 bits, by NNI.
+    """Round the weights and inputs of a copy's convolutions and linear layers to 8 bits, by NNI.
 
-    ``images (N, ...)``: training images on which the ranges are found. ``ptq`` leaves it at that; ``qat`` and ``lsq`` start from the ranges
-    of the first 64 and train with the rounding in place: ``train(network)``. Weights have a scale for each output channel, under ``lsq``
-    one for all.
+    Weights have a scale for each output channel, with ``lsq`` one for the whole layer.
+
+    Args:
+        network: the network; it is left as it is.
+        images: training images from which the ranges are taken, ``(N, ...)``.
+        quantizer: ``ptq`` only takes the ranges; ``qat`` and ``lsq`` start from those of the first
+            64 images and train with the rounding in place.
+        train: trains the network that it is given, for ``qat`` and ``lsq``.
+
+    Raises:
+        ValueError: if there is no layer to quantize.
     """
     if quantizer not in get_args(Quantizer):
         raise ValueError(
@@ -84,12 +100,12 @@ def simulate(
         made.compress(max_steps=1, max_epochs=None)
         return Simulated(network.eval(), made)
     kind = {"qat": QATQuantizer, "lsq": LsqQuantizer}[quantizer]
-    made = kind(
-        network, settings, Loop(lambda after_step: train(network))
-    )  # both round from the first step on: they have no use for it
+    # Both round from the first step on, so they have no use for `after_step`.
+    made = kind(network, settings, Loop(lambda after_step: train(network)))
     end = start_lsq(made) if quantizer == "lsq" else lambda: None
     for wrapper in made._module_wrappers.values():
-        wrapper.training = True  # the quantizer tracks ranges in training alone; BatchNorm must not
+        # The quantizer tracks ranges only in training mode, in which BatchNorm must not be.
+        wrapper.training = True
     made.track_forward(images[:_BATCH])
     end()
     network.eval()

@@ -1,4 +1,7 @@
-"""What `nni.compression` 3.0 needs on current torch, without a change of its files; a test for each in tests/test_nni_defects.py."""
+"""Workarounds for defects of `nni.compression` 3.0 on current torch; its files stay unchanged.
+
+There is a test for each in tests/chain/test_nni_defects.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-with warnings.catch_warnings():  # two of torch's functions under their old names, and classes registered that torch now registers itself
+with warnings.catch_warnings():
+    # Two of torch's functions have new names, and torch now registers some classes itself.
     warnings.simplefilter("ignore")
     from nni.compression.speedup import ModelSpeedup
 from nni.compression.quantization import LsqQuantizer
@@ -25,20 +29,32 @@ Masks = dict[str, dict[str, Tensor]]
 
 
 def traced(model: nn.Module) -> fx.GraphModule:
-    """The model's graph by torch's own tracer; NNI's fails on current torch. ValueError where a network can't be traced."""
+    """Trace a network by torch's own tracer, because NNI's fails on current torch.
+
+    Raises:
+        ValueError: if it can't be traced.
+    """
     try:
         return fx.symbolic_trace(model)
-    except Exception as error:  # whatever the model's code makes of a proxy
+    except Exception as error:  # from the model's code, which gets a proxy for a tensor
         raise ValueError(
             f"torch.fx cannot trace {type(model).__name__} ({first_line(error)})"
         ) from None
 
 
 def speed_up(model: nn.Module, example: Tensor, masks: Masks) -> nn.Module:
-    """Take the masked channels out of ``model``, in place; it is in evaluation mode then, and all its parameters require gradients.
+    """Take the masked channels out of a network, in place.
 
-    NNI's own tracer is not used; its prints and its log are kept off. It finds out by gradients what can go, of every parameter, and the
-    layers that it puts in place are in training mode.
+    NNI's tracer is not used; its prints and its log are hidden. NNI finds the channels that can go
+    by gradients of every parameter, and puts in new layers in training mode.
+
+    Args:
+        model: the network.
+        example: an input, ``(N, C, H, W)``.
+        masks: of the channels that go.
+
+    Returns:
+        The network in evaluation mode; all its parameters require gradients.
     """
     quiet = logging.getLogger(f"{__name__}.speedup")
     quiet.setLevel(logging.ERROR)
@@ -52,11 +68,15 @@ def speed_up(model: nn.Module, example: Tensor, masks: Masks) -> nn.Module:
 
 
 def pruning_settings(groups: list[ChannelGroup], sparsity: float) -> list[dict[str, Any]]:
-    """NNI's list of settings. Beyond what its documentation asks for:
+    """Make NNI's list of settings.
 
-    ``dependency_group_id``: NNI would unmask channels that are added to unmasked ones, and then prune fewer than the mask says.
-    ``align`` of each BatchNorm's output with its convolution's mask: without it a masked channel leaves BatchNorm as a constant, its shift,
-    which the masked network passes on and the sped-up one has lost. A depthwise convolution's weight likewise.
+    It has two things that NNI's documentation does not ask for:
+
+    - ``dependency_group_id``. Without it NNI unmasks channels that are added to unmasked ones, and
+      then prunes fewer than the mask says.
+    - ``align`` of each BatchNorm's output with its convolution's mask. Without it a masked channel
+      leaves BatchNorm as a constant, its shift, which the masked network passes on and the sped-up
+      one has lost. A depthwise convolution's weight likewise.
     """
     settings: list[dict[str, Any]] = []
     for number, group in enumerate(groups):
@@ -91,11 +111,16 @@ def pruning_settings(groups: list[ChannelGroup], sparsity: float) -> list[dict[s
 
 
 class Loop(Evaluator):
-    """NNI's evaluator on a training loop of ours.
+    """NNI's evaluator around a training loop of ours.
 
-    Of NNI's own, `LightningEvaluator` sets a limit of steps that current Lightning has no setter for, and both make the optimizer anew for
-    the wrapped network, from a traced one, at each training. ``train(after_step)`` trains, and calls ``after_step`` after each of the
-    optimizer's steps: all parameters of the wrapped network, those included with which it was wrapped. ``evaluate`` runs the network.
+    Of NNI's own evaluators, `LightningEvaluator` sets a limit of steps that current Lightning has
+    no setter for, and both make a new optimizer for the wrapped network, from a traced one, at each
+    training.
+
+    Args:
+        train: trains all parameters of the wrapped network, those of the wrapping included, and
+            calls its argument after each of the optimizer's steps.
+        evaluate: runs the network.
     """
 
     def __init__(
@@ -129,9 +154,8 @@ class Loop(Evaluator):
             for task in self._after:
                 task()
 
-        with (
-            warnings.catch_warnings()
-        ):  # of an old name that QATQuantizer calls in each backward pass
+        with warnings.catch_warnings():
+            # QATQuantizer uses an old name in each backward pass.
             warnings.filterwarnings("ignore", ".*saved_variables.*")
             self._train(after_step)
 
@@ -140,9 +164,12 @@ class Loop(Evaluator):
 
 
 def start_lsq(quantizer: LsqQuantizer) -> Callable[[], None]:
-    """Have the scales of an `LsqQuantizer` start where the largest value of the next forward pass just fits.
+    """Let each scale of an `LsqQuantizer` start so that the next pass's largest value just fits.
 
-    NNI starts every one at 0.01, which clips at 1.27 whatever is there. Returns what ends it: from then on the scales are only trained.
+    NNI starts every scale at 0.01, which clips at 1.27 whatever the values are.
+
+    Returns:
+        A function to call after that pass: from then on the scales are only trained.
     """
 
     def start(wrapper: Any, name: str, target: Tensor) -> None:
