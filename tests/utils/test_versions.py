@@ -1,4 +1,4 @@
-"""What Python and packages are supported is checked when the package is imported, by its own metadata."""
+"""Unsupported versions of Python and of packages are refused when the package is imported."""
 
 import importlib.metadata
 import platform
