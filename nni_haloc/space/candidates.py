@@ -1,4 +1,4 @@
-"""Candidate layers initialised from the trained network: by the data wherever calibration images are at hand, else by the weights."""
+"""Candidate layers made from the trained network, by the data or by the weights."""
 
 from __future__ import annotations
 
@@ -30,14 +30,28 @@ def patch_covariances(
     shrinkage: float = 0.3,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Uncentred covariance ``E[x x^T]`` of each layer's input patches, ``(D, D)`` with ``D = C k1 k2`` in `unfold`'s order, float32, on
-    the CPU.
+    """Compute the uncentred covariance ``E[x x^T]`` of each layer's input patches.
 
-    One pass of ``model`` over ``images (N, ...)``, or a tuple or dict of such inputs, in evaluation mode. Of each layer at most about
-    ``max_patches`` patches are taken, and no more than ``max_work / D^2`` or ``2 D`` (9,216 for 512 channels and a 3x3 kernel), at random
-    positions drawn with ``seed``; no others are unfolded. ``shrinkage * D / patches`` of the mean eigenvalue is added to the diagonal:
-    what is fitted to few patches then holds for others too. ``D^2`` numbers a layer are held. Patches with NaN or infinite entries raise
-    ValueError.
+    The model runs once over the images, in evaluation mode. Only the drawn patches are unfolded.
+    ``D^2`` numbers are held for each layer, with ``D = C k1 k2``.
+
+    Args:
+        model: the original network.
+        specs: the layers by name.
+        images: ``(N, ...)``, or a tuple or dict of such inputs.
+        batch_size: images in a forward pass.
+        max_patches: about as many patches of a layer are drawn at most.
+        max_work: no more than ``max_work / D^2`` or ``2 D`` patches are drawn (9,216 for 512
+            channels and a 3x3 kernel).
+        shrinkage: ``shrinkage * D / patches`` of the mean eigenvalue is added to the diagonal, so
+            that a fit to few patches holds for others, too.
+        seed: of the random positions.
+
+    Returns:
+        Layer name to covariance, ``(D, D)`` in `unfold`'s order, float32, on the CPU.
+
+    Raises:
+        ValueError: if a layer's inputs are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     sums = {name: torch.zeros(_patch_size(spec), _patch_size(spec)) for name, spec in specs.items()}
@@ -86,11 +100,23 @@ def build_candidates(
     method: Method | None = None,
     memory: int = 2**30,
 ) -> dict[str, dict[str, nn.Module]]:
-    """A trained layer for every candidate: layer name to candidate name to module, each with weights of its own.
+    """Make a trained layer for every candidate; the model is left as it is.
 
-    ``method``: ``data`` where ``calibration`` images are given, else ``warm_hooi``, unless named. The model is not changed. The patch
-    covariances of as many layers as ``memory`` bytes hold, of one at least, come from one pass over the images. Raises ValueError naming
-    the layer whose decomposition fails.
+    Args:
+        model: the original network.
+        specs: the layers by name.
+        candidates: layer name to candidate name to rank.
+        calibration: training images, ``(N, ...)``, for a decomposition by the data.
+        method: a decomposition (None: ``data`` if there are calibration images, else
+            ``warm_hooi``).
+        memory: bytes of patch covariances that are held at once, though at least one layer's; each
+            group of layers takes one pass over the images.
+
+    Returns:
+        Layer name to candidate name to module, each with weights of its own.
+
+    Raises:
+        ValueError: if a decomposition fails; the message names the layer.
     """
     method = method or ("data" if calibration is not None else "warm_hooi")
     if method == "data" and calibration is None:
@@ -129,8 +155,8 @@ def build_candidates(
                 ) from None
             kept_plain += [
                 f"{name} {rank}"
-                for rank, found in zip(ranks, factors[name], strict=True)
-                if isinstance(found, Plain)
+                for rank, each in zip(ranks, factors[name], strict=True)
+                if isinstance(each, Plain)
             ]
     if kept_plain:
         logger.info(
@@ -139,11 +165,11 @@ def build_candidates(
         )
     built: dict[str, dict[str, nn.Module]] = {}
     for name, row in candidates.items():
-        original, found = modules[name], iter(factors.pop(name, []))
+        original, decomposed = modules[name], iter(factors.pop(name, []))
         built[name] = {
             candidate: copy.deepcopy(original)
             if rank is None
-            else _candidate(specs[name], rank, next(found, None), original)
+            else _candidate(specs[name], rank, next(decomposed, None), original)
             for candidate, rank in row.items()
         }
     return built
@@ -152,7 +178,10 @@ def build_candidates(
 def _candidate(
     spec: LayerSpec, rank: Rank, factors: Tucker2 | LowRank | None, original: nn.Module
 ) -> nn.Module:
-    """The layer at one rank, on the device and in the precision and layout of the original; without factors, of no values."""
+    """Build the layer at one rank, with the original's device, precision and memory layout.
+
+    Without factors it has no values (torch's device ``meta``).
+    """
     weight = cast(Tensor, original.weight)
     if factors is None:
         with torch.device("meta"):
@@ -167,7 +196,7 @@ def _patch_size(spec: LayerSpec) -> int:
 
 
 def _groups(specs: Mapping[str, LayerSpec], memory: int) -> list[dict[str, LayerSpec]]:
-    """The layers in order, cut where their covariances (float32) would take more than ``memory`` bytes."""
+    """Group the layers so that each group's covariances (float32) take ``memory`` bytes at most."""
     groups: list[dict[str, LayerSpec]] = []
     held = math.inf
     for name, spec in specs.items():
@@ -181,9 +210,11 @@ def _groups(specs: Mapping[str, LayerSpec], memory: int) -> list[dict[str, Layer
 
 
 def _draw_patches(spec: LayerSpec, x: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """``number`` input patches of a batch, or all if there are no more, as rows ``(number, k1 k2 C)`` in float32.
+    """Draw ``number`` input patches of a batch, or take all if there are no more.
 
-    Channels are fastest: so each position of a patch is one contiguous piece of the channels-last input, ten times faster to gather.
+    They are rows ``(number, k1 k2 C)`` in float32. Channels are the fastest index, so that each
+    position of a patch is one contiguous piece of the channels-last input: that is ten times faster
+    to gather.
     """
     if spec.kind == "linear":
         rows = x.reshape(-1, spec.in_channels)
@@ -214,7 +245,7 @@ def _drawn(available: int, number: int, generator: torch.Generator) -> Tensor:
 
 
 def _add_gram(total: Tensor, rows: Tensor, block: int = 512) -> None:
-    """Add ``rows^T rows`` to ``total``, on and above its diagonal of blocks: about half of the work."""
+    """Add ``rows^T rows`` to ``total``, only on and above its diagonal: about half of the work."""
     for start in range(0, rows.shape[1], block):
         part = rows[:, start : start + block].T @ rows[:, start:]
         total[start : start + block, start:] += part.cpu()

@@ -1,4 +1,4 @@
-"""Eq. 2-4: the layers that run a decomposed kernel, and `LayerSpec`, what is known of a layer without its weights."""
+"""Eq. 2-4: the layers that run a decomposed kernel; `LayerSpec`, a layer without its weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from nni_haloc.space.tucker import LowRank, Tucker2
 
 
 class TuckerConv2d(nn.Sequential):
-    """Eq. (2)-(4): ``factor_in`` (1x1, C to r2), ``core`` (k1 x k2, r2 to r1), ``factor_out`` (1x1, r1 to F), nothing between them.
+    """A convolution as three, Eq. (2)-(4), with nothing between them.
 
-    The core carries stride, padding, dilation and padding mode; ``factor_out`` carries the bias. The children are ordinary `nn.Conv2d`.
+    ``factor_in`` is 1x1 from C to r2 channels, ``core`` is k1 x k2 from r2 to r1, ``factor_out`` is
+    1x1 from r1 to F. The core has the stride, padding, dilation and padding mode, ``factor_out``
+    has the bias. All three are ordinary `nn.Conv2d`.
     """
 
     def __init__(self, conv: LayerSpec, rank_out: int, rank_in: int) -> None:
@@ -34,7 +36,11 @@ class TuckerConv2d(nn.Sequential):
 
 
 class LowRankConv2d(nn.Sequential):
-    """A 1x1 convolution as two: ``right`` (C to r, with the stride and padding), then ``left`` (r to F, with the bias)."""
+    """A 1x1 convolution as two.
+
+    ``right`` goes from C to r channels and has the stride and padding; ``left`` goes from r to F
+    and has the bias.
+    """
 
     def __init__(self, conv: LayerSpec, rank: int) -> None:
         super().__init__()
@@ -46,7 +52,7 @@ class LowRankConv2d(nn.Sequential):
 
 
 class LowRankLinear(nn.Sequential):
-    """A linear layer as two: ``right`` (C to r), then ``left`` (r to F, with the bias)."""
+    """A linear layer as two: ``right`` from C to r, then ``left`` from r to F with the bias."""
 
     def __init__(self, linear: LayerSpec, rank: int) -> None:
         super().__init__()
@@ -62,10 +68,22 @@ Factorised = TuckerConv2d | LowRankConv2d | LowRankLinear
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Geometry of one layer and the shapes that it is fed, enough to build, count or time any of its candidates.
+    """The geometry of one layer and the shapes of its inputs.
 
-    ``input_shapes`` has one entry for each call in a forward pass, batch included. ``kernel_size``, ``stride`` and ``dilation`` are pairs;
-    ``padding`` is a pair or torch's ``"same"`` / ``"valid"``.
+    That is enough to build, count or time any of its candidates.
+
+    Attributes:
+        name: the layer's name in the network.
+        kind: ``conv``, ``pointwise`` (a 1x1 convolution) or ``linear``.
+        in_channels: C.
+        out_channels: F.
+        input_shapes: one shape for each call in a forward pass, batch included.
+        bias: whether the layer has a bias.
+        kernel_size: rows and columns.
+        stride: along rows and columns.
+        padding: a pair, or torch's ``"same"`` or ``"valid"``.
+        dilation: along rows and columns.
+        padding_mode: torch's name of it.
     """
 
     name: str
@@ -84,7 +102,11 @@ class LayerSpec:
     def of(
         cls, name: str, module: nn.Module, input_shapes: tuple[tuple[int, ...], ...] = ()
     ) -> LayerSpec:
-        """The specification of an `nn.Conv2d` (ungrouped) or `nn.Linear`; TypeError for anything else."""
+        """Describe an ungrouped `nn.Conv2d` or an `nn.Linear`.
+
+        Raises:
+            TypeError: if the module is anything else, or has no weights yet.
+        """
         if isinstance(module, nn.Linear | nn.Conv2d) and is_lazy(module.weight):
             raise TypeError(
                 f"{name}: {type(module).__name__} has no weights yet; run the network once"
@@ -112,7 +134,7 @@ class LayerSpec:
 
     @property
     def geometry(self) -> dict:
-        """Keyword arguments of the `nn.Conv2d` that does the spatial work."""
+        """The keyword arguments of the `nn.Conv2d` that does the spatial work."""
         return {
             "stride": self.stride,
             "padding": self.padding,
@@ -121,7 +143,11 @@ class LayerSpec:
         }
 
     def check_rank(self, rank: tuple[int, ...] | None) -> None:
-        """ValueError, naming the layer, unless it can be decomposed at this rank."""
+        """Check that the layer can be decomposed at a rank.
+
+        Raises:
+            ValueError: if it can't; the message names the layer.
+        """
         most = (
             (self.out_channels, self.in_channels)
             if self.kind == "conv"
@@ -129,7 +155,8 @@ class LayerSpec:
         )
         if rank is not None and len(rank) != len(most):
             raise ValueError(
-                f"layer {self.name!r} is of kind {self.kind!r}, which does not take the ranks {list(rank)}"
+                f"layer {self.name!r} is of kind {self.kind!r}, "
+                f"which does not take the ranks {list(rank)}"
             )
         if rank is not None and any(r > m for r, m in zip(rank, most, strict=True)):
             raise ValueError(
@@ -137,7 +164,11 @@ class LayerSpec:
             )
 
     def build(self, rank: tuple[int, ...] | None) -> nn.Module:
-        """A layer of this geometry, randomly initialised: dense for ``None``, else at rank ``(r1, r2)`` or ``(r,)``."""
+        """Build a layer of this geometry with random weights.
+
+        Args:
+            rank: ``(r1, r2)``, ``(r,)``, or None for the dense layer.
+        """
         if rank is not None:
             if self.kind == "conv":
                 return TuckerConv2d(self, *rank)
@@ -149,7 +180,7 @@ class LayerSpec:
         )
 
     def assemble(self, factors: Tucker2 | LowRank, bias: Tensor | None) -> Factorised:
-        """The layer that runs these factors, in the precision and on the device of torch's defaults until moved."""
+        """Build the layer that runs some factors, in torch's default device and precision."""
         layer = self.build(_rank(factors))
         assert isinstance(layer, Factorised)
         with torch.no_grad():
@@ -161,7 +192,7 @@ class LayerSpec:
 
     @property
     def padded(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Rows added above and below, columns added left and right."""
+        """The rows that are added above and below, and the columns left and right."""
         if self.padding == "valid":
             return (0, 0), (0, 0)
         if self.padding == "same":
@@ -173,7 +204,7 @@ class LayerSpec:
         return (self.padding[0],) * 2, (self.padding[1],) * 2
 
     def pad(self, x: Tensor) -> Tensor:
-        """The convolution's input with its padding made explicit, so that what follows needs no padding of its own."""
+        """Pad an input as the convolution does, so that it can be run without padding."""
         (top, bottom), (left, right) = self.padded
         if self.kind == "linear" or not any((top, bottom, left, right)):
             return x
@@ -184,7 +215,7 @@ class LayerSpec:
         )
 
     def run(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output for a dense ``kernel``, ``(F, C, k1, k2)`` or, for linear and 1x1 layers, ``(F, C)``."""
+        """Run the layer with a dense kernel, ``(F, C, k1, k2)``, or ``(F, C)`` for a matrix."""
         if self.kind == "linear":
             return F.linear(x, kernel, bias)
         kernel = kernel.reshape(self.out_channels, self.in_channels, *self.kernel_size)
@@ -193,7 +224,7 @@ class LayerSpec:
         return F.conv2d(self.pad(x), kernel, bias, self.stride, 0, self.dilation)
 
     def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the output for one input shape, from the geometry alone."""
+        """Return the shape of the output for one input shape."""
         if self.kind == "linear":
             return (*input_shape[:-1], self.out_channels)
         with torch.device("meta"):
@@ -205,7 +236,11 @@ class LayerSpec:
         return (input_shape[0], self.out_channels, *spatial)
 
     def parts(self, rank: tuple[int, ...] | None) -> list[tuple[int, int, int]]:
-        """Of each layer that it becomes at a rank, in their order: channels in, channels out, kernel elements."""
+        """List the layers that it becomes at a rank.
+
+        Returns:
+            Channels in, channels out and kernel elements of each, in their order.
+        """
         c, f, k = self.in_channels, self.out_channels, math.prod(self.kernel_size)
         if rank is None:
             return [(c, f, k)]
@@ -216,22 +251,30 @@ class LayerSpec:
         )
 
     def work(self, rank: tuple[int, ...] | None) -> list[Work]:
-        """What each of `parts` does for one image, one entry for each call of the layer."""
+        """List what each of `parts` does for one image, for each call of the layer."""
         parts = self.parts(rank)
         spatial = slice(1, -1) if self.kind == "linear" else slice(2, None)
         strided = 1 if len(parts) == 3 else 0  # the part that carries the geometry
-        found = []
+        work = []
         for shape in self.input_shapes:
             before, after = math.prod(shape[spatial]), math.prod(self.output_shape(shape)[spatial])
             for i, part in enumerate(parts):
-                found.append(
+                work.append(
                     Work(*part, after if i > strided else before, before if i < strided else after)
                 )
-        return found
+        return work
 
 
 class Work(NamedTuple):
-    """One convolution or matrix product: channels, kernel elements, and positions of the input and of the output."""
+    """One convolution or matrix product.
+
+    Attributes:
+        inputs: input channels.
+        outputs: output channels.
+        kernel: kernel elements.
+        before: positions of the input.
+        after: positions of the output.
+    """
 
     inputs: int
     outputs: int
@@ -241,7 +284,7 @@ class Work(NamedTuple):
 
 
 def layout_of(weight: Tensor) -> torch.memory_format:
-    """The memory format that a weight imposes on its convolution's output."""
+    """Return the memory format that a weight imposes on its convolution's output."""
     channels_last = (
         weight.dim() == 4
         and weight.is_contiguous(memory_format=torch.channels_last)
@@ -251,12 +294,15 @@ def layout_of(weight: Tensor) -> torch.memory_format:
 
 
 def rank_of(module: nn.Module) -> tuple[int, ...] | None:
-    """``(r1, r2)`` or ``(r,)`` of a factorised layer, None of a dense one."""
+    """Return the rank of a factorised layer, ``(r1, r2)`` or ``(r,)``; None for a dense one."""
     return _rank(module.factors()) if isinstance(module, Factorised) else None
 
 
 def kernel_factors(module: nn.Module) -> tuple[Tensor, ...]:
-    """The tensors whose product is a layer's kernel, ``(F, C)`` for linear and 1x1 layers: a dense layer's weight, else its factors."""
+    """Return the tensors whose product is a layer's kernel.
+
+    They are the factors, or a dense layer's weight, which is ``(F, C)`` for linear and 1x1 layers.
+    """
     if isinstance(module, Factorised):
         return module.factors()
     weight = cast(Tensor, module.weight)
@@ -264,7 +310,7 @@ def kernel_factors(module: nn.Module) -> tuple[Tensor, ...]:
 
 
 def last_bias(module: nn.Module) -> Tensor | None:
-    """The bias that a dense or factorised layer adds to its output."""
+    """Return the bias that a dense or factorised layer adds to its output."""
     return cast(
         "Tensor | None",
         (list(module.children())[-1] if isinstance(module, Factorised) else module).bias,

@@ -1,4 +1,4 @@
-"""A network and its modules: putting others in their place, copies, passes on an example input; another mode or device for a while."""
+"""Work with a network's modules: replace them, copy them, run them on an example input."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ from nni_haloc.utils.errors import first_line
 
 M = TypeVar("M", bound=nn.Module)
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
-"""A network's input: a tensor ``(N, ...)``, a tuple of positional inputs or a dict of keyword inputs."""
+"""A network's input: a tensor ``(N, ...)``, a tuple of inputs, or a dict of keyword inputs."""
 
 
 def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
-    """Put each named module in the place of the old one, under every name that the old one has."""
+    """Replace modules of a network, in place.
+
+    Args:
+        model: the network.
+        new: name of the old module to the new one, which gets all names of the old one.
+    """
     named = dict(model.named_modules())
     replacements = {named[name]: module for name, module in new.items()}
     for parent in list(model.modules()):
@@ -32,21 +37,28 @@ def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
         if isinstance(
             module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)
         ) and not placed.isdisjoint(module.modules()):
-            module.activation_relu_or_gelu = (
-                0  # their fused operation takes the linear layers' weights
-            )
+            # Their fused operation takes the linear layers' weights.
+            module.activation_relu_or_gelu = 0
             module.use_nested_tensor = False
 
 
 def copy_of(model: M, memo: Mapping[int, Any] | None = None) -> M:
-    """A deep copy; ``memo``: what stands for objects, by their id, instead of copies. ValueError names an attribute that can't be copied.
+    """Copy a network deeply.
 
-    Tensors that are computed from others, as the weight of `torch.nn.utils.weight_norm`, are held by their values.
+    Tensors that are computed from others, such as the weight of `torch.nn.utils.weight_norm`, are
+    copied by their values.
+
+    Args:
+        model: the network.
+        memo: object id to what stands in the copy instead of a copy of the object.
+
+    Raises:
+        ValueError: if an attribute can't be copied; the message names it.
     """
     held = dict(memo or {})
     for module in model.modules():
         for value in tree_leaves(vars(module)):
-            if isinstance(value, UninitializedBuffer):  # torch copies parameters of its kind alone
+            if isinstance(value, UninitializedBuffer):  # torch copies only such parameters
                 held.setdefault(
                     id(value),
                     cast(Any, UninitializedBuffer)(device=value.device, dtype=value.dtype),
@@ -54,11 +66,10 @@ def copy_of(model: M, memo: Mapping[int, Any] | None = None) -> M:
             elif isinstance(value, Tensor) and not value.is_leaf:
                 held.setdefault(id(value), value.detach().clone())
     try:
-        with (
-            torch.no_grad()
-        ):  # or the parameters of a scripted module's copy would be computed from its own
+        # With gradients, a scripted module's parameters would be computed from the original's.
+        with torch.no_grad():
             copy_ = copy.deepcopy(model, dict(held))
-    except Exception as error:  # whatever a class makes of being copied
+    except Exception as error:  # from the code of a class that is copied
         raise ValueError(
             f"{type(model).__name__} can't be copied: {_culprit(model, held) or first_line(error)}"
         ) from None
@@ -82,12 +93,16 @@ def _culprit(model: nn.Module, memo: Mapping[int, Any]) -> str | None:
                     copy.deepcopy(value, dict(memo))
             except Exception as error:
                 where = f"of its submodule {name!r}" if name else "of its own"
-                return f"the attribute {attribute!r} {where} ({first_line(error)}); take it away, or give its class a __deepcopy__"
+                remedy = "take it away, or give its class a __deepcopy__"
+                return f"the attribute {attribute!r} {where} ({first_line(error)}); {remedy}"
     return None
 
 
 def call(model: nn.Module, example: Example) -> Any:
-    """A forward pass on an example input, without gradients; transformers run layer by layer, not as one fused operation."""
+    """Run a forward pass on an example input, without gradients.
+
+    Transformers run layer by layer, not as one fused operation.
+    """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -100,17 +115,25 @@ def call(model: nn.Module, example: Example) -> Any:
 
 
 def batch_size_of(example: Example) -> int:
-    """N of an example input's first tensor ``(N, ...)``; ValueError if there is none."""
+    """Return N of an example input's first tensor ``(N, ...)``.
+
+    Raises:
+        ValueError: if there is no tensor.
+    """
     for value in tree_leaves(example):
         if isinstance(value, Tensor) and value.dim():
             return len(value)
     raise ValueError(
-        f"the example input: expected a tensor, a tuple or a dict with tensors (N, ...), found {type(example).__name__}"
+        "the example input: expected a tensor, a tuple or a dict with tensors (N, ...), "
+        f"found {type(example).__name__}"
     )
 
 
 def batches(inputs: Example, size: int) -> Iterator[Example]:
-    """Parts of at most ``size`` inputs; what is no tensor of N inputs goes with every part."""
+    """Cut inputs into parts of at most ``size``.
+
+    A value that is not a tensor of N inputs goes with every part.
+    """
     number = batch_size_of(inputs)
     for start in range(0, number, size):
 
@@ -122,7 +145,11 @@ def batches(inputs: Example, size: int) -> Iterator[Example]:
 
 
 def input_shape(example: Example, *, batch: bool = False) -> Any:
-    """Of one input, or of the ``batch``, as JSON takes it: a list of sizes, or a list or dict of those."""
+    """Return the shape of one input, or of the whole ``batch``, in a form for JSON.
+
+    Returns:
+        A list of sizes, or a list or dict of such lists.
+    """
     shapes = tree_map(
         lambda v: list(v.shape[0 if batch else 1 :]) if isinstance(v, Tensor) else None, example
     )
@@ -130,16 +157,25 @@ def input_shape(example: Example, *, batch: bool = False) -> Any:
 
 
 def only_tensor(example: Example) -> Tensor:
-    """The example input where no other will do, as on a device; ValueError if it is more than one tensor."""
+    """Return an example input that must be a single tensor, as for measuring.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
     if not isinstance(example, Tensor):
         raise ValueError(
-            f"the example input: measuring takes networks of one input, a tensor (N, ...), found a {type(example).__name__}"
+            "the example input: measuring takes networks of one input, a tensor (N, ...), "
+            f"found a {type(example).__name__}"
         )
     return example
 
 
 def materialised(model: M, example: Example) -> M:
-    """The model; where it has lazy layers, a copy whose layers one pass has given their shapes and weights."""
+    """Return the model, or, if it has lazy layers, a copy that has run once and has its weights.
+
+    Raises:
+        ValueError: if the pass does not reach a lazy layer.
+    """
     if not any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
         return model
     model = copy_of(model)
@@ -148,14 +184,15 @@ def materialised(model: M, example: Example) -> M:
     for name, module in model.named_modules():
         if any(map(is_lazy, (*module.parameters(False), *module.buffers(False)))):
             raise ValueError(
-                f"the example input does not reach {name!r}, a {type(module).__name__} without weights yet: take it away"
+                f"the example input does not reach {name!r}, "
+                f"a {type(module).__name__} without weights yet: take it away"
             )
     return model
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of a block; every submodule gets its own mode back."""
+    """Set evaluation mode for the time of a block; then each submodule gets its own mode back."""
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
@@ -167,7 +204,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def accelerated(model: nn.Module) -> Iterator[torch.device]:
-    """For the time of a block, a network that is on the processor is on the CUDA device, where there is one; gives the device it is on."""
+    """Move a network from the processor to the CUDA device, if there is one, for a block's time.
+
+    Yields:
+        The device that the network is on.
+    """
     home = next((p.device for p in model.parameters()), torch.device("cpu"))
     device = torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
     try:

@@ -12,11 +12,11 @@ Kind = Literal["conv", "pointwise", "linear"]
 
 
 Rank = tuple[int, ...] | None
-"""``(r1, r2)`` of a Tucker-2 layer (output, then input), ``(r,)`` of a low-rank matrix, or None: the layer as it was."""
+"""``(r1, r2)`` of a Tucker-2 layer (output, input), ``(r,)`` of a low-rank matrix, None: dense."""
 
 
 def rank_name(rank: Rank) -> str:
-    """The candidate's name in tables and plans: ``dense``, ``r16``, or ``r16x8`` where r1 and r2 differ.
+    """Return a candidate's name: ``dense``, ``r16``, or ``r16x8`` if r1 and r2 differ.
 
     >>> rank_name((16, 16)), rank_name((16, 8)), rank_name(None)
     ('r16', 'r16x8', 'dense')
@@ -27,7 +27,11 @@ def rank_name(rank: Rank) -> str:
 
 
 def parse_rank(name: str, kind: Kind) -> Rank:
-    """The rank behind a candidate's name; ValueError if it is not one."""
+    """Return the rank of a candidate's name.
+
+    Raises:
+        ValueError: if it is no such name.
+    """
     if name == DENSE:
         return None
     match = re.fullmatch(r"r([1-9]\d*)(?:x([1-9]\d*))?", name)
@@ -40,7 +44,7 @@ def parse_rank(name: str, kind: Kind) -> Rank:
 
 
 def is_rank(value: Any) -> bool:
-    """Whether it is one or two positive integers."""
+    """Tell whether a value is one or two positive integers."""
     return (
         isinstance(value, (list, tuple))
         and 1 <= len(value) <= 2

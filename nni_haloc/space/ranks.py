@@ -1,11 +1,11 @@
-"""The rank space (design principles 1 and 2) and `RankPlan`, the chosen rank of every layer, with its file ``ranks.json``."""
+"""The rank space: the layers that are searched and their candidate ranks (principles 1 and 2)."""
 
 from __future__ import annotations
 
 import fnmatch
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -24,15 +24,22 @@ from nni_haloc.space.watching import (
 
 @dataclass(frozen=True)
 class RankRules:
-    """Which layers are searched and which ranks they may take.
+    """The layers to search and the ranks that they may take.
 
-    ``step``: distance between candidate ranks; None takes it from the smaller channel count: 2 at 16 or
-    fewer, 4 at 32, 8 at 64, 32 below 1024, then 32 for each 512.
-    ``dense``: whether the layer as it was is a candidate. ``equal``: r1 = r2 (design principle 2); otherwise every pair of steps.
-    ``kinds``: what is searched, of ``conv``, ``pointwise`` (1x1 convolutions), ``linear``. ``exclude``: name patterns of layers left alone.
-    ``pin``: name pattern to the one candidate of the layers that it matches: a rank, ``(r1, r2)``, or ``"dense"``; the first pattern that
-    matches a layer counts. Patterns are those of `fnmatch`; one that matches no layer is a ValueError of `find_layers`.
-    ``stairs``: layer name to the width of its device's stairs (`rank_stairs`): from there on its ranks are the multiples of that.
+    Patterns are those of `fnmatch`; `find_layers` refuses one that matches no layer.
+
+    Attributes:
+        step: distance between candidate ranks. None takes it from the smaller channel count: 2 at
+            16 or fewer, 4 at 32, 8 at 64, 32 below 1024, then 32 for each 512.
+        dense: whether the dense layer is a candidate.
+        equal: only ranks with r1 = r2 (design principle 2); otherwise every pair of steps.
+        kinds: the kinds of layer to search, of ``conv``, ``pointwise`` (1x1 convolutions) and
+            ``linear``.
+        exclude: name patterns of layers to leave alone.
+        pin: name pattern to the only candidate of the layers that it matches: a rank, ``(r1, r2)``
+            or ``"dense"``. The first pattern that matches a layer counts.
+        stairs: layer name to the width of its device's stairs (see `rank_stairs`); from that width
+            on only its multiples are candidates.
     """
 
     step: int | None = None
@@ -51,20 +58,24 @@ class RankRules:
                 )
 
     def pins(self, layer: str) -> list[int | tuple[int, ...] | str]:
-        """What ``pin`` says of a layer; the first entry counts."""
+        """Return the pins whose patterns match a layer; the first one counts."""
         return [value for pattern, value in self.pin.items() if fnmatch.fnmatchcase(layer, pattern)]
 
     def step_of(self, spec: LayerSpec) -> int:
-        """Distance between a layer's candidate ranks."""
+        """Return the distance between a layer's candidate ranks."""
         size = min(spec.in_channels, spec.out_channels)
         return self.step or (
             max(32, size // 512 * 32) if size > 64 else 8 if size > 32 else 4 if size > 16 else 2
         )
 
     def candidates(self, spec: LayerSpec) -> list[Rank]:
-        """Candidate ranks of one layer, falling, ``None`` (dense) first; those with as many MACs as the dense layer are dropped.
+        """List the candidate ranks of one layer, None (dense) first, then falling.
 
-        A pinned layer has its pinned rank alone, whatever it costs; ValueError if that does not fit the layer.
+        Ranks with as many MACs as the dense layer are dropped. A pinned layer has only its pinned
+        rank, whatever it costs.
+
+        Raises:
+            ValueError: if a pinned rank does not fit the layer.
         """
         for value in self.pins(spec.name):
             rank = (
@@ -99,7 +110,9 @@ class RankRules:
 
 
 def macs(spec: LayerSpec, rank: Rank) -> int:
-    """Multiply-accumulates of one layer in a forward pass of one image, summed over its calls; biases are not counted.
+    """Count the multiply-accumulates of one layer for one image, over all its calls.
+
+    Biases are not counted.
 
     >>> conv = LayerSpec("c", "conv", 64, 64, ((1, 64, 56, 56),), False, (3, 3), padding=(1, 1))
     >>> macs(conv, None) == 56 * 56 * 64 * 64 * 9
@@ -109,7 +122,7 @@ def macs(spec: LayerSpec, rank: Rank) -> int:
 
 
 def params(spec: LayerSpec, rank: Rank) -> int:
-    """Number of parameters of one layer at one rank, its bias included."""
+    """Count the parameters of one layer at one rank, its bias included."""
     return sum(math.prod(part) for part in spec.parts(rank)) + (
         spec.out_channels if spec.bias else 0
     )
@@ -117,27 +130,43 @@ def params(spec: LayerSpec, rank: Rank) -> int:
 
 @dataclass(frozen=True)
 class Layers:
-    """The searchable layers of one model in the order of their first call, and why the others are not."""
+    """The layers of one network that can be searched, and the others.
+
+    Attributes:
+        specs: the searchable layers by name, in the order of their first call.
+        left_alone: name of each other layer to the reason.
+    """
 
     specs: dict[str, LayerSpec]
     left_alone: dict[str, str]
 
     def candidates(self, rules: RankRules) -> dict[str, dict[str, Rank]]:
-        """Candidate name to rank for every layer that has any low rank to offer under the rules, or is pinned."""
-        found = {name: rules.candidates(spec) for name, spec in self.specs.items()}
+        """Map each layer that has a low rank under the rules, or is pinned, to its candidates.
+
+        Returns:
+            Layer name to candidate name to rank.
+        """
+        ranks_of = {name: rules.candidates(spec) for name, spec in self.specs.items()}
         return {
             name: {rank_name(r): r for r in ranks}
-            for name, ranks in found.items()
+            for name, ranks in ranks_of.items()
             if any(ranks) or rules.pins(name)
         }
 
 
 def find_layers(model: nn.Module, example_input: Example, rules: RankRules = RankRules()) -> Layers:
-    """Run ``model`` on ``example_input`` and record every convolution and linear layer: shapes, or why it is left alone.
+    """Find the layers of a network that can be searched, by running copies of it.
 
-    ``example_input``: a tensor, a tuple of positional inputs or a dict of keyword inputs. The passes, one to see the calls and one with
-    other layers in place, are made by copies, in evaluation mode without gradients: the model is left as it was, whatever it does when it
-    is called. Raises ValueError if the model can't be copied, or a pattern of the rules matches no layer.
+    One pass sees the calls, another one has other layers in place. Both are in evaluation mode and
+    without gradients, and the model itself is left as it was, whatever it does when it is called.
+
+    Args:
+        model: the network.
+        example_input: a tensor, a tuple of inputs, or a dict of keyword inputs.
+        rules: the rank space.
+
+    Raises:
+        ValueError: if the model can't be copied, or a pattern of the rules matches no layer.
     """
     model = materialised(model, example_input)
     modules = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
@@ -145,7 +174,6 @@ def find_layers(model: nn.Module, example_input: Example, rules: RankRules = Ran
     calls: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in seen.calls:
         calls.setdefault(name, []).append(shape)
-
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     specs: dict[str, LayerSpec] = {}
     reasons = {name: "not called as a module" for name in modules if name not in calls}
@@ -155,32 +183,56 @@ def find_layers(model: nn.Module, example_input: Example, rules: RankRules = Ran
         if is_scripted_layer(module)
     }
     for name, shapes in calls.items():
-        module = modules[name]
-        reason = obstacle(module, shapes, holders) or seen.reasons.get(name)
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in rules.exclude):
-            reason = "excluded by name"
-        if reason:
-            reasons[name] = reason
-            continue
-        spec = LayerSpec.of(name, module, tuple(shapes))
-        if spec.kind not in rules.kinds:
-            reasons[name] = f"kind {spec.kind!r} is not among the searched kinds"
-        elif any(rules.candidates(spec)) or rules.pins(name):
-            specs[name] = spec
+        reason = obstacle(modules[name], shapes, holders) or seen.reasons.get(name)
+        judged = _judged(name, modules[name], tuple(shapes), rules, reason)
+        if isinstance(judged, str):
+            reasons[name] = judged
         else:
-            reasons[name] = "no rank on the step grid is cheaper than the dense layer"
-    for name, reason in irreplaceable(
-        model, example_input, [name for name in specs if name], seen
-    ).items():
+            specs[name] = judged
+    named = [name for name in specs if name]
+    for name, reason in irreplaceable(model, example_input, named, seen).items():
         reasons[name] = reason
         del specs[name]
-    for option, patterns, named in (("exclude", rules.exclude, modules), ("pin", rules.pin, specs)):
-        for pattern in patterns:
-            if not fnmatch.filter(named, pattern):
-                why = "".join(
-                    f"; {name}: {reasons[name]}" for name in fnmatch.filter(reasons, pattern)
-                )
-                raise ValueError(
-                    f"{option}: no layer of {type(model).__name__} that can be searched matches {pattern!r}{why}"
-                )
+    _check_patterns("exclude", rules.exclude, modules, reasons, model)
+    _check_patterns("pin", rules.pin, specs, reasons, model)
     return Layers(specs, reasons)
+
+
+def _judged(
+    name: str,
+    module: nn.Module,
+    shapes: tuple[tuple[int, ...], ...],
+    rules: RankRules,
+    reason: str | None,
+) -> LayerSpec | str:
+    """Return a layer's geometry if the rules search it, else the reason why not.
+
+    ``reason`` is why it can't be a low-rank layer under any rules, or None.
+    """
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in rules.exclude):
+        return "excluded by name"
+    if reason:
+        return reason
+    spec = LayerSpec.of(name, module, shapes)
+    if spec.kind not in rules.kinds:
+        return f"kind {spec.kind!r} is not among the searched kinds"
+    if any(rules.candidates(spec)) or rules.pins(name):
+        return spec
+    return "no rank on the step grid is cheaper than the dense layer"
+
+
+def _check_patterns(
+    option: str,
+    patterns: Iterable[str],
+    names: Iterable[str],
+    reasons: Mapping[str, str],
+    model: nn.Module,
+) -> None:
+    """Raise ValueError for a pattern of an option that matches none of the names."""
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            why = "".join(f"; {name}: {reasons[name]}" for name in fnmatch.filter(reasons, pattern))
+            raise ValueError(
+                f"{option}: no layer of {type(model).__name__} that can be searched "
+                f"matches {pattern!r}{why}"
+            )

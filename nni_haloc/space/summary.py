@@ -1,4 +1,4 @@
-"""What a rank space makes of a model: every layer with its candidates, or why it stays as it is."""
+"""Report on a rank space: every layer with its candidates, or the reason why it stays as it is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ _OTHERS_OWN = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.Em
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. ``shape``: of its weight. ``candidates``: their names, none where it is left alone. ``reason``: why it is, else empty."""
+    """One row of the report.
+
+    Attributes:
+        layer: the layer's name.
+        kind: its kind, or its class.
+        shape: of its weight.
+        candidates: their names; none if the layer is left alone.
+        reason: why it is left alone; else empty.
+    """
 
     layer: str
     kind: str
@@ -29,7 +37,10 @@ class LayerReport:
 
 
 class SpaceReport:
-    """A row for each layer that has a kernel or a matrix, in the model's order; as text, a table."""
+    """A row for each layer that has a kernel or a matrix, in the model's order.
+
+    As text it is a table.
+    """
 
     def __init__(self, rows: Iterable[LayerReport]) -> None:
         self.rows = tuple(rows)
@@ -54,12 +65,13 @@ class SpaceReport:
 
 
 def why_nothing(model: nn.Module, left_alone: Mapping[str, str]) -> str:
-    """One line on a model in which no layer can be searched."""
-    return f"nothing to search in {type(model).__name__} ({by_reason(left_alone) or 'no convolution or linear layer'})"
+    """Say on one line why no layer of a model can be searched."""
+    why = by_reason(left_alone) or "no convolution or linear layer"
+    return f"nothing to search in {type(model).__name__} ({why})"
 
 
 def by_reason(left_alone: Mapping[str, str]) -> str:
-    """Layers left alone on one line, however many they are."""
+    """List the layers that are left alone on one line, however many there are."""
     layers: dict[str, list[str]] = {}
     for name, reason in left_alone.items():
         layers.setdefault(reason, []).append(name)
@@ -72,7 +84,13 @@ def by_reason(left_alone: Mapping[str, str]) -> str:
 def space_report(
     model: nn.Module, candidates: Mapping[str, Iterable[str]], left_alone: Mapping[str, str]
 ) -> SpaceReport:
-    """The report on a model whose layers have these candidates, or are left alone for these reasons."""
+    """Report on every layer of a model.
+
+    Args:
+        model: the network.
+        candidates: layer name to the names of its candidates.
+        left_alone: layer name to the reason why it has none.
+    """
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, LAYERS):
@@ -81,9 +99,9 @@ def space_report(
                 kind = LayerSpec.of(name, module).kind
             except TypeError:
                 kind = type(module).__name__
-            found = tuple(candidates.get(name, ()))
-            reason = "" if found else left_alone.get(name, "not searched")
-            rows.append(LayerReport(name, kind, tuple(module.weight.shape), found, reason))
+            names = tuple(candidates.get(name, ()))
+            reason = "" if names else left_alone.get(name, "not searched")
+            rows.append(LayerReport(name, kind, tuple(module.weight.shape), names, reason))
         elif is_scripted_layer(module):
             rows.append(
                 LayerReport(
@@ -110,10 +128,14 @@ def space_report(
 
 
 def space_sizes(layers: Layers, rules: RankRules) -> dict[str, int]:
-    """How many networks there are: with any ranks; with those that are multiples of the step (design principle 1); with r1 = r2, too
-    (principle 2); and what is searched: without ranks that need as many multiply-accumulates as the dense layer, and with that layer.
+    """Count the networks of a rank space.
 
-    Of 1x1 convolutions and linear layers, whose kernels are matrices, the rank is one number.
+    A 1x1 convolution or linear layer, whose kernel is a matrix, has a single rank.
+
+    Returns:
+        The numbers of networks with any ranks; with ranks that are multiples of the step (design
+        principle 1); with r1 = r2, too (principle 2); and of those that are searched: without ranks
+        that need as many multiply-accumulates as the dense layer, and with the dense layer.
     """
     sizes = dict.fromkeys(("all ranks", "multiples of the step", "r1 = r2, too"), 1)
     for spec in layers.specs.values():

@@ -1,4 +1,4 @@
-"""How a network uses its layers: their calls, and what makes another layer in their place impossible."""
+"""Watch how a network uses its layers, and find those that can't be replaced."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nni_haloc.space.modules import Example, call, copy_of, replace_modules
 from nni_haloc.utils.errors import first_line
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
-"""What a rank space looks at: convolutions and linear layers."""
+"""The layers that a rank space looks at: convolutions and linear layers."""
 
 
 def is_scripted_layer(module: nn.Module) -> bool:
-    """Whether it was one of them before it was scripted or traced."""
+    """Tell whether a module was a convolution or linear layer before it was scripted or traced."""
     kinds = (
         "Linear",
         *(f"Conv{transposed}{n}d" for transposed in ("", "Transpose") for n in (1, 2, 3)),
@@ -29,7 +29,13 @@ def is_scripted_layer(module: nn.Module) -> bool:
 def obstacle(
     module: nn.Module, calls: Iterable[tuple[int, ...]], holders: Mapping[int, int]
 ) -> str | None:
-    """Why a layer, called on these shapes, can't be a low-rank one, or None. ``holders``: modules that hold a parameter, by its id."""
+    """Return the reason why a layer can't be a low-rank one, or None.
+
+    Args:
+        module: the layer.
+        calls: the input shape of each of its calls.
+        holders: id of a parameter to the number of modules that hold it.
+    """
     if type(module) not in (nn.Conv2d, nn.Linear):
         return f"{type(module).__name__} is not decomposed"
     if getattr(module, "groups", 1) != 1:
@@ -49,14 +55,20 @@ def obstacle(
 
 @dataclass
 class Pass:
-    """What was seen in one pass. ``calls``: layer and input shape of each, in their order. ``reasons``: why a layer must stay."""
+    """What was seen in one forward pass.
+
+    Attributes:
+        calls: layer name and input shape of each call, in their order.
+        reasons: layer name to the reason why it must stay.
+        output: structure and shapes of the output.
+    """
 
     calls: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     output: Any = None
 
     def run(self, network: nn.Module, example: Example) -> None:
-        """Fill it in; ``output`` is the output's structure and shapes."""
+        """Run the network and note its output."""
         leaves, structure = tree_flatten(call(network, example))
         self.output = (
             structure,
@@ -64,7 +76,7 @@ class Pass:
         )
 
     def note(self, name: str, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        """A call of a layer."""
+        """Note a call of a layer."""
         x, *more = (*arguments, *named.values())
         if named or more or not isinstance(x, Tensor):
             self.reasons[name] = "called with more than its input, or by its name"
@@ -72,7 +84,7 @@ class Pass:
 
 
 def watched_pass(model: nn.Module, example: Example, layers: Collection[str]) -> Pass:
-    """The calls of these layers, by a copy of the model in evaluation mode."""
+    """Run a copy of the model in evaluation mode and note the calls of some layers."""
     network, seen = copy_of(model).eval(), Pass()
     for name, module in network.named_modules():
         if name in layers:
@@ -84,7 +96,10 @@ def watched_pass(model: nn.Module, example: Example, layers: Collection[str]) ->
 
 
 class _StandIn(nn.Module):
-    """Runs a layer in its place, as a module of another class that has none of its attributes; notes what the network wants of those."""
+    """Runs a layer as a module of another class, without the layer's attributes.
+
+    It notes the attributes that the network asks for.
+    """
 
     def __init__(self, name: str, layer: nn.Module, seen: Pass) -> None:
         super().__init__()
@@ -105,10 +120,20 @@ class _StandIn(nn.Module):
 def irreplaceable(
     model: nn.Module, example: Example, layers: Sequence[str], expected: Pass
 ) -> dict[str, str]:
-    """Why some of the layers can't be low-rank ones: the network reads their attributes, or does not work without their class.
+    """Find layers that can't be low-rank ones, because the network needs their class.
 
-    One pass of a copy with all of them replaced by modules that compute the same, against the ``expected`` one; more only if that differs,
-    to find those at fault.
+    It may read their attributes, or fail without their class. A copy runs with all of them replaced
+    by modules that compute the same; only if that pass differs from the expected one, others
+    follow, to find the layers at fault.
+
+    Args:
+        model: the network; it is left as it is.
+        example: its input.
+        layers: names of the layers to try.
+        expected: the pass of the network as it is.
+
+    Returns:
+        Layer name to the reason.
     """
     reasons: dict[str, str] = {}
 
@@ -118,8 +143,9 @@ def irreplaceable(
         replace_modules(network, {name: _StandIn(name, modules[name], seen) for name in names})
         try:
             seen.run(network, example)
-        except Exception as error:  # the network's own
-            return f"the network fails with a low-rank layer in its place: {type(error).__name__}: {first_line(error)}"
+        except Exception as error:  # of the network's own code
+            what = f"{type(error).__name__}: {first_line(error)}"
+            return f"the network fails with a low-rank layer in its place: {what}"
         finally:
             reasons.update(seen.reasons)
         if seen.output != expected.output:
@@ -128,7 +154,7 @@ def irreplaceable(
         return None if same else "the network calls other layers with a low-rank layer in its place"
 
     def fitting(names: Sequence[str], beside: list[str]) -> list[str]:
-        """Those of the names with which, and with the ones ``beside`` them, it works."""
+        """Return the layers that can be replaced together with those ``beside`` them."""
         why = failure([*beside, *names])
         if why is None:
             return list(names)

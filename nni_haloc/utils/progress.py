@@ -1,4 +1,4 @@
-"""Say how far a long task is, and how long the rest will take."""
+"""Show how far a long task is, and how long the rest will take."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from nni_haloc.utils.log import logger
 
 
 class TimeLeft:
-    """Logs about how long the rest of some steps takes: by the first, and by some more, because the first are slower."""
+    """Logs about how long the remaining steps will take.
+
+    It does so after the first step, and again after some more, because the first steps are slower.
+
+    Args:
+        what: the task, for the log.
+    """
 
     FIRST, LAST = 5, 25
-    """Steps between which the time is taken for the second line, or up to half of them."""
+    """The second line is from the time between these steps, or up to half of all steps."""
 
     def __init__(self, what: str) -> None:
         self.what, self.since, self.start = what, 0, 0.0
 
     def __call__(self, done: int, of: int) -> None:
-        """``done`` of the steps are over; to be called with 0 first."""
+        """Note that ``done`` of ``of`` steps are done; call it with 0 first."""
         if done == 1 < of or done == min(self.LAST, of // 2) > self.FIRST:
             seconds = (time.monotonic() - self.start) / (done - self.since) * (of - done)
             logger.info("%s: about %s to go", self.what, timedelta(seconds=round(seconds)))
@@ -29,10 +35,17 @@ class TimeLeft:
 
 
 Progress = Callable[[int, int], None]
+"""Called with the numbers of steps done and of all steps."""
 
 
 def progress(done_what: str) -> Progress:
-    """A line with the time left, rewritten on a terminal, now and then elsewhere."""
+    """Return a function that shows progress and the time left on standard error.
+
+    On a terminal it rewrites one line; elsewhere it prints a line now and then.
+
+    Args:
+        done_what: the word before the numbers: ``measured``.
+    """
     terminal = sys.stderr.isatty()
     start = time.monotonic()
     shown = [float("-inf") if terminal else start]

@@ -1,4 +1,4 @@
-"""The Python and the packages that are here: whether they will do, and what a run was made with."""
+"""Versions of Python and of packages: check them, and list those that a run was made with."""
 
 from __future__ import annotations
 
@@ -7,31 +7,37 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 _PACKAGES = (
-    "nni-haloc", "nni", "torch", "torchvision", "pytorch-lightning", "torchmetrics", "tensorly", "numpy", "scipy", "scikit-learn",
-    "safetensors", "onnx", "onnxruntime",
+    "nni-haloc", "nni", "torch", "torchvision", "pytorch-lightning", "torchmetrics", "tensorly",
+    "numpy", "scipy", "scikit-learn", "safetensors", "onnx", "onnxruntime",
 )  # fmt: skip
 
 
 def versions() -> dict[str, str]:
-    """Python, the system, the processor, and those of the packages that results depend on and that are installed."""
-    found = {
+    """Return the versions of Python, the system, the processor and the installed packages.
+
+    Only packages on which results depend are listed.
+    """
+    facts = {
         "Python": platform.python_version(),
         "system": platform.platform(),
         "processor": processor(),
     }
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            facts[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return facts
 
 
 def check_supported() -> None:
-    """ImportError, one line, if Python or an installed package is of a version that nni-haloc's own metadata rule out.
+    """Check Python and the installed packages against nni-haloc's own metadata.
 
-    A package that is not there is no matter: on a device that measures, most of them are not. Without metadata, or without `packaging`
-    to read them, nothing is checked.
+    Missing packages are ignored, because a device that measures has few of them. Without metadata,
+    or without `packaging` (which comes with Lightning) to read it, nothing is checked.
+
+    Raises:
+        ImportError: if a version does not fit; the message is one line.
     """
     try:
         from packaging.requirements import Requirement
@@ -50,17 +56,17 @@ def check_supported() -> None:
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue
         try:
-            found = version(needed.name)
+            installed = version(needed.name)
         except PackageNotFoundError:
             continue
-        if not needed.specifier.contains(found, prereleases=True):
+        if not needed.specifier.contains(installed, prereleases=True):
             raise ImportError(
-                f"nni-haloc {own.version} needs {needed.name} {needed.specifier}, found {found}"
+                f"nni-haloc {own.version} needs {needed.name} {needed.specifier}, found {installed}"
             )
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     names = [
