@@ -191,12 +191,12 @@ if __name__ == "__main__":
         usage = "python3 -m nni_haloc.trial RUN.yml, or measure and options of `haloc measure`"
         sys.exit(f"usage: {usage}")
     FOLDER = RunFolder(Path(os.environ.get("NNI_OUTPUT_DIR", ".")) / "haloc")
-    LOG = ExitStack()
-    try:
-        LOG.enter_context(log_to(FOLDER.log))
-        HELD = _hold_alone(FOLDER) if is_first() else None
-    except (HalocError, OSError) as error:
-        sys.exit(str(error))
-    if sys.argv[1] == "measure":
-        sys.exit(measure_share(sys.argv[2:], PARAMETERS, FOLDER))
-    sys.exit(main(sys.argv[1], PARAMETERS, FOLDER))
+    with ExitStack() as LOG:  # the log is closed before Python takes `logging` apart
+        try:
+            LOG.enter_context(log_to(FOLDER.log))
+            HELD = _hold_alone(FOLDER) if is_first() else None
+        except (HalocError, OSError) as error:
+            sys.exit(str(error))
+        if sys.argv[1] == "measure":
+            sys.exit(measure_share(sys.argv[2:], PARAMETERS, FOLDER))
+        sys.exit(main(sys.argv[1], PARAMETERS, FOLDER))

@@ -61,8 +61,18 @@ def test_a_mistake_is_one_line_and_exit_status_2(arguments, message):
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments", [["check", "none.yml"], ["run", DIGITS, "--set", "search.lrr=1"]]
+)
+def test_a_process_of_its_own_prints_what_a_forked_one_does(arguments):
+    """Importing everything, and Python's end, print nothing; most tests fork their commands."""
+    alone, forked = (haloc(*arguments, fresh=fresh) for fresh in (True, False))
+    for name in ("returncode", "stdout", "stderr"):
+        assert getattr(alone, name) == getattr(forked, name)
+
+
 def test_an_impossible_budget_names_the_cheapest_network_and_leaves_no_plan(tmp_path):
-    done = haloc("run", DIGITS, "--out", tmp_path, "--set", "budget.fraction=0.01")
+    done = haloc("run", DIGITS, "--out", tmp_path, "--set", "budget.fraction=0.01", fresh=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert (
@@ -122,7 +132,7 @@ def test_a_trial_with_bad_settings_fails_with_the_same_line_in_its_log(tmp_path,
     (tmp_path / "run.yml").write_text(
         settings.replace("digits.safetensors", str(DIGITS.with_name("digits.safetensors")))
     )
-    done = haloc("run.yml", cwd=tmp_path, module="nni_haloc.trial")
+    done = haloc("run.yml", cwd=tmp_path, module="nni_haloc.trial", fresh=True)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert "run.yml: search.lrr: unknown key" in (tmp_path / "haloc" / "log.txt").read_text()

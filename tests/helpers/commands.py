@@ -104,20 +104,25 @@ class Fork:
             file.unlink(missing_ok=True)
 
 
+def _started(*words, timeout, module=None, cwd=ROOT, environment=None):
+    program = ["-m", module] if module else ["-c", "from nni_haloc.cli.main import main; main()"]
+    return subprocess.run(
+        [sys.executable, *program, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env={**os.environ, **(environment or {})},
+    )
+
+
 def haloc(*words, fresh=False, timeout=300, **options):
     """Run a command, or a ``module``, to its end; return its status and what it printed.
 
-    ``fresh``: in a process that imports everything by itself.
+    ``fresh``: in a process that imports everything by itself, and that Python takes apart.
     """
     if fresh:
-        program = ["-c", "from nni_haloc.cli.main import main; main()"]
-        return subprocess.run(
-            [sys.executable, *program, *map(str, words)],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=options.get("cwd", ROOT),
-        )
+        return _started(*words, timeout=timeout, **options)
     fork = Fork(*words, **options)
     try:
         status = fork.wait(timeout)
