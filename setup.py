@@ -50,7 +50,7 @@ setup(
         "pyyaml>=6.0",
         "pydantic>=2.7",
         "safetensors>=0.4",
-        "typer>=0.15",
+        "typer>=0.19",
     ],
     extras_require={
         **EXTRAS,

@@ -11,7 +11,6 @@ import typer
 
 from nni_haloc.cli.options import (
     AFTER,
-    Changes,
     Code,
     Folder,
     Json,
@@ -29,6 +28,12 @@ from nni_haloc.utils.printing import print_table
 
 after = typer.Typer()
 
+StageChanges = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting, such as prune.lr=0.01; repeatable."
+    ),
+]
 Epochs = Annotated[
     int | None,
     typer.Option(metavar="N", help="Epochs of the training that follows (default: the settings')."),
@@ -54,7 +59,7 @@ def prune_command(
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder for the results (default: FOLDER/pruned)."),
     ] = None,
-    set_: Changes = None,
+    set_: StageChanges = None,
     code: Code = None,
     resume: Resume = False,
 ) -> None:
@@ -74,7 +79,7 @@ def quantize_command(
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder for the results (default: FOLDER/quantized)."),
     ] = None,
-    set_: Changes = None,
+    set_: StageChanges = None,
     code: Code = None,
     resume: Resume = False,
 ) -> None:

@@ -144,10 +144,10 @@ def front_command(
     """Make plans for many budgets from one finished search."""
     fractions = comma_separated("--budgets", budgets, float, "fractions")
     factories = trust(code)
-    from nni_haloc.results.front import pareto_front
-    from nni_haloc.runs.summary import short
-
     with needs_plots("front"):
+        from nni_haloc.results.front import pareto_front
+        from nni_haloc.runs.summary import short
+
         content = pareto_front(folder, fractions, out, factories=factories)
     original = content["original"]
     rows: list[Any] = [

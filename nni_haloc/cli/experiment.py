@@ -39,8 +39,9 @@ def check_command(
 ) -> None:
     """Check an experiment's file before nnictl create.
 
-    Catches what NNI accepts in silence or reports misleadingly. It also reads the files of NNI's
-    manager once, because nnictl gives the manager only about three seconds to start.
+    Finds mistakes that NNI accepts in silence or reports misleadingly. Also
+    reads the files of NNI's manager once: nnictl gives the manager only about
+    three seconds to start.
     """
     trials = check_experiment(experiment_file)
     warm_up_manager()

@@ -64,6 +64,10 @@ def main() -> None:
 
 
 def _leave(message: str) -> NoReturn:
-    """End with status 2; without arguments the message is the help, which has several lines."""
-    print(message if "\n" in message else f"haloc: {message}", file=sys.stderr)
+    """End with status 2 and a message.
+
+    Without arguments it is the help, of several lines; or nothing, if typer has printed the help.
+    """
+    if message:
+        print(message if "\n" in message else f"haloc: {message}", file=sys.stderr)
     sys.exit(2)

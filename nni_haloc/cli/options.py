@@ -140,7 +140,7 @@ def trust(code: Path | None) -> bool:
 def needs_plots(command: str) -> AbstractContextManager[None]:
     """Return a context that raises `MissingPackage` unless figures can be drawn."""
     install = "nni-haloc[plots]"
-    return needs("matplotlib", "jinja2", what=f"haloc {command}", install=install)
+    return needs("matplotlib", "jinja2", what=command, install=install)
 
 
 def print_json(content: Any) -> None:

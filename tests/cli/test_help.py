@@ -143,6 +143,6 @@ def test_a_command_without_its_package_says_how_to_install_it(words, package, mo
         main()
     assert left.value.code == 2
     assert capsys.readouterr().err == (
-        f"haloc: haloc {words[0]}: needs the package {package}, which is not installed "
+        f"haloc: {words[0]}: needs the package {package}, which is not installed "
         "(pip install 'nni-haloc[plots]')\n"
     )
