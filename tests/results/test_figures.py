@@ -25,7 +25,9 @@ from nni_haloc.inputs.config import load_config
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results.figures import discrepancy, losses, parameters, rank_bars
 from nni_haloc.runs.job import Job
-from nni_haloc.runs.run import search
+from nni_haloc.runs.run import search_only
+from nni_haloc.runs.stages.choose_ranks import search
+from nni_haloc.search.history import History
 from nni_haloc.training import curves as history
 from nni_haloc.training.curves import COLUMNS
 from nni_haloc.utils.errors import HalocError
@@ -37,9 +39,8 @@ SETTINGS = {"search.epochs": 2, "search.lam": 1.0}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("search")
-    job = Job(load_config(DIGITS, SETTINGS), folder)
-    strategy = search(job)
-    return folder, job, strategy
+    config = load_config(DIGITS, SETTINGS)
+    return folder, Job(config, folder), search_only(config, folder)
 
 
 def test_every_iteration_has_a_row(folder):
@@ -69,9 +70,10 @@ def test_a_search_that_goes_on_keeps_its_rows(folder, tmp_path):
         raise KeyboardInterrupt
 
     config = load_config(DIGITS, SETTINGS)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        search(Job(config, tmp_path), lambda metrics, place: next(reports) or stop(metrics))
-    search(Job(config, tmp_path), resume=True)
+    job = Job(config, tmp_path)
+    with pytest.raises((KeyboardInterrupt, SystemExit)), job.active():
+        search(job, lambda metrics, place: next(reports) or stop(metrics))
+    search_only(config, tmp_path, resume=True)
     again = history.read(tmp_path / "search" / "history.csv")
     assert again["iteration"] == whole["iteration"]
     np.testing.assert_allclose(again["train_loss"], whole["train_loss"], rtol=1e-4)
@@ -310,9 +312,7 @@ def test_folders_of_one_name_are_told_apart(tmp_path):
 )
 def test_a_damaged_history_does_not_keep_a_search_from_going_on(tmp_path, content):
     (tmp_path / "history.csv").write_text(content)
-    past = history.History(
-        tmp_path / "history.csv", None, CostTable("params", {"a": {"dense": 1.0}}, 0.0)
-    )
+    past = History(tmp_path / "history.csv", None, CostTable("params", {"a": {"dense": 1.0}}, 0.0))
     past.on_train_start(SimpleNamespace(current_epoch=1, num_training_batches=5), None)
     assert past.rows == []
 

@@ -1,4 +1,4 @@
-"""Many budgets from one search: against every network of the space, and without a second search."""
+"""Many budgets from one search, against every network of the space, without a second search."""
 
 import itertools
 import json
@@ -18,9 +18,8 @@ from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.weights import load_weights
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results import front as fronts
-from nni_haloc.results.front import front
-from nni_haloc.runs.job import Job
-from nni_haloc.runs.run import search
+from nni_haloc.results.front import pareto_front
+from nni_haloc.runs.run import search_only
 from nni_haloc.runs.saved import load
 from nni_haloc.training.finetuning import accuracy, recalibrate
 from nni_haloc.utils.errors import HalocError
@@ -32,12 +31,12 @@ SETTINGS = {"search.epochs": 3, "search.tensorboard": True, "recalibration_batch
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A finished search, and a front from it."""
+    """Return the folder of a finished search, with a front made from it."""
     folder = tmp_path_factory.mktemp("search")
-    search(Job(load_config(DIGITS, SETTINGS), folder))
+    search_only(load_config(DIGITS, SETTINGS), folder)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     (folder / "metrics.json").write_text("{}")
-    front(folder, BUDGETS)
+    pareto_front(folder, BUDGETS)
     (folder / "metrics.json").unlink()
     after = {
         p: p.read_bytes()
@@ -77,7 +76,10 @@ def val():
 
 
 def test_each_plan_is_the_best_of_all_networks_that_use_its_budget(folder, content):
-    """Every network of the space counted out: the best score of those that cost at least 95 % of the budget, or of all where none does."""
+    """Every network of the space is counted out.
+
+    The best is that of those that cost at least 95 % of the budget, or of all if none does.
+    """
     saved = torch.load(folder / "search" / "checkpoint.ckpt", weights_only=True)["state_dict"]
     table, space = CostTable.load(folder / "costs.json"), "training_module._model."
     rows = {}
@@ -166,24 +168,24 @@ def test_mistakes_are_one_line(folder, tmp_path):
     with pytest.raises(
         HalocError, match=r"checkpoint\.ckpt: no such file; expected the folder of a search"
     ):
-        front(tmp_path, [0.5])
+        pareto_front(tmp_path, [0.5])
     with pytest.raises(
         HalocError,
         match="budgets: expected fractions of the original's cost, above 0 to 1, found 1.5",
     ):
-        front(folder, [0.5, 1.5])
+        pareto_front(folder, [0.5, 1.5])
     content = torch.load(folder / "search" / "checkpoint.ckpt", weights_only=True)
     (tmp_path / "search").mkdir()
     torch.save({**content, "epoch": 1}, tmp_path / "search" / "checkpoint.ckpt")
     with pytest.raises(HalocError, match=r"the search is not finished \(2 of 3 epochs\)"):
-        front(tmp_path, [0.5])
+        pareto_front(tmp_path, [0.5])
     content["nni_haloc"]["facts"]["config"]["model"] = {
         "name": "os:mkdir",
         "arguments": {"path": str(tmp_path / "called")},
     }
     torch.save(content, tmp_path / "search" / "checkpoint.ckpt")
     with pytest.raises(HalocError, match="a factory of one's own is not called on a file's word"):
-        front(tmp_path, [0.5])
+        pareto_front(tmp_path, [0.5])
     assert not (tmp_path / "called").exists()
 
 
@@ -220,9 +222,10 @@ def test_tensorboard_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(pytorch_lightning.loggers, "TensorBoardLogger", missing)
     with pytest.raises(
         HalocError,
-        match=r"search\.tensorboard: needs the package tensorboard \(pip install 'nni-haloc\[tensorboard\]'\)",
+        match=r"search\.tensorboard: needs the package tensorboard "
+        r"\(pip install 'nni-haloc\[tensorboard\]'\)",
     ):
-        search(Job(load_config(DIGITS, SETTINGS), tmp_path))
+        search_only(load_config(DIGITS, SETTINGS), tmp_path)
 
 
 def test_every_cost_has_an_axis():

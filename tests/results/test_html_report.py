@@ -1,4 +1,7 @@
-"""The page of a run: what it says, and that nothing of a run's files can harm who opens it. A browser opens it in test_browser.py."""
+"""The page of a run: what it says, and that nothing of a run's files can harm who opens it.
+
+A browser opens it in test_browser.py.
+"""
 
 import base64
 import json
@@ -18,13 +21,10 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results.html_report import html_report
 from nni_haloc.training.curves import EPOCH_COLUMNS, add_epoch, read
 
-METRICS = {
-    "default": 0.8532,
-    "baseline_top1": 0.8589,
-    "latency_ms": 2.125,
-    "speedup": 1.42,
-    "macs": 12_345_678,
-    "macs_reduction": 0.7,
+STAGES = {
+    "original": {"top1": 0.8589, "macs": 41_152_260},
+    "search": {"cost": 12.0, "original_cost": 100.0, "budget": 12.5},
+    "finetune": {"top1": 0.8532, "macs": 12_345_678, "latency_ms": 2.125},
 }
 
 
@@ -68,7 +68,8 @@ def folder(tmp_path):
         },
     )
     content = {
-        "metrics": METRICS,
+        "version": 2,
+        "stages": STAGES,
         "parameters": {"rule": "uniform"},
         "config": config.model_dump(mode="json"),
         "versions": {"torch": "9.8.7"},
@@ -99,11 +100,8 @@ def command(monkeypatch):
 def test_a_page_says_what_the_folder_holds_and_leaves_out_the_rest(folder):
     page = Page(html_report(folder))
     rows = {row[0]: row[1:] for row in page.rows}
-    assert rows["original"] == [
-        "85.89 %",
-        f"{12_345_678 / 0.3:,.0f}",
-    ]  # nothing is invented for its latency
-    assert rows["haloc"] == ["85.32 %", "2.125", "12,345,678"]
+    assert rows["original"] == ["85.89 %", "41,152,260"]  # nothing is invented for its latency
+    assert rows["compressed"] == ["85.32 %", "2.125", "12,345,678"]
     assert (
         not {"pruned", "quantized (simulated)", "float32 in ONNX Runtime", "int8 in ONNX Runtime"}
         & rows.keys()
@@ -117,18 +115,18 @@ def test_a_page_says_what_the_folder_holds_and_leaves_out_the_rest(folder):
     assert "haloc front" not in page.text
 
 
-def test_the_original_is_counted_back_from_what_was_reduced(folder):
-    content = json.loads((folder / "metrics.json").read_text())
-    content["metrics"] = {
+def test_the_original_is_counted_back_from_what_version_1_says_was_reduced(folder):
+    flat = {
+        "default": 0.9,
         "macs": 443008,
         "macs_reduction": 1 - 443008 / 1493632,
         "params": 5,
         "params_reduction": 1.0,
     }
-    (folder / "metrics.json").write_text(json.dumps(content))
+    rewrite(folder / "metrics.json", flat)
     rows = {row[0]: row[1:] for row in Page(html_report(folder)).rows}
     assert rows["original"] == ["1,493,632"]
-    assert rows["haloc"] == ["443,008", "5"]
+    assert rows["compressed"] == ["90.00 %", "443,008", "5"]
 
 
 def test_the_settings_repeat_the_run(folder, tmp_path):
@@ -151,17 +149,28 @@ def test_the_settings_repeat_the_run(folder, tmp_path):
     assert load_config(tmp_path / "run.yml") == ran.model_copy(update={"scale": 1.0})
 
 
-CHAIN = {
-    "default": 0.81, "baseline_top1": 0.9, "latency_ms": 2.0, "baseline_latency_ms": 3.0, "speedup": 1.5, "macs": 50, "macs_reduction": 0.5,
-    "params": 30, "params_reduction": 0.7, "haloc_top1": 0.89, "haloc_bytes": 4000, "pruned_top1": 0.84, "pruned_macs": 20,
-    "pruned_params": 10, "pruned_latency_ms": 1.5, "pruned_bytes": 2500, "quantized_top1": 0.83, "int8_top1": 0.81, "onnx_latency_ms": 0.75,
+FLAT = {
+    "default": 0.81, "baseline_top1": 0.9, "latency_ms": 2.0, "baseline_latency_ms": 3.0,
+    "speedup": 1.5, "images_per_s": 64000.0, "macs": 50, "macs_reduction": 0.5,
+    "params": 30, "params_reduction": 0.7, "haloc_top1": 0.89, "haloc_bytes": 4000,
+    "pruned_top1": 0.84, "pruned_macs": 20, "pruned_params": 10, "pruned_latency_ms": 1.5,
+    "pruned_bytes": 2500, "quantized_top1": 0.83, "int8_top1": 0.81, "onnx_latency_ms": 0.75,
     "int8_latency_ms": 0.25, "int8_bytes": 1200,
 }  # fmt: skip
-"""What a run with `prune` and `quantize` reports."""
-STAGES = {
+"""What a run with `prune` and `quantize` left in version 1 of ``metrics.json``."""
+CHAIN = {
+    "original": {"top1": 0.9, "macs": 100, "params": 100, "latency_ms": 3.0},
+    "search": {"cost": 40.0, "original_cost": 100.0, "budget": 50.0},
+    "finetune": {"top1": 0.89, "macs": 50, "params": 30, "latency_ms": 2.0, "bytes": 4000},
+    "prune": {"top1": 0.84, "macs": 20, "params": 10, "latency_ms": 1.5, "bytes": 2500},
+    "quantize": {"top1": 0.83, "int8_top1": 0.81, "onnx_latency_ms": 0.75,
+                 "int8_latency_ms": 0.25, "int8_bytes": 1200, "bytes": 2500},
+}  # fmt: skip
+"""What such a run leaves today."""
+ROWS = {
     "network": ["top-1", "latency, ms", "MACs", "parameters", "file"],
     "original": ["90.00 %", "3", "100", "100"],
-    "haloc": ["89.00 %", "2", "50", "30", "4.0 kB"],
+    "compressed": ["89.00 %", "2", "50", "30", "4.0 kB"],
     "pruned": ["84.00 %", "1.5", "20", "10", "2.5 kB"],
     "quantized (simulated)": ["83.00 %"],
     "float32 in ONNX Runtime": ["0.75"],
@@ -169,17 +178,28 @@ STAGES = {
 }
 
 
-def rewrite(path, metrics):
+def rewrite(path, figures):
+    """Put other figures into ``metrics.json``: flat ones in version 1, by stage in version 2."""
     path.parent.mkdir(exist_ok=True)
     content = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**content, "metrics": metrics}))
+    for key in ("version", "stages", "metrics"):
+        content.pop(key, None)
+    nested = any(isinstance(value, dict) for value in figures.values())
+    facts = {"version": 2, "stages": figures} if nested else {"metrics": figures}
+    path.write_text(json.dumps({**content, **facts}))
 
 
-def test_each_stage_of_a_chain_is_a_row(folder):
-    """`default` is the last stage's top-1, and not HALOC's."""
-    rewrite(folder / "metrics.json", CHAIN)
+def shown(folder):
+    """Return the rows of the page that are networks: title to cells."""
+    return {row[0]: row[1:] for row in Page(html_report(folder)).rows if row[0] in ROWS}
+
+
+@pytest.mark.parametrize("figures", [CHAIN, FLAT], ids=["today", "version 1"])
+def test_each_stage_of_a_chain_is_a_row(folder, figures):
+    """In version 1 ``default`` is the last stage's top-1, and not the compressed network's."""
+    rewrite(folder / "metrics.json", figures)
     page = Page(html_report(folder))
-    assert {row[0]: row[1:] for row in page.rows if row[0] in STAGES} == STAGES
+    assert shown(folder) == ROWS
     assert (
         "Latency is that of a batch of 128, in torch unless a row names ONNX Runtime." in page.text
     )
@@ -187,31 +207,53 @@ def test_each_stage_of_a_chain_is_a_row(folder):
     assert "top-1, pruned 84.00 % 1.5 ms top-1, int8 81.00 % 0.25 ms in ONNX Runtime" in page.text
 
 
-def test_stages_made_by_commands_of_their_own_are_the_same_rows(folder):
-    """After `haloc prune` and `haloc quantize` the run's metrics do not name them, and its `default` is HALOC's."""
-    of = {stage: {k: v for k, v in CHAIN.items() if k.startswith(starts)} for stage, starts in
-          (("haloc", "haloc_"), ("pruned", "pruned_"), ("quantized", ("quantized_", "onnx_", "int8_")))}  # fmt: skip
-    run = {
+OF = {
+    "pruned": {key: value for key, value in FLAT.items() if key.startswith("pruned_")},
+    "quantized": {
         key: value
-        for key, value in CHAIN.items()
-        if not any(key in metrics for metrics in of.values())
-    }
+        for key, value in FLAT.items()
+        if key.startswith(("quantized_", "onnx_", "int8_"))
+    },
+}
+"""What the stages' commands left in folders of their own in version 1."""
+
+
+def own_folder(path, figures):
+    """Make a stage's own folder."""
+    rewrite(path / "metrics.json", figures)
+    RankPlan({"a": (8, 8)}).save(path / "ranks.json")
+    (path / "weights.safetensors").write_bytes(bytes(2500))
+
+
+def test_stages_made_by_commands_of_their_own_are_the_same_rows(folder):
+    """After `haloc prune` and `haloc quantize` the run's metrics do not name them."""
+    run = {name: CHAIN[name] for name in ("original", "search", "finetune")}
+    rewrite(folder / "metrics.json", run)
+    own_folder(folder / "quantized", {"quantize": CHAIN["quantize"]})
+    own_folder(folder / "pruned", {"prune": CHAIN["prune"]})
+    assert shown(folder) == ROWS
+    assert list(shown(folder)) == list(ROWS)  # in the order of the pipeline
+
+
+def test_stages_of_commands_of_version_1_are_the_same_rows(folder):
+    """The run's ``default`` is the compressed network's top-1 then, and it has no size of files."""
+    own = {key for figures in OF.values() for key in figures} | {"haloc_top1", "haloc_bytes"}
+    run = {key: value for key, value in FLAT.items() if key not in own}
     rewrite(folder / "metrics.json", {**run, "default": 0.89})
     (folder / "weights.safetensors").write_bytes(bytes(4000))
-    rewrite(folder / "pruned" / "metrics.json", {"default": 0.84, **of["pruned"]})
-    rewrite(folder / "quantized" / "metrics.json", {"default": 0.81, **of["quantized"]})
-    assert {row[0]: row[1:] for row in Page(html_report(folder)).rows if row[0] in STAGES} == STAGES
+    own_folder(folder / "pruned", {"default": 0.84, **OF["pruned"]})
+    own_folder(folder / "quantized", {"default": 0.81, **OF["quantized"]})
+    assert shown(folder) == ROWS
 
 
-def test_the_page_of_a_stages_own_folder_gives_haloc_none_of_its_figures(folder):
-    rewrite(
-        folder / "metrics.json",
-        {"default": 0.84, **{k: v for k, v in CHAIN.items() if k.startswith("pruned_")}},
-    )
+@pytest.mark.parametrize("figures", [{"prune": CHAIN["prune"]}, {"default": 0.84, **OF["pruned"]}])
+def test_the_page_of_a_stages_own_folder_has_its_row_and_no_other(folder, figures):
+    rewrite(folder / "metrics.json", figures)
     (folder / "weights.safetensors").write_bytes(bytes(2500))
-    rows = {row[0]: row[1:] for row in Page(html_report(folder)).rows}
-    assert rows["pruned"] == STAGES["pruned"]
-    assert not {"original", "haloc"} & rows.keys()
+    rows = shown(folder)
+    assert rows["pruned"] == ROWS["pruned"]
+    assert not {"original", "compressed"} & rows.keys()
+    assert "top-1, pruned 84.00 % 1.5 ms" in Page(html_report(folder)).text
 
 
 def test_a_setting_of_several_keys_on_the_command_line_is_shown(folder):
@@ -223,12 +265,15 @@ def test_a_setting_of_several_keys_on_the_command_line_is_shown(folder):
 
 
 BENCH = {
-    "version": 1, "torch": {"runtime": "torch 9.8", "device": "a processor", "threads": 1}, "onnxruntime": None, "split": "val",
-    "rounds": 7,
+    "version": 1,
+    "torch": {"runtime": "torch 9.8", "device": "a processor", "threads": 1},
+    "onnxruntime": None, "split": "val", "rounds": 7,
     "rows": [
-        {"stage": "pruned", "runtime": "torch", "precision": "float32", "file_bytes": 29000, "macs": 2_500_000, "params": 6323,
-         "top1": 0.9, "batch_size": 32, "latency_ms": 3.5, "spread_ms": 1.75, "images_per_s": 9142.9},
-        {"stage": "pruned", "runtime": "onnxruntime", "precision": "int8", "batch_size": 32, "reason": "<b>none</b>"},
+        {"stage": "pruned", "runtime": "torch", "precision": "float32", "file_bytes": 29000,
+         "macs": 2_500_000, "params": 6323, "top1": 0.9, "batch_size": 32, "latency_ms": 3.5,
+         "spread_ms": 1.75, "images_per_s": 9142.9},
+        {"stage": "pruned", "runtime": "onnxruntime", "precision": "int8", "batch_size": 32,
+         "reason": "<b>none</b>"},
     ],
 }  # fmt: skip
 
@@ -308,6 +353,16 @@ def test_a_trials_folder_has_the_runs_in_it(folder, tmp_path, command, capsys):
             '{"config": 3}',
             "metrics.json: config: expected keys and values, found int",
         ),
+        (
+            "metrics.json",
+            '{"version": 2, "stages": {"prune": 1}}',
+            "metrics.json: prune: expected figures, found int",
+        ),
+        (
+            "metrics.json",
+            '{"version": 3, "stages": {}}',
+            "metrics.json: expected metrics of version 2, found 3",
+        ),
         ("costs.json", "{}", "costs.json: expected a cost table"),
         ("search/history.csv", "a,b\n", "search/history.csv: expected the columns"),
         ("pruned/metrics.json", "[]", "pruned/metrics.json: expected keys and values, found list"),
@@ -342,7 +397,8 @@ def test_a_trials_folder_has_the_runs_in_it(folder, tmp_path, command, capsys):
 )
 def test_a_damaged_file_is_named_on_one_line(folder, file, content, message):
     path = folder / file
-    path.parent.mkdir(exist_ok=True)
+    if path.parent != folder:
+        own_folder(path.parent, {"prune": CHAIN["prune"]})
     path.unlink(missing_ok=True)
     if content is not None:
         path.write_text(content)
@@ -378,6 +434,9 @@ TEXT = st.one_of(
 PLAIN = st.one_of(
     TEXT, st.none(), st.booleans(), st.integers(), st.floats(), st.lists(st.integers(), max_size=2)
 )
+
+
+FIGURES = st.sampled_from(sorted({key for figures in CHAIN.values() for key in figures}))
 
 
 def test_a_layer_of_any_name_is_drawn(tmp_path):
@@ -416,16 +475,23 @@ def test_a_layer_of_any_name_is_drawn(tmp_path):
         TEXT, st.one_of(st.none(), st.tuples(st.integers(1, 10**6))), max_size=4
     ),
     facts=st.dictionaries(TEXT, PLAIN, max_size=3),
-    metrics=st.dictionaries(st.one_of(TEXT, st.sampled_from(sorted(CHAIN))), PLAIN, max_size=4),
+    metrics=st.dictionaries(st.one_of(TEXT, st.sampled_from(sorted(FLAT))), PLAIN, max_size=4),
+    stages=st.dictionaries(
+        st.one_of(TEXT, st.sampled_from(sorted(CHAIN))),
+        st.dictionaries(st.one_of(TEXT, FIGURES), PLAIN, max_size=4),
+        max_size=3,
+    ),
+    version=st.sampled_from([1, 2]),
     config=st.dictionaries(TEXT, PLAIN, max_size=3),
 )
 def test_names_and_values_of_files_are_text_whatever_they_are(
-    tmp_path, layers, facts, metrics, config
+    tmp_path, layers, facts, metrics, stages, version, config
 ):
-    known = {"html", "head", "meta", "title", "style", "body", "header", "h1", "h2", "h3", "p", "ul", "li", "span", "strong", "section",
-            "div",
-            "table", "thead", "tbody", "tr", "th", "td", "dl", "dt", "dd", "figure", "img", "figcaption", "pre", "code",
-            "a"}  # fmt: skip
+    known = {
+        "html", "head", "meta", "title", "style", "body", "header", "h1", "h2", "h3", "p", "ul",
+        "li", "span", "strong", "section", "div", "table", "thead", "tbody", "tr", "th", "td",
+        "dl", "dt", "dd", "figure", "img", "figcaption", "pre", "code", "a",
+    }  # fmt: skip
     (tmp_path / "ranks.json").write_text(
         json.dumps(
             {
@@ -435,7 +501,8 @@ def test_names_and_values_of_files_are_text_whatever_they_are(
             }
         )
     )
-    content = {"metrics": metrics, "config": config, "parameters": metrics, "versions": facts}
+    content = {"config": config, "parameters": metrics, "versions": facts}
+    content |= {"metrics": metrics} if version == 1 else {"version": 2, "stages": stages}
     (tmp_path / "metrics.json").write_text(json.dumps(content))
     with pytest.MonkeyPatch.context() as patch:  # drawing is slow, and tested above
         patch.setattr(
