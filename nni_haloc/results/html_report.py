@@ -16,6 +16,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from nni_haloc.costs.table import CostTable
+from nni_haloc.inputs.registries import STAGES
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results import figures
 from nni_haloc.results.bench import TEXT, bench_table
@@ -36,6 +37,8 @@ _COLUMNS = {
     "bytes": "file",
 }
 """Figures of the table of networks, and their headings."""
+_FIRST_ROWS = ("original", STAGES[RESULT].title)
+"""Titles of the rows that the first cards of the page are about."""
 _TEMPLATES = Environment(
     loader=PackageLoader(__package__),
     autoescape=True,
@@ -157,10 +160,9 @@ def _headline(
             less = gained.get(f"{key}_reduction")
             remark = "" if less is None else f"{percent(less)} fewer"
             cards.append((name, _rounded(result[key]), remark))
-    further = list(rows)[2:]
-    for title in further:
-        row, (name, _, where) = rows[title], title.partition(" in ")
-        if "top1" in row and "simulated" not in title:
+    for title, row in rows.items():
+        name, _, where = title.partition(" in ")
+        if title not in _FIRST_ROWS and "top1" in row and "simulated" not in title:
             remark = f"{row['latency_ms']:.4g} ms" if "latency_ms" in row else ""
             remark += f" in {where}" if remark and where else ""
             cards.append((f"top-1, {name}", percent(row["top1"], 2), remark))

@@ -144,6 +144,8 @@ class RunFolder:
         content = self._read_json()
         if "metrics" in content and "stages" not in content:
             content["stages"] = _nested(_section(self.metrics_file, content, "metrics"))
+            if "finetune" in content["stages"] and self.weights.is_file():
+                content["stages"]["finetune"].setdefault("bytes", self.weights.stat().st_size)
         for key in ("stages", "config", "parameters", "versions", "identity"):
             content[key] = _section(self.metrics_file, content, key)
         for name, figures in content["stages"].items():
