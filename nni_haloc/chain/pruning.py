@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from nni_haloc.chain.groups import channel_groups
 from nni_haloc.chain.workarounds import Loop, Masks, pruning_settings, speed_up, traced
+from nni_haloc.inputs.options import Pruner
 from nni_haloc.space.modules import accelerated, evaluating
 from nni_haloc.space.summary import by_reason
 from nni_haloc.utils.log import logger
-
-Pruner = Literal["l1", "fpgm", "taylor"]
 
 
 def prune(

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from nni.compression.quantization import LsqQuantizer, PtqQuantizer, QATQuantizer
 from torch import Tensor, nn
 
 from nni_haloc.chain.workarounds import Loop, start_lsq
+from nni_haloc.inputs.options import Quantizer
 from nni_haloc.space.modules import evaluating
 
-Quantizer = Literal["ptq", "qat", "lsq"]
 Training = Callable[[nn.Module], Any]
 _BATCH = 64
 """Calibration images that are run at once."""
 
 
 class Simulated:
-    """A network that computes as its 8-bit version would; see `simulate`.
+    """A network that computes as its 8-bit version would; see `quantize`.
 
     Attributes:
         network: the network, with the rounding in place.
@@ -47,7 +47,7 @@ class Simulated:
         return self.network
 
 
-def simulate(
+def quantize(
     network: nn.Module,
     images: Tensor,
     quantizer: Quantizer = "ptq",

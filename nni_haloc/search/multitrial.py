@@ -21,11 +21,12 @@ from nni.nas.strategy import Random, RegularizedEvolution
 from nni.nas.strategy.middleware import Chain, Deduplication, StrategyMiddleware
 from torch import nn
 
+from nni_haloc.inputs.options import Kind
 from nni_haloc.plan.budget import Choice, Limit, check_feasible, choose
 from nni_haloc.plan.rules.problem import Problem
 from nni_haloc.search.space import RankSpace
 from nni_haloc.space.layers import LayerSpec
-from nni_haloc.space.names import Kind, Rank
+from nni_haloc.space.names import Rank
 from nni_haloc.space.ranks import RankRules
 
 MultiTrial = Literal["regularized-evolution", "random"]

@@ -13,24 +13,35 @@ from torch import nn
 
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.costs.table import CostTable, worthwhile
+from nni_haloc.inputs.options import Decomposition
 from nni_haloc.space.candidates import build_candidates
 from nni_haloc.space.modules import Example, copy_of, materialised, replace_modules
 from nni_haloc.space.ranks import RankRules, find_layers
 from nni_haloc.space.summary import SpaceReport, space_report, why_nothing
-from nni_haloc.space.tucker import Method
 
 
 class RankSpace(ModelSpace):
-    """All rank candidates of a trained network; each searched layer is a `LayerChoice` labelled with the layer's name.
+    """All rank candidates of a trained network.
 
-    ``model``: any `nn.Module`; it is copied and never changed (lazy layers get their weights in the copies). ``example_input``: a batch
-    that it takes: a tensor ``(N, ...)``, a tuple of positional inputs or a dict of keyword inputs. ``costs``: the table or tables that the
-    search will use; candidates that cost at least as much as the dense layer in all of them are dropped (None: MACs), save those of
-    pinned layers. ``calibration``: training images ``(N, ...)`` to decompose for, or a tuple or dict of such inputs; without them, or with
-    ``decomposition="hosvd"``, the decomposition is by the weights.
+    Each searched layer is a `LayerChoice` labelled with the layer's name. ``forward`` runs every
+    layer's first candidate.
 
-    ``forward`` runs every layer's first candidate; ``freeze(sample)`` gives the plain compressed network with copies of the weights.
-    Raises ValueError if nothing in the model can be searched, if it is a layer itself, or if it can't be copied (it names the attribute).
+    Args:
+        model: any `nn.Module`; it is copied and never changed (lazy layers get their weights in the
+            copies).
+        example_input: a batch that the model takes: a tensor ``(N, ...)``, a tuple of positional
+            inputs or a dict of keyword inputs.
+        costs: the table or tables that the search will use (None: MACs). Candidates that cost at
+            least as much as the dense layer in all of them are dropped, save those of pinned
+            layers.
+        rules: which layers are searched, and which ranks they may take.
+        calibration: training images ``(N, ...)`` to decompose for, or a tuple or dict of such
+            inputs; without them the decomposition is by the weights.
+        decomposition: how candidates are made; ``"hosvd"`` is by the weights, None by the data.
+
+    Raises:
+        ValueError: if nothing in the model can be searched, if it is a layer itself, or if it can't
+            be copied (the message names the attribute).
     """
 
     def __init__(
@@ -40,26 +51,27 @@ class RankSpace(ModelSpace):
         costs: CostTable | Sequence[CostTable] | None = None,
         rules: RankRules = RankRules(),
         calibration: Example | None = None,
-        decomposition: Method | None = None,
+        decomposition: Decomposition | None = None,
     ) -> None:
         super().__init__()
         model = materialised(model, example_input)
         layers = find_layers(model, example_input, rules)
         if "" in layers.specs:
             raise ValueError(
-                f"{type(model).__name__} is a layer itself, without a name to search it by: pass nn.Sequential(model)"
+                f"{type(model).__name__} is a layer itself, without a name to search it by:"
+                " pass nn.Sequential(model)"
             )
         costs = costs or mac_table(model, example_input, rules, layers)
         tables = [costs] if isinstance(costs, CostTable) else list(costs)
         self.costs = tables[0]
-        found = layers.candidates(rules)
-        self.candidates, dropped = worthwhile(
-            found, tables, [name for name in found if rules.pins(name)]
-        )
+        by_rules = layers.candidates(rules)
+        pinned = [name for name in by_rules if rules.pins(name)]
+        self.candidates, dropped = worthwhile(by_rules, tables, pinned)
         self.left_alone = {**layers.left_alone, **dropped}
         if not self.candidates:
             raise ValueError(why_nothing(model, self.left_alone))
-        # Kept out of the module tree: it is neither mutable nor trained, and must not show among the parameters.
+        # Kept out of the module tree: it is neither mutable nor trained, and must not show among
+        # the parameters.
         object.__setattr__(self, "original", copy_of(model).eval().requires_grad_(False))
         built = build_candidates(
             self.original, layers.specs, self.candidates, calibration, decomposition
@@ -72,21 +84,31 @@ class RankSpace(ModelSpace):
         for module in self.model.modules():
             if hasattr(module, "inplace"):
                 vars(module)["inplace"] = False  # a candidate's output is needed again in backward
-        self.train().requires_grad_(
-            True
-        )  # whatever the user's model was left in, the supernet is trained
+        # Whatever the user's model was left in, the supernet is trained.
+        self.train().requires_grad_(True)
 
     original: nn.Module
 
     def save_init_arguments(self, *args: Any, **kwargs: Any) -> None:
-        """NNI would keep the arguments, the user's model and images among them, for as long as the space lives; it has no use for them."""
+        """Keep none of the arguments.
+
+        NNI would keep them all, the user's model and images among them, for as long as the space
+        lives; it has no use for them.
+        """
         super().save_init_arguments()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
     def freeze(self, sample: Mapping[str, str]) -> nn.Module:
-        """The network with one candidate a layer, ``sample`` mapping layer to candidate name; independent of the space."""
+        """Return the plain network of one candidate a layer, with copies of the weights.
+
+        Args:
+            sample: layer to candidate name.
+
+        Returns:
+            A network that is independent of the space.
+        """
         self.validate(dict(sample))
         choices = [module for module in self.model.modules() if isinstance(module, LayerChoice)]
         copies = {choice.label: copy.deepcopy(choice[sample[choice.label]]) for choice in choices}
@@ -110,11 +132,11 @@ class RankSpace(ModelSpace):
         }
 
     def report(self) -> SpaceReport:
-        """Every layer with its candidates, or why it is left as it is; printed, a table."""
+        """Return every layer with its candidates, or why it is left as it is; printed, a table."""
         return space_report(self.original, self.candidates, self.left_alone)
 
     def size(self) -> int:
-        """Number of networks in the space."""
+        """Return the number of networks in the space."""
         result = 1
         for row in self.candidates.values():
             result *= len(row)
@@ -122,10 +144,17 @@ class RankSpace(ModelSpace):
 
 
 class TableProfiler(ExpressionProfiler):
-    """The cost of any network of a rank space, in the unit of ``costs`` (None: the space's own table), as one of NNI's expressions.
+    """The cost of any network of a rank space, as one of NNI's expressions.
 
-    For ``RangeProfilerFilter``, ``ExpectationProfilerPenalty``, ``SampleProfilerPenalty``. Make it before a one-shot strategy changes the
-    space. ValueError names a candidate that the table does not know.
+    For ``RangeProfilerFilter``, ``ExpectationProfilerPenalty``, ``SampleProfilerPenalty``. Make it
+    before a one-shot strategy changes the space.
+
+    Args:
+        space: the rank space.
+        costs: the table; None is the space's own.
+
+    Raises:
+        ValueError: if the table does not know a candidate; the message names it.
     """
 
     def __init__(self, space: RankSpace, costs: CostTable | None = None) -> None:
@@ -137,5 +166,10 @@ class TableProfiler(ExpressionProfiler):
         )
 
     def profile(self, sample: Any) -> float:
-        """The cost of a sample, layer to candidate, or of a model that has one: NNI's `Filter` gives models to NNI's `ProfilerFilter`."""
+        """Return the cost of a sample, in the table's unit.
+
+        Args:
+            sample: layer to candidate, or a model that has one as its ``sample``: NNI's `Filter`
+                gives models to NNI's `ProfilerFilter`.
+        """
         return float(super().profile(getattr(sample, "sample", sample)))

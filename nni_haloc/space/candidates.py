@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nni_haloc.inputs.options import Decomposition
 from nni_haloc.space.layers import LayerSpec, last_bias, layout_of
 from nni_haloc.space.modules import Example, batch_size_of, batches, call, evaluating
 from nni_haloc.space.names import Rank
-from nni_haloc.space.tucker import LowRank, Method, Plain, Tucker2, decompose
+from nni_haloc.space.tucker import LowRank, Plain, Tucker2, decompose
 from nni_haloc.utils.errors import first_line
 from nni_haloc.utils.log import logger
 
@@ -97,7 +98,7 @@ def build_candidates(
     specs: Mapping[str, LayerSpec],
     candidates: Mapping[str, Mapping[str, Rank]],
     calibration: Example | None = None,
-    method: Method | None = None,
+    method: Decomposition | None = None,
     memory: int = 2**30,
 ) -> dict[str, dict[str, nn.Module]]:
     """Make a trained layer for every candidate; the model is left as it is.

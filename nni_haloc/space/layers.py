@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from nni_haloc.space.names import Kind
+from nni_haloc.inputs.options import Kind
 from nni_haloc.space.tucker import LowRank, Tucker2
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any
+
+from nni_haloc.inputs.options import Kind
 
 DENSE = "dense"
-
-
-Kind = Literal["conv", "pointwise", "linear"]
 
 
 Rank = tuple[int, ...] | None

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from nni_haloc.inputs.options import Kind
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import Example, materialised
-from nni_haloc.space.names import DENSE, Kind, Rank, is_rank, rank_name
+from nni_haloc.space.names import DENSE, Rank, is_rank, rank_name
 from nni_haloc.space.watching import (
     LAYERS,
     irreplaceable,

@@ -12,14 +12,13 @@ their covariance ``S = E[x x^T]`` (uncentred).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from nni_haloc.inputs.options import Decomposition
 from nni_haloc.space.reduced_rank import ReducedRankFit, falling, roots, rotate, truncation_errors
-
-Method = Literal["warm_hooi", "hosvd", "hooi", "data"]
 
 
 class Tucker2(NamedTuple):
@@ -288,7 +287,7 @@ def low_rank(
 def decompose(
     weight: Tensor,
     ranks: Sequence[tuple[int, ...]],
-    method: Method = "warm_hooi",
+    method: Decomposition = "warm_hooi",
     covariance: Tensor | None = None,
 ) -> list[Tucker2 | LowRank]:
     """Decompose one kernel at many ranks.
@@ -302,9 +301,9 @@ def decompose(
     Raises:
         ValueError: if there is no such method, or ``data`` has no covariance.
     """
-    if method not in get_args(Method):
+    if method not in get_args(Decomposition):
         raise ValueError(
-            f"decomposition: expected one of {', '.join(get_args(Method))}, found {method!r}"
+            f"decomposition: expected one of {', '.join(get_args(Decomposition))}, found {method!r}"
         )
     if method == "data" and covariance is None:
         raise ValueError(

@@ -11,7 +11,7 @@ from torch import nn
 from nni_haloc.chain import quantizing
 from nni_haloc.chain.groups import channel_groups
 from nni_haloc.chain.pruning import masked, prune
-from nni_haloc.chain.quantizing import simulate
+from nni_haloc.chain.quantizing import quantize
 from nni_haloc.chain.workarounds import speed_up, traced
 from nni_haloc.inputs.models import build_model
 from nni_haloc.plan.compression import compress, restructure
@@ -273,7 +273,7 @@ def test_the_simulated_network_is_the_one_that_its_calibration_describes(
 ):
     steps = []
     train = partial(finetune, train=loaders[0], recipe=Recipe(1, 0.01), enable_progress_bar=False)
-    simulated = simulate(
+    simulated = quantize(
         tucker, images, quantizer, lambda network: steps.append(1) or train(network)
     )
     with torch.no_grad():
@@ -302,11 +302,11 @@ def test_calibration_takes_the_images_in_parts_and_finds_the_ranges_of_one_pass(
     images, sizes = torch.randn(150, 3, 8, 8, generator=torch.Generator().manual_seed(3)), []
     images[149] *= 5  # the largest of all are in the last part
     tucker.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    found = simulate(tucker, images).calibration()
+    found = quantize(tucker, images).calibration()
     assert max(sizes) == 64
     assert sum(sizes) == 150
     monkeypatch.setattr(quantizing, "_BATCH", 150)
-    assert found == simulate(tucker, images).calibration()
+    assert found == quantize(tucker, images).calibration()
     first = next(name for name, module in tucker.named_modules() if isinstance(module, nn.Conv2d))
     assert found[first]["_input_0"]["scale"][0] * 127 == pytest.approx(float(images.abs().max()))
 
@@ -315,7 +315,7 @@ def test_calibration_takes_the_images_in_parts_and_finds_the_ranges_of_one_pass(
 def test_training_takes_the_rounding_and_the_ranges_from_its_first_step_on(
     tucker, images, quantizer
 ):
-    """NNI's tasks after the optimizer's steps, which `simulate` leaves out, would change neither."""
+    """NNI's tasks after the optimizer's steps, which `quantize` leaves out, would change neither."""
     large, seen = torch.cat([images[:64], 100 * images]), []
 
     def train(network):
@@ -328,7 +328,7 @@ def test_training_takes_the_rounding_and_the_ranges_from_its_first_step_on(
             )
             network(100 * images)
 
-    found = simulate(tucker, large, quantizer, train)
+    found = quantize(tucker, large, quantizer, train)
     ((output, scales),) = seen
     assert 0 < (output - tucker(images)).abs().max() < 0.1 * output.abs().max()
     with torch.no_grad():
@@ -347,18 +347,18 @@ def test_a_wrapped_network_can_be_trained_by_several_processes_after_an_accuracy
         accuracy(network, loaders[0])
         found.extend(value.is_inference() for value in (*network.parameters(), *network.buffers()))
 
-    simulate(tucker, images, quantizer, train)
+    quantize(tucker, images, quantizer, train)
     assert found
     assert not any(found)
 
 
 def test_a_bad_quantizer_or_nothing_to_quantize_is_said(tucker, images):
     with pytest.raises(ValueError, match="quantizer: expected one of ptq, qat, lsq, found 'bnn'"):
-        simulate(tucker, images, "bnn")
+        quantize(tucker, images, "bnn")
     with pytest.raises(
         ValueError, match="nothing to quantize in ReLU: no convolution or linear layer"
     ):
-        simulate(nn.ReLU(), images)
+        quantize(nn.ReLU(), images)
 
 
 def test_a_plan_and_sizes_make_the_pruned_structure(net):

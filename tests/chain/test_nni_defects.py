@@ -31,7 +31,7 @@ from nni.nas.strategy.middleware import Chain, Filter
 from torch import nn
 
 from nni_haloc.chain.groups import channel_groups
-from nni_haloc.chain.quantizing import simulate
+from nni_haloc.chain.quantizing import quantize
 from nni_haloc.chain.workarounds import Loop, ModelSpeedup, pruning_settings, speed_up, traced
 from nni_haloc.cli.experiment import check_experiment, trial_results, warm_up_manager
 from nni_haloc.plan.budget import Limit, cheapest
@@ -374,7 +374,7 @@ def test_the_stock_lsq_starts_every_scale_at_a_hundredth_and_ours_where_the_rang
     assert [
         float(row["scale"].detach()) for row in stock.get_calibration_config()["a"].values()
     ] == pytest.approx([0.01, 0.01])
-    rows = simulate(shifted, x, "lsq", lambda network: None).calibration()["a"]
+    rows = quantize(shifted, x, "lsq", lambda network: None).calibration()["a"]
     assert rows["_input_0"]["scale"] == pytest.approx([float(x.abs().max()) / 127])
     assert rows["weight"]["scale"] == pytest.approx(
         [float(shifted.a.weight.detach().abs().max()) / 127]
@@ -390,7 +390,7 @@ def test_qat_still_calls_an_old_name_in_each_backward_pass(shifted):
             network.train()(x).sum().backward()
         warned.extend(str(w.message) for w in found)
 
-    simulate(shifted, x, "qat", train)
+    quantize(shifted, x, "qat", train)
     assert any("saved_variables" in text for text in warned)
 
 

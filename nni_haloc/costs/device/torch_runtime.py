@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from nni_haloc.costs.device.measuring import Run, Runtime
 from nni_haloc.costs.device.replay import Replay
 from nni_haloc.costs.device.spec import Specification
+from nni_haloc.inputs.options import Kind, MemoryFormat
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import copy_of, replace_modules
-from nni_haloc.space.names import DENSE, Kind
+from nni_haloc.space.names import DENSE
 from nni_haloc.utils.errors import first_line
 from nni_haloc.utils.versions import processor
 
@@ -25,7 +26,6 @@ _MALLOC = ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28))
 """glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD, and the bytes that they are set to."""
 _HEAD_START = 10_000_000
 """Cycles of a CUDA device for which it is kept busy: some milliseconds."""
-MemoryFormat = Literal["contiguous", "channels_last"]
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Quantize(NetworkStage):
         self, job: Job, before: Outcome, folder: RunFolder, report: Report, resume: bool
     ) -> tuple[nn.Module, Figures]:
         """Quantize by the settings' section ``quantize``."""
-        from nni_haloc.chain.quantizing import simulate
+        from nni_haloc.chain.quantizing import quantize
 
         section = self.settings_of(job.config)
         images = job.splits.images("plain", section.calibration_images, job.config.seed)
@@ -68,7 +68,7 @@ class Quantize(NetworkStage):
             )
 
         with as_one_line(SettingsError, self.name):
-            simulated = simulate(before.network, images, section.quantizer, train_rounded)
+            simulated = quantize(before.network, images, section.quantizer, train_rounded)
         if section.quantizer == "ptq":
             report({"default": job.accuracy(simulated.network, job.loader("val"))["top1"]}, 0)
         if not is_first():
