@@ -1,4 +1,4 @@
-"""Eq. 5: the hard budget. One candidate a layer, the highest total score, at costs that never exceed a limit."""
+"""Eq. (5), the hard budget: the highest total score at costs that never exceed a limit."""
 
 from __future__ import annotations
 
@@ -14,19 +14,34 @@ from nni_haloc.costs.table import CostTable
 from nni_haloc.utils.errors import InfeasibleBudget
 
 _ROOM = 1e4
-"""A limit's room in the solver's terms: its tolerance is an absolute 1e-6, so 1e-10 of the room. The scores are spread as wide."""
+"""Each limit's slack is rescaled to this, and the scores' spread likewise.
+
+HiGHS's absolute tolerance of 1e-6 is then 1e-10 of the slack.
+"""
 
 _NEARLY = 1e-8
-"""Share of a budget by which a choice may miss the floor: costs are sums, and a budget may be the very cost of a choice."""
+"""Share of a budget by which a choice may miss the floor.
+
+Costs are sums, and a budget may be the very cost of a choice.
+"""
 
 _NODES = 10_000
-"""Nodes of HiGHS's tree, after which the best choice found is taken; where scores are costs in disguise, the proof alone takes hours."""
+"""Nodes of HiGHS's tree, after which the best choice so far is taken.
+
+Where scores are costs in disguise, the proof alone takes hours.
+"""
+
 _FEASIBILITY_NODES = 1_000_000
-"""The same, where several limits may exclude each other and the first choice within them ends the search."""
+"""Nodes where several limits may exclude each other; the first choice within them is enough."""
+
 _INFEASIBLE = 2
 """scipy's status of a proof that there is no solution. That of a limit of nodes is 4, not 1."""
+
 _CUTS = 8
-"""Choices just above a limit that are cut off one by one; after them the room is tightened, which may cut off what just fits, too."""
+"""Choices just above a limit that are cut off one by one.
+
+After them the slack is tightened, which may cut off what just fits, too.
+"""
 
 Choice = dict[str, str]
 """Layer to candidate."""
@@ -35,12 +50,17 @@ Candidates = Mapping[str, Iterable[str]]
 
 
 class UndecidedBudget(InfeasibleBudget):
-    """The solver has come to its end with no network within the limits, and without a proof that there is none."""
+    """The solver has found no network within the limits, and no proof that there is none."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The most that the whole network may cost in one table: ``budget``, in the table's unit."""
+    """The most that the whole network may cost in one table.
+
+    Args:
+        costs: the table.
+        budget: the limit, in the table's unit.
+    """
 
     costs: CostTable
     budget: float
@@ -87,7 +107,7 @@ class Limit:
         return self.costs.total(choice) <= self.budget
 
     def facts(self, choice: Mapping[str, str]) -> dict[str, Any]:
-        """What a choice costs, for the reader of a plan."""
+        """Return what a choice costs, for the reader of a plan."""
         return {
             "metric": self.costs.metric,
             "budget": self.budget,
@@ -100,16 +120,20 @@ class Limit:
 
 
 def cheapest(candidates: Candidates, costs: CostTable) -> Choice:
-    """The choice that costs least in one table."""
+    """Return the choice that costs least in one table."""
     return {
         layer: min(names, key=costs.costs[layer].__getitem__) for layer, names in candidates.items()
     }
 
 
 def check_feasible(candidates: Candidates, limits: Sequence[Limit]) -> Choice:
-    """A choice within every limit; `InfeasibleBudget` names a limit that can't be met, by itself or beside those before it.
+    """Return a choice within every limit, or raise.
 
-    `UndecidedBudget` where the solver can't tell: a few limits near what is possible, in ever so many layers.
+    Raises:
+        InfeasibleBudget: if there is none; the message names a limit that can't be met, by itself
+            or beside those before it.
+        UndecidedBudget: if the solver can't tell: a few limits near what is possible, in ever so
+            many layers.
     """
     for limit in limits:
         _refuse_unless_met(limit, cheapest(candidates, limit.costs), "")
@@ -121,7 +145,7 @@ def check_feasible(candidates: Candidates, limits: Sequence[Limit]) -> Choice:
                 for layer, names in candidates.items()
             }
             before = " and ".join(map(str, limits[:i]))
-            within = _within(cheap, limits[: i + 1]) or _found(cheap, limits[:i])
+            within = _within(cheap, limits[: i + 1]) or _best_if_known(cheap, limits[:i])
             if within is None:
                 raise InfeasibleBudget(f"budget: no network is within {before} and {limit}")
             choice = within
@@ -130,26 +154,39 @@ def check_feasible(candidates: Candidates, limits: Sequence[Limit]) -> Choice:
 
 
 def choose(scores: Scores, limits: Sequence[Limit], use: float = 0.0) -> Choice:
-    """Eq. (5): the choice of highest total score that no limit forbids: a multiple-choice knapsack, with one constraint a limit.
+    """Return Eq. (5), the choice of the highest total score that no limit forbids.
 
-    ``scores``: layer to candidate to a finite number; the candidates are those that it names. ``use``: the best of the choices that use at
-    least this fraction of one of the budgets is taken; where there are none, twice as much may be left unused, and so on. Solved by HiGHS;
-    because its constraints hold only to a tolerance, costs are recomputed exactly and a choice that does not fit is cut off. Where its
-    nodes are used up, the best choice found is taken; where none is found, that of `check_feasible`. Raises what that raises.
+    This is a multiple-choice knapsack with one constraint for each limit, solved by HiGHS. Because
+    its constraints hold only to a tolerance, costs are recomputed exactly and a choice that does
+    not fit is cut off. When its nodes are used up, the best choice so far is taken; if there is
+    none, that of `check_feasible`.
+
+    Args:
+        scores: layer to candidate to a finite number; the candidates are those that it names.
+        limits: what the whole network may cost; every one holds.
+        use: take the best of the choices that use at least this fraction of one of the budgets, 0
+            to 1; where there are none, twice as much may be left unused, and so on.
+
+    Raises:
+        InfeasibleBudget: see `check_feasible`.
+        ValueError: if a score is not finite.
     """
     for layer, row in scores.items():
         for candidate, score in row.items():
             if not math.isfinite(score):
                 raise ValueError(
-                    f"score of layer {layer!r}, candidate {candidate!r}: expected a finite number, found {score}"
+                    f"score of layer {layer!r}, candidate {candidate!r}:"
+                    f" expected a finite number, found {score}"
                 )
     fitting = check_feasible(scores, limits)
-    found: list[Choice] = []
-    while use > 0 and not found:
-        found = [choice for limit in limits if (choice := _found(scores, limits, (limit, use)))]
+    choices: list[Choice] = []
+    while use > 0 and not choices:
+        choices = [
+            choice for limit in limits if (choice := _best_if_known(scores, limits, (limit, use)))
+        ]
         use = min(2 * use - 1, use - 0.01)
     return max(
-        found or [_found(scores, limits) or fitting],
+        choices or [_best_if_known(scores, limits) or fitting],
         key=lambda choice: math.fsum(
             scores[layer][candidate] for layer, candidate in choice.items()
         ),
@@ -157,7 +194,7 @@ def choose(scores: Scores, limits: Sequence[Limit], use: float = 0.0) -> Choice:
 
 
 def _within(scores: Scores, limits: Sequence[Limit]) -> Choice | None:
-    """The best choice within the limits, or any, where the solver finds none in time; None where there is none."""
+    """Return the best choice within the limits; any, if time runs out; None if there is none."""
     try:
         return _best(scores, limits)
     except UndecidedBudget:
@@ -168,10 +205,10 @@ def _within(scores: Scores, limits: Sequence[Limit]) -> Choice | None:
         )
 
 
-def _found(
+def _best_if_known(
     scores: Scores, limits: Sequence[Limit], floor: tuple[Limit, float] | None = None
 ) -> Choice | None:
-    """`_best`, or None where the solver can't tell."""
+    """Return `_best`, or None where the solver can't tell."""
     try:
         return _best(scores, limits, floor)
     except UndecidedBudget:
@@ -184,13 +221,22 @@ def _best(
     floor: tuple[Limit, float] | None = None,
     nodes: int | None = None,
 ) -> Choice | None:
-    """The best choice within the limits and above the ``floor``, a fraction of one of them; None where there is none.
+    """Return the best choice within the limits, or None if there is none.
 
-    ``nodes``: of HiGHS's tree (None: `_NODES`); `UndecidedBudget` where they do not suffice to find a choice. Every limit must be met by
-    its own cheapest choice.
+    Every limit must be met by its own cheapest choice.
+
+    Args:
+        scores: see `choose`.
+        limits: see `choose`.
+        floor: a limit and the fraction of its budget that the choice must use.
+        nodes: of HiGHS's tree; None is `_NODES`.
+
+    Raises:
+        UndecidedBudget: if the nodes do not suffice to find a choice.
     """
     least = [cheapest(scores, limit.costs) for limit in limits]
-    # A candidate too dear even beside the cheapest of everything else is out, however little: what is left is small against the room.
+    # A candidate too dear even beside the cheapest of everything else is out, however little it
+    # is: the rest is small against the slack.
     flat = [
         (layer, candidate)
         for layer, row in scores.items()
@@ -206,26 +252,23 @@ def _best(
     one_each = np.zeros((len(index), len(flat)))
     one_each[[index[layer] for layer, _ in flat], range(len(flat))] = 1
     constraints = [LinearConstraint(one_each, 1, 1)]
-    excess, room, low = (np.zeros((len(limits), *shape)) for shape in ((len(flat),), (), ()))
-    scale = np.ones(len(limits))
-    for k, (limit, choice) in enumerate(zip(limits, least, strict=True)):
-        # Half a unit in the last place more than the budget: a sum that rounds to the budget is within it.
-        spare = math.fsum(
+    scale = np.array(
+        [_slack(limit, choice) / _ROOM for limit, choice in zip(limits, least, strict=True)]
+    )
+    excess = np.array(
+        [
             [
-                limit.budget,
-                math.ulp(limit.budget) / 2,
-                *(-term for term in limit.costs.terms(choice)),
+                limit.costs.costs[layer][name] - limit.costs.costs[layer][choice[layer]]
+                for layer, name in flat
             ]
-        )
-        scale[k] = (spare or 1.0) / _ROOM
-        excess[k] = [
-            limit.costs.costs[layer][name] - limit.costs.costs[layer][choice[layer]]
-            for layer, name in flat
+            for limit, choice in zip(limits, least, strict=True)
         ]
-        room[k], low[k] = _ROOM, -np.inf
+    )
+    excess /= scale[:, None]
+    room, low = np.full(len(limits), _ROOM), np.full(len(limits), -np.inf)
+    for k, limit in enumerate(limits):
         if floor and limit is floor[0]:
             low[k] = _ROOM - (1 - floor[1] + _NEARLY) * limit.budget / scale[k]
-    excess /= scale[:, None]
     attempt = 0
     while True:
         result = milp(
@@ -241,12 +284,12 @@ def _best(
             },
         )
         if result.x is None:
-            if (
-                result.status == _INFEASIBLE and attempt <= _CUTS
-            ):  # and not for the room that was taken away
+            # After more cuts it may be for the slack that was taken away.
+            if result.status == _INFEASIBLE and attempt <= _CUTS:
                 return None
             raise UndecidedBudget(
-                f"budget: found no network within {' and '.join(map(str, limits))}, which is no proof that there is none"
+                f"budget: found no network within {' and '.join(map(str, limits))},"
+                " which is no proof that there is none"
             )
         taken = result.x > 0.5
         choice = dict(flat[i] for i in np.flatnonzero(taken))
@@ -259,11 +302,19 @@ def _best(
             room -= np.where(over > 0, np.maximum(over / scale, 1e-9 * _ROOM), 0)
 
 
+def _slack(limit: Limit, cheapest_choice: Choice) -> float:
+    """Return how much more than the cheapest choice a network may cost; 1 if nothing."""
+    # Half a unit in the last place more than the budget: a sum that rounds to the budget is within.
+    rounding = math.ulp(limit.budget) / 2
+    terms = limit.costs.terms(cheapest_choice)
+    return math.fsum([limit.budget, rounding, *(-term for term in terms)]) or 1.0
+
+
 def _refuse_unless_met(limit: Limit, cheapest_choice: Mapping[str, str], beside: str) -> None:
+    """Raise `InfeasibleBudget` if a limit's cheapest choice is above it."""
     if not limit.holds(cheapest_choice):
-        least = repr(limit.costs.total(cheapest_choice)).removesuffix(
-            ".0"
-        )  # all its digits: as a budget, it is accepted
+        # All its digits: as a budget, it is accepted.
+        least = repr(limit.costs.total(cheapest_choice)).removesuffix(".0")
         raise InfeasibleBudget(
             f"budget: {limit} is below the cheapest network{beside}, {least} {limit.costs.metric}"
         )

@@ -1,28 +1,37 @@
-"""A trained model and a plan make a compressed model; a run's folder gives it back."""
+"""Make a compressed network of a trained one and a plan."""
 
 from __future__ import annotations
 
 from torch import nn
 
+from nni_haloc.inputs.options import Decomposition
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.space.candidates import build_candidates
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import Example, copy_of, replace_modules
 from nni_haloc.space.names import rank_name
-from nni_haloc.space.tucker import Method
 
 
 def compress(
     model: nn.Module,
     plan: RankPlan,
     calibration: Example | None = None,
-    method: Method | None = None,
+    method: Decomposition | None = None,
 ) -> nn.Module:
-    """A compressed copy of a trained ``model``, its layers decomposed afresh at the plan's ranks.
+    """Return a compressed copy of a trained network, decomposed afresh at the plan's ranks.
 
-    By the data where ``calibration`` images ``(N, ...)`` are given (a tuple or dict of inputs where the model takes several), else by the
-    weights (`build_candidates`). For the weights that a search trained, see `Haloc.network`. Raises ValueError if the
-    plan names a layer that the model does not have or can't be decomposed so.
+    For the weights that a search trained, see `Haloc.network`.
+
+    Args:
+        model: the trained network; it is not changed.
+        plan: the rank of each layer.
+        calibration: images ``(N, ...)`` to decompose for, or a tuple or dict of inputs where the
+            network takes several; without them the decomposition is by the weights.
+        method: how layers are decomposed, see `build_candidates`.
+
+    Raises:
+        ValueError: if the plan names a layer that the network does not have, or that can't be
+            decomposed so.
     """
     specs = _specs(model, plan)
     wanted = {
@@ -35,7 +44,10 @@ def compress(
 
 
 def restructure(model: nn.Module, plan: RankPlan) -> nn.Module:
-    """A copy of ``model`` with the plan's layers in place and random weights in them: what a state dict is loaded into."""
+    """Return a copy of a network with the plan's layers in place, to load a state dict into.
+
+    Their weights are random.
+    """
     specs = _specs(model, plan)
     compressed = copy_of(model)
     replace_modules(
@@ -46,6 +58,7 @@ def restructure(model: nn.Module, plan: RankPlan) -> nn.Module:
 
 
 def _specs(model: nn.Module, plan: RankPlan) -> dict[str, LayerSpec]:
+    """Return the specifications of the plan's layers."""
     modules = dict(model.named_modules())
     specs = {}
     for name, rank in plan.ranks.items():

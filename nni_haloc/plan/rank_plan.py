@@ -18,7 +18,9 @@ PLAN_VERSION = 1
 class RankPlan:
     """The chosen candidate of every searched layer, and how it was chosen.
 
-    ``ranks``: layer name to rank, None for dense. ``chosen_by``: facts for the reader (rule, budget, cost, seed); values must be JSON.
+    Args:
+        ranks: layer name to rank; None is dense.
+        chosen_by: facts for the reader (rule, budget, cost, seed); the values must be JSON.
     """
 
     ranks: Mapping[str, Rank]
@@ -37,7 +39,12 @@ class RankPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> RankPlan:
-        """Read ``ranks.json``; OSError names the file, ValueError also the layer that is wrong."""
+        """Read ``ranks.json``.
+
+        Raises:
+            OSError: if the file can't be read; the message names it.
+            ValueError: if it holds something else; the message names file and layer.
+        """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What each candidate alone costs the trained network: its loss with that one layer replaced, less the original's."""
+"""Measure each candidate's sensitivity: the loss that it adds when it alone is in its place."""
 
 from __future__ import annotations
 
@@ -25,12 +25,26 @@ def sensitivities(
     bf16: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, dict[str, float]]:
-    """Layer to candidate to the mean cross-entropy that it adds, all else left as it was, on ``images (N, ...)`` and ``labels (N,)``.
+    """Measure the mean cross-entropy that each candidate adds, all else left as it was.
 
-    ``candidates``: layer to candidate name to its trained module. In evaluation mode, ``bf16`` mixed precision; ``model`` is not changed.
-    For each candidate that is not the layer's own copy, the network is run from that layer on, where that gives what a whole pass gives
-    (tried on two images first). Outputs of one batch are kept meanwhile: ResNet-18's, for 64 images of 224 x 224, take 1.5 GB.
-    ``progress(done, of)`` is told of each batch, and of none beforehand.
+    The network is in evaluation mode. For each candidate that is not the layer's own copy, it is
+    run from that layer on, if that gives what a whole pass gives (tried on two images first).
+    Outputs of one batch are kept meanwhile: ResNet-18's, for 64 images of 224 x 224, take 1.5 GB.
+
+    Args:
+        model: the trained network; it is not changed.
+        candidates: layer to candidate name to its trained module, see `RankSpace.modules_by_layer`.
+        images: ``(N, ...)``.
+        labels: their classes, ``(N,)``.
+        batch_size: images in one pass.
+        bf16: run in mixed precision.
+        progress: called with the numbers of finished and of all batches, first with 0 finished.
+
+    Returns:
+        Layer to candidate to added loss.
+
+    Raises:
+        ValueError: if a loss is not finite; the message names layer and candidate.
     """
     network = copy_of(model)
     own = dict(network.named_modules())
@@ -63,7 +77,8 @@ def sensitivities(
         for name, value in losses.items():
             if not math.isfinite(value):
                 raise ValueError(
-                    f"layer {label!r}, candidate {name!r}: the loss on the calibration images is {value}"
+                    f"layer {label!r}, candidate {name!r}:"
+                    f" the loss on the calibration images is {value}"
                 )
     return added
 
@@ -74,13 +89,14 @@ def _can_be_resumed(
     modules: Sequence[Sequence[nn.Module]],
     x: Tensor,
 ) -> bool:
-    """Whether passes that go on from a layer give what whole ones give, with these modules in the layers' places, one after another.
+    """Tell whether passes that go on from a layer give what whole passes give.
 
-    They do not where a call that is answered would have had an effect besides its output: a module that works in place on an input that is
-    used again, or that leaves something for another module to find.
+    It is tried with these modules in the layers' places, one after another. They do not where a
+    call that is answered would have had an effect besides its output: a module that works in place
+    on an input that is used again, or that leaves something for another module to find.
     """
     run = _ResumedRun(network, layers, x)
-    found = [
+    outputs = [
         [
             run.replaced(layer, module, resumed)
             for layer, row in zip(layers, modules, strict=True)
@@ -89,11 +105,11 @@ def _can_be_resumed(
         for resumed in (True, False)
     ]
     run.leave()
-    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True))
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*outputs, strict=True))
 
 
 def _equal(module: nn.Module, other: nn.Module) -> bool:
-    """Whether it is the other one's copy, such as the dense candidate."""
+    """Tell whether a module is the other one's copy, such as the dense candidate."""
     a, b = module.state_dict(), other.state_dict()
     return (
         type(module) is type(other)
@@ -103,7 +119,14 @@ def _equal(module: nn.Module, other: nn.Module) -> bool:
 
 
 def loss(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 128) -> float:
-    """Mean cross-entropy, in evaluation mode."""
+    """Return a network's mean cross-entropy in evaluation mode.
+
+    Args:
+        network: it is left as it was.
+        images: ``(N, ...)``.
+        labels: their classes, ``(N,)``.
+        batch_size: images in one pass.
+    """
     with evaluating(network), torch.inference_mode():
         batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
         return sum(_summed_loss(network(x), y) for x, y in batches) / len(labels)
@@ -114,19 +137,20 @@ def _summed_loss(logits: Tensor, labels: Tensor) -> float:
 
 
 class _ResumedRun:
-    """Runs a network again and again on the same input, each time from another layer on.
+    """Run a network again and again on the same input, each time from another layer on.
 
-    What is called before that layer is called again, but answered from a first, recorded pass: whole blocks at once where they are over
-    by then. Only what stands between the calls is computed again.
+    What is called before that layer is called again, but answered from a first, recorded pass:
+    whole blocks at once where they are over by then. Only what stands between the calls is computed
+    again.
     """
 
     def __init__(self, network: nn.Module, layers: Iterable[nn.Module], x: Tensor) -> None:
         self.network, self.layers, self.x = network, set(layers), x
         self.ends: list[int] = []
-        """Of each call in the order of their beginnings: how many had begun when it was over."""
+        """How many calls had begun when a call was over; in the order of their beginnings."""
         self.outputs: list[Any] = []
         self.first: dict[nn.Module, int] = {}
-        """Each layer's first call."""
+        """Layer to its first call."""
         self.at = self.until = 0
         self.forwards = {
             m: m.forward
@@ -141,7 +165,13 @@ class _ResumedRun:
             module.forward = partial(self._answered, forward)
 
     def replaced(self, layer: nn.Module, module: nn.Module, resumed: bool = True) -> Tensor:
-        """The network's output with ``module`` in the place of ``layer``; ``resumed``: what comes before it is answered."""
+        """Return the network's output with a module in a layer's place.
+
+        Args:
+            layer: one of the network's layers.
+            module: what is in its place.
+            resumed: answer what comes before the layer.
+        """
         name = next(name for name, m in self.network.named_modules() if m is layer)
         replace_modules(self.network, {name: module})
         self.at, self.until = 0, self.first.get(layer, 0) if resumed else 0
@@ -151,12 +181,14 @@ class _ResumedRun:
             replace_modules(self.network, {name: layer})
 
     def leave(self) -> None:
+        """Leave the network as it was."""
         for module, forward in self.forwards.items():
             module.forward = forward
 
     def _recorded(
         self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
+        """Run a call of the first pass, and keep its output."""
         call = len(self.ends)
         if module in self.layers:
             self.first.setdefault(module, call)
@@ -168,12 +200,13 @@ class _ResumedRun:
         return result
 
     def _forget(self, start: int) -> None:
-        """Of the calls since ``start``, those with no layer to come after them in the module that made them: it will answer for them."""
+        """Drop cached outputs, from a call on, whose enclosing call is itself cached."""
         for call in range(start, len(self.ends)):
             if not any(self.ends[call] <= first for first in self.first.values()):
                 self.outputs[call] = None
 
     def _answered(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Answer a call that is over before the layer begins; run any other."""
         if self.at >= self.until:
             return forward(*args, **kwargs)
         call = self.at
@@ -185,5 +218,5 @@ class _ResumedRun:
 
 
 def _copied(output: Any) -> Any:
-    """What comes after a call may work in place."""
+    """Return a copy of an output: what comes after the call may work in place."""
     return tree_map_only(Tensor, Tensor.clone, output)

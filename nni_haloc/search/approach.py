@@ -1,4 +1,4 @@
-"""Eq. 8 during the weight step: the original network's feature maps on the same batch, compared layer by layer as the supernet runs."""
+"""Eq. (8) in the weight step: compare the supernet's feature maps with the original network's."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from nni_haloc.search.supernet import MixedRankLayer
 
 
 class _Compare(torch.autograd.Function):
-    """Hands ``y`` through beside the mean squared distance of its first images from ``target``, in whose memory the difference then lives.
+    """Hand ``y`` through, beside the mean squared distance of its first images from ``target``.
 
-    One pass over the feature map each to subtract, to sum the squares, and to add the gradient to the one that comes from above.
+    The difference lives in the target's memory. There is one pass over the feature map each to
+    subtract, to sum the squares, and to add the gradient to the one that comes from above.
     """
 
     @staticmethod
@@ -42,7 +43,14 @@ class _Compare(torch.autograd.Function):
 
 
 class Kernels:
-    """The paper's rejected alternative to Eq. (8), for ablation: each sampled candidate's kernel is compared with the original weight."""
+    """Compare each sampled candidate's kernel with the original weight.
+
+    This is the paper's rejected alternative to Eq. (8), for ablation.
+
+    Args:
+        layers: the supernet's mixed layers.
+        original: the original network.
+    """
 
     def __init__(self, layers: Iterable[MixedRankLayer], original: nn.Module) -> None:
         modules = dict(original.named_modules())
@@ -50,19 +58,26 @@ class Kernels:
 
     @contextmanager
     def compared(self) -> Iterator[list[Tensor]]:
-        """A list with one mean squared error a mixed layer."""
+        """Yield a list with one mean squared error, a scalar, for each mixed layer."""
         yield [
             F.mse_loss(layer.kernel().reshape(weight.shape), weight) for layer, weight in self.pairs
         ]
 
 
 class FeatureMaps:
-    """Eq. (8): each mixed layer's output compared with the original layer's, in one pass of the frozen ``original`` a batch, no gradient.
+    """Eq. (8): compare each mixed layer's output with the original layer's on the same batch.
 
-    A target lives until the supernet's layer has been compared with it. It is a copy only where the original network writes into it in
+    The frozen original runs once a batch, without gradients. A target lives until the supernet's
+    layer has been compared with it. It is a copy only where the original network writes into it in
     place (an activation, say): the first such batch is run twice, because by then it is too late.
-    ``share``: the part of the batch that is compared, its first images: in expectation the same mean, and a cheaper pass. For a share below
-    1, layers must keep the images in their order.
+
+    Args:
+        supernet: the network that is trained.
+        layers: its mixed layers.
+        original: the original network, frozen.
+        share: the part of the batch that is compared, its first images, above 0 to 1: in
+            expectation the same mean, and a cheaper pass. For a share below 1, layers must keep the
+            images in their order.
     """
 
     def __init__(
@@ -72,21 +87,17 @@ class FeatureMaps:
         original: nn.Module,
         share: float = 1.0,
     ) -> None:
-        self.supernet, self.layers, self.original, self.share = (
-            supernet,
-            list(layers),
-            original,
-            share,
-        )
+        self.supernet, self.layers = supernet, list(layers)
+        self.original, self.share = original, share
         self._copied: set[str] = set()
 
     def _first(self, value: Any, batch: int) -> Any:
-        """The images that are compared, of a tensor that holds the batch; anything else as it is."""
+        """Return the compared images of a tensor that holds the batch; anything else as it is."""
         holds = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
         return value[: max(1, round(self.share * batch))] if holds else value
 
     def _targets(self, *args: Any, **kwargs: Any) -> dict[str, deque[Tensor]]:
-        """The original layers' outputs, a queue a layer: one entry a call."""
+        """Return the original layers' outputs: for each layer a queue, an entry for each call."""
         targets: dict[str, deque[Tensor]] = {layer.label: deque() for layer in self.layers}
         versions: list[tuple[str, Tensor, int]] = []
 
@@ -122,10 +133,12 @@ class FeatureMaps:
 
     @contextmanager
     def compared(self) -> Iterator[list[Tensor]]:
-        """For one forward pass of the supernet: a list that receives one term of Eq. (8) for each call of a mixed layer.
+        """Yield a list that receives the terms of Eq. (8) in one forward pass of the supernet.
 
-        A layer's first call is compared with its first in the original network, and so on. Where control flow depends on the images, the
-        two may differ: a call without a counterpart, or whose counterpart has another shape or more images, has no term.
+        There is one term, a scalar, for each call of a mixed layer. A layer's first call is
+        compared with its first in the original network, and so on. Where control flow depends on
+        the images, the two may differ: a call without a counterpart, or whose counterpart has
+        another shape or more images, has no term.
         """
         targets: dict[str, deque[Tensor]] = {}
         terms: list[Tensor] = []

@@ -1,12 +1,14 @@
-"""Step 2: ProxylessNAS's gradient of the path probabilities, from one weight gradient instead of running every path.
+"""Step 2: ProxylessNAS's gradient of the path probabilities, without running every path.
 
-Let a layer be ``y = sum_j z_j tau_j(x)`` with one-hot gates ``z``. ProxylessNAS takes ``g_j = dL/dz_j = <dL/dy, tau_j(x)>`` and from it
-``dL/dalpha = p * (g - <p, g>)``. Every candidate here is linear with a dense kernel ``W_j`` and bias ``b_j``, so that
+Let a layer be ``y = sum_j z_j tau_j(x)`` with one-hot gates ``z``. ProxylessNAS takes
+``g_j = dL/dz_j = <dL/dy, tau_j(x)>`` and from it ``dL/dalpha = p * (g - <p, g>)``. Every candidate
+here is linear with a dense kernel ``W_j`` and bias ``b_j``, so that
 
     g_j = <G, W_j> + <sum dL/dy, b_j>,
 
-where ``G`` is the weight gradient of the *dense* convolution at ``(x, dL/dy)``: computed once, the same for all candidates.
-This is exactly ProxylessNAS's estimator with every candidate run; it is not the gradient of the expected loss.
+where ``G`` is the weight gradient of the *dense* convolution at ``(x, dL/dy)``: computed once, the
+same for all candidates. This is exactly ProxylessNAS's estimator with every candidate run; it is
+not the gradient of the expected loss.
 """
 
 from __future__ import annotations
@@ -23,31 +25,51 @@ from nni_haloc.search.execution import contracts
 from nni_haloc.space.layers import LayerSpec, kernel_factors, last_bias, rank_of
 
 Kernel = tuple[Tensor, ...]
-"""``(weight,)``, ``(left, right)`` or ``(factor_out, core, factor_in)``: the factors whose product is the kernel."""
+"""The factors whose product is the kernel.
+
+``(weight,)``, ``(left, right)`` or ``(factor_out, core, factor_in)``.
+"""
 
 
 def weight_gradient(spec: LayerSpec, x: Tensor, grad_y: Tensor) -> Tensor:
-    """``G``, the dense layer's weight gradient at ``(x, dL/dy)``: ``(F, C, k1, k2)``, or for linear and 1x1 layers ``(F, C)``."""
+    """Return ``G``, the dense layer's weight gradient.
+
+    Args:
+        spec: the layer.
+        x: its input, ``(N, C, H, W)`` or ``(N, ..., C)``.
+        grad_y: the loss's gradient at its output, ``(N, F, H', W')`` or ``(N, ..., F)``.
+
+    Returns:
+        ``(F, C, k1, k2)``, or for linear and 1x1 layers ``(F, C)``.
+    """
     if spec.kind == "linear":
         return grad_y.flatten(0, -2).T @ x.flatten(0, -2)
     shape = [spec.out_channels, spec.in_channels, *spec.kernel_size]
     if spec.padding_mode == "zeros" and not isinstance(spec.padding, str):
-        found = conv2d_weight(
+        gradient = conv2d_weight(
             x, shape, grad_y, stride=spec.stride, padding=spec.padding, dilation=spec.dilation
         )
     else:
-        found = conv2d_weight(
+        gradient = conv2d_weight(
             spec.pad(x), shape, grad_y, stride=spec.stride, padding=0, dilation=spec.dilation
         )
-    return found if spec.kind == "conv" else found.flatten(1)
+    return gradient if spec.kind == "conv" else gradient.flatten(1)
 
 
 def contract(weight_gradient: Tensor, kernels: Sequence[Kernel]) -> Tensor:
-    """``<G, W_j>`` of a dense gradient and every kernel, given by its factors, without forming the kernels: shape ``(kernels,)``.
+    """Return ``<G, W_j>`` of a dense gradient and every kernel, without forming the kernels.
 
-    Shapes: ``G (F, C, k1, k2)`` or ``(F, C)``; the outer factors are applied to G first, then the core.
+    The outer factors are applied to G first, then the core.
 
-    >>> G, out, core, inn = torch.randn(4, 3, 3, 3), torch.randn(4, 2), torch.randn(2, 2, 3, 3), torch.randn(2, 3)
+    Args:
+        weight_gradient: ``G``, ``(F, C, k1, k2)`` or ``(F, C)``.
+        kernels: each kernel's factors.
+
+    Returns:
+        ``(kernels,)``.
+
+    >>> G, out, inn = torch.randn(4, 3, 3, 3), torch.randn(4, 2), torch.randn(2, 3)
+    >>> core = torch.randn(2, 2, 3, 3)
     >>> W = torch.einsum("fr,rsij,sc->fcij", out, core, inn)
     >>> torch.allclose(contract(G, [(out, core, inn)]), (G * W).sum(), atol=1e-4)
     True
@@ -55,31 +77,38 @@ def contract(weight_gradient: Tensor, kernels: Sequence[Kernel]) -> Tensor:
     dtype = torch.promote_types(weight_gradient.dtype, torch.float32)
     g = weight_gradient.to(dtype)
     c = g.shape[1]
-    channels_last = (
-        g.permute(0, 2, 3, 1).reshape(len(g), -1) if g.dim() == 4 else g
-    )  # (F, k1 k2 C), once for all kernels
-    found = []
+    # (F, k1 k2 C), once for all kernels
+    channels_last = g.permute(0, 2, 3, 1).reshape(len(g), -1) if g.dim() == 4 else g
+    products = []
     for kernel in kernels:
         outer, *rest = (t.to(dtype) for t in kernel)
         if not rest:
-            found.append((g * outer).sum())
+            products.append((g * outer).sum())
         elif len(rest) == 1:
-            found.append(((outer.T @ g) * rest[0]).sum())
+            products.append(((outer.T @ g) * rest[0]).sum())
         else:
             core, inn = rest
             projected = (outer.T @ channels_last).reshape(-1, c) @ inn.T  # (r1 k1 k2, r2)
-            found.append(
-                (projected.reshape(len(core), -1, len(inn)) * core.flatten(2).transpose(1, 2)).sum()
-            )
-    return torch.stack(found)
+            spread = projected.reshape(len(core), -1, len(inn))
+            products.append((spread * core.flatten(2).transpose(1, 2)).sum())
+    return torch.stack(products)
 
 
 def gate_gradients(
     spec: LayerSpec, candidates: Sequence[nn.Module], x: Tensor, grad_y: Tensor
 ) -> Tensor:
-    """``g_j = <dL/dy, tau_j(x)>`` of every candidate, shape ``(candidates,)``, in the cheaper of two exact ways by counted work.
+    """Return ``g_j = <dL/dy, tau_j(x)>`` of every candidate.
 
-    From the dense weight gradient, which runs no candidate; or, where the kernel is large and the batch small, by running every candidate.
+    Computed from the dense weight gradient, which runs no candidate; or, where the kernel is large
+    and the batch small, by running every candidate. Both are exact; counted work decides.
+
+    Args:
+        spec: the layer.
+        candidates: all of its candidates.
+        x, grad_y: see `weight_gradient`.
+
+    Returns:
+        ``(candidates,)``.
     """
     if not contracts(spec, map(rank_of, candidates), tuple(x.shape)):
         weight = kernel_factors(candidates[0])[0]
@@ -99,7 +128,10 @@ def gate_gradients(
 
 
 class _Gate(torch.autograd.Function):
-    """Hands ``y`` through; in backward gives ``probs`` the gate gradients. ``x`` gets its gradient through ``y`` alone."""
+    """Hand ``y`` through; give ``probs`` the gate gradients in the backward pass.
+
+    ``x`` gets its gradient through ``y`` alone.
+    """
 
     @staticmethod
     def forward(
@@ -127,25 +159,39 @@ class _Gate(torch.autograd.Function):
 def gate(
     y: Tensor, probs: Tensor, x: Tensor, gate_gradients: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """``y``, the sampled candidate's output on ``x``, made to give ``probs (candidates,)`` its gradient.
+    """Make the sampled candidate's output give the probabilities their gradient.
 
-    ``gate_gradients(x, dL/dy)`` returns ``g``, one entry a candidate. With ``probs = softmax(alpha)``, autograd's softmax does the rest.
+    With ``probs = softmax(alpha)``, autograd's softmax does the rest.
+
+    Args:
+        y: the sampled candidate's output on ``x``.
+        probs: ``(candidates,)``.
+        x: the layer's input.
+        gate_gradients: called in the backward pass with ``x`` and ``dL/dy``; returns ``g``,
+            ``(candidates,)``.
+
+    Returns:
+        ``y``.
     """
     return _Gate.apply(y, probs, x.detach(), gate_gradients)
 
 
 def sample(probs: Tensor, generator: torch.Generator) -> int:
-    """Index of one candidate drawn from ``probs (candidates,)`` with the given generator, on the CPU so that every device agrees."""
+    """Draw one candidate's index from ``probs (candidates,)``, on the CPU: all devices agree."""
     return int(torch.multinomial(probs.detach().float().cpu(), 1, generator=generator))
 
 
 class RunningMean:
-    """Mean over the iterations of the centred gate gradients ``g - <p, g>``: what each candidate does to the task loss, free of cost."""
+    """The mean of the centred gate gradients ``g - <p, g>`` over the iterations.
+
+    It says what each candidate does to the task's loss, free of cost.
+    """
 
     def __init__(self, size: int) -> None:
         self.total, self.count = torch.zeros(size, dtype=torch.float64), 0
 
     def add(self, gate_gradients: Tensor, probs: Tensor) -> None:
+        """Add an iteration, unless its numbers are not finite; both ``(candidates,)``."""
         g, p = gate_gradients.detach().double().cpu(), probs.detach().double().cpu()
         centred = g - (p * g).sum()
         if math.isfinite(float(centred.sum())):
@@ -154,4 +200,5 @@ class RunningMean:
 
     @property
     def mean(self) -> Tensor:
+        """The mean so far, ``(candidates,)``; 0 before the first iteration."""
         return self.total / max(self.count, 1)

@@ -1,4 +1,4 @@
-"""Eq. 6-9, one pure function each. Costs and the budget share one unit."""
+"""Eq. (6), (7) and (9), and the settling at the budget, one pure function each."""
 
 from __future__ import annotations
 
@@ -12,15 +12,24 @@ from scipy.optimize import brentq, minimize, root
 from torch import Tensor
 
 _DEAREST = 1e4
-"""The largest price of a budget's worth of cost: it leaves a candidate that costs 1 % of the budget more a probability of nothing."""
+"""The largest price of a budget's worth of cost.
+
+It leaves a candidate that costs 1 % of the budget more than another no probability.
+"""
 
 Schedule = Literal["constant", "linear", "cosine"]
 
 
 def expected_cost(probs: Sequence[Tensor], costs: Sequence[Tensor], fixed: float = 0.0) -> Tensor:
-    """Eq. (6), summed over the layers: ``fixed + sum_i sum_j p_ij cost_ij``, differentiable in the probabilities.
+    """Return Eq. (6) summed over the layers: ``fixed + sum_i sum_j p_ij cost_ij``.
 
-    ``probs`` and ``costs`` hold one vector of shape ``(candidates,)`` a layer; ``fixed`` is what is not searched.
+    Args:
+        probs: one vector ``(candidates,)`` for each layer.
+        costs: likewise.
+        fixed: cost of what is not searched, in the same unit.
+
+    Returns:
+        A scalar, differentiable in the probabilities.
 
     >>> float(expected_cost([torch.tensor([0.5, 0.5])], [torch.tensor([2.0, 4.0])], fixed=1.0))
     4.0
@@ -31,9 +40,16 @@ def expected_cost(probs: Sequence[Tensor], costs: Sequence[Tensor], fixed: float
 def probability_loss_paper(
     ce: Tensor, expected: Tensor, budget: float, eta: float = 1.0, theta: float = 1.0
 ) -> Tensor:
-    """Eq. (7), the paper's form: ``CE * eta * (E / budget)^theta``. Nothing in it stops at the budget.
+    """Return Eq. (7), the paper's form: ``CE * eta * (E / budget)^theta``.
 
-    ``eta`` scales the whole loss: under Adam it does nothing, under SGD it is a learning rate. ``theta`` weighs cost against accuracy.
+    Nothing in it stops at the budget.
+
+    Args:
+        ce: cross-entropy, a scalar.
+        expected: Eq. (6), a scalar in the budget's unit.
+        budget: the limit on the whole network's cost.
+        eta: scales the whole loss: under Adam it does nothing, under SGD it is a learning rate.
+        theta: weighs cost against accuracy.
 
     >>> float(probability_loss_paper(torch.tensor(2.0), torch.tensor(3.0), budget=1.5, theta=2.0))
     8.0
@@ -44,13 +60,23 @@ def probability_loss_paper(
 def settle(
     logits: np.ndarray, sizes: Sequence[int], costs: np.ndarray, fixed: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits ``z - mu c`` whose expected cost, Eq. (6), is the budget, and the prices ``mu (limits,)``: the default search settles by it.
+    """Return logits ``z - mu c`` whose expected cost, Eq. (6), is the budget, and prices ``mu``.
 
-    ``logits (n,)``: those of all layers in a row, free of any price, ``sizes`` of them a layer. ``costs (limits, n)`` and ``fixed
-    (limits,)`` are in units of each limit's budget, so that the largest expected cost comes out as 1. ``mu``, the price of a unit of cost,
-    is the same in every layer: of all probabilities within the limits these are nearest to those of ``logits`` (in Kullback-Leibler
-    divergence), and the prices are the multipliers: none for a limit with room to spare. Where no limit binds, the one nearest to it is
-    given a negative price, until it does; where even the dearest network is within all of them, the logits are returned as they are.
+    The price of a unit of cost is the same in every layer. Of all probabilities within the limits,
+    these are nearest to those of ``logits`` (in Kullback-Leibler divergence), and the prices are
+    the multipliers: none for a limit with room to spare. Where no limit binds, the one nearest to
+    it is given a negative price, until it does; where even the dearest network is within all of
+    them, the logits are returned as they are.
+
+    Args:
+        logits: those of all layers in a row, ``(n,)``, free of any price.
+        sizes: number of candidates of each layer; they sum to ``n``.
+        costs: the candidates' costs, ``(limits, n)``, in units of each limit's budget, so that the
+            largest expected cost comes out as 1.
+        fixed: cost of what is not searched, ``(limits,)``, in the same units.
+
+    Returns:
+        The settled logits ``(n,)`` and the prices ``(limits,)``.
 
     >>> z, mu = settle(np.zeros(2), [2], np.array([[0.5, 1.5]]), np.array([0.25]))
     >>> p = np.exp(z) / np.exp(z).sum()
@@ -62,7 +88,7 @@ def settle(
     centred, least = costs - np.repeat(means, sizes, axis=1), fixed + means.sum(1)
 
     def dual(mu: np.ndarray) -> tuple[float, np.ndarray]:
-        """Convex in the prices; its gradient is the room that each limit has."""
+        """Return a convex function of the prices and its gradient: the room in each limit."""
         z = logits - mu @ centred
         top = np.maximum.reduceat(z, starts)
         e = np.exp(z - np.repeat(top, sizes))
@@ -71,7 +97,7 @@ def settle(
         return float((np.log(sums) + top).sum() + mu @ (1 - least)), room
 
     def along(ray: np.ndarray) -> np.ndarray:
-        """The prices on the way to ``ray`` at which a limit is just met, or the end of it."""
+        """Return the prices on the way to ``ray`` at which a limit is just met, or its end."""
         here, there = (float(dual(mu)[1].min()) for mu in (none, ray))
         return ray * (
             brentq(lambda t: float(dual(t * ray)[1].min()), 0, 1, xtol=1e-14, rtol=1e-14)
@@ -105,13 +131,18 @@ def settle(
 
 
 def _with(values: np.ndarray, index: np.ndarray, some: np.ndarray) -> np.ndarray:
+    """Return a copy of the values with some of them replaced."""
     result = values.copy()
     result[index] = some
     return result
 
 
 def schedule(kind: Schedule, progress: float) -> float:
-    """The share of lambda in force at ``progress``, 0 to 1, of the search: 1 throughout, or falling to 0, ``linear`` or as a ``cosine``.
+    """Return the share of lambda in force at a point of the search.
+
+    Args:
+        kind: ``constant`` stays at 1; ``linear`` and ``cosine`` fall from 1 to 0.
+        progress: the share of the search that is over, 0 to 1.
 
     >>> [round(schedule("cosine", t), 3) for t in (0, 0.5, 1)]
     [1.0, 0.5, 0.0]
@@ -122,7 +153,7 @@ def schedule(kind: Schedule, progress: float) -> float:
 
 
 def weight_loss(ce: Tensor, approach: Tensor, lam: float) -> Tensor:
-    """Eq. (9): ``CE + lam * L_approach``.
+    """Return Eq. (9), the loss of the weights: ``CE + lam * L_approach``; all are scalars.
 
     >>> float(weight_loss(torch.tensor(1.0), torch.tensor(4.0), lam=0.5))
     3.0

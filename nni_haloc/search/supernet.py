@@ -1,4 +1,4 @@
-"""The supernet's mixed layer: one sampled candidate in each pass, gate gradients in the architecture step, feature maps in the other."""
+"""The supernet's mixed layer: all candidates of a layer, one of which runs in each pass."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ from nni_haloc.space.tucker import reconstruct
 class MixedRankLayer(LayerChoice, BaseSuperNetModule):
     """All candidates of one layer; a pass runs the sampled one alone.
 
-    ``alpha (candidates,)`` holds the layer's logits. With ``searching`` on, the output carries the gate gradients back to alpha; with it
-    off, alpha takes no part. ``observe``, where set, is called with the layer's name and output, and gives back the output.
+    With ``searching`` on, the output carries the gate gradients back to alpha; with it off, alpha
+    takes no part. ``observe``, where set, is called with the layer's name and output, and gives
+    back the output.
+
+    Args:
+        candidates: candidate name to module.
+        alpha: the layer's logits, ``(candidates,)``.
+        spec: the layer's specification.
     """
 
     def __init__(
@@ -42,9 +48,8 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
         return torch.softmax(self.alpha / self.temperature, dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (
-            self.searching and len(self) > 1 and torch.is_grad_enabled()
-        ):  # a pinned layer has nothing to choose
+        chooses = len(self) > 1  # a pinned layer does not
+        if self.searching and chooses and torch.is_grad_enabled():
             with torch.no_grad():  # alpha alone learns in this step
                 kernel = self._cheaper_kernel(x)
             y = gate(self._run(x, kernel), self.probs, x, self._gate_gradients)
@@ -55,35 +60,38 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
         return y
 
     def kernel(self) -> Tensor:
-        """The sampled candidate's dense kernel, ``(F, C, k1, k2)`` or ``(F, C)``, differentiable in its weights."""
+        """Return the sampled candidate's dense kernel, differentiable in its weights.
+
+        Returns:
+            ``(F, C, k1, k2)`` or ``(F, C)``.
+        """
         candidate: Any = self[self.names[self.sampled]]
         if rank_of(candidate) is None:
             return candidate.weight
-        with torch.autocast(
-            self.alpha.device.type, enabled=False
-        ):  # or it would be rounded at each product, and again when it runs
+        # Without autocast: it would be rounded at each product, and again when it runs. In the
+        # factors' memory format: in another one the output would change its own.
+        with torch.autocast(self.alpha.device.type, enabled=False):
             factors = candidate.factors()
-            return reconstruct(factors).contiguous(
-                memory_format=layout_of(factors[1])
-            )  # in another one the output would change its own
+            return reconstruct(factors).contiguous(memory_format=layout_of(factors[1]))
 
     def _cheaper_kernel(self, x: Tensor) -> Tensor | None:
-        """The dense kernel, where running with that costs less than running the factors."""
+        """Return the dense kernel, if running with it costs less than running the factors."""
         rank = rank_of(self[self.names[self.sampled]])
         return self.kernel() if runs_dense(self.spec, rank, tuple(x.shape)) else None
 
     def _run(self, x: Tensor, kernel: Tensor | None) -> Tensor:
+        """Run the sampled candidate, with its dense kernel if there is one."""
         candidate = self[self.names[self.sampled]]
         return candidate(x) if kernel is None else self.spec.run(x, kernel, last_bias(candidate))
 
     def _gate_gradients(self, x: Tensor, grad_y: Tensor) -> Tensor:
-        """Of every candidate; summed over the calls of one pass until `record`."""
+        """Return every candidate's gate gradient; a pass's calls add up until `record`."""
         g = gate_gradients(self.spec, list(self), x, grad_y).to(self.alpha.dtype)
         self.pending = g if self.pending is None else self.pending + g
         return g
 
     def record(self) -> None:
-        """Take the last pass's gate gradients into the running mean that scores the candidates."""
+        """Add the last pass's gate gradients to the running mean that scores the candidates."""
         if self.pending is not None:
             self.task_gradient.add(self.pending, self.probs)
         self.pending = None
@@ -93,24 +101,26 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
         self.sampled = sample(self.probs, generator)
 
     def resample(self, memo: dict[str, Any]) -> dict[str, Any]:
-        """NNI's hook; the strategy samples with `draw`, from its own generator."""
+        """Return the sample of now, for NNI; a search samples with `draw`."""
         return {self.label: self.names[self.sampled]}
 
     def export(self, memo: dict[str, Any]) -> dict[str, Any]:
-        """The most probable candidate (the paper's choice)."""
+        """Return the most probable candidate, the paper's choice."""
         return {self.label: self.names[int(self.alpha.argmax())]}
 
     def export_probs(self, memo: dict[str, Any]) -> dict[str, Any]:
+        """Return the layer's label to candidate to probability."""
         return {self.label: dict(zip(self.names, self.probs.detach().cpu().tolist(), strict=True))}
 
     def arch_parameters(self) -> Sequence[nn.Parameter]:
+        """Return alpha, for NNI."""
         return [self.alpha]
 
     @classmethod
     def mutate(
         cls, module: nn.Module, name: str, memo: dict[str, Any], mutate_kwargs: dict[str, Any]
     ) -> MixedRankLayer | None:
-        """NNI's mutation hook: every `LayerChoice` of a rank space becomes a mixed layer."""
+        """Make a mixed layer of a `LayerChoice`: NNI's mutation hook."""
         if type(module) is not LayerChoice:
             return None
         choice: Any = module

@@ -1,4 +1,7 @@
-"""The state of a training in one file, written after each epoch, from which it goes on as if it had never stopped."""
+"""Write a training's state to one file after each epoch, and go on from it.
+
+A training that goes on is the same as one that has never stopped.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,14 @@ _KEY = "nni_haloc"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The facts that `EpochCheckpoint` put into a file, and ``epochs``, the number of finished ones. Raises `UnusableCheckpoint`."""
+    """Read the facts that `EpochCheckpoint` has put into a file.
+
+    Returns:
+        The facts, and under ``epochs`` the number of finished epochs.
+
+    Raises:
+        UnusableCheckpoint: if the file can't be read.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {**content[_KEY]["facts"], "epochs": content["epoch"] + 1}
@@ -33,7 +43,16 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raise `UnusableCheckpoint`, naming what differs, where two identities are not the same."""
+    """Compare two identities.
+
+    Args:
+        path: the checkpoint, for the message.
+        there: the checkpoint's identity.
+        here: the identity of the settings.
+
+    Raises:
+        UnusableCheckpoint: if they differ; the message names what does.
+    """
     differ = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if differ:
         more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
@@ -42,10 +61,15 @@ def check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) ->
 
 
 class EpochCheckpoint(Checkpoint):
-    """Writes the trainer's state to ``path`` after each epoch, and takes up random states and the loaders' order when it is loaded.
+    """Write the trainer's state after each epoch; take it up again when it is loaded.
 
-    ``facts``: plain values kept beside the state, for `read`. ``loaders`` have generators of their own; those with workers must not be
-    persistent, because a worker's random state is out of reach.
+    Random states and the loaders' order are part of it.
+
+    Args:
+        path: the file.
+        facts: plain values kept beside the state, for `read`.
+        *loaders: those of the training, each with a generator of its own. Their workers must not be
+            persistent, because a worker's random state is out of reach.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any], *loaders: DataLoader) -> None:
@@ -53,46 +77,46 @@ class EpochCheckpoint(Checkpoint):
         self._random: dict[str, Any] | None = None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.save_checkpoint(
-            self.path, weights_only=False
-        )  # after all other callbacks: Lightning puts a `Checkpoint` last
+        """Write the file, after all other callbacks: Lightning puts a `Checkpoint` last."""
+        trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        """Add facts, random states and the loaders' order to what Lightning keeps."""
         orders = [loader.generator.get_state() for loader in self.loaders]
         if trainer.current_epoch + 1 == trainer.max_epochs:
-            for state in checkpoint[
-                "optimizer_states"
-            ]:  # half of the file, and nothing follows that would need it
+            # Half of the file, and nothing follows that would need it.
+            for state in checkpoint["optimizer_states"]:
                 state["state"] = {}
         checkpoint[_KEY] = {"facts": self.facts, "orders": orders, "random": _random_states()}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        """Take up the loaders' order now, because they draw before the epoch's start."""
         state = checkpoint[_KEY]
-        for loader, order in zip(
-            self.loaders, state["orders"], strict=True
-        ):  # now: the loaders draw before the epoch's start
+        for loader, order in zip(self.loaders, state["orders"], strict=True):
             loader.generator.set_state(order)
         self._random = state["random"]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up the random states."""
         if self._random is not None:
             _set_random_states(self._random)
             self._random = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """What Lightning's Trainer needs for it, callbacks apart."""
+        """Options that Lightning's Trainer needs beside the callback."""
         return {"enable_checkpointing": True, "plugins": [_WholeFiles()]}
 
 
 class _WholeFiles(TorchCheckpointIO):
-    """Replaces the old file at once, so that a process killed at any time leaves a whole one.
+    """Replace the old file at once, so that a process killed at any time leaves a whole one.
 
-    Lightning's own writer goes through the system's folder for temporary files, which may be on another disk: then it copies.
+    Lightning's own writer goes through the system's folder for temporary files, which may be on
+    another disk: then it copies.
     """
 
     def save_checkpoint(
@@ -107,7 +131,7 @@ class _WholeFiles(TorchCheckpointIO):
 
 
 def _random_states() -> dict[str, Any]:
-    """Of torch, numpy and Python, in types that are loaded without unpickling anything."""
+    """Return torch's, numpy's and Python's, in types that load without unpickling anything."""
     legacy: Any = np.random.get_state()
     name, keys, *rest = legacy
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -120,6 +144,7 @@ def _random_states() -> dict[str, Any]:
 
 
 def _set_random_states(states: Mapping[str, Any]) -> None:
+    """Set what `_random_states` has returned; on a GPU only if there are as many of them."""
     name, keys, *rest = states["numpy"]
     torch.set_rng_state(states["torch"])
     if len(states["cuda"]) == torch.cuda.device_count():

@@ -1,4 +1,7 @@
-"""What happened in each iteration of a search and in each epoch of a fine-tuning, in ``history.csv``: what figures are drawn from."""
+"""Read and write ``history.csv``, from which figures are drawn.
+
+It has a row for each iteration of a search, or for each epoch of a fine-tuning.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,25 @@ from nni_haloc.utils.processes import is_first
 
 HISTORY_FILE = "history.csv"
 COLUMNS = ("iteration", "train_loss", "approach_loss", "expected_cost", "expected_params")
-"""Cross-entropy of the sampled network; Eq. 9's distance of feature maps; Eq. 6 by the first limit's table; the same of parameters.
+"""A search's columns.
 
-The first two are means over the processes."""
-
+Cross-entropy of the sampled network; Eq. (8)'s distance of feature maps; Eq. (6) by the first
+limit's table; the same of parameters. The first two are means over the processes.
+"""
 
 EPOCH_COLUMNS = ("epoch", "train_loss", "val_top1")
-"""Of a fine-tuning; epoch 0 is before it, without a loss (NaN)."""
+"""A fine-tuning's columns; epoch 0 is before it, without a loss (NaN)."""
 
 
 def add_epoch(path: Path, epoch: int, train_loss: float, val_top1: float) -> None:
-    """Add a row to a fine-tuning's history, the rows before it stay. Of several processes the first one writes."""
+    """Add a row to a fine-tuning's history; of several processes the first one writes.
+
+    Args:
+        path: the file. Its rows of earlier epochs stay, those of this and later ones go.
+        epoch: number of finished epochs.
+        train_loss: mean loss in the epoch; NaN before the first.
+        val_top1: top-1 on validation images, 0 to 1.
+    """
     if not is_first():
         return
     rows: list[list[float]] = []
@@ -40,6 +51,13 @@ def add_epoch(path: Path, epoch: int, train_loss: float, val_top1: float) -> Non
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[float]]) -> None:
+    """Write a history.
+
+    Args:
+        path: the file; its folder is made.
+        columns: their names.
+        rows: numbers, the first of each a whole one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
@@ -48,7 +66,18 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[float
 
 
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> dict[str, list[float]]:
-    """The columns of a history; `SettingsError` names the file where there is none."""
+    """Read a history.
+
+    Args:
+        path: the file.
+        columns: names of those that are wanted.
+
+    Returns:
+        Column name to its numbers.
+
+    Raises:
+        SettingsError: if there is no such file, or it is damaged; the message names it.
+    """
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))

@@ -1,4 +1,4 @@
-"""How weights are trained, in the search and after it: the optimizer and learning-rate schedule."""
+"""The recipe by which weights are trained, in the search and after it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ Schedule = Literal["step", "onecycle", "constant"]
 class Recipe:
     """SGD with Nesterov momentum. The defaults are the paper's, for any number of epochs.
 
-    ``schedule``: ``step`` multiplies the rate by 0.2 at each quarter of the epochs (the paper: every 55 epochs), ``onecycle``
-    rises to ``lr`` and falls to nothing, ``constant`` stays.
+    Args:
+        epochs: how many.
+        lr: learning rate.
+        momentum: 0 is plain SGD.
+        weight_decay: of all weights.
+        schedule: ``step`` multiplies the rate by 0.2 at each quarter of the epochs (the paper:
+            every 55 epochs), ``onecycle`` rises to ``lr`` and falls to nothing, ``constant`` stays.
     """
 
     epochs: int
@@ -29,7 +34,12 @@ class Recipe:
     def optimizers(
         self, parameters: Iterable[nn.Parameter], steps_per_epoch: int
     ) -> dict[str, Any]:
-        """What Lightning's ``configure_optimizers`` returns."""
+        """Return what Lightning's ``configure_optimizers`` returns.
+
+        Args:
+            parameters: what is trained.
+            steps_per_epoch: batches in an epoch, of each process.
+        """
         optimizer = torch.optim.SGD(
             parameters,
             self.lr,

@@ -14,7 +14,7 @@ USE = 0.95
 
 @sees_every_rank
 def error_knapsack(problem: Problem) -> Choice:
-    """The least sum of squared relative output errors."""
+    """Choose the least sum of squared relative output errors: rule ``error-knapsack``."""
     return choose(
         {
             layer: {name: -(error**2) for name, error in row.items()}
@@ -26,25 +26,31 @@ def error_knapsack(problem: Problem) -> Choice:
 
 
 def sensitivity_knapsack(problem: Problem) -> Choice:
-    """The least sum of what each candidate alone, all else left as it was, adds to the loss on the images."""
-    found = sensitivities(
+    """Choose the least sum of sensitivities: rule ``sensitivity-knapsack``.
+
+    A candidate's sensitivity is what it alone, all else left as it was, adds to the loss on the
+    images.
+    """
+    losses = sensitivities(
         problem.model, problem.modules, problem.images, problem.labels, bf16=problem.bf16
     )
     return choose(
-        {layer: {name: -loss for name, loss in row.items()} for layer, row in found.items()},
+        {layer: {name: -loss for name, loss in row.items()} for layer, row in losses.items()},
         problem.limits,
         USE,
     )
 
 
 DRAWS = 16
-"""Plans that are drawn."""
+"""How many plans are drawn."""
 
 
 def random(problem: Problem) -> Choice:
-    """Of `DRAWS` random plans the one of the lowest loss on the images, its network not trained.
+    """Choose the best of `DRAWS` random plans: rule ``random``.
 
-    A plan is what the knapsack makes of scores drawn evenly from 0 to 1, so that each is within the limits and uses its budget.
+    The best is that of the lowest loss on the images, its network not trained. A plan is what the
+    knapsack makes of scores drawn evenly from 0 to 1, so that each is within the limits and uses
+    its budget.
     """
     generator = np.random.default_rng(problem.seed)
     plans = []

@@ -1,4 +1,7 @@
-"""Rule `learned`: ranks found in training, by alternating compression as LCNN does (Idelbayev and Carreira-Perpinan, CVPR 2020)."""
+"""Rule `learned`: learn ranks in training, by alternating compression as LCNN does.
+
+Idelbayev and Carreira-Perpinan, CVPR 2020.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from nni_haloc.space.tucker import Tucker2, hosvd, reconstruct
 from nni_haloc.utils.log import logger
 
 ROUNDS, STEPS = 11, 32
-"""Alternations, and steps of training in each: 352 in all, an epoch of CIFAR-10 in batches of 128, as a search makes by default."""
+"""Alternations, and steps of training in each.
+
+352 in all: an epoch of CIFAR-10 in batches of 128, as a search makes by default.
+"""
 
 PENALTY, GROWTH = 0.03, 1.3
 """The penalty's weight μ in the first alternation, and its factor from one to the next."""
@@ -27,16 +33,22 @@ LR, MOMENTUM = 0.02, 0.9
 
 @sees_every_rank
 def learned(problem: Problem) -> Choice:
-    """The ranks of a network that is trained while it is drawn towards low-rank kernels.
+    """Choose the ranks of a network that is trained while it is drawn towards low-rank kernels.
 
-    In turns, a copy of the network is trained on ``problem.train`` with the penalty ``μ/2 ||W - W'||²`` (L step), and ``W'`` becomes the
-    truncated HOSVD of ``W`` at the ranks that minimise ``λ cost + μ/2 ||W - W'||²`` (C step). The penalty shrinks what the loss does not
-    hold in place; what is left earns its layer more rank. LCNN's μ grows at a constant λ, and the ranks with it; here λ is whatever lets
-    the cost grow evenly from the cheapest choice to the limits, which is a knapsack on the error, solved exactly. (With the limits' ranks
-    from the start, the first choice is the last: the penalty spares the ranks that a layer has and shrinks those that it lacks.)
+    In turns, a copy of the network is trained on ``problem.train`` with the penalty
+    ``μ/2 ||W - W'||²`` (L step), and ``W'`` becomes the truncated HOSVD of ``W`` at the ranks that
+    minimise ``λ cost + μ/2 ||W - W'||²`` (C step). The penalty shrinks what the loss does not hold
+    in place; what is left earns its layer more rank. LCNN's μ grows at a constant λ, and the ranks
+    with it; here λ is whatever lets the cost grow evenly from the cheapest choice to the limits,
+    which is a knapsack on the error, solved exactly. (With the limits' ranks from the start, the
+    first choice is the last: the penalty spares the ranks that a layer has and shrinks those that
+    it lacks.)
 
-    The ranks alone are the result: the network that gets them is decomposed from the original weights as by every rule, so that it is
-    ranks that are compared. Raises ValueError without ``problem.train``.
+    The ranks alone are the result: the network that gets them is decomposed from the original
+    weights as by every rule, so that it is ranks that are compared.
+
+    Raises:
+        ValueError: without ``problem.train``.
     """
     if problem.train is None:
         raise ValueError("rule: 'learned' needs training images beyond the calibration images")
@@ -65,7 +77,7 @@ def learned(problem: Problem) -> Choice:
 
 
 def _limits(problem: Problem, least: Choice, share: float) -> list[Limit]:
-    """Limits on the way from a choice's costs to the problem's."""
+    """Return limits on the way from a choice's costs to the problem's."""
     costs = [limit.costs.total(least) for limit in problem.limits]
     return [
         Limit(limit.costs, cost + share * (limit.budget - cost))
@@ -76,15 +88,14 @@ def _limits(problem: Problem, least: Choice, share: float) -> list[Limit]:
 def _compress(
     problem: Problem, weights: Mapping[str, Tensor], limits: Sequence[Limit]
 ) -> tuple[Choice, dict[str, Tensor]]:
-    """The C step: the choice of the least total ``||W - W'||²`` within the limits, and its ``W'`` of each layer."""
+    """Take the C step: return the choice of the least total ``||W - W'||²``, and every ``W'``."""
     scores: dict[str, dict[str, float]] = {}
     whole: dict[str, Tucker2] = {}
     for layer, row in problem.candidates.items():
         spec, weight = problem.specs[layer], weights[layer].detach()
         channels = spec.out_channels, spec.in_channels
-        (whole[layer],) = hosvd(
-            weight.reshape(*channels, *spec.kernel_size), [channels]
-        )  # a matrix's is its singular value decomposition
+        # A matrix's HOSVD is its singular value decomposition.
+        (whole[layer],) = hosvd(weight.reshape(*channels, *spec.kernel_size), [channels])
         kept = whole[layer].core.square().sum((2, 3)).cumsum(0).cumsum(1)
         scores[layer] = {
             name: 0.0 if rank is None else float(kept[rank[0] - 1, rank[-1] - 1] - kept[-1, -1])

@@ -10,13 +10,14 @@ from functools import cached_property
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nni_haloc.inputs.options import Decomposition
 from nni_haloc.plan.budget import Choice, Limit, check_feasible
 from nni_haloc.plan.sensitivity import loss
 from nni_haloc.space.candidates import build_candidates, patch_covariances
 from nni_haloc.space.layers import LayerSpec, kernel_factors
 from nni_haloc.space.modules import copy_of, replace_modules
 from nni_haloc.space.names import Rank
-from nni_haloc.space.tucker import LowRank, Method, Tucker2, output_error, reconstruct
+from nni_haloc.space.tucker import LowRank, Tucker2, output_error, reconstruct
 from nni_haloc.training.finetuning import recalibrate
 
 BATCH = 128
@@ -48,7 +49,7 @@ class Problem:
     limits: Sequence[Limit]
     images: Tensor
     labels: Tensor
-    decomposition: Method | None = None
+    decomposition: Decomposition | None = None
     seed: int = 0
     train: DataLoader | None = None
     bf16: bool = False

@@ -15,9 +15,10 @@ from nni_haloc.space.names import Rank
 
 @sees_every_rank
 def uniform(problem: Problem) -> Choice:
-    """One fraction of the channels in every layer ("Std. Tucker"): of each layer the largest candidate with no larger a fraction.
+    """Choose one fraction of the channels in every layer ("Std. Tucker"): rule ``uniform``.
 
-    What the fraction leaves of the budget goes to layers that the next larger one gives more.
+    Each layer gets its largest candidate that keeps no more than the fraction. The budget that the
+    fraction leaves goes to layers that the next larger one gives more.
     """
     shares = {
         layer: {name: _share(problem.specs[layer], rank) for name, rank in row.items()}
@@ -25,13 +26,12 @@ def uniform(problem: Problem) -> Choice:
     }
 
     def choice(limit: float) -> Choice:
-        found = {}
+        names = {}
         for layer, row in shares.items():
-            within = [name for name in row if max(row[name]) <= limit] or [
-                min(row, key=lambda name: max(row[name]))
-            ]
-            found[layer] = max(within, key=lambda name: sum(row[name]))
-        return found
+            least = min(row, key=lambda name: max(row[name]))
+            within = [name for name in row if max(row[name]) <= limit] or [least]
+            names[layer] = max(within, key=lambda name: sum(row[name]))
+        return names
 
     fractions = sorted(
         {max(share) for row in shares.values() for share in row.values()}, reverse=True
@@ -41,20 +41,23 @@ def uniform(problem: Problem) -> Choice:
 
 @sees_every_rank
 def energy(problem: Problem) -> Choice:
-    """One threshold on the relative output error: of each layer the lowest rank that keeps it, the dense layer where none does.
+    """Choose one threshold on the relative output error: rule ``energy``.
 
-    Costs have no say in which candidate a layer gets, only in the threshold.
+    Each layer gets the lowest rank that keeps it, or stays dense if none does. Costs have no say in
+    which candidate a layer gets, only in the threshold.
     """
     return _threshold(problem, problem.errors, lambda layer, name: _size(problem, layer, name))
 
 
 @sees_every_rank
 def alds(problem: Problem) -> Choice:
-    """As ALDS (Liebenwein et al., 2021) allots ranks: the largest relative error of any layer, in the spectral norm, is minimised.
+    """Choose ranks as ALDS does (Liebenwein et al., 2021): rule ``alds``.
 
-    A rank's error is that of the truncated singular value decomposition of the weights, ``s[r] / s[0]``, the larger of a kernel's two
-    unfoldings (output, input). Of each layer the candidate that costs least and keeps the bound. ALDS's own layers are grouped, and its
-    search among group numbers has no counterpart here.
+    The largest relative error of any layer, in the spectral norm, is minimised. A rank's error is
+    that of the truncated singular value decomposition of the weights, ``s[r] / s[0]``, the larger
+    of a kernel's two unfoldings (output, input). Each layer gets the candidate that costs least and
+    keeps the bound. ALDS's own layers are grouped, and its search among group numbers has no
+    counterpart here.
     """
     weights = dict(problem.model.named_modules())
     errors = {}
@@ -73,14 +76,17 @@ def alds(problem: Problem) -> Choice:
 def _threshold(
     problem: Problem, errors: Mapping[str, Mapping[str, float]], price: Callable[[str, str], float]
 ) -> Choice:
-    """Of each layer the candidate of the lowest price among those whose error is within one bound, the least that keeps the limits."""
+    """Choose the lowest price in each layer among errors within one bound.
+
+    The bound is the least that keeps the limits.
+    """
 
     def choice(bound: float) -> Choice:
-        found = {}
+        names = {}
         for layer, row in errors.items():
             within = [name for name in row if row[name] <= bound] or [min(row, key=row.__getitem__)]
-            found[layer] = min(within, key=lambda name: (price(layer, name), row[name]))
-        return found
+            names[layer] = min(within, key=lambda name: (price(layer, name), row[name]))
+        return names
 
     return _first(
         problem, choice, sorted({error for row in errors.values() for error in row.values()})
@@ -88,18 +94,24 @@ def _threshold(
 
 
 def _first(problem: Problem, choice: Callable[[float], Choice], numbers: list[float]) -> Choice:
-    """The choice for the first of ``numbers``, best first, that keeps the limits; where none does, because low ranks are not always the
-    cheapest by a measured table, the cheapest."""
+    """Return the choice for the first of some numbers, best first, that keeps the limits.
+
+    If none does, because low ranks are not always the cheapest by a measured table, return the
+    cheapest.
+    """
     for number in numbers:
-        found = choice(number)
-        if problem.holds(found):
-            return found
+        names = choice(number)
+        if problem.holds(names):
+            return names
     return check_feasible(problem.candidates, problem.limits)
 
 
 def filled(problem: Problem, choice: Callable[[float], Choice], numbers: list[float]) -> Choice:
-    """The choice for the first of ``numbers``, best first, that keeps the limits; what it leaves of the budget goes to layers that the next
-    better number gives a larger rank, as much rank as fits."""
+    """Return the choice for the first of some numbers, best first, and fill the budget.
+
+    The number is the first that keeps the limits. The budget that it leaves goes to layers that the
+    next better number gives a larger rank, as much rank as fits.
+    """
     low = _first(problem, choice, numbers)
     size = {layer: _size(problem, layer, name) for layer, name in low.items()}
     larger = (
@@ -115,11 +127,12 @@ def filled(problem: Problem, choice: Callable[[float], Choice], numbers: list[fl
 
 
 def _size(problem: Problem, layer: str, name: str) -> float:
+    """Return the sum of a candidate's fractions."""
     return sum(_share(problem.specs[layer], problem.candidates[layer][name]))
 
 
 def _share(spec: LayerSpec, rank: Rank) -> tuple[float, ...]:
-    """A rank's fractions of the output and the input channels; of a matrix's smaller side."""
+    """Return a rank's fractions of the output and input channels; of a matrix's smaller side."""
     if rank is None:
         return (1.0, 1.0)
     if len(rank) == 1:
@@ -128,6 +141,6 @@ def _share(spec: LayerSpec, rank: Rank) -> tuple[float, ...]:
 
 
 def _cut(matrix: Tensor, rank: int) -> float:
-    """Relative error of the best approximation of a rank, in the spectral norm."""
+    """Return the relative error of the best approximation of a rank, in the spectral norm."""
     values = torch.linalg.svdvals(matrix.detach().double())
     return float(values[rank] / values[0]) if rank < len(values) and values[0] else 0.0
