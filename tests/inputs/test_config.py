@@ -182,14 +182,9 @@ def test_the_papers_preset_is_the_paper_and_nothing_else(write):
 
 
 def test_numbers_may_have_exponents_without_a_point(write):
-    assert (
-        load_config(
-            write(
-                "{model: {name: digits_cnn}, weights: w.pt, data: {name: digits}, budget: {absolute: 1e6}}"
-            )
-        ).budget.absolute
-        == 1e6
-    )
+    text = "{model: {name: digits_cnn}, weights: w.pt, data: {name: digits}, "
+    config = load_config(write(text + "budget: {absolute: 1e6}}"))
+    assert config.budget.absolute == 1e6
 
 
 def test_the_rank_spaces_file_may_be_changed(write, tmp_path):

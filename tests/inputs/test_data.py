@@ -80,7 +80,10 @@ def test_folders_that_are_not_there_are_named(folder, tmp_path):
 
 
 def test_cifar10_is_read_through_torchvision(tmp_path, monkeypatch):
-    """torchvision's own file layout, with ten images a file; its checksums are of the real data and are left out."""
+    """In torchvision's own file layout, with ten images a file.
+
+    Its checksums are of the real data and are left out.
+    """
     import torchvision
 
     root = tmp_path / "cifar-10-batches-py"
@@ -191,7 +194,8 @@ def test_a_class_of_one_image_is_named(folder):
         path.unlink()
     with pytest.raises(
         ValueError,
-        match="val_fraction: expected validation images of every class, found class 'dog' has 1 of 11 training",
+        match="val_fraction: expected validation images of every class, found class 'dog' has 1 of "
+        "11 training",
     ):
         image_folder(folder, 12, 0.3)
 

@@ -13,9 +13,9 @@ from nni_haloc.cli.main import app
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
-from nni_haloc.runs import by_rule as module
-from nni_haloc.runs.stages.by_rule import by_rule
 from nni_haloc.runs.job import Job
+from nni_haloc.runs.stages import by_rule as module
+from nni_haloc.runs.stages.by_rule import by_rule
 from nni_haloc.utils.errors import HalocError, UnusableCheckpoint
 
 LEARNED = (

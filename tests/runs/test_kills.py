@@ -119,7 +119,13 @@ def test_a_search_that_is_killed_at_any_moment_ends_as_an_undisturbed_one(
     )
     for folder in ended:
         assert whole_files(folder) == whole_files(expected)
-        for name in ("ranks.json", "costs.json", "weights.safetensors", "search/history.csv"):
+        for name in (
+            "ranks.json",
+            "costs.json",
+            "weights.safetensors",
+            "search.json",
+            "search/history.csv",
+        ):
             assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
         assert (
             list(
@@ -153,6 +159,7 @@ def test_a_fine_tuning_that_is_killed_at_any_moment_ends_as_an_undisturbed_one(
             "costs.json",
             "weights.safetensors",
             "model.json",
+            "search.json",
             "search/history.csv",
         ):
             assert (folder / name).read_bytes() == (expected / name).read_bytes(), name

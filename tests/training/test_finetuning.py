@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nni_haloc.inputs.config import load_config
 from nni_haloc.runs.job import Job
-from nni_haloc.runs.run import choose_ranks
+from nni_haloc.runs.stages.choose_ranks import ChooseRanks
+from nni_haloc.runs.stages.stage import ignore
 from nni_haloc.training.finetuning import accuracy, finetune, recalibrate
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.utils.errors import Diverged
@@ -123,7 +124,10 @@ def test_distillation_descends_the_softened_divergence_from_the_original(share):
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_feature_maps_are_drawn_to_the_originals_as_in_equation_9(share):
-    """One step of plain gradient descent, against the definition written out; an activation writes into the outputs that are compared."""
+    """One step of plain gradient descent, against the definition written out.
+
+    An activation writes into the outputs that are compared.
+    """
     torch.manual_seed(0)
     student, teacher = (
         nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4)).double()
@@ -167,7 +171,7 @@ def test_a_network_that_is_measured_in_channels_last_is_trained_in_it(tmp_path):
     job = Job(
         load_config(example, {"cost.memory_format": "channels_last", "rule": "uniform"}), tmp_path
     )
-    _, network = choose_ranks(job)
+    network = ChooseRanks().run(job, None, ignore, resume=False).network
     kernels = [
         m.weight
         for m in network.modules()
@@ -183,7 +187,8 @@ def test_a_loss_that_is_not_finite_ends_the_training(net, loaders, weight, found
         net.head.weight.fill_(weight)
     with pytest.raises(
         Diverged,
-        match=rf"the training diverged: loss ({found}) in epoch 1, iteration 1; lower its learning rate$",
+        match=rf"the training diverged: loss ({found}) in epoch 1, iteration 1; "
+        "lower its learning rate$",
     ):
         finetune(net, loaders[0], Recipe(1, 0.01), enable_progress_bar=False)
 

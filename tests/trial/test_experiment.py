@@ -31,8 +31,10 @@ def test_trials_report_a_curve_and_a_flat_final_dict(experiment):
         assert all(isinstance(value, (int, float)) for value in final.values())
         assert {
             "default",
-            "baseline_top1",
+            "original_top1",
+            "top1",
             "latency_ms",
+            "original_latency_ms",
             "speedup",
             "images_per_s",
             "macs",
@@ -49,7 +51,8 @@ def test_each_trial_leaves_a_folder_that_loads_and_its_own_parameters(experiment
         load(folder)
         content = json.loads((folder / "metrics.json").read_text())
         assert content["parameters"] == json.loads(trial["hyperParameters"][0])["parameters"]
-        assert content["metrics"]["macs"] <= content["parameters"]["budget.fraction"] * 1493632
+        macs = content["stages"]["finetune"]["macs"]
+        assert macs <= content["parameters"]["budget.fraction"] * 1493632
 
 
 def test_results_are_read_from_the_experiment(experiment):

@@ -1,4 +1,7 @@
-"""NNI's remote training service: an SSH server of our own on this machine, with keys, home and port that are thrown away."""
+"""NNI's remote training service: an SSH server of our own on this machine.
+
+Its keys, home and port are thrown away.
+"""
 
 import getpass
 import json
@@ -51,19 +54,20 @@ def machine(tmp_path):
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
     port = free_port()
-    # pip without an index: NNI upgrades itself on the other machine, which here is this one. The file server's folder is the home, as it is
-    # where the home is the user's own.
+    # pip without an index: NNI upgrades itself on the other machine, which here is this one. The
+    # file server's folder is the home, as it is where the home is the user's own.
     here = {
         "HOME": home,
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
         "PIP_NO_INDEX": "1",
         "OMP_NUM_THREADS": "1",
     }
+    variables = " ".join(f"{key}={value}" for key, value in here.items() if value)
     (folder / "config").write_text(
         f"ListenAddress 127.0.0.1:{port}\nHostKey {folder / 'host'}\nPidFile {folder / 'pid'}\n"
         f"AuthorizedKeysFile {folder / 'user.pub'}\nStrictModes no\nUsePAM no\n"
         "PasswordAuthentication no\nPermitRootLogin prohibit-password\n"
-        f"Subsystem sftp internal-sftp -d {home}\nSetEnv {' '.join(f'{key}={value}' for key, value in here.items() if value)}\n"
+        f"Subsystem sftp internal-sftp -d {home}\nSetEnv {variables}\n"
     )
     with subprocess.Popen(
         [SSHD, "-D", "-f", str(folder / "config"), "-E", str(folder / "log")]
@@ -117,9 +121,8 @@ def test_a_remote_trial_finds_what_it_needs_and_its_results_come_back(tmp_path, 
     for name in ("ranks.json", "weights.safetensors", "metrics.json"):
         assert (fetched / name).read_bytes() == (left / name).read_bytes()
     load(fetched)
-    assert (
-        json.loads((fetched / "metrics.json").read_text())["metrics"]["default"] == row["default"]
-    )
+    stages = json.loads((fetched / "metrics.json").read_text())["stages"]
+    assert stages["finetune"]["top1"] == row["default"]
 
 
 REMOTE = """
@@ -171,7 +174,8 @@ def test_what_an_absolute_path_names_is_the_other_machines(experiment):
         (
             "space.yml",
             "../outside.yml",
-            r"rank_space: .*outside\.yml is outside .*code, the folder that is sent to the other machine$",
+            r"rank_space: .*outside\.yml is outside .*code, the folder that is sent to the other "
+            "machine$",
         ),
         (
             "weights.saf",

@@ -1,4 +1,7 @@
-"""A trial that NNI starts again: each result is reported once, and `nnictl resume` ends as an experiment ends that nobody disturbed."""
+"""A trial that NNI starts again: each result is reported once.
+
+After `nnictl resume` an experiment ends as one ends that nobody disturbed.
+"""
 
 import ctypes
 import json
@@ -23,18 +26,23 @@ from helpers.nni_experiments import (
 )
 
 from nni_haloc.cli.experiment import trial_results
+from nni_haloc.runs.folder import RunFolder
+from nni_haloc.runs.run import flatten
 from nni_haloc.trial import Reports
 from nni_haloc.utils.errors import HalocError
 
 BUDGETS = [0.5, 0.3]
 TRIED = [0.5, 0.5, 0.3]
-"""NNI's GridSearch does not count the trial that runs when the manager is killed, and draws its parameters again."""
+"""NNI's GridSearch does not count the trial that runs when the manager is killed.
+
+It draws its parameters again.
+"""
 EPOCHS = 4
 
 
 @pytest.fixture
 def sent(monkeypatch):
-    """What reached the manager: (sequence, metrics), the final result's sequence being None."""
+    """Return what reached the manager: (sequence, metrics); the final result has None."""
     found = []
     monkeypatch.setattr(
         nni, "report_intermediate_result", lambda metrics: found.append((_sequence(), metrics))
@@ -118,10 +126,11 @@ def test_a_manager_that_does_not_answer_is_one_line_and_the_result_is_not_noted(
 
 def test_a_second_process_in_a_trials_folder_waits_for_the_first(tmp_path):
     program = (
-        "import sys, time; from pathlib import Path; from nni_haloc.utils.log import log_to; from nni_haloc.trial import _alone\n"
-        "folder = Path(sys.argv[1])\n"
-        "with log_to(folder / 'log.txt'):\n"
-        "    held = _alone(folder); print('in', flush=True); sys.stdin.read()"
+        "import sys; from nni_haloc.runs.folder import RunFolder\n"
+        "from nni_haloc.utils.log import log_to; from nni_haloc.trial import _hold_alone\n"
+        "folder = RunFolder(sys.argv[1])\n"
+        "with log_to(folder.log):\n"
+        "    held = _hold_alone(folder); print('in', flush=True); sys.stdin.read()"
     )
     words = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
@@ -140,7 +149,10 @@ def test_a_second_process_in_a_trials_folder_waits_for_the_first(tmp_path):
 
 
 def test_a_trial_ends_when_the_process_that_started_it_is_killed(tmp_path):
-    program = "import os, time; from nni_haloc.trial import _end_with; _end_with(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)"
+    program = (
+        "import os, time; from nni_haloc.trial import _end_with; _end_with(os.getppid())\n"
+        "print(os.getpid(), flush=True); time.sleep(60)"
+    )
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {program!r}])"
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as manager:
         trial = psutil.Process(int(manager.stdout.readline()))
@@ -166,7 +178,8 @@ def folders(home, number):
 def orphans():
     """Make this process the parent of what its descendants leave behind, and reap that.
 
-    `nnictl` leaves its manager to init, and takes a killed manager for a running one until somebody reaps it; some containers have nobody.
+    `nnictl` leaves its manager to init, and takes a killed manager for a running one until somebody
+    reaps it; some containers have nobody.
     """
     subreaper = 36  # PR_SET_CHILD_SUBREAPER
     libc, over = ctypes.CDLL(None), threading.Event()
@@ -193,7 +206,10 @@ def orphans():
 
 
 def test_nnictl_resume_after_the_manager_was_killed_ends_as_if_it_had_not_been(tmp_path, orphans):
-    """All processes killed in the first search, the manager alone in the second fine-tuning; resumed on the same port both times."""
+    """All processes are killed in the first search, the manager alone in the second fine-tuning.
+
+    The experiment is resumed on the same port both times.
+    """
     code = digits_code(tmp_path / "digits", EPOCHS)
     expected = {}
     for budget in BUDGETS:
@@ -207,7 +223,10 @@ def test_nnictl_resume_after_the_manager_was_killed_ends_as_if_it_had_not_been(t
     ) as (port, number):
 
         def kill(state, trials, all_):
-            """End the manager, or all its processes, when that many trials have begun and the last one has left ``state``."""
+            """End the manager, or all its processes.
+
+            At that time so many trials have begun, and the last one has left ``state``.
+            """
             wait_for(lambda: len(folders(tmp_path, number)) == trials)
             folder = max(folders(tmp_path, number).values(), key=lambda path: path.stat().st_ctime)
             wait_for((folder / state).exists)
@@ -216,7 +235,8 @@ def test_nnictl_resume_after_the_manager_was_killed_ends_as_if_it_had_not_been(t
             assert any("nni_haloc.trial" in process.cmdline() for process in processes)
             for process in processes if all_ else [manager]:
                 process.send_signal(signal.SIGKILL)
-            for process in processes:  # the trial, and NNI's tuner, which would else answer the new manager on the same port
+            # The trial, and NNI's tuner, which would else answer the new manager on the same port:
+            for process in processes:
                 wait_for(lambda process=process: not process.is_running(), 60)
             assert not (folder / "metrics.json").exists(), (
                 "killed too late for this test to mean anything"
@@ -244,11 +264,10 @@ def test_nnictl_resume_after_the_manager_was_killed_ends_as_if_it_had_not_been(t
                 assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
             counted = {
                 key: value
-                for key, value in json.loads((undisturbed / "metrics.json").read_text())[
-                    "metrics"
-                ].items()
+                for key, value in flatten(RunFolder(undisturbed).metrics()).items()
                 if not any(word in key for word in ("latency", "speedup", "images_per_s"))
             }
+            assert {"default", "top1", "macs", "original_top1", "bytes"} <= counted.keys()
             assert counted.items() <= row.items()
             log = (folder / "log.txt").read_text()
             assert log.count("search epoch 1:") == 1, "it began anew"
