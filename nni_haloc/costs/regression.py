@@ -137,18 +137,18 @@ def _rates(entry: Entry) -> list[float]:
     layer = layer_spec("", entry.layer)
     images = layer.input_shapes[0][0]
     work = layer.work(entry.rank)
-    found = [1e-6 * sum(w.inputs * w.outputs * w.kernel for w in work), 1e-2 * len(work)]
+    amounts = [1e-6 * sum(w.inputs * w.outputs * w.kernel for w in work), 1e-2 * len(work)]
     for group in ([w for w in work if w.kernel == 1], [w for w in work if w.kernel > 1]):
         for a, b in _BLOCKED:
-            found.append(
+            amounts.append(
                 1e-9
                 * images
                 * sum(_up(w.inputs, a) * _up(w.outputs, b) * w.kernel * w.after for w in group)
             )
         for block in (1, 16):
-            found.append(1e-6 * images * sum(_up(w.outputs, block) * w.after for w in group))
-            found.append(1e-6 * images * sum(_up(w.inputs, block) * w.before for w in group))
-    return found
+            amounts.append(1e-6 * images * sum(_up(w.outputs, block) * w.after for w in group))
+            amounts.append(1e-6 * images * sum(_up(w.inputs, block) * w.before for w in group))
+    return amounts
 
 
 def _features(entry: Entry) -> list[float]:

@@ -108,7 +108,7 @@ def _cholesky(symmetric: Tensor) -> Tensor:
     precision = torch.finfo(symmetric.dtype)
     mean = float(symmetric.diagonal().mean().clamp_min(precision.tiny))
     share = 1e-10 if symmetric.dtype == torch.float64 else 1e-6
-    ridge = max(share * mean, precision.eps * float(symmetric.norm()))
+    ridge = max(share * mean, precision.eps / 2 * float(symmetric.norm()))
     while ridge < 1e3 * mean:  # where the matrix is finite, less is enough
         factor, failed = torch.linalg.cholesky_ex(
             symmetric + ridge * torch.eye(len(symmetric)).to(symmetric)

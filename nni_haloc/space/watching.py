@@ -55,7 +55,7 @@ def obstacle(
 
 @dataclass
 class Pass:
-    """What was seen in one forward pass.
+    """The calls and the output of one forward pass.
 
     Attributes:
         calls: layer name and input shape of each call, in their order.

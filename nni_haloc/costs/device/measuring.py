@@ -109,7 +109,7 @@ class Runtime(Protocol):
 
 @dataclass(frozen=True)
 class Timing:
-    """How to measure.
+    """Options of a measurement.
 
     Attributes:
         where: ``alone`` times each entry by itself; ``in-place`` times the network with the

@@ -1,4 +1,4 @@
-"""What a device has to time: `Specification` and its file ``spec.json``.
+"""List everything that a device has to time: `Specification`, with its file ``spec.json``.
 
 A specification holds layer shapes and operations, neither the network's code nor its weights.
 """
