@@ -55,7 +55,9 @@ def expected_costs(logits, sizes, costs, fixed):
 
 @st.composite
 def settlings(draw):
-    """Logits, and costs over budgets that some probabilities meet exactly or with a little to spare."""
+    """Logits, and costs over budgets that some probabilities meet exactly or with a little to
+    spare.
+    """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     sizes = draw(st.lists(st.integers(1, 8), min_size=1, max_size=20))
     costs = rng.lognormal(0, 1, (draw(st.integers(1, 3)), sum(sizes))) * draw(
@@ -91,7 +93,9 @@ def test_settled_logits_meet_every_limit_and_use_one(problem):
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_limits_that_conflict_are_met_and_prices_forget_what_was(seed):
-    """Where a candidate is cheap by one table it is dear by the other; and an earlier price leaves no trace."""
+    """Where a candidate is cheap by one table it is dear by the other; and an earlier price leaves
+    no trace.
+    """
     rng = np.random.default_rng(seed)
     sizes = [4] * 6
     first = rng.uniform(0.05, 1, 24)
@@ -107,7 +111,9 @@ def test_limits_that_conflict_are_met_and_prices_forget_what_was(seed):
 
 
 def test_settling_takes_the_nearest_probabilities_at_the_budget():
-    """Against a general-purpose optimizer: of all probabilities with that expected cost, the least Kullback-Leibler divergence."""
+    """Against a general-purpose optimizer: of all probabilities with that expected cost, the least
+    Kullback-Leibler divergence.
+    """
     rng = np.random.default_rng(0)
     logits, costs, fixed = rng.normal(0, 1, 7), rng.uniform(0.05, 0.8, (1, 7)), np.array([0.1])
     ours = [

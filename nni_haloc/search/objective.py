@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 from scipy.optimize import brentq, minimize, root
 from torch import Tensor
 
+from nni_haloc.inputs.options import LamSchedule
+
 _DEAREST = 1e4
 """The largest price of a budget's worth of cost.
 
 It leaves a candidate that costs 1 % of the budget more than another no probability.
 """
-
-Schedule = Literal["constant", "linear", "cosine"]
 
 
 def expected_cost(probs: Sequence[Tensor], costs: Sequence[Tensor], fixed: float = 0.0) -> Tensor:
@@ -137,7 +136,7 @@ def _with(values: np.ndarray, index: np.ndarray, some: np.ndarray) -> np.ndarray
     return result
 
 
-def schedule(kind: Schedule, progress: float) -> float:
+def schedule(kind: LamSchedule, progress: float) -> float:
     """Return the share of lambda in force at a point of the search.
 
     Args:

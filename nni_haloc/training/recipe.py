@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-Schedule = Literal["step", "onecycle", "constant"]
+from nni_haloc.inputs.options import Schedule
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def loader(images, labels, seed=3):
 
 
 def problem(net, images, labels, fractions=(0.4,), rules=RankRules(step=1), **more):
-    """A problem with limits on the MACs and, where there are two ``fractions``, on the parameters."""
+    """A problem with limits on the MACs and, with two ``fractions``, on the parameters."""
     layers = find_layers(net, images[:1], rules)
     tables = [
         make(net, images[:1], rules)

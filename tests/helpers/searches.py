@@ -57,7 +57,9 @@ def state(model):
 
 
 class Watch(pl.Callback):
-    """Counts forward passes by network and candidate, and notes which weights each iteration changed."""
+    """Counts forward passes by network and candidate, and notes which weights each iteration
+    changed.
+    """
 
     def on_fit_start(self, trainer, module):
         self.state = module.state

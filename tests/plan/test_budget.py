@@ -29,7 +29,9 @@ JUST = st.sampled_from([1.0, 1 - 1e-15, 1 + 1e-15, 1 - 1e-9, 1 + 1e-9, 1 - 1e-6,
 
 @st.composite
 def problems(draw, most_limits=1):
-    """Scores, and limits drawn at, just below and just above the costs of some choice; now and then of another choice in each table."""
+    """Scores, and limits drawn at, just below and just above the costs of some choice; now and then
+    of another choice in each table.
+    """
     widths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     layers = {f"l{i}": ["dense", *(f"r{j}" for j in range(1, n))] for i, n in enumerate(widths)}
     candidates = {
@@ -71,7 +73,9 @@ def check(scores, limits):
 
 
 def refused_rightly(scores, limits, message):
-    """The number named is the least cost in the refused table, among the choices within the limits before it where the message says so."""
+    """The number named is the least cost in the refused table, among the choices within the limits
+    before it where the message says so.
+    """
     named = float(re.search(r", (\S+) macs$", message)[1])
     if "within" not in message:
         assert any(
@@ -143,7 +147,9 @@ def test_a_budget_is_used_wherever_it_can_be(problem, use):
 
 @pytest.fixture
 def gives_up(monkeypatch):
-    """No nodes for HiGHS's tree: it ends without a choice and without a proof, save in a search for any choice."""
+    """No nodes for HiGHS's tree: it ends without a choice and without a proof, save in a search for
+    any choice.
+    """
     monkeypatch.setattr("nni_haloc.plan.budget._NODES", 0)
 
 
@@ -166,7 +172,9 @@ def test_where_the_solver_gives_up_every_budget_that_can_be_met_is_met(gives_up,
 def test_where_the_solver_can_not_even_tell_that_there_is_no_network_it_says_so(
     gives_up, monkeypatch
 ):
-    """With n of three layers at r4 a network costs 6 + 4n macs and 21 - 4n params: 1.975 layers would be within both limits."""
+    """With n of three layers at r4 a network costs 6 + 4n macs and 21 - 4n params: 1.975 layers
+    would be within both limits.
+    """
     layers = {layer: ["r2", "r4"] for layer in "abc"}
     macs, params = (
         CostTable(metric, {layer: {"dense": 10.0, **row} for layer in layers}, 0.0)
@@ -259,7 +267,9 @@ def test_a_score_that_is_not_finite_is_named():
 
 
 def test_scores_that_are_costs_in_disguise_come_to_an_end(monkeypatch):
-    """Any of ever so many choices nearly uses the budget, and proving which is the best would take the solver hours."""
+    """Any of ever so many choices nearly uses the budget, and proving which is the best would take
+    the solver hours.
+    """
     monkeypatch.setattr("nni_haloc.plan.budget._NODES", 200)
     draw = random.Random(0)
     layers = {f"l{i}": [f"r{j}" for j in range(30)] for i in range(16)}

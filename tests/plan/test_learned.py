@@ -1,4 +1,6 @@
-"""Rule `learned`: its compression against numpy, its training counted, and ranks that only training can tell."""
+"""Rule `learned`: its compression against numpy, its training counted, and ranks that only training
+can tell.
+"""
 
 import dataclasses
 
@@ -42,7 +44,9 @@ def test_without_training_the_learned_ranks_are_the_best_for_the_kernels(
 
 
 def test_learning_takes_its_steps_and_ends_near_low_rank(net, images, labels, monkeypatch):
-    """Batches are counted; limits widen to the problem's; kernels end nearer to low rank than they began; random states are left alone."""
+    """Batches are counted; limits widen to the problem's; kernels end nearer to low rank than they
+    began; random states are left alone.
+    """
     distances, budgets, taken, compress = [], [], [], learning._compress
 
     def spied(problem, weights, limits):
@@ -113,7 +117,9 @@ class Halves(nn.Module):
 
 
 def test_learned_ranks_go_where_the_loss_needs_them(monkeypatch):
-    """The labels are a rotation of one half, which the network has hardly learned: its kernels alone give the other half the ranks."""
+    """The labels are a rotation of one half, which the network has hardly learned: its kernels
+    alone give the other half the ranks.
+    """
     torch.manual_seed(0)
     net = Halves()
     nn.init.orthogonal_(net.needed.weight, 0.1)

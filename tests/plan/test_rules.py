@@ -58,7 +58,9 @@ def test_the_settings_name_the_rules_that_there_are():
 
 
 def test_plans_are_compared_with_their_batch_norm_recalibrated(images, labels):
-    """As the delivered networks are; a network whose statistics alone are off loses nothing by that."""
+    """As the delivered networks are; a network whose statistics alone are off loses nothing by
+    that.
+    """
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
@@ -100,7 +102,9 @@ COST = st.one_of(st.integers(1, 20).map(float), st.floats(0.01, 100))
 
 @pytest.mark.usefixtures("brief")
 def test_measured_costs_in_no_order_are_kept_too(net, images, labels, monkeypatch):
-    """Tables in which a lower rank may cost more, and limits just at some choice's cost: every rule finds a plan within them."""
+    """Tables in which a lower rank may cost more, and limits just at some choice's cost: every rule
+    finds a plan within them.
+    """
     monkeypatch.setattr(knapsacks, "DRAWS", 2)
     whole = problem(net, images, labels, rules=RankRules(), train=loader(images, labels))
     shared = {"modules": whole.modules, "errors": whole.errors}
@@ -146,7 +150,9 @@ def test_an_unknown_rule_is_refused(net, images, labels):
 
 
 def test_errors_are_those_of_the_layers_outputs(net):
-    """Each candidate is run on what the original layer is fed; the covariances' shrinkage is worth a per cent or two."""
+    """Each candidate is run on what the original layer is fed; the covariances' shrinkage is worth
+    a per cent or two.
+    """
     images = torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     one, fed = problem(net, images, torch.zeros(256, dtype=torch.long)), {}
     hooks = [

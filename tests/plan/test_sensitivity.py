@@ -34,7 +34,9 @@ def test_the_loss_is_the_mean_over_all_images_whatever_the_batches(net, images, 
 
 
 def test_each_candidate_is_put_alone_into_the_original(net, modules, images, labels):
-    """Every candidate of every layer, in a network made by hand from the original; what was tried before leaves no trace."""
+    """Every candidate of every layer, in a network made by hand from the original; what was tried
+    before leaves no trace.
+    """
     assert {layer: len(row) for layer, row in modules.items()} == {
         "stem": 2,
         "body.0": 4,
@@ -66,7 +68,9 @@ def test_one_pass_a_candidate_and_one_for_the_original_and_its_copies(net, modul
 
 
 class Residual(nn.Module):
-    """Blocks that add in place to what a layer gave (as torchvision's do), a layer with two names and two calls, one that is not called."""
+    """Blocks that add in place to what a layer gave (as torchvision's do), a layer with two names
+    and two calls, one that is not called.
+    """
 
     def __init__(self):
         super().__init__()
@@ -106,7 +110,9 @@ def residual():
 
 
 def test_a_pass_goes_on_from_the_layer_that_is_replaced(residual, images, labels):
-    """Against whole passes, with operations in place on what was kept; and the calls that are made are counted."""
+    """Against whole passes, with operations in place on what was kept; and the calls that are made
+    are counted.
+    """
     layers = ["stem", "blocks.0.one", "blocks.0.side", "blocks.1.two", "twice", "idle"]
     rows = {
         layer: {name: copy.deepcopy(residual.get_submodule(layer)) for name in ("a", "b")}
@@ -119,7 +125,8 @@ def test_a_pass_goes_on_from_the_layer_that_is_replaced(residual, images, labels
     for name in ("stem", "blocks.0.one", "blocks.1.one", "blocks.1.two", "twice", "head"):
         residual.get_submodule(name).forward = Counted(calls, name, residual.get_submodule(name))
     found = sensitivities(residual, rows, images, labels)
-    # twice for each of the layers that stand before it, once for the original; never where it is itself replaced
+    # twice for each of the layers that stand before it, once for the original; never where it is
+    # itself replaced
     assert calls == {
         "stem": 3,
         "blocks.0.one": 5,
@@ -144,8 +151,11 @@ def check(network, rows, found, images, labels):
 
 
 class Effects(nn.Module):
-    """``in place``: an activation overwrites what is used again. ``left behind``: a module leaves something for another to find.
-    ``input``: the images themselves are overwritten."""
+    """``in place``: an activation overwrites what is used again.
+
+    ``left behind``: a module leaves something for another to find. ``input``: the images themselves
+    are overwritten.
+    """
 
     def __init__(self, effect):
         super().__init__()

@@ -1,4 +1,6 @@
-"""Rules that set one number for the whole network: what the number means, and that it is the best that fits."""
+"""Rules that set one number for the whole network: what the number means, and that it is the best
+that fits.
+"""
 
 import dataclasses
 import math

@@ -48,11 +48,11 @@ def test_no_noise_and_nothing_at_all():
 
 
 def least_free_energy(matrix, most=4):
-    """Rank and noise variance at the least variational free energy, by minimising over all its variables at once.
+    """Rank and noise variance at the least variational free energy, over all variables at once.
 
-    One run for each number of components that are not null, up to ``most`` (a null one adds nothing). Of a component: the norms a and b of
-    the two sides' means, along its singular vectors, and their variances va and vb; its prior variances are the sides' mean squares,
-    u / M and v / L.
+    One run for each number of components that are not null, up to ``most`` (a null one adds
+    nothing). Of a component: the norms a and b of the two sides' means, along its singular vectors,
+    and their variances va and vb; its prior variances are the sides' mean squares, u / M and v / L.
     """
     gamma = np.linalg.svd(matrix, compute_uv=False)
     short, long = sorted(matrix.shape)
@@ -98,7 +98,7 @@ def test_the_solution_has_the_least_free_energy(short, long, rank, noise, seed):
 
 
 def test_a_component_counts_from_where_it_lowers_the_free_energy():
-    """The largest singular value of noise moved through the threshold, one per cent to either side."""
+    """Noise's largest singular value moved through the threshold, one per cent to either side."""
     u, noise, v = torch.linalg.svd(planted(60, 120, 0, 1.0), full_matrices=False)
 
     def matrix(value):

@@ -23,7 +23,9 @@ def mixed(module, x, ranks):
 
 
 def oracle(layer, x, loss):
-    """ProxylessNAS as written: dL/dy at the sampled path, its inner product with every candidate's output, the softmax's Jacobian."""
+    """ProxylessNAS as written: dL/dy at the sampled path, its inner product with every candidate's
+    output, the softmax's Jacobian.
+    """
     with torch.enable_grad():
         y = layer[layer.names[layer.sampled]](x).detach().requires_grad_()
         (grad_y,) = torch.autograd.grad(loss(y), y)
@@ -35,7 +37,9 @@ def oracle(layer, x, loss):
 
 @pytest.fixture(params=[(True, True), (True, False), (False, True), (False, False)], ids=str)
 def way(request, monkeypatch):
-    """Each way to run the sampled candidate (dense kernel, factors) with each way to take the gradients (contraction, all candidates)."""
+    """Each way to run the sampled candidate (dense kernel, factors) with each way to take the
+    gradients (contraction, all candidates).
+    """
     monkeypatch.setattr(supernet, "runs_dense", lambda *_: request.param[0])
     monkeypatch.setattr(gates, "contracts", lambda *_: request.param[1])
 

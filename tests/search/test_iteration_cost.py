@@ -81,7 +81,7 @@ def searching(number, **options):
         ({}, 4.05),
     ],  # 3 for the weights; 3 for alpha and 1 of the original, or a quarter of these
 )
-def test_an_iteration_costs_less_than_two_and_a_half_training_steps_whatever_the_number_of_candidates(
+def test_an_iteration_costs_under_two_and_a_half_training_steps_for_any_number_of_candidates(
     options, forwards
 ):
     torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""NNI's multi-trial strategies on a rank space: within the budget, the best of what was tried, and no trace left behind."""
+"""NNI's multi-trial strategies on a rank space: within the budget, the best of what was tried, and
+no trace left behind.
+"""
 
 import copy
 import itertools
@@ -21,9 +23,9 @@ from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.compression import compress
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.sensitivity import loss
-from nni_haloc.runs.by_rule import by_rule
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.saved import load
+from nni_haloc.runs.stages.by_rule import by_rule
 from nni_haloc.search import multitrial
 from nni_haloc.search.multitrial import _STRATEGIES, _Repair, run_multitrial
 from nni_haloc.search.space import RankSpace

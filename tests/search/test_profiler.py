@@ -1,4 +1,6 @@
-"""A cost table in NNI's own terms, with one of its one-shot strategies and one of its multi-trial ones."""
+"""A cost table in NNI's own terms, with one of its one-shot strategies and one of its multi-trial
+ones.
+"""
 
 import random
 from statistics import mean

@@ -135,7 +135,8 @@ def test_only_the_sampled_candidates_run_and_are_updated(net, images, loaders, m
             any(k.startswith(prefix) for prefix in sampled_so_far) for k in candidates_held
         )  # no momentum for what never ran
         assert not any("alpha" in k for k in held)
-    # One pass of the original an iteration, in the weight step; once more on the first batch, where an activation writes over an output.
+    # One pass of the original an iteration, in the weight step; once more on the first batch, where
+    # an activation writes over an output.
     assert watch.original == len(watch.rounds) + 1
 
 
@@ -171,7 +172,9 @@ def test_the_feature_map_term_is_eq_8_on_the_same_batch(net, images, loaders):
 def test_the_feature_map_term_and_its_gradient_are_those_of_the_mean_square(
     net, images, loaders, share
 ):
-    """Over the first images of the batch where a share of it is compared; against autograd's own mean square on copies."""
+    """Over the first images of the batch where a share of it is compared; against autograd's own
+    mean square on copies.
+    """
     strategy = search(net, images, loaders)
     supernet, layers = strategy.supernet.double().eval(), list(strategy.mixed_layers.values())
     supernet.original.double()
@@ -202,7 +205,9 @@ def test_the_feature_map_term_and_its_gradient_are_those_of_the_mean_square(
 
 
 class Moody(nn.Module):
-    """Calls its layers as often in training as it is told to, and all of them once in evaluation, as the original network is."""
+    """Calls its layers as often in training as it is told to, and all of them once in evaluation,
+    as the original network is.
+    """
 
     def __init__(self, stem, body):
         super().__init__()
@@ -244,7 +249,9 @@ def test_a_call_that_the_original_does_not_make_too_has_no_term(images, loaders,
 
 
 def test_a_call_on_fewer_images_than_the_originals_has_no_term(images, loaders):
-    """It would be compared with other images' outputs, or, one against many, be spread over them without a word."""
+    """It would be compared with other images' outputs, or, one against many, be spread over them
+    without a word.
+    """
     strategy = search(Moody(1, 1), images, loaders)
     supernet, original = strategy.supernet, strategy.supernet.original
     maps = FeatureMaps(supernet, strategy.mixed_layers.values(), original)
@@ -378,7 +385,9 @@ def test_by_default_the_expected_cost_goes_evenly_to_the_budget_and_stays(
 def test_a_search_from_sensitivities_starts_at_the_budget_and_keeps_their_order(
     net, images, loaders
 ):
-    """Alpha that hardly moves: its scores are what it started from, and the probabilities the tilted softmax in closed form."""
+    """Alpha that hardly moves: its scores are what it started from, and the probabilities the
+    tilted softmax in closed form.
+    """
     watch = Costs()
     space = RankSpace(net, images[:1], mac_table(net, images[:1]), calibration=images)
     added = {
@@ -443,7 +452,9 @@ def test_alpha_is_updated_as_often_as_asked(net, images, loaders, options, steps
 
 
 def test_scores_are_alphas_path_without_the_prices(net, images, loaders):
-    """With the prices taken back, alpha is where its optimizer's steps alone have led: here plain gradient steps, added up by hand."""
+    """With the prices taken back, alpha is where its optimizer's steps alone have led: here plain
+    gradient steps, added up by hand.
+    """
 
     class Steps(pl.Callback):
         def on_fit_start(self, trainer, module):
@@ -597,7 +608,9 @@ def test_pinned_layers_keep_their_rank_and_are_trained(net, images, loaders):
     ("optimizer", "thetas"), [("adam", (0.0, 0.02, 0.1, 0.5)), ("sgd", (0.0, 0.1, 0.5, 2.0))]
 )
 def test_in_the_papers_mode_a_larger_theta_ends_cheaper(net, images, loaders, optimizer, thetas):
-    """All the way from above the budget. (Under Adam not beyond 0.5: early gradients grow so large that it steps less after.)"""
+    """All the way from above the budget. (Under Adam not beyond 0.5: early gradients grow so large
+    that it steps less after.)
+    """
     options = {
         "epochs": 4,
         "objective": "paper",
@@ -718,13 +731,16 @@ def test_warm_up_trains_the_weights_alone(net, images, loaders):
 
 
 def test_users_own_lightning_module_is_enough(net, images, loaders):
-    """A training step that returns a bare loss, written by somebody who does not know of this project."""
+    """A training step that returns a bare loss, written by somebody who does not know of this
+    project.
+    """
     from nni.nas.evaluator.pytorch import Classification
     from nni.nas.evaluator.pytorch import DataLoader as Traced
 
     data = TensorDataset(images, torch.randint(0, 4, (64,)))
     evaluator = Classification(
-        train_dataloaders=Traced(data, 16), val_dataloaders=Traced(data, 16), max_epochs=1, num_classes=4,
+        train_dataloaders=Traced(data, 16), val_dataloaders=Traced(data, 16),
+        max_epochs=1, num_classes=4,
         enable_progress_bar=False, logger=False, enable_checkpointing=False,
     )  # fmt: skip
     costs = mac_table(net, images[:1])
@@ -779,7 +795,9 @@ def test_a_frozen_model_in_evaluation_mode_is_searched_like_any_other(net, image
 
 
 def test_the_plan_keeps_dense_where_the_task_needs_it(images):
-    """One layer has rank 2, the other full rank; the budget allows one of them to stay dense. The labels are the network's own answers."""
+    """One layer has rank 2, the other full rank; the budget allows one of them to stay dense. The
+    labels are the network's own answers.
+    """
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 8, 3, padding=1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)))
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 4))
@@ -912,7 +930,9 @@ def test_the_updates_and_the_state_do_not_know_the_strategy():
 
 
 def test_alpha_takes_no_part_in_the_weight_step(net, images, loaders, monkeypatch):
-    """Gate gradients are computed once a layer and iteration, in the architecture step, and no weight step leaves alpha a gradient."""
+    """Gate gradients are computed once a layer and iteration, in the architecture step, and no
+    weight step leaves alpha a gradient.
+    """
     compute, calls, left = MixedRankLayer._gate_gradients, [], []
 
     def counted(self, x, grad_y):
@@ -932,7 +952,9 @@ def test_alpha_takes_no_part_in_the_weight_step(net, images, loaders, monkeypatc
 
 
 def test_a_plans_layers_are_plain_strings(net, images, loaders):
-    """NNI's labels are of a class of its own, which a checkpoint that is loaded safely may not hold."""
+    """NNI's labels are of a class of its own, which a checkpoint that is loaded safely may not
+    hold.
+    """
     for options in ({}, {"objective": "paper"}, {"select": "argmax"}):
         assert {type(name) for name in search(net, images, loaders, **options).plan().ranks} == {
             str
