@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from nni_haloc.inputs.registries import STAGES
 from nni_haloc.utils.errors import SettingsError
 from nni_haloc.utils.files import write_json
 from nni_haloc.utils.processes import is_first
@@ -96,29 +97,32 @@ class RunFolder:
     def stages(self) -> dict[str, RunFolder]:
         """Return the further stages' folders by their names, in the order of the pipeline.
 
-        A folder that a command made under another name (``--out``) comes last.
+        A folder without figures comes last; folders of one stage are in the order of their names.
         """
-        from nni_haloc.runs.stages import further_stages
+        others = {self.export.name, self.front.name}
+        folders = [RunFolder(path) for path in self.path.iterdir() if path.name not in others]
+        order = list(STAGES)
+        ranked = []
+        for folder in folders:
+            if folder.holds_network:
+                stage = next(iter(folder.read_metrics()["stages"]), "")
+                rank = order.index(stage) if stage in order else len(order)
+                ranked.append((rank, folder.path.name, folder))
+        return {name: folder for _, name, folder in sorted(ranked, key=lambda entry: entry[:2])}
 
-        order = [stage.folder for stage in further_stages()]
-        others = {*(self.export.name, self.front.name)}
-        made = [RunFolder(path) for path in self.path.iterdir() if path.name not in others]
-        made = [folder for folder in made if folder.holds_network]
-        rank = {name: place for place, name in enumerate(order)}
-        made.sort(key=lambda folder: (rank.get(folder.path.name, len(rank)), folder.path.name))
-        return {folder.path.name: folder for folder in made}
+    def clear(self, *stages: str) -> None:
+        """Remove what an earlier run left here; files that are not a run's stay.
 
-    def clear(self) -> None:
-        """Remove what an earlier run left here; files that are not a run's stay."""
+        Args:
+            stages: names of the further stages' folders.
+        """
         if not is_first() or not self.path.is_dir():
             return
-        from nni_haloc.runs.stages import further_stages
-
         files = (self.ranks, self.weights, self.metrics_file, self.model, self.bench)
         for file in (*files, self.search_file):
             file.unlink(missing_ok=True)
         folders = [self.searching.path, self.finetuning.path, self.front, self.export]
-        for folder in (*folders, *(self.path / stage.folder for stage in further_stages())):
+        for folder in (*folders, *(self.path / name for name in stages)):
             shutil.rmtree(folder, ignore_errors=True)
 
     def write_metrics(self, stages: Mapping[str, Figures], **facts: Any) -> None:

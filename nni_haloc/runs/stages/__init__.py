@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.registries import STAGES
+from nni_haloc.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from nni_haloc.runs.stages.stage import NetworkStage, Stage
@@ -28,6 +29,11 @@ def further_stages() -> list[NetworkStage]:
     from nni_haloc.runs.stages.stage import NetworkStage
 
     return [stage for stage in all_stages() if isinstance(stage, NetworkStage)]
+
+
+def clear(folder: RunFolder) -> None:
+    """Remove what an earlier run, its further stages included, left in a folder."""
+    folder.clear(*(stage.folder for stage in further_stages()))
 
 
 def further_stage(name: str) -> NetworkStage:

@@ -13,6 +13,7 @@ from nni_haloc.plan.rules import RULES, Problem, plan
 from nni_haloc.runs.identity import finetuning_identity
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.limits import limits_of
+from nni_haloc.runs.stages import clear
 from nni_haloc.space.ranks import find_layers
 from nni_haloc.space.summary import why_nothing
 from nni_haloc.training import checkpoint
@@ -55,7 +56,7 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
     )
     # What is there may be fine-tuned already, and stages follow it.
     if not (resume and job.holds(chosen)):
-        job.folder.clear()
+        clear(job.folder)
         job.save(network, chosen)
     return chosen, network
 

@@ -17,6 +17,7 @@ from nni_haloc.runs.folder import Figures, RunFolder, Training
 from nni_haloc.runs.identity import search_identity
 from nni_haloc.runs.job import Job, trainer_options
 from nni_haloc.runs.limits import limits_of, table_files, with_tables
+from nni_haloc.runs.stages import clear
 from nni_haloc.runs.stages.by_rule import by_rule
 from nni_haloc.runs.stages.stage import Outcome, Report, Stage
 from nni_haloc.runs.stages.training import recipe_of
@@ -124,7 +125,7 @@ def run_or_read_search(job: Job, report: Report, *, resume: bool) -> Haloc:
     with as_one_line():
         strategy, space = _prepare(job.at(config, job.folder.path))
     if saved is None:
-        job.folder.clear()  # only now: the settings have proved good
+        clear(job.folder)  # only now: the settings have proved good
     unfinished = saved is None or saved["epochs"] < config.search.epochs
     # Each process reads a finished search back for itself.
     options = trainer_options(job.config, searching=True) if unfinished else {}
