@@ -7,10 +7,10 @@ import base64
 import json
 import shutil
 import string
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from helpers.pages import Page
 from helpers.paths import DIGITS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,30 +26,6 @@ STAGES = {
     "search": {"cost": 12.0, "original_cost": 100.0, "budget": 12.5},
     "finetune": {"top1": 0.8532, "macs": 12_345_678, "latency_ms": 2.125},
 }
-
-
-class Page(HTMLParser):
-    """Tags and their attributes, and the texts between them; ``rows`` of the tables."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.texts, self.rows, self.addresses = [], [], [], []
-        self.feed(text)
-        self.text = " ".join(self.texts)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.addresses += [value for name, value in attributes if name in ("src", "href")]
-        assert not any(name.startswith("on") for name, _ in attributes)
-        if tag == "tr":
-            self.rows.append([])
-
-    def handle_data(self, data):
-        if self.lasttag == "style" or not data.strip():
-            return
-        self.texts.append(data.strip())
-        if self.lasttag in ("td", "th"):
-            self.rows[-1].append(data.strip())
 
 
 @pytest.fixture
