@@ -27,6 +27,35 @@ def test_every_folder_imports_only_from_the_folders_below_it():
     assert lint_imports(str(ROOT / ".importlinter"), no_cache=True) == 0
 
 
+def parts_of_nni(path):
+    """Yield the dotted names that a file imports or uses of NNI."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    ("part", "home"),
+    [
+        ("nni.nas", "search"),
+        ("nni.compression", "chain"),
+        ("nni.report_", "trial.py"),
+        ("nni.get_next_parameter", "trial.py"),
+    ],
+)
+def test_each_part_of_nni_is_used_in_one_place_alone(part, home):
+    users = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in PACKAGE.rglob("*.py")
+        if any(name.startswith(part) for name in parts_of_nni(path))
+    }
+    assert users == {home}
+
+
 def test_the_package_root_is_a_table_of_contents():
     found = [path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"]
     assert len(found) <= ENTRIES, found
