@@ -45,7 +45,7 @@ def batches(images, labels):
 
 
 def by_hand(network, masks, x):
-    """What the masked network computes: kernels and biases times their masks, BatchNorm's output times its."""
+    """Compute by the masked network: weights times masks, BatchNorm's output times its mask."""
     network = copy.deepcopy(network)
     for name, row in masks.items():
         module = network.get_submodule(name)
@@ -217,7 +217,8 @@ def test_the_folder_of_a_pruned_network_gives_it_back_exactly(tmp_path, make):
     [
         (
             {"stem.weight": (9, 3, 3, 3)},
-            "layer 'stem': expected weight of .8, 3, 3, 3. or, pruned, less; found .9, 3, 3, 3. .Conv2d.",
+            "layer 'stem': expected weight of .8, 3, 3, 3. or, pruned, less; "
+            "found .9, 3, 3, 3. .Conv2d.",
         ),
         ({"stem.weight": (8, 3, 1, 1)}, "layer 'stem': "),
         ({"stem.weight": (8, 3)}, "layer 'stem': "),
@@ -315,7 +316,7 @@ def test_calibration_takes_the_images_in_parts_and_finds_the_ranges_of_one_pass(
 def test_training_takes_the_rounding_and_the_ranges_from_its_first_step_on(
     tucker, images, quantizer
 ):
-    """NNI's tasks after the optimizer's steps, which `quantize` leaves out, would change neither."""
+    """NNI's tasks after the optimizer's steps, which `quantize` leaves out, change neither."""
     large, seen = torch.cat([images[:64], 100 * images]), []
 
     def train(network):

@@ -319,7 +319,8 @@ def damaged(run, tmp_path):
         ("nothing", "ranks.json: no such file; expected the folder of a finished run$"),
         (
             "no settings",
-            "metrics.json: expected the settings of a finished run, found none; is the run finished\\?$",
+            "metrics.json: expected the settings of a finished run, found none; "
+            "is the run finished\\?$",
         ),
         ("no JSON", "metrics.json: not a JSON file"),
         ("a setting", "metrics.json: model.name: .*found 7"),

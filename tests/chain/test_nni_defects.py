@@ -1,4 +1,7 @@
-"""NNI 3.0's defects that this project gets round, one test each: a changed dependency shows itself here."""
+"""NNI 3.0's defects that this project works around, one test each.
+
+A dependency that changes shows itself here.
+"""
 
 import ast
 import copy
@@ -264,7 +267,7 @@ def test_a_multi_trial_experiment_would_make_each_network_anew_from_arguments_un
 
 
 class Shifted(nn.Module):
-    """A convolution whose channels BatchNorm shifts, one that adds to them, and one that takes them."""
+    """Return three convolutions: BatchNorm shifts the first, one adds to it, one takes both."""
 
     def __init__(self):
         super().__init__()
@@ -309,7 +312,10 @@ def test_nnis_tracer_fails_and_torchs_is_passed(shifted):
 
 
 def test_a_masked_channel_leaves_batch_norm_as_a_constant_unless_its_output_is_masked_too(shifted):
-    """And added channels are unmasked unless they are masked together: only with both is the sped-up network the masked one."""
+    """Added channels are unmasked, too, unless they are masked together.
+
+    Only with both settings is the sped-up network the masked one.
+    """
     x = torch.randn(2, 3, 6, 6)
     groups, _ = channel_groups(shifted, traced(shifted).graph)
     settings = pruning_settings(groups, 0.5)
@@ -395,7 +401,10 @@ def test_qat_still_calls_an_old_name_in_each_backward_pass(shifted):
 
 
 def test_a_trial_asks_for_its_parameters_before_any_heavy_import():
-    """In the source: nothing but `import nni` and the standard library comes before the question. In fact: no torch is loaded then."""
+    """In the source only `import nni` and the standard library come before the question.
+
+    In fact no torch is loaded then.
+    """
     *before, question = ast.parse((PACKAGE / "trial.py").read_text()).body[1:6]
     assert [ast.unparse(line) for line in before] == [
         "import json",
@@ -417,12 +426,13 @@ def test_a_trial_asks_for_its_parameters_before_any_heavy_import():
 
 
 def test_results_are_joined_by_parameter_id_and_not_by_trial(tmp_path):
-    """The manager may hand trial A what it lists for trial B, as it does with a concurrency of two."""
+    """The manager may hand trial A what it lists for trial B, with a concurrency of two."""
     folder = tmp_path / "exp" / "db"
     folder.mkdir(parents=True)
     connection = sqlite3.connect(folder / "nni.sqlite")
     connection.execute(
-        "CREATE TABLE TrialJobEvent (timestamp, trialJobId, event, data, logPath, sequenceId, message, environmentId)"
+        "CREATE TABLE TrialJobEvent "
+        "(timestamp, trialJobId, event, data, logPath, sequenceId, message, environmentId)"
     )
     connection.execute(
         "CREATE TABLE MetricData (timestamp, trialJobId, parameterId, type, sequence, data)"
@@ -498,7 +508,8 @@ trainingService: {platform: local}
 def test_what_nni_accepts_in_silence_or_misreports_is_one_clear_line(tmp_path, old, new, message):
     (tmp_path / "weights.safetensors").touch()
     (tmp_path / "run.yml").write_text(
-        "{model: {name: digits_cnn}, weights: weights.safetensors, data: {name: digits}, budget: {fraction: 0.5}}"
+        "{model: {name: digits_cnn}, weights: weights.safetensors, data: {name: digits}, "
+        "budget: {fraction: 0.5}}"
     )
     (tmp_path / "haloc.yml").write_text(EXPERIMENT)
     assert "searching budget.fraction" in check_experiment(tmp_path / "haloc.yml")
@@ -510,7 +521,10 @@ def test_what_nni_accepts_in_silence_or_misreports_is_one_clear_line(tmp_path, o
 
 
 def test_the_managers_files_are_read_before_nnictls_three_seconds_start(monkeypatch):
-    """On a cold machine `nnictl create` timed out twice, waiting for its manager to load some thousand files."""
+    """On a cold machine `nnictl create` timed out twice.
+
+    It waited for its manager to load some thousand files.
+    """
     read = []
     monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self.name) or b"")
     warm_up_manager()
@@ -525,8 +539,11 @@ def test_nnictl_still_finds_pkg_resources():
     assert nni.__version__ == "3.0"
 
 
-def test_nnis_one_shot_strategies_are_stubs_where_their_module_is_imported_first_and_here_they_are_not():
-    """The import of the package from within its half-made module fails, and NNI takes that for torch missing."""
+def test_nnis_one_shot_strategies_are_stubs_if_their_module_is_imported_first_but_not_here():
+    """The package's import from within its half-made module fails.
+
+    NNI takes that for a missing torch.
+    """
 
     def strategy_after(first):
         code = f"import {first}; from nni.nas.strategy import DARTS; print(DARTS.__name__)"

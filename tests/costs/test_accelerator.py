@@ -1,4 +1,4 @@
-"""The Eyeriss model: numbers known from ZigZag, bounds that hold for any array, and a cache that spares the second or two."""
+"""The Eyeriss model: numbers known from ZigZag, bounds of any array, and the cache."""
 
 import json
 import logging

@@ -132,7 +132,7 @@ def numbers(lines, name):
 
 
 def test_table_counts_before_and_after_a_plan(tmp_path, table):
-    """As fvcore counts the network that has the plan's convolutions, written out, and as its parameters are."""
+    """Compare with fvcore's count of the network that has the plan's convolutions written out."""
     plan = {"version": 1, "ranks": {"block2.conv": [8, 4], "block3.conv": "dense"}, "chosen_by": {}}
     (tmp_path / "ranks.json").write_text(json.dumps(plan))
     lines = table(

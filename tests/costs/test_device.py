@@ -1,4 +1,4 @@
-"""Measuring on a device: what is timed, what is kept, and that neither NNI nor, for ONNX Runtime, PyTorch is needed."""
+"""Measuring on a device: what is timed and kept; neither NNI nor a second runtime is needed."""
 
 import json
 import math
@@ -107,7 +107,7 @@ def test_torchvisions_networks_are_replayed(name):
 
 
 def test_freed_memory_is_kept_while_measuring():
-    """An activation of megabytes is not taken from the system anew in each pass (here 20 ms a pass instead of 7)."""
+    """A pass takes no megabytes from the system anew (20 ms a pass here instead of 7)."""
     layer = LayerSpec("", "conv", 16, 16, ((64, 16, 32, 32),), False, (3, 3), padding=(1, 1))
     runtime = TorchRuntime(memory_format="channels_last", threads=1)
     with runtime.pinned():
@@ -293,7 +293,10 @@ def test_measuring_goes_on_where_it_stopped_and_measures_nothing_twice(tmp_path,
 
 
 def test_the_network_is_timed_all_along_a_round_and_not_in_one_moment(spec, clock):
-    """Timed once a round, at its end, ResNet-18 was found at 47 to 57 ms and all its predictions with it 6 ms too long."""
+    """Timed once a round, at its end, ResNet-18 was measured at 47 to 57 ms.
+
+    All its predictions were 6 ms too long with it.
+    """
     content = measure(spec, clock, None, Timing(rounds=2, min_run_time=0))
     found, between = clock.timed.count(NETWORK), math.ceil(len(spec.entries) / 8)
     assert found == len(content["network"]) == 2 * math.ceil(len(spec.entries) / between)
@@ -336,7 +339,8 @@ def test_a_device_that_disappears_is_one_line_and_loses_nothing(tmp_path, spec, 
     clock.once = gone
     with pytest.raises(
         ValueError,
-        match=r"layer '.', candidate '.*': CUDA error: device unavailable; what was measured .*costs.json$",
+        match=r"layer '.', candidate '.*': CUDA error: device unavailable; "
+        r"what was measured .*costs.json$",
     ):
         measure(spec, clock, out, Timing(rounds=1, min_run_time=0))
     before = json.loads(out.read_text())["runs"]
@@ -569,7 +573,10 @@ def test_a_networks_onnx_model_is_the_network_whatever_its_layers_become(choice)
 
 
 class ByWork:
-    """In the place of an nn-Meter predictor, whose own are fetched when they are used: milliseconds by the weights of an ONNX model."""
+    """Stands for an nn-Meter predictor, which would be downloaded.
+
+    It returns milliseconds by the weights of an ONNX model.
+    """
 
     def __init__(self, lost=()):
         self.lost = lost
@@ -621,7 +628,8 @@ def test_a_device_needs_onnx_runtime_or_pytorch_and_nothing_of_nni(tmp_path):
         program = (
             f"import sys\nfor name in {sorted(missing)}: sys.modules[name] = None\n"
             "from nni_haloc.costs.measure import main\n"
-            f"sys.argv = ['measure', '--spec', {str(tmp_path / 'spec.json')!r}, '--out', {str(out)!r}, '--runtime', {runtime!r},"
+            f"sys.argv = ['measure', '--spec', {str(tmp_path / 'spec.json')!r},"
+            f" '--out', {str(out)!r}, '--runtime', {runtime!r},"
             " '--rounds', '1', '--min-run-time', '0.0001', '--threads', '1']\nmain()\n"
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -727,7 +735,10 @@ def test_a_table_may_be_predicted(tmp_path, arguments, metric):
 
 
 def test_onnx_runtime_folds_batch_normalisation_into_convolutions_without_bias(tmp_path):
-    """Biases computed at run time, as the exporter adds them, kept it from that: ResNet-20 took three times as long."""
+    """Biases computed at run time, as the exporter adds them, kept it from that.
+
+    ResNet-20 took three times as long.
+    """
     model = build_model("resnet20").eval()
     spec = with_onnx(specify(model, torch.randn(2, 3, 32, 32), RankRules(kinds=("conv",))), model)
     options = onnxruntime.SessionOptions()

@@ -1,4 +1,4 @@
-"""Cost tables: counts against torch's counter on the compressed networks, measurements by the calls made, the file."""
+"""Cost tables: counts against torch's counter, measurements by the calls made, the file."""
 
 import json
 
@@ -187,11 +187,13 @@ def test_a_device_without_nni_can_measure_and_load():
 
     program = (
         "import sys\n"
-        "for name in ('nni', 'pytorch_lightning', 'torchmetrics', 'torchvision', 'sklearn', 'tensorly'): sys.modules[name] = None\n"
+        "for name in ('nni', 'pytorch_lightning', 'torchmetrics', 'torchvision', 'sklearn',"
+        " 'tensorly'): sys.modules[name] = None\n"
         "import torch, nni_haloc\n"
         "from nni_haloc.inputs.models import build_model\n"
         "x = torch.randn(1, 1, 8, 8)\n"
-        "t = nni_haloc.latency_table(build_model('digits_cnn'), x, timing=nni_haloc.Timing(rounds=1, min_run_time=1e-4))\n"
+        "timing = nni_haloc.Timing(rounds=1, min_run_time=1e-4)\n"
+        "t = nni_haloc.latency_table(build_model('digits_cnn'), x, timing=timing)\n"
         "nni_haloc.load\n"
         "print(t.metric)\n"
     )

@@ -28,7 +28,7 @@ RAW = ROOT / "docs" / "raw"
 
 @pytest.fixture(scope="module")
 def recorded():
-    """ResNet-20's specification at every rank, and a clock that tells the times that were measured."""
+    """Return ResNet-20's specification at every rank, and a clock with the measured times."""
     spec = specify(
         build_model("resnet20"),
         torch.randn(128, 3, 32, 32),
@@ -69,7 +69,10 @@ def test_a_quarter_of_the_entries_predicts_the_rest_within_a_tenth(recorded, see
 
 
 def test_ten_entries_predict_the_default_candidates_within_a_tenth():
-    """42 entries of seven shapes: a Gaussian process alone, without rates of work and traffic, was wrong by a fifth."""
+    """42 entries of seven shapes.
+
+    A Gaussian process alone, without rates of work and traffic, was wrong by a fifth.
+    """
     spec = specify(
         build_model("resnet20"),
         torch.randn(128, 3, 32, 32),

@@ -1,4 +1,7 @@
-"""A rank space takes any `nn.Module`: what can't be decomposed is left alone with its reason, and the user's instance stays as it was."""
+"""A rank space takes any `nn.Module`.
+
+What can't be decomposed is left alone with its reason; the user's instance stays as it was.
+"""
 
 import copy
 import threading
@@ -64,7 +67,7 @@ def test_a_transformer_is_counted_layer_by_layer(transformer):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_a_transformers_linear_layers_are_searched_and_its_networks_run_with_torchs_fused_operation_on(
+def test_a_transformers_linear_layers_are_searched_and_its_networks_run_with_the_fused_operation(
     transformer,
 ):
     x = torch.randn(3, 10, 32)
@@ -127,7 +130,8 @@ def test_a_lazy_layer_that_is_never_called_is_named():
 
     with pytest.raises(
         ValueError,
-        match=r"^the example input does not reach 'idle', a LazyConv2d without weights yet: take it away$",
+        match=r"^the example input does not reach 'idle', "
+        r"a LazyConv2d without weights yet: take it away$",
     ):
         RankSpace(Idle(), IMAGES)
 
@@ -168,7 +172,8 @@ def test_a_model_that_is_a_scripted_layer_is_refused_in_one_line():
 def test_a_model_that_is_one_layer_is_refused_in_one_line_that_says_what_to_do(layer, x):
     with pytest.raises(
         ValueError,
-        match=r"^\w+ is a layer itself, without a name to search it by: pass nn.Sequential\(model\)$",
+        match=r"^\w+ is a layer itself, without a name to search it by: "
+        r"pass nn.Sequential\(model\)$",
     ):
         RankSpace(layer, x, rules=RULES)
     assert list(RankSpace(nn.Sequential(layer), x, rules=RULES).candidates) == ["0"]
@@ -225,7 +230,8 @@ def test_a_model_that_cannot_be_copied_is_refused_in_one_line_that_names_the_att
     model[1].lock = threading.Lock()
     with pytest.raises(
         ValueError,
-        match=r"^Sequential can't be copied: the attribute 'lock' of its submodule '1' \(.*\); take",
+        match=r"^Sequential can't be copied: "
+        r"the attribute 'lock' of its submodule '1' \(.*\); take",
     ):
         RankSpace(model, IMAGES)
 
@@ -280,7 +286,8 @@ def test_a_model_may_take_several_inputs(example):
 def test_measuring_says_that_it_takes_one_input(measure):
     with pytest.raises(
         ValueError,
-        match=r"^the example input: measuring takes networks of one input, a tensor \(N, ...\), found a tuple$",
+        match=r"^the example input: measuring takes networks of one input, "
+        r"a tensor \(N, ...\), found a tuple$",
     ):
         measure((IMAGES, IMAGES))
 

@@ -1,4 +1,4 @@
-"""Candidates made from a trained network: the covariance against explicit patches, weights, aliases."""
+"""Candidates of a trained network: the covariance against explicit patches, weights, aliases."""
 
 import pytest
 import torch
@@ -17,7 +17,10 @@ from nni_haloc.space.tucker import data_aware, hosvd, output_error, reconstruct,
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
 def test_the_covariance_reproduces_the_layers_output_energy(mode):
-    """For any kernel, E||W x||^2 over the patches is the mean square of the convolution's output; no unfolding in the oracle."""
+    """For any kernel, E||W x||^2 over the patches is the mean square of the output.
+
+    There is no unfolding in the oracle.
+    """
     torch.manual_seed(0)
     conv = nn.Conv2d(5, 7, 3, stride=2, padding=1, dilation=2, padding_mode=mode, bias=False)
     images = torch.randn(10, 5, 9, 9)
@@ -48,7 +51,10 @@ def test_patches_are_bounded_and_drawn_with_the_seed(net, images):
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
 def test_drawn_patches_are_rows_of_the_unfolded_input(mode):
-    """Oracle: `unfold` of the whole batch. Every patch is drawn once when all are asked for, each at most once otherwise."""
+    """Oracle: `unfold` of the whole batch.
+
+    Every patch is drawn once when all are asked for, and at most once otherwise.
+    """
     conv = nn.Conv2d(
         5, 7, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(2, 1), padding_mode=mode
     )
@@ -116,7 +122,7 @@ def test_covariances_are_collected_in_groups_that_fit_the_memory(net, images, mo
 
 
 def test_layers_kept_plain_are_logged_from_one_decomposition(net, images, monkeypatch, caplog):
-    """At full rank HOSVD is exact and stands; the decomposition is not run again to find that out."""
+    """At full rank HOSVD is exact and stands; nothing is decomposed again to find that out."""
     calls, real = [], candidates.decompose
     monkeypatch.setattr(candidates, "decompose", lambda *a: (calls.append(a[1]), real(*a))[1])
     layers = find_layers(net, images)
@@ -134,7 +140,10 @@ def test_without_images_the_default_is_the_warm_started_iteration(net, images):
 
 
 def test_what_is_fitted_to_few_patches_holds_for_others():
-    """With a quarter as many patches as a patch has numbers, shrinkage lowers the output error on other images."""
+    """Shrinkage lowers the output error on other images.
+
+    There are a quarter as many patches as a patch has numbers.
+    """
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(8, 8, generator=generator) * 2.0 ** -torch.arange(8)[:, None]
     images = torch.einsum("nchw,cd->ndhw", torch.randn(40, 8, 10, 10, generator=generator), mixing)
@@ -220,7 +229,8 @@ def test_a_decomposition_that_fails_names_its_layer(net, images, monkeypatch, me
     monkeypatch.setattr(torch.linalg, "eigh", fails)
     with pytest.raises(
         ValueError,
-        match=rf"^layer 'stem': its decomposition by '{method}' failed \(linalg.eigh: .* failed to converge\)$",
+        match=rf"^layer 'stem': its decomposition by '{method}' failed "
+        r"\(linalg.eigh: .* failed to converge\)$",
     ):
         build_candidates(net, layers.specs, layers.candidates(RankRules()), images, method)
 

@@ -1,7 +1,9 @@
-"""torchvision's whole list of models: a rank space is built, a random plan and the all-dense one are frozen, and forward passes fit.
+"""torchvision's whole list of models.
 
-Without values (the meta device) wherever a model works there; with values for some small ones, and in the slow suite, ``HALOC_SLOW=1``,
-for all below 30 M parameters and for detection, whose post-processing looks at values.
+For each a rank space is built, a random plan and the all-dense one are frozen, and forward passes
+fit. There are no values (the meta device) wherever a model works so; there are values for some
+small ones, and in the slow suite, ``HALOC_SLOW=1``, for all below 30 M parameters and for
+detection, whose post-processing looks at values.
 """
 
 import os
@@ -80,7 +82,10 @@ def kind_of(layer):
 
 
 def check_report(space, model):
-    """Each layer of the model stands there once, searched or left alone, as what it is; what is searched is a choice in the network."""
+    """Each layer of the model is listed once, searched or left alone, as what it is.
+
+    A searched layer is a choice in the network.
+    """
     rows = [row for row in space.report() if row.kind != "parameter"]
     layers = {
         n: m
@@ -120,7 +125,8 @@ def test_without_values(name):
 def test_a_model_of_three_dimensional_convolutions_alone_is_refused_in_one_line():
     with pytest.raises(
         ValueError,
-        match=r"^nothing to search in S3D \(features.0.0.0 and \d+ more: Conv3d is not decomposed\)$",
+        match=r"^nothing to search in S3D "
+        r"\(features.0.0.0 and \d+ more: Conv3d is not decomposed\)$",
     ):
         RankSpace(build_on_meta("s3d"), batch("s3d").to("meta"), rules=RULES)
 

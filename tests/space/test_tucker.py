@@ -90,7 +90,10 @@ def fitted_kernel(fit, r1, r2):
 
 @pytest.mark.parametrize("rank_out", [1, 3, 6])
 def test_given_factor_in_the_fit_is_the_reduced_rank_least_squares_optimum(rank_out):
-    """Oracle: ordinary least squares on the projected patches, then the truncated SVD of the fitted outputs (Izenman 1975)."""
+    """Oracle: ordinary least squares on the projected patches, then a truncated SVD.
+
+    The SVD is of the fitted outputs (Izenman 1975).
+    """
     w, x = kernel(), patches()
     factor_in = torch.randn(3, 5, dtype=torch.float64)
     projection = torch.kron(factor_in, torch.eye(9, dtype=torch.float64))  # (r2 kk, C kk)
@@ -121,7 +124,7 @@ def test_leading_blocks_give_what_each_rank_gives_alone():
 
 @pytest.mark.parametrize("closed_form_loses", [False, True])
 def test_factorisations_by_the_data_do_not_grow_with_the_ranks(monkeypatch, closed_form_loses):
-    """One Cholesky factorisation for each ``factor_in`` tried; eigenvectors for each r2, whatever the number of r1."""
+    """One Cholesky factorisation for each ``factor_in``; eigenvectors for each r2, not each r1."""
     calls = Counter()
     for name in ("cholesky_ex", "eigh"):
         real = getattr(torch.linalg, name)
@@ -180,9 +183,13 @@ def test_warm_hooi_is_within_half_a_percent_of_tensorly_at_unequal_ranks():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 8), st.integers(1, 8), st.sampled_from([(1, 3), (3, 3), (2, 2)]), st.integers(0, 1000),
-    st.sampled_from([torch.float32, torch.float64]), st.floats(0, 2),
-)  # fmt: skip
+    st.integers(1, 8),
+    st.integers(1, 8),
+    st.sampled_from([(1, 3), (3, 3), (2, 2)]),
+    st.integers(0, 1000),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.floats(0, 2),
+)
 def test_warm_hooi_has_orthonormal_factors_and_is_never_worse_than_hosvd(
     f, c, k, seed, dtype, decay
 ):
@@ -205,7 +212,10 @@ def test_warm_hooi_has_orthonormal_factors_and_is_never_worse_than_hosvd(
 
 
 def test_with_few_channels_a_chain_does_not_follow_a_worse_optimum():
-    """Found on a trained ResNet-20 (0.8 % at one rank); on this kernel the chain alone ends 0.86 % above tensorly."""
+    """Found on a trained ResNet-20 (0.8 % at one rank).
+
+    On this kernel the chain alone ends 0.86 % above tensorly.
+    """
     w = (
         kernel(12, 12, seed=27)
         * torch.exp(-0.2 * torch.arange(12, dtype=torch.float64))[:, None, None]
@@ -312,7 +322,10 @@ def misleading():
 
 
 def test_a_smooth_channel_that_its_kernel_cancels_does_not_mislead_the_closed_form():
-    """The case in which `factor_in` by position-wise covariance is worse than plain HOSVD: HOSVD's must be taken, and fitted."""
+    """`factor_in` by position-wise covariance is worse here than plain HOSVD.
+
+    HOSVD's must be taken, and fitted.
+    """
     w, x = misleading()
     s = covariance(x)
     plain, ours = hosvd(w, [(4, 1)])[0], data_aware(w, [(4, 1)], s)[0]
@@ -359,7 +372,10 @@ def test_a_covariance_of_the_wrong_shape_is_refused():
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_without_kernel_positions_data_aware_tucker_is_eckart_youngs_optimum(rank):
-    """Oracle: for a 1x1 kernel the best factors are those of the truncated SVD of the outputs; HOSVD of the weights is not."""
+    """Oracle: for a 1x1 kernel the truncated SVD of the outputs is the best.
+
+    HOSVD of the weights is not.
+    """
     w, x = (
         kernel(k1=1, k2=1),
         patches(kk=1) * torch.tensor([30.0, 0.1, 5.0, 1.0, 0.01], dtype=torch.float64),
@@ -374,8 +390,11 @@ def test_without_kernel_positions_data_aware_tucker_is_eckart_youngs_optimum(ran
     assert best < output_error(w, reconstruct(hosvd(w, [(rank, rank)])[0]), covariance(x))
 
 
-def test_where_positions_are_uncorrelated_the_closed_form_is_hosvd_of_the_weighted_kernel_or_better():
-    """Oracle: with S = S_C (x) I the problem is Tucker-2 of W x_C S_C^(1/2), which tensorly's HOSVD approximates."""
+def test_where_positions_are_uncorrelated_the_closed_form_is_weighted_hosvd_or_better():
+    """Oracle: with S = S_C (x) I the problem is Tucker-2 of W x_C S_C^(1/2).
+
+    tensorly's HOSVD approximates that.
+    """
     w = kernel()
     mixing = (
         torch.randn(5, 5, dtype=torch.float64)
