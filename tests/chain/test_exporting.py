@@ -412,7 +412,7 @@ def test_bench_has_a_row_for_each_stage_timed_in_alternation(run, quickly, calls
     expected = [
         (stage, *form, size)
         for size in (1, 64)
-        for stage in ("original", "haloc", "pruned")
+        for stage in ("original", "compressed", "pruned")
         for form in forms
     ]
     rows = content["rows"]
@@ -426,7 +426,7 @@ def test_bench_has_a_row_for_each_stage_timed_in_alternation(run, quickly, calls
     assert [row["images_per_s"] for row in rows] == [4000] * 9 + [256000] * 9
     networks = {
         "original": Finished(run).networks()["original"],
-        "haloc": load(run),
+        "compressed": load(run),
         "pruned": load(run / "pruned"),
     }
     for row in rows:
@@ -451,7 +451,7 @@ def test_bench_without_data_or_onnx_runtime_still_times_torch(damaged, calls, mo
     content = bench(folder, data=False, rounds=1, min_run_time=0)
     assert [(row["stage"], row.get("reason")) for row in content["rows"]] == [
         (stage, reason)
-        for stage in ("original", "haloc")
+        for stage in ("original", "compressed")
         for reason in (None, "export to ONNX: needs the package onnxscript")
     ]
     assert len(calls) == 5 * 2
