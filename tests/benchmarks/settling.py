@@ -1,27 +1,27 @@
-"""Ways to settle at the budget, compared: python tests/benchmarks/settling.py RUN.yml [--seeds N] [--fractions F ...] [KEY=VALUE ...]
+"""Compare ways to settle at the budget.
 
-For each: the expected cost in units of the budget (largest distance from 1 in the second half of the search; the iteration from which on it
-stays within 2 %), the share of the budget that the plan uses, and the plan's top-1 on validation images, with the searched weights after
-BatchNorm recalibration and no fine-tuning. Means over the seeds; the use is the least. Test images are not looked at.
+    python tests/benchmarks/settling.py RUN.yml [--seeds N] [--fractions F ...] [KEY=VALUE ...]
+
+For each: the expected cost in units of the budget (largest distance from 1 in the second half of
+the search; the iteration from which on it stays within 2 %), the share of the budget that the plan
+uses, and the plan's top-1 on validation images, with the searched weights after BatchNorm
+recalibration and no fine-tuning. Means over the seeds; the use is the least. Test images are not
+looked at.
 """
 
 import argparse
 import tempfile
 import warnings
-from pathlib import Path
 from statistics import mean
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning import seed_everything
 
 from nni_haloc.inputs.config import load_config
-from nni_haloc.inputs.models import build_model
-from nni_haloc.inputs.weights import load_weights
 from nni_haloc.inputs.yaml_files import parse_yaml
-from nni_haloc.runs.job import _quiet, _splits
-from nni_haloc.runs.run import _prepare
-from nni_haloc.runs.training import recipe_of
+from nni_haloc.runs.job import Job
+from nni_haloc.runs.stages.choose_ranks import _prepare
+from nni_haloc.runs.stages.training import recipe_of
 from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.probabilities import SearchState
 from nni_haloc.search.strategy import run_search
@@ -73,13 +73,17 @@ class Trace(pl.Callback):
         self.ratios.append(float(self.strategy.expected_cost().detach()) / self.strategy.budget)
 
 
-def measure(mode, config, splits):
-    d = config.data
-    seed_everything(config.seed, verbose=False)
-    model = build_model(config.model.name, config.model.arguments)
-    load_weights(model, config.weights)
+def measure(mode, config):
+    """Search in one way, and measure how it has settled."""
     with tempfile.TemporaryDirectory() as folder:
-        strategy, space = _prepare(config, splits, model, splits.images("test", 1), Path(folder))
+        job = Job(config, folder)
+        with job.active():
+            return search(mode, job)
+
+
+def search(mode, job):
+    config, splits, d = job.config, job.splits, job.config.data
+    strategy, space = _prepare(job)
     strategy.state_type = MODES[mode]
     trace = Trace(strategy)
     train, val = (
@@ -127,7 +131,6 @@ if __name__ == "__main__":
     parser.add_argument("--batches", type=int, help="iterations an epoch, where not all")
     ARGS = parser.parse_args()
     warnings.filterwarnings("ignore")
-    _quiet()
     changes = {
         "search.start": "uniform",
         "search.alpha_every": 1,
@@ -140,7 +143,6 @@ if __name__ == "__main__":
     print(
         "| budget | way | from 2 % on | furthest, 2nd half | least use | top-1 | seeds |\n| --- | --- | --- | --- | --- | --- | --- |"
     )
-    cut = {}
     for fraction in ARGS.fractions:
         for mode in ARGS.modes:
             found = []
@@ -148,10 +150,7 @@ if __name__ == "__main__":
                 config = load_config(
                     ARGS.run_file, {**changes, "budget.fraction": fraction, "seed": seed}
                 )
-                torch.set_num_threads(config.threads or torch.get_num_threads())
-                splits = cut.setdefault("splits", None) or _splits(config)
-                cut["splits"] = splits
-                found.append(measure(mode, config, splits))
+                found.append(measure(mode, config))
             top1 = [100 * f["top1"] for f in found]
             print(
                 f"| {fraction} | {mode} | {max(f['within'] for f in found)} | {100 * max(f['away'] for f in found):.2f} % "
