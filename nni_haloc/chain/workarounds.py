@@ -9,11 +9,13 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from nni_haloc.utils.quiet import errors_alone
 
 with warnings.catch_warnings():
     # Two of torch's functions have new names, and torch now registers some classes itself.
@@ -59,7 +61,7 @@ def speed_up(model: nn.Module, example: Tensor, masks: Masks) -> nn.Module:
     quiet = logging.getLogger(f"{__name__}.speedup")
     quiet.setLevel(logging.ERROR)
     model.requires_grad_()
-    with contextlib.redirect_stdout(io.StringIO()), _quiet(), torch.enable_grad():
+    with contextlib.redirect_stdout(io.StringIO()), errors_alone("nni"), torch.enable_grad():
         small = ModelSpeedup(
             model, example, masks, graph_module=traced(model), logger=quiet
         ).speedup_model()
@@ -188,14 +190,3 @@ def start_lsq(quantizer: LsqQuantizer) -> Callable[[], None]:
         quantizer.is_init = True
 
     return end
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    log = logging.getLogger("nni")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

@@ -5,9 +5,7 @@ A trial scores one compressed network of a rank space, without training it.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -28,6 +26,7 @@ from nni_haloc.search.space import RankSpace
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.names import Rank
 from nni_haloc.space.ranks import RankRules
+from nni_haloc.utils.quiet import errors_alone
 
 MultiTrial = Literal["regularized-evolution", "random"]
 
@@ -124,7 +123,7 @@ def run_multitrial(
     """
     check_feasible(space.candidates, limits)
     chain = Chain(_STRATEGIES[strategy](seed=seed), _Repair(space, limits), Deduplication("replay"))
-    with TemporaryDirectory() as folder, _errors_alone():
+    with TemporaryDirectory() as folder, errors_alone("nni"):
         config = NasExperimentConfig(
             "sequential",
             "raw",
@@ -221,15 +220,3 @@ class _Unregistered(NasExperiment):
 
     def _stop_without_nni_manager(self) -> None:
         pass
-
-
-@contextmanager
-def _errors_alone() -> Iterator[None]:
-    """Let NNI say nothing of each sample while the block runs."""
-    log = logging.getLogger("nni")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

@@ -216,7 +216,7 @@ class HalocModule(DartsLightningModule):
         entries = result if isinstance(result, dict) else {"loss": result}
         for key, value in entries.items():
             figure = value.detach() if isinstance(value, Tensor) else value
-            self.log(f"search/{side}_{key}", figure, on_step=False, on_epoch=True, sync_dist=True)
+            self.log(f"search/{side}_{key}", figure, **_EPOCH)
         return entries["loss"]
 
     def on_train_epoch_end(self) -> None:

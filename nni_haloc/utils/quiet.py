@@ -69,3 +69,15 @@ def quiet() -> Iterator[None]:
             logger.addFilter(dropped)
             stack.callback(logger.removeFilter, dropped)
         yield
+
+
+@contextmanager
+def errors_alone(name: str) -> Iterator[None]:
+    """Let a logger, and those below it, say nothing but errors while the block runs."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
