@@ -363,7 +363,10 @@ def _labels(data: Any) -> list[int]:
     if isinstance(data, Subset):
         whole = _labels(data.dataset)
         return [whole[i] for i in data.indices]
-    return data.labels.tolist() if _batched(data) else data.targets
+    if _batched(data):
+        return data.labels.tolist()
+    # a data set of somebody else's may have no list of them
+    return data.targets if hasattr(data, "targets") else [int(label) for _, label in data]
 
 
 def _batched(data: Any) -> bool:
