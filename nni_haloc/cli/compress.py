@@ -181,11 +181,11 @@ def throughput_command(
 ) -> None:
     """Compress for each device here, compare speed (Table 3)."""
     config, _ = _settings(run_file, set_, scale)
-    from nni_haloc.runs.devices import DEVICES, at_hand, print_throughput, throughput
+    from nni_haloc.runs.devices import at_hand, known_devices, print_throughput, throughput
     from nni_haloc.runs.folder import RunFolder
     from nni_haloc.runs.job import logged
 
-    devices = at_hand() if on is None else some_of("--on", on, list(DEVICES))
+    devices = at_hand() if on is None else some_of("--on", on, known_devices())
     with logged(RunFolder(out)):
         rows = throughput(config, out, devices, resume=resume)
         print_throughput(f"{out}: a plan for each device", rows)

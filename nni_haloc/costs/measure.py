@@ -2,7 +2,7 @@
 
 On a device without NNI it is ``python -m nni_haloc.costs.measure --spec spec.json``.
 
-A device needs numpy and pyyaml, and PyTorch or ONNX Runtime; everything else is imported only for
+A device needs numpy, and PyTorch or ONNX Runtime; everything else is imported only for
 a model that is named. `predicted_table` and `specification` are the logic of ``haloc predict`` and
 ``haloc spec``.
 """

@@ -28,7 +28,7 @@ _RATES = 2 + 2 * (len(_BLOCKED) + 4)
 
 def check_installed() -> None:
     """Raise `MissingPackage` unless scikit-learn is installed."""
-    with needs("sklearn", what="measuring a sample", install="scikit-learn"):
+    with needs("sklearn", what="measuring a sample", install="nni-haloc[sampling]"):
         pass
 
 

@@ -140,6 +140,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Data:
+        if self.arguments and self.name not in DATA.foreign():
+            raise ValueError(f"arguments: data {self.name!r} takes none, found {self.arguments}")
         if self.name in ("cifar10", "folder") and self.root is None:
             raise ValueError(f"root: data {self.name!r} needs a folder")
         if self.name == "folder" and self.size is None:

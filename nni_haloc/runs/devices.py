@@ -13,6 +13,7 @@ from nni_haloc.costs.device.measuring import Timing, measure
 from nni_haloc.costs.from_settings import latency_input, rules_of, runtime_of
 from nni_haloc.costs.specification import specify
 from nni_haloc.inputs.config import Config
+from nni_haloc.inputs.registries import RUNTIMES
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import THROUGHPUT_VERSION
 from nni_haloc.runs.job import Job
@@ -24,8 +25,8 @@ from nni_haloc.utils.log import logger
 from nni_haloc.utils.printing import percent, print_table
 from nni_haloc.utils.progress import progress
 
-DEVICES = {"torch": None, "onnxruntime": "onnxruntime", "eyeriss": "zigzag", "cuda": None}
-"""Names of devices, and the package that each needs."""
+_PACKAGES = {"torch": None, "onnxruntime": "onnxruntime", "eyeriss": "zigzag", "cuda": None}
+"""Names of our own devices, and the package that each needs."""
 CLOCK = 200e6
 """Cycles a second of the Eyeriss chip (Chen et al., 2016)."""
 _HEADINGS = {
@@ -47,10 +48,16 @@ _RENAMED = {"baseline_top1": "original_top1", "baseline_top5": "original_top5", 
 """Keys of rows of version 1, and their names today."""
 
 
+def known_devices() -> list[str]:
+    """Return the names of all devices: ours, and the runtimes that other packages have added."""
+    return [*_PACKAGES, *RUNTIMES.foreign()]
+
+
 def at_hand() -> list[str]:
     """Return the devices that this machine has."""
-    found = [name for name, package in DEVICES.items() if package is None or find_spec(package)]
-    return [name for name in found if name != "cuda" or torch.cuda.is_available()]
+    found = [name for name, package in _PACKAGES.items() if package is None or find_spec(package)]
+    found = [name for name in found if name != "cuda" or torch.cuda.is_available()]
+    return [*found, *RUNTIMES.foreign()]
 
 
 def throughput(
@@ -66,7 +73,7 @@ def throughput(
     Args:
         config: the settings; their budget must be a fraction.
         folder: receives ``throughput.json`` and the devices' folders.
-        devices: names of `DEVICES`.
+        devices: names of `known_devices`.
         resume: whether to go on from earlier runs. Cost tables go on in any case.
 
     Returns:
@@ -152,8 +159,10 @@ def _config_for(config: Config, device: str) -> Config:
     """Return the settings with the device's cost, without stages after fine-tuning."""
     changes: dict[str, Any] = {"table": None, "device": "cuda" if device == "cuda" else "cpu"}
     changes["metric"] = "cycles" if device == "eyeriss" else "latency_ms"
-    if device == "onnxruntime":
-        changes |= {"runtime": device, "memory_format": "contiguous"}
+    if device in RUNTIMES:
+        changes["runtime"] = device
+    if device == "onnxruntime":  # it has one layout alone
+        changes["memory_format"] = "contiguous"
     cost = config.cost.model_copy(update=changes)
     no_stages = dict.fromkeys(stage.section for stage in further_stages())
     return config.model_copy(update={"cost": cost, **no_stages})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nni_haloc.inputs.config import parse_config, set_dotted
 from nni_haloc.inputs.models import build_model
+from nni_haloc.inputs.registries import DATA
 from nni_haloc.inputs.weights import load_weights
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import Figures, RunFolder
@@ -63,7 +64,9 @@ class Finished:
     def example(self, batch: int) -> Tensor:
         """Return a batch of random images ``(batch, C, H, W)``."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randn((batch, *self.config.data.shape), generator=generator)
+        data = self.config.data
+        shape = self.job.example.shape[1:] if data.name in DATA.foreign() else data.shape
+        return torch.randn((batch, *shape), generator=generator)
 
     def calibration_images(self) -> Tensor:
         """Return training images, not augmented, to calibrate on.

@@ -183,7 +183,7 @@ class Haloc(DARTS):
             for limit in limits
         )
         facts = {
-            "rule": "haloc",
+            "rule": "search",
             "select": select,
             "objective": self.options.objective,
             **main,

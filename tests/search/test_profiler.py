@@ -16,11 +16,12 @@ from nni.nas.strategy.middleware import Chain, Filter
 from nni_haloc.costs.analytic import mac_table, param_table
 from nni_haloc.costs.table import CostTable
 from nni_haloc.search.evaluator import Classification
-from nni_haloc.search.multitrial import _errors_alone, _Unregistered
+from nni_haloc.search.multitrial import _Unregistered
 from nni_haloc.search.space import RankSpace, TableProfiler
 from nni_haloc.search.strategy import run_search
 from nni_haloc.space.ranks import RankRules
 from nni_haloc.training.recipe import Recipe
+from nni_haloc.utils.quiet import errors_alone
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_nnis_multi_trial_strategies_filter_by_it(net, images, space, tmp_path):
         max_trial_number=10,
         experiment_working_directory=str(tmp_path),
     )
-    with _errors_alone():
+    with errors_alone("nni"):
         experiment = _Unregistered(space, FunctionalEvaluator(trial), strategy, config)
         experiment.run()
         samples = experiment.export_top_models(10, formatter="dict")
