@@ -158,6 +158,7 @@ def test_a_run_leaves_its_folder(finished):
         "model.json",
         "ranks.json",
         "search",
+        "search.json",
         "weights.safetensors",
     }
     content = json.loads((finished / "metrics.json").read_text())
