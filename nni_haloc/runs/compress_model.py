@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from pytorch_lightning import seed_everything
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -32,6 +31,7 @@ from nni_haloc.space.modules import copy_of, evaluating
 from nni_haloc.space.ranks import RankRules, find_layers
 from nni_haloc.space.summary import why_nothing
 from nni_haloc.training.finetuning import accuracy, finetune, recalibrate
+from nni_haloc.training.random_states import isolated_random_states
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.utils.quiet import quiet
 
@@ -145,7 +145,7 @@ def compress_model(
         name = next(iter(search_options))
         raise ValueError(f"{name}: an option of the search, and the rule is {rule!r}")
     trained = recipe.epochs > 0 or rule == "search"
-    with quiet(), isolate_rng():
+    with quiet(), isolated_random_states():
         seed_everything(seed, verbose=False)
         images, labels = _calibration(train_loader, calibration_images)
         images = images.to(next(model.parameters()).device)

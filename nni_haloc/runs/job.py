@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -28,6 +27,7 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import Figures, RunFolder
 from nni_haloc.runs.saved import save
 from nni_haloc.training.finetuning import accuracy
+from nni_haloc.training.random_states import isolated_random_states
 from nni_haloc.utils.errors import DataError, SettingsError, as_one_line, first_line
 from nni_haloc.utils.interruption import stoppable
 from nni_haloc.utils.log import log_to, logger
@@ -90,7 +90,7 @@ class Job:
         self.folder.path.mkdir(parents=True, exist_ok=True)
         threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
         environment = {key: os.environ.get(key) for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
-        with quiet(), isolate_rng():
+        with quiet(), isolated_random_states():
             try:
                 if self.config.threads is not None:
                     torch.set_num_threads(self.config.threads)

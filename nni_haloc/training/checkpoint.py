@@ -6,18 +6,17 @@ A training that goes on is the same as one that has never stopped.
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
+from nni_haloc.training.random_states import random_states, set_random_states
 from nni_haloc.utils.errors import UnusableCheckpoint, first_sentence
 from nni_haloc.utils.files import whole
 
@@ -89,7 +88,7 @@ class EpochCheckpoint(Checkpoint):
             # Half of the file, and nothing follows that would need it.
             for state in checkpoint["optimizer_states"]:
                 state["state"] = {}
-        checkpoint[_KEY] = {"facts": self.facts, "orders": orders, "random": _random_states()}
+        checkpoint[_KEY] = {"facts": self.facts, "orders": orders, "random": random_states()}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -103,7 +102,7 @@ class EpochCheckpoint(Checkpoint):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up the random states."""
         if self._random is not None:
-            _set_random_states(self._random)
+            set_random_states(self._random)
             self._random = None
 
     @property
@@ -128,26 +127,3 @@ class _WholeFiles(TorchCheckpointIO):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-
-
-def _random_states() -> dict[str, Any]:
-    """Return torch's, numpy's and Python's, in types that load without unpickling anything."""
-    legacy: Any = np.random.get_state()
-    name, keys, *rest = legacy
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "numpy": [name, keys.tolist(), *rest],
-        "python": random.getstate(),
-    }
-
-
-def _set_random_states(states: Mapping[str, Any]) -> None:
-    """Set what `_random_states` has returned; on a GPU only if there are as many of them."""
-    name, keys, *rest = states["numpy"]
-    torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    random.setstate(states["python"])

@@ -19,6 +19,7 @@ from helpers.states import differences
 from nni_haloc.inputs.config import load_config
 from nni_haloc.runs.identity import search_identity
 from nni_haloc.training import checkpoint
+from nni_haloc.training.random_states import random_states, set_random_states
 from nni_haloc.utils.errors import UnusableCheckpoint
 
 SHORT = [
@@ -249,10 +250,10 @@ def test_random_states_of_torch_numpy_and_python_come_back():
         ]
 
     draws()
-    states = checkpoint._random_states()
+    states = random_states()
     first = draws()
     assert draws() != first
-    checkpoint._set_random_states(states)
+    set_random_states(states)
     assert draws() == first
 
 
