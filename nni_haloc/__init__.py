@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from nni_haloc.chain.pruning import prune
     from nni_haloc.chain.quantizing import quantize
     from nni_haloc.costs.analytic import mac_table, param_table
-    from nni_haloc.costs.device.measuring import Timing
+    from nni_haloc.costs.device.runtime import Timing
     from nni_haloc.costs.device.torch_runtime import TorchRuntime
-    from nni_haloc.costs.measured import latency_table, measure_latency
+    from nni_haloc.costs.latency import latency_table, measure_latency
     from nni_haloc.costs.table import CostTable
     from nni_haloc.inputs.config import load_config
     from nni_haloc.plan.budget import Limit
@@ -56,9 +56,9 @@ _HOMES = {
         "mac_table",
         "param_table",
     ),
-    "costs.device.measuring": ("Timing",),
+    "costs.device.runtime": ("Timing",),
     "costs.device.torch_runtime": ("TorchRuntime",),
-    "costs.measured": (
+    "costs.latency": (
         "latency_table",
         "measure_latency",
     ),

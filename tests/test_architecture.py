@@ -11,7 +11,7 @@ from helpers.paths import PACKAGE, ROOT
 from importlinter.cli import lint_imports
 
 from nni_haloc.costs.device.onnx_models import with_onnx
-from nni_haloc.costs.specification import specify
+from nni_haloc.costs.specify import specify
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.models import build_model
 from nni_haloc.plan.compression import restructure
@@ -95,7 +95,8 @@ SHAPES = {"digits_cnn": (1, 1, 8, 8), "torchvision:squeezenet1_1": (1, 3, 64, 64
         "costs",
         "costs.measure",
         "costs.device",
-        "costs.device.measuring",
+        "costs.device.measure",
+        "costs.device.runtime",
         "costs.device.onnx_runtime",
         "chain",
         "inputs.registries",

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import nni_haloc
 from nni_haloc.cli.main import main
 from nni_haloc.costs.counts import count_macs
-from nni_haloc.costs.measured import latency_table
+from nni_haloc.costs.latency import latency_table
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.registries import DATA, MODELS, RULES, RUNTIMES

@@ -131,7 +131,7 @@ def predict_command(
 ) -> None:
     """Count or model each layer's cost at each rank."""
     with as_one_line():
-        from nni_haloc.costs.device.measurements import keep_measurements
+        from nni_haloc.costs.device.measured_file import keep_measurements
         from nni_haloc.costs.measure import model_of, predicted_table
 
         named = model_of(model, input_, batch, rank_space)

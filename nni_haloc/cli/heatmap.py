@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from nni_haloc.costs.accelerator import CACHE, accelerator_costs
-from nni_haloc.costs.device.measurements import keep_measurements
-from nni_haloc.costs.device.measuring import Timing, measure
+from nni_haloc.costs.device.measure import measure
+from nni_haloc.costs.device.measured_file import keep_measurements
 from nni_haloc.costs.device.replay import Replay
+from nni_haloc.costs.device.runtime import Timing
 from nni_haloc.costs.device.spec import Entry, Specification
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
 from nni_haloc.costs.table import CostTable

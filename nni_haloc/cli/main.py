@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from nni_haloc.cli.after import after
+from nni_haloc.cli.after_a_run import after
 from nni_haloc.cli.compress import compress
 from nni_haloc.cli.costs import costs
 from nni_haloc.cli.experiment import experiments

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from nni_haloc.costs.counts import count_macs, count_params
-from nni_haloc.costs.device.measuring import Runtime, time_together
+from nni_haloc.costs.device.measure import time_together
+from nni_haloc.costs.device.runtime import Runtime
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
-from nni_haloc.costs.measured import forward_pass
+from nni_haloc.costs.latency import forward_pass
 from nni_haloc.costs.table import CostTable
 from nni_haloc.space.layers import LayerSpec, Work
 from nni_haloc.space.modules import Example, batch_size_of, call, copy_of, input_shape, materialised

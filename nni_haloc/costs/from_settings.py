@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nni_haloc.costs.device.measuring import Runtime
+from nni_haloc.costs.device.runtime import Runtime
 from nni_haloc.costs.stairs import rank_stairs
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import Config

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nni_haloc.costs.device.measurements import keep_measurements, merge
-from nni_haloc.costs.device.measuring import Runtime, Timing, measure
+from nni_haloc.costs.device.measure import measure
+from nni_haloc.costs.device.measured_file import keep_measurements, merge
+from nni_haloc.costs.device.runtime import Runtime, Timing
 from nni_haloc.costs.device.spec import Specification, draw, share
 from nni_haloc.inputs.registries import RUNTIMES
 from nni_haloc.utils.errors import first_line, reason_of
@@ -251,7 +252,7 @@ def specification(
         name: name of the network, for messages and tables.
         onnx: also carry each entry as an ONNX model, for devices with ONNX Runtime.
     """
-    from nni_haloc.costs.specification import specify
+    from nni_haloc.costs.specify import specify
 
     spec = specify(model, example, rules, name)
     if onnx:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
 
-from nni_haloc.costs.device.measurements import METRIC
+from nni_haloc.costs.device.measured_file import METRIC
 from nni_haloc.costs.device.onnx_models import with_initializers, with_onnx
-from nni_haloc.costs.specification import specify
+from nni_haloc.costs.specify import specify
 from nni_haloc.costs.table import CostTable
 from nni_haloc.space.modules import Example
 from nni_haloc.space.names import DENSE

@@ -20,8 +20,8 @@ from nni_haloc.costs.analytic import (
     roofline_table,
 )
 from nni_haloc.costs.device.costs_file import UNITS
-from nni_haloc.costs.device.measuring import Runtime
-from nni_haloc.costs.measured import latency_table
+from nni_haloc.costs.device.runtime import Runtime
+from nni_haloc.costs.latency import latency_table
 from nni_haloc.costs.table import CostTable
 from nni_haloc.space.modules import Example
 from nni_haloc.space.ranks import RankRules

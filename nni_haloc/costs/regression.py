@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nni_haloc.costs.device.measurements import finished, unmeasured
+from nni_haloc.costs.device.measured_file import finished, unmeasured
 from nni_haloc.costs.device.spec import Entry, Specification
 from nni_haloc.costs.device.torch_runtime import layer_spec
 from nni_haloc.utils.errors import needs

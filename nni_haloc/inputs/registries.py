@@ -19,9 +19,9 @@ RULES: Registry[Any] = Registry(
         "energy": f"{_RULES}.thresholds:energy",
         "alds": f"{_RULES}.thresholds:alds",
         "vbmf": f"{_RULES}.vbmf:vbmf",
-        "error-knapsack": f"{_RULES}.knapsacks:error_knapsack",
-        "sensitivity-knapsack": f"{_RULES}.knapsacks:sensitivity_knapsack",
-        "random": f"{_RULES}.knapsacks:random",
+        "error-knapsack": f"{_RULES}.scored:error_knapsack",
+        "sensitivity-knapsack": f"{_RULES}.scored:sensitivity_knapsack",
+        "random": f"{_RULES}.scored:random",
         "learned": f"{_RULES}.learned:learned",
         "nni-evolution": "nni_haloc.search.multitrial:evolution",
         "nni-random": "nni_haloc.search.multitrial:random_search",
@@ -53,7 +53,7 @@ RUNTIMES: Registry[Any] = Registry(
         "onnxruntime": "nni_haloc.costs.device.onnx_runtime:OnnxRuntime",
     },
 )
-"""What runs and times networks: a class like `nni_haloc.costs.device.measuring.Runtime`."""
+"""What runs and times networks: a class like `nni_haloc.costs.device.runtime.Runtime`."""
 
 MODELS: Registry[Any] = Registry(
     "model",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nni_haloc.costs.counts import count_macs, count_params
-from nni_haloc.costs.measured import measure_latency
+from nni_haloc.costs.latency import measure_latency
 from nni_haloc.costs.table import CostTable, worthwhile
 from nni_haloc.inputs.registries import PREDICTORS, RUNTIMES
 from nni_haloc.plan.budget import Limit

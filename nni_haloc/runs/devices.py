@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from nni_haloc.costs.device.measuring import Timing, measure
+from nni_haloc.costs.device.measure import measure
+from nni_haloc.costs.device.runtime import Timing
 from nni_haloc.costs.from_settings import latency_input, rules_of, runtime_of
-from nni_haloc.costs.specification import specify
+from nni_haloc.costs.specify import specify
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.registries import RUNTIMES
 from nni_haloc.plan.rank_plan import RankPlan

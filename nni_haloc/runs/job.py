@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.from_settings import latency_input, runtime_of
-from nni_haloc.costs.measured import measure_latency
+from nni_haloc.costs.latency import measure_latency
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.data import load_data
 from nni_haloc.inputs.models import build_model

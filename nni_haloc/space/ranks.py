@@ -14,7 +14,7 @@ from nni_haloc.inputs.options import Kind
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import Example, materialised
 from nni_haloc.space.names import DENSE, Rank, is_rank, rank_name
-from nni_haloc.space.watching import (
+from nni_haloc.space.replaceable import (
     LAYERS,
     irreplaceable,
     is_scripted_layer,

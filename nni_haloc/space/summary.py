@@ -10,7 +10,7 @@ from torch import nn
 
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.ranks import Layers, RankRules
-from nni_haloc.space.watching import LAYERS, is_scripted_layer
+from nni_haloc.space.replaceable import LAYERS, is_scripted_layer
 from nni_haloc.utils.printing import text_table
 
 _OTHERS_OWN = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.PReLU)

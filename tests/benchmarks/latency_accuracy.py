@@ -16,7 +16,7 @@ import typer
 
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.costs.counts import count_macs
-from nni_haloc.costs.device.measuring import time_together
+from nni_haloc.costs.device.measure import time_together
 from nni_haloc.costs.from_settings import latency_input, rules_of, runtime_of
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import Config, load_config

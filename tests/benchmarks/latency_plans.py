@@ -19,9 +19,10 @@ from torch.fx.experimental.optimization import fuse
 
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.costs.counts import count_macs
-from nni_haloc.costs.device.measuring import Timing, measure, time_together
+from nni_haloc.costs.device.measure import measure, time_together
+from nni_haloc.costs.device.runtime import Timing
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
-from nni_haloc.costs.specification import specify
+from nni_haloc.costs.specify import specify
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.models import build_model
 from nni_haloc.plan.budget import Limit, choose

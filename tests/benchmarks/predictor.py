@@ -18,11 +18,12 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from nni_haloc.costs.analytic import mac_table, measure_peaks, roofline_table
-from nni_haloc.costs.device.measuring import Timing, measure, time_together
+from nni_haloc.costs.device.measure import measure, time_together
+from nni_haloc.costs.device.runtime import Timing
 from nni_haloc.costs.device.spec import draw
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
 from nni_haloc.costs.regression import complete
-from nni_haloc.costs.specification import specify
+from nni_haloc.costs.specify import specify
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.models import build_model
 from nni_haloc.plan.budget import Limit, choose

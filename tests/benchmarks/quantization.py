@@ -13,7 +13,7 @@ from statistics import median
 from onnxruntime.quantization import CalibrationMethod, QuantType
 
 from nni_haloc.chain.exporting import OnnxNetwork, export_onnx, quantize_onnx
-from nni_haloc.costs.device.measuring import time_together
+from nni_haloc.costs.device.measure import time_together
 from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
 from nni_haloc.runs.finished import Finished
 

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import nn
 
 from nni_haloc.cli.experiment import check_experiment
-from nni_haloc.costs.device.measurements import read_measurements, subject
+from nni_haloc.costs.device.measured_file import read_measurements, subject
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config, load_space

@@ -19,16 +19,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nni_haloc.cli.main import app
 from nni_haloc.costs.analytic import param_table
-from nni_haloc.costs.device.measurements import NETWORK, merge
-from nni_haloc.costs.device.measuring import Timing, measure
+from nni_haloc.costs.device.measure import measure
+from nni_haloc.costs.device.measured_file import NETWORK, merge
 from nni_haloc.costs.device.onnx_models import with_layers, with_onnx
 from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
 from nni_haloc.costs.device.replay import Replay, record
+from nni_haloc.costs.device.runtime import Timing
 from nni_haloc.costs.device.spec import Specification, share
 from nni_haloc.costs.device.torch_runtime import TorchRuntime, layer_spec
 from nni_haloc.costs.measure import measure_main
 from nni_haloc.costs.nn_meter import predicted_table
-from nni_haloc.costs.specification import specify
+from nni_haloc.costs.specify import specify
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.models import build_model
 from nni_haloc.plan.compression import restructure

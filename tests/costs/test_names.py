@@ -10,16 +10,17 @@ from torch import nn
 from nni_haloc.costs.accelerator import accelerator_table
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.costs.device.costs_file import UNITS
-from nni_haloc.costs.device.measuring import Runtime, Timing, measure
+from nni_haloc.costs.device.measure import measure
 from nni_haloc.costs.device.onnx_models import with_onnx
 from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
+from nni_haloc.costs.device.runtime import Runtime, Timing
 from nni_haloc.costs.device.spec import draw
 from nni_haloc.costs.from_settings import cost_table, runtime_of
+from nni_haloc.costs.latency import measure_latency
 from nni_haloc.costs.measure import measure_main, predicted_table
-from nni_haloc.costs.measured import measure_latency
 from nni_haloc.costs.predictors import Predictor
 from nni_haloc.costs.regression import complete
-from nni_haloc.costs.specification import specify
+from nni_haloc.costs.specify import specify
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.models import build_model

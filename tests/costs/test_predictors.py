@@ -16,9 +16,9 @@ from nni_haloc.costs.analytic import (
 )
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.device import measuring
-from nni_haloc.costs.device.measuring import Timing
+from nni_haloc.costs.device.runtime import Timing
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
-from nni_haloc.costs.measured import latency_table, measure_latency  # fmt: skip
+from nni_haloc.costs.latency import latency_table, measure_latency  # fmt: skip
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.models import build_model
 from nni_haloc.plan.compression import restructure

@@ -9,11 +9,12 @@ from helpers.clock import Clock
 from helpers.paths import ROOT
 from torch import nn
 
-from nni_haloc.costs.device.measurements import unmeasured
-from nni_haloc.costs.device.measuring import Timing, measure
+from nni_haloc.costs.device.measure import measure
+from nni_haloc.costs.device.measured_file import unmeasured
+from nni_haloc.costs.device.runtime import Timing
 from nni_haloc.costs.device.spec import Specification, draw
 from nni_haloc.costs.regression import complete
-from nni_haloc.costs.specification import specify
+from nni_haloc.costs.specify import specify
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.models import build_model
 from nni_haloc.space.names import DENSE

@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 
-from nni_haloc.costs.device.measurements import NETWORK
+from nni_haloc.costs.device.measured_file import NETWORK
 from nni_haloc.space.names import DENSE
 
 

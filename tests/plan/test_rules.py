@@ -17,10 +17,10 @@ from torch import nn
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.schema import Rule
 from nni_haloc.plan.budget import Limit
-from nni_haloc.plan.rules import RULES, knapsacks, plan
+from nni_haloc.plan.rules import RULES, plan, scored
 from nni_haloc.plan.rules import learned as learning
-from nni_haloc.plan.rules.knapsacks import USE
 from nni_haloc.plan.rules.problem import Problem
+from nni_haloc.plan.rules.scored import USE
 from nni_haloc.plan.sensitivity import loss
 from nni_haloc.search import multitrial
 from nni_haloc.space.layers import rank_of
@@ -105,7 +105,7 @@ def test_measured_costs_in_no_order_are_kept_too(net, images, labels, monkeypatc
     """Tables in which a lower rank may cost more, and limits just at some choice's cost: every rule
     finds a plan within them.
     """
-    monkeypatch.setattr(knapsacks, "DRAWS", 2)
+    monkeypatch.setattr(scored, "DRAWS", 2)
     whole = problem(net, images, labels, rules=RankRules(), train=loader(images, labels))
     shared = {"modules": whole.modules, "errors": whole.errors}
 
@@ -211,7 +211,7 @@ def test_random_is_the_best_of_its_draws_and_each_uses_the_budget(net, images, l
     one = problem(net, images, labels, (0.5,), seed=1)
     best = RULES["random"](one)
     budget = one.limits[0].budget
-    assert len(tried) == knapsacks.DRAWS
+    assert len(tried) == scored.DRAWS
     assert all(USE * budget <= cost <= budget for _, cost in tried)
     assert len({value for value, _ in tried}) > 4
     assert loss(one, one.network(best)) == pytest.approx(min(value for value, _ in tried))
@@ -220,7 +220,7 @@ def test_random_is_the_best_of_its_draws_and_each_uses_the_budget(net, images, l
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("rule", RULES)
 def test_the_seed_alone_decides(rule, net, images, labels, monkeypatch):
-    monkeypatch.setattr(knapsacks, "DRAWS", 1)  # the best of many is often the same
+    monkeypatch.setattr(scored, "DRAWS", 1)  # the best of many is often the same
     found = []
     for state in range(4):
         torch.manual_seed(state)
@@ -232,7 +232,7 @@ def test_the_seed_alone_decides(rule, net, images, labels, monkeypatch):
 
 
 def test_another_seed_draws_other_plans(net, images, labels, monkeypatch):
-    monkeypatch.setattr(knapsacks, "DRAWS", 1)
+    monkeypatch.setattr(scored, "DRAWS", 1)
     one = problem(net, images, labels, (0.5,))
     assert (
         len(

@@ -8,7 +8,7 @@ from helpers.paths import DIGITS
 
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.costs.counts import count_macs
-from nni_haloc.costs.device.measuring import measure
+from nni_haloc.costs.device.measure import measure
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.models import build_model

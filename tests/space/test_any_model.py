@@ -13,7 +13,7 @@ from torch import nn
 
 from nni_haloc.costs.analytic import activation_table, mac_table, param_table, roofline_table
 from nni_haloc.costs.counts import count_macs
-from nni_haloc.costs.measured import latency_table, measure_latency
+from nni_haloc.costs.latency import latency_table, measure_latency
 from nni_haloc.plan.compression import compress, restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.search.space import RankSpace

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nni_haloc.costs.device.measuring import Run, Runtime
+from nni_haloc.costs.device.runtime import Run, Runtime
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.space.names import DENSE
 from nni_haloc.utils.errors import needs

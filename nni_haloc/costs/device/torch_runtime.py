@@ -12,8 +12,8 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from nni_haloc.costs.device.measuring import Run, Runtime
 from nni_haloc.costs.device.replay import Replay
+from nni_haloc.costs.device.runtime import Run, Runtime
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.inputs.options import Kind, MemoryFormat
 from nni_haloc.space.layers import LayerSpec

@@ -8,7 +8,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from nni_haloc.costs.device.measuring import time_together
+from nni_haloc.costs.device.measure import time_together
 from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
 from nni_haloc.costs.from_settings import latency_input
 from nni_haloc.inputs import schema

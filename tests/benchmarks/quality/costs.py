@@ -11,8 +11,8 @@ import torch
 import typer
 from rows import HERE, RUNTIME
 
-from nni_haloc.costs.device.measuring import Timing
-from nni_haloc.costs.measured import latency_table
+from nni_haloc.costs.device.runtime import Timing
+from nni_haloc.costs.latency import latency_table
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.models import build_model
 from nni_haloc.space.ranks import RankRules

@@ -11,7 +11,7 @@ import torch
 import typer
 from rows import HERE, RUNTIME, read
 
-from nni_haloc.costs.measured import measure_latency
+from nni_haloc.costs.latency import measure_latency
 from nni_haloc.inputs.models import build_model
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from nni_haloc.costs.counts import count_macs
-from nni_haloc.costs.device.measuring import Runtime
+from nni_haloc.costs.device.runtime import Runtime
 from nni_haloc.costs.device.torch_runtime import layer_spec
 from nni_haloc.inputs.data import Splits
 

@@ -7,10 +7,11 @@ from statistics import median
 
 from torch import nn
 
-from nni_haloc.costs.device.measuring import Run, Runtime, Timing, measure, time_together
+from nni_haloc.costs.device.measure import measure, time_together
+from nni_haloc.costs.device.runtime import Run, Runtime, Timing
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
-from nni_haloc.costs.specification import specify
+from nni_haloc.costs.specify import specify
 from nni_haloc.costs.table import CostTable
 from nni_haloc.space.modules import Example, only_tensor
 from nni_haloc.space.ranks import RankRules
