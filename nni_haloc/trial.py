@@ -123,6 +123,8 @@ def main(run_file: str, parameters: dict, folder: RunFolder) -> int:
             logger.info("%s; starting anew", error)
             metrics = run(config, folder.path, reports.point, parameters)
         if is_first():
+            for name, value in metrics.items():
+                logger.info("%s: %.6g", name, value)
             reports.final(metrics)
     except (HalocError, OSError) as error:
         logger.error("%s", reason_of(error))

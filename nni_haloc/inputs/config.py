@@ -240,7 +240,7 @@ def _validated(
     try:
         return section.model_validate(content, context={"folder": folder, **context})
     except ValidationError as error:
-        raise SettingsError(f"{source}: {explain(error)}") from None
+        raise SettingsError(f"{source}: {explain(error, section)}") from None
 
 
 def set_dotted(content: dict[str, Any], dotted: str, value: Any) -> None:

@@ -18,6 +18,7 @@ from nni_haloc.inputs.options import (
     Schedule,
 )
 from nni_haloc.inputs.registries import DATA, PREDICTORS, RULES, RUNTIMES
+from nni_haloc.utils.errors import expected_one_of
 from nni_haloc.utils.registry import Registry
 
 
@@ -74,7 +75,7 @@ def _one_of(*names: str | Registry[Any]) -> Callable[[str], str]:
     def check(value: str) -> str:
         known = [name for part in names for name in ([part] if isinstance(part, str) else part)]
         if value not in known:
-            raise ValueError(f"expected one of {', '.join(known)}, found {value!r}")
+            raise ValueError(expected_one_of(known, value))
         return value
 
     return check

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.latency import measure_latency
 from nni_haloc.costs.table import CostTable, worthwhile
-from nni_haloc.inputs.registries import PREDICTORS, RUNTIMES
+from nni_haloc.inputs.registries import PREDICTORS, RULES, RUNTIMES
 from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules import plan as plan_by_rule
@@ -33,9 +33,12 @@ from nni_haloc.space.summary import why_nothing
 from nni_haloc.training.finetuning import accuracy, finetune, recalibrate
 from nni_haloc.training.random_states import isolated_random_states
 from nni_haloc.training.recipe import Recipe
+from nni_haloc.utils.errors import expected_one_of
 from nni_haloc.utils.quiet import quiet
+from nni_haloc.utils.registry import Registry
 
 _RECALIBRATION_BATCHES = 50
+_OR_WITHOUT = " to train with (epochs=0 needs none)"
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ def compress_model(
         raise ValueError(f"budget: {expected}, found {budget}")
     recipe = recipe or Recipe(epochs=epochs, lr=0.02, schedule="onecycle")
     rule = rule or ("search" if recipe.epochs else "sensitivity-knapsack")
+    if rule not in ("search", *RULES):
+        raise ValueError(f"rule: {expected_one_of(['search', *RULES], rule)}")
     if search_options and rule != "search":
         name = next(iter(search_options))
         raise ValueError(f"{name}: an option of the search, and the rule is {rule!r}")
@@ -149,14 +154,16 @@ def compress_model(
         seed_everything(seed, verbose=False)
         images, labels = _calibration(train_loader, calibration_images)
         images = images.to(next(model.parameters()).device)
-        if trained and (labels is None or val_loader is None):
-            raise ValueError("train_loader, val_loader: expected both, with labels, to train with")
+        if trained and labels is None:
+            raise ValueError(f"train_loader: expected images and labels{_OR_WITHOUT}, found images")
+        if trained and val_loader is None:
+            raise ValueError(f"val_loader: expected images and labels{_OR_WITHOUT}, found None")
         original = model if memory_format == "contiguous" else _channels_last(model)
         example = images[:1].repeat(batch_size, *[1] * (images.dim() - 1))
-        timing = RUNTIMES[runtime].from_options(memory_format=memory_format)
+        timing = _known(RUNTIMES, "runtime", runtime).from_options(memory_format=memory_format)
         if costs is None:
             batch = example if metric == "latency_ms" else images[:1]
-            make = PREDICTORS[metric].table
+            make = _known(PREDICTORS, "metric", metric).table
             costs = make(original, batch, rank_space, timing, lambda done, of: None)
         labels = _predictions(original, images) if labels is None else labels
         task = _Task(
@@ -220,6 +227,13 @@ class _Task:
         )
         plan = plan_by_rule(problem, rule)
         return plan, problem.network(plan.names)
+
+
+def _known(registry: Registry[Any], key: str, name: str) -> Any:
+    """Return a registry's object; say which argument is wrong if there is none of the name."""
+    if name not in registry:
+        raise ValueError(f"{key}: {expected_one_of(registry, name)}")
+    return registry[name]
 
 
 def _calibration(loader: Iterable[Any], number: int) -> tuple[Tensor, Tensor | None]:

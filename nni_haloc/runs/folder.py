@@ -11,8 +11,11 @@ from typing import Any, TypeGuard
 from nni_haloc.inputs.registries import STAGES
 from nni_haloc.utils.errors import SettingsError
 from nni_haloc.utils.files import write_json
+from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
 
+FIGURES = ("loss", "parameters", "ranks")
+"""What `haloc plot` draws into a run's folder."""
 METRICS_VERSION = 2
 SEARCH_VERSION = 1
 THROUGHPUT_VERSION = 1
@@ -118,8 +121,12 @@ class RunFolder:
         """
         if not is_first() or not self.path.is_dir():
             return
-        files = (self.ranks, self.weights, self.metrics_file, self.model, self.bench)
-        for file in (*files, self.search_file):
+        if self.metrics_file.exists():
+            logger.info("%s: replacing the results of an earlier run", self)
+        files = [self.ranks, self.weights, self.metrics_file, self.model, self.bench]
+        files += [self.search_file, self.report]
+        files += [self.path / f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")]
+        for file in files:
             file.unlink(missing_ok=True)
         folders = [self.searching.path, self.finetuning.path, self.front, self.export]
         for folder in (*folders, *(self.path / name for name in stages)):

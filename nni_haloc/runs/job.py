@@ -27,7 +27,12 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import Figures, RunFolder
 from nni_haloc.runs.saved import save
 from nni_haloc.training.finetuning import accuracy
-from nni_haloc.training.random_states import isolated_random_states
+from nni_haloc.training.random_states import (
+    isolated_random_states,
+    random_states,
+    seed_random_states,
+    set_random_states,
+)
 from nni_haloc.utils.errors import DataError, SettingsError, as_one_line, first_line
 from nni_haloc.utils.interruption import stoppable
 from nni_haloc.utils.log import log_to, logger
@@ -64,11 +69,12 @@ class Job:
         with as_one_line(DataError):
             self.splits = load_data(config.data)
             self._warn_of_missing_classes()
-        with as_one_line(), torch.random.fork_rng():
-            torch.manual_seed(config.seed)
+        with as_one_line(), isolated_random_states():
+            seed_random_states(config.seed)
             self.model = build_model(config.model.name, config.model.arguments, factories=factories)
             if trained:
                 load_weights(self.model, config.weights)
+            self._drawn: dict[str, Any] | None = random_states()
         self.model = self.laid_out(self.model)
         with as_one_line(DataError):
             self.example = self.splits.images("test", 1)
@@ -81,12 +87,16 @@ class Job:
     def at(self, config: Config, folder: str | Path) -> Job:
         """Return a job of the same data and network with other settings, in another folder."""
         job = copy.copy(self)
-        job.config, job.folder = config, RunFolder(folder)
+        job.config, job.folder, job._drawn = config, RunFolder(folder), None
         return job
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Make the folder; set threads and random states as the settings say, for a block."""
+        """Make the folder; set threads and random states as the settings say, for a block.
+
+        The random states are those after the network was made from the settings' seed; of a job
+        that `at` has returned, those of the seed.
+        """
         self.folder.path.mkdir(parents=True, exist_ok=True)
         threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
         environment = {key: os.environ.get(key) for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
@@ -96,6 +106,8 @@ class Job:
                     torch.set_num_threads(self.config.threads)
                 torch.set_float32_matmul_precision("high")
                 seed_everything(self.config.seed, verbose=False)
+                if self._drawn is not None:
+                    set_random_states(self._drawn)
                 yield
             finally:
                 torch.set_num_threads(threads)

@@ -11,7 +11,8 @@ from nni_haloc.runs.folder import Figures
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages import all_stages, stages_of
 from nni_haloc.runs.stages.choose_ranks import search
-from nni_haloc.runs.stages.stage import Outcome, Report, ignore, log_figures
+from nni_haloc.runs.stages.stage import Outcome, Report, ignore
+from nni_haloc.runs.summary import summary_line
 from nni_haloc.search.strategy import Haloc
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first, wait_for_all
@@ -72,10 +73,7 @@ def run_job(
         for stage in stages:
             stage.check(job)
         original = {**job.score(job.model), **job.count(job.model)}
-        logger.info(
-            "original: %.2f %% top-1, %d MACs, %d parameters",
-            *(100 * original["top1"], original["macs"], original["params"]),
-        )
+        logger.info("original: %s", summary_line(original))
         figures: dict[str, Figures] = {"original": original}
         outcome: Outcome | None = None
         place = 0
@@ -85,14 +83,14 @@ def run_job(
             if is_first():
                 original |= outcome.original
                 figures[stage.name] = outcome.figures
+                for title, row in stage.rows(outcome.figures).items():
+                    logger.info("%s: %s", title, summary_line(row))
                 if RESULT in figures:  # a finished run's, whatever becomes of further stages
                     job.folder.write_metrics(figures, **facts)
             wait_for_all()
     if not is_first():
         return {}
-    flat = flatten(figures)
-    log_figures(flat)
-    return flat
+    return flatten(figures)
 
 
 def search_only(config: Config, folder: str | Path, *, resume: bool = False) -> Haloc:

@@ -43,6 +43,12 @@ def summary(networks: Mapping[str, Figures]) -> tuple[list[str], list[list[str]]
     return headings, rows
 
 
+def summary_line(figures: Figures) -> str:
+    """Return a network's figures on one line: ``top-1 96.94 %, latency 3.536 ms, ...``."""
+    known = {key: figures[key] for key in ROWS if key in figures}
+    return ", ".join(f"{ROWS[key][0]} {ROWS[key][1](value)}" for key, value in known.items())
+
+
 def summary_text(networks: Mapping[str, Figures]) -> str:
     """Return the table as plain text."""
     headings, rows = summary(networks)

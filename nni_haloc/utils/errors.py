@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
+    from pydantic import BaseModel, ValidationError
 
 
 class HalocError(ValueError):
@@ -109,23 +110,46 @@ def reason_of(error: Exception) -> str:
     return str(error)
 
 
-def explain(error: ValidationError) -> str:
-    """Return pydantic's first error on one line: key, what was expected, what was found."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    found = first.get("input")
+def expected_one_of(names: Iterable[str], found: str) -> str:
+    """Say which names were expected instead of ``found``, and which of them is like it."""
+    known = list(names)
+    return f"expected one of {', '.join(known)}, found {found!r}{_suggestion(found, known)}"
+
+
+def explain(error: ValidationError, section: type[BaseModel] | None = None) -> str:
+    """Return pydantic's errors on one line: key, what was expected, what was found.
+
+    Args:
+        error: the errors, of which one is told; an unknown key before all others.
+        section: the model that was validated; with it an unknown key is told its likely name.
+    """
+    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    first = errors[0]
+    path = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        message = "unknown key"
+        message = "unknown key" + _suggestion(path[-1], _keys(section, path[:-1]))
     elif first["type"] == "missing":
         message = "missing"
     elif first["type"] == "value_error":
         message = str(first["ctx"]["error"])
     else:
-        shown = (
-            repr(found)
-            if isinstance(found, (str, int, float, bool, type(None)))
-            else type(found).__name__
-        )
+        found = first.get("input")
+        plain = isinstance(found, (str, int, float, bool, type(None)))
+        shown = repr(found) if plain else type(found).__name__
         message = f"{first['msg'][:1].lower()}{first['msg'][1:]}, found {shown}"
-    more = error.error_count() - 1
-    return (f"{key}: " if key else "") + message + (f" (and {more} more)" if more else "")
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return (f"{'.'.join(path)}: " if path else "") + message + more
+
+
+def _suggestion(found: str, known: list[str]) -> str:
+    close = get_close_matches(found, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _keys(section: Any, path: Iterable[str]) -> list[str]:
+    """Return the keys of a section of the settings, which stands under ``path``."""
+    for key in path:
+        field = getattr(section, "model_fields", {}).get(key)
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        section = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
+    return list(getattr(section, "model_fields", {}))

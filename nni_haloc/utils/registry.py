@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from nni_haloc.utils.errors import SettingsError, first_line
+from nni_haloc.utils.errors import SettingsError, expected_one_of, first_line
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class Registry(Generic[T]):
 
         def add(item: T) -> T:
             if name in self._own:
-                raise ValueError(f"{self.kind} {name!r}: nni-haloc has one of that name")
+                raise ValueError(f"{self.kind} {name!r}: nni-haloc already has that name")
             self._added[name] = item
             return item
 
@@ -76,8 +76,7 @@ class Registry(Generic[T]):
             return self._added[name]
         found = self._entry_points().get(name)
         if found is None:
-            expected = ", ".join(self.names())
-            raise SettingsError(f"{self.kind}: expected one of {expected}, found {name!r}")
+            raise SettingsError(f"{self.kind}: {expected_one_of(self.names(), name)}")
         try:
             return found.load()
         except Exception as error:  # of the other package's own code

@@ -94,10 +94,10 @@ def test_the_report_is_a_table_of_original_compressed_and_change(net, data):
     [
         ({"budget": 50}, "budget: expected a share of the original's cost, above 0 to 1, found 50"),
         ({"budget": 0.001}, "budget: .* is below the cheapest network"),
-        ({"rule": "none"}, "rule: expected one of uniform, .*, found 'none'"),
+        ({"rule": "none"}, "rule: expected one of search, uniform, .*, found 'none'"),
         ({"epochs": 0, "lam": 0.0}, "lam: an option of the search, and the rule is 'sens"),
         ({"lamb": 0.0}, "lamb: "),
-        ({"metric": "flops"}, "predictor: expected one of macs, .*, found 'flops'"),
+        ({"metric": "flops"}, "metric: expected one of macs, .*, found 'flops'"),
         ({"runtime": "tpu"}, "runtime: expected one of torch, .*, found 'tpu'"),
     ],
 )
@@ -108,9 +108,9 @@ def test_a_mistake_is_one_line(net, data, options, message):
 
 
 def test_labels_and_a_validation_loader_are_asked_for_before_anything_is_done(net, images, data):
-    with pytest.raises(ValueError, match="expected both, with labels"):
+    with pytest.raises(ValueError, match="train_loader: expected images and labels .*found images"):
         compress_model(net, DataLoader(images, 16), data[1], metric="macs")
-    with pytest.raises(ValueError, match="expected both, with labels"):
+    with pytest.raises(ValueError, match="val_loader: expected images and labels .*found None"):
         compress_model(net, data[0], metric="macs", recipe=Recipe(1))
 
 

@@ -31,8 +31,8 @@ def build_model(
     """
     module_name, _, attribute = name.rpartition(":")
     if not factories and module_name not in ("", "torchvision"):
-        refused = "a factory of one's own is not called on a file's word"
-        raise ValueError(f"model {name!r}: {refused}; pass the original network")
+        refused = "its factory is called for folders that you trust alone (--code FOLDER)"
+        raise ValueError(f"model {name!r}: {refused}; or pass the original network")
     try:
         model = _factory(module_name, attribute)(**(arguments or {}))
     except (ImportError, AttributeError, TypeError, ValueError) as error:
@@ -47,6 +47,9 @@ def build_model(
 
 def _factory(module_name: str, attribute: str) -> Callable[..., Any]:
     if not module_name:
+        if attribute not in MODELS:
+            others = "torchvision:NAME or package.module:factory"
+            raise ValueError(f"expected one of {', '.join(MODELS)}, {others}")
         return MODELS[attribute]
     if module_name != "torchvision":
         return getattr(importlib.import_module(module_name), attribute)

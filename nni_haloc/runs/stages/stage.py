@@ -167,7 +167,6 @@ class NetworkStage(Stage):
             same = self._what_figures_depend_on(job.config, same)
             config = job.config.model_dump(mode="json")
             folder.write_metrics({self.name: figures}, config=config, identity=same)
-            log_figures(self.flatten(figures))
         return Outcome(before.plan, network, figures if is_first() else {})
 
     def measure(self, job: Job, network: nn.Module) -> Figures:
@@ -202,9 +201,3 @@ class NetworkStage(Stage):
         if not folder.holds_network or content["identity"] != json.loads(json.dumps(same)):
             return None
         return content["stages"].get(self.name)
-
-
-def log_figures(figures: Mapping[str, float]) -> None:
-    """Log figures, one a line."""
-    for name, value in figures.items():
-        logger.info("%s: %.6g", name, value)
