@@ -1,4 +1,4 @@
-"""What every run starts from: settings, data and the trained network."""
+"""Load what every run needs: settings, data and the trained network."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class Job:
         return measure_latency(networks, batch, runtime_of(self.config))
 
     def holds(self, plan: RankPlan) -> bool:
-        """Return whether an earlier start left the network of this plan in the folder."""
+        """Tell whether an earlier start left the network of this plan in the folder."""
         try:
             there = RankPlan.load(self.folder.ranks)
         except (OSError, ValueError):

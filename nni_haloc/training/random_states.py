@@ -34,6 +34,13 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     random.setstate(states["python"])
 
 
+def seed_random_states(seed: int) -> None:
+    """Seed torch, numpy and Python, as Lightning does, but set no environment variables."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 @contextmanager
 def isolated_random_states() -> Iterator[None]:
     """Put the random states back after a block, also after one that fails."""

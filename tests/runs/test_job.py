@@ -14,6 +14,7 @@ import torch
 from helpers.paths import DIGITS
 
 from nni_haloc.inputs.config import load_config
+from nni_haloc.inputs.models import build_model
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import run
 
@@ -117,6 +118,7 @@ def test_active_sets_folder_threads_and_seeds_and_puts_them_back(config, tmp_pat
         assert torch.get_float32_matmul_precision() == "high"
         drawn = torch.rand(3), np.random.rand(3), random.random()
         torch.manual_seed(7)
+        build_model("digits_cnn")  # what the job has drawn before
         assert torch.equal(drawn[0], torch.rand(3))
         assert drawn[1].tolist() == np.random.RandomState(7).rand(3).tolist()
         assert drawn[2] == random.Random(7).random()
