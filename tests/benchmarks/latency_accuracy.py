@@ -1,9 +1,12 @@
-"""What ranks that are made for latency cost in accuracy: python tests/benchmarks/latency_accuracy.py RUN.yml TABLE.json --set ...
+"""Compare the accuracies of ranks that are made for latency and of others.
 
-Four plans of one trained network, decomposed for the data and fine-tuned alike: at the budget's fraction of the MACs uniform ranks, the
-search's, and those of the lowest latency that a cost table knows (`haloc measure`); and the search's within the latency that the last one
-has by that table, MACs not limited. Their accuracy is of the settings' ``data.score``. What is in the raw file already is not
-repeated; at the end all are timed in alternation.
+    python tests/benchmarks/latency_accuracy.py RUN.yml TABLE.json --set ...
+
+Four plans of one trained network are decomposed for the data and fine-tuned alike: at the budget's
+fraction of the MACs uniform ranks, the search's, and those of the lowest latency that a cost table
+knows (`haloc measure`); and the search's within the latency that the last one has by that table,
+MACs not limited. Their accuracy is of the settings' ``data.score``. What is in the raw file already
+is not repeated; at the end all are timed in alternation.
 """
 
 import json
@@ -25,7 +28,9 @@ from nni_haloc.plan.budget import Limit, choose
 from nni_haloc.plan.compression import compress, restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.job import Job
-from nni_haloc.runs.run import choose_ranks, train
+from nni_haloc.runs.stages.choose_ranks import ChooseRanks
+from nni_haloc.runs.stages.stage import ignore
+from nni_haloc.runs.stages.training import train
 from nni_haloc.space.names import parse_rank
 from nni_haloc.utils.log import log_to
 
@@ -96,10 +101,13 @@ def one(name: str, config: Config, file: Path, folder: Path) -> dict[str, Any]:
         if name not in ("uniform", "search"):
             cost = config.cost.model_copy(update={"metric": "latency_ms", "table": str(file)})
             limit = type(config.budget)(absolute=times.total(fastest))
-            job.config = config.model_copy(update={"cost": cost, "budget": limit})
-        plan, network = choose_ranks(job)
-    train(job, plan, network)
-    (top1, *_) = job.accuracy(network, job.loader(config.data.score))
+            job = job.at(config.model_copy(update={"cost": cost, "budget": limit}), folder)
+        with job.active():
+            chosen = ChooseRanks().run(job, None, ignore, resume=False)
+        plan, network = chosen.plan, chosen.network
+    with job.active():
+        train(job, network, config.finetune, job.folder.finetuning, {}, title="fine-tuning")
+        top1 = job.score(network)["top1"]
     known = all(candidate in times.costs[layer] for layer, candidate in plan.names.items())
     return {
         "top1": top1,
@@ -126,7 +134,7 @@ def printed(job: Job, lines: list[dict[str, Any]]) -> str:
         zip(
             networks,
             [
-                job.accuracy(job.model, job.loader(job.config.data.score))[0],
+                job.score(job.model)["top1"],
                 *(line["top1"] for line in lines),
             ],
             strict=True,
@@ -143,9 +151,8 @@ def printed(job: Job, lines: list[dict[str, Any]]) -> str:
             1e3 * median(times[name] for times in found),
             count_macs(network, job.example) / original,
         )
-        rows.append(
-            f"| {name} | {100 * top1[name]:.2f} | {100 * macs:.1f} | {milliseconds:.1f} | {100 * share:.1f} |"
-        )
+        numbers = f"{100 * macs:.1f} | {milliseconds:.1f} | {100 * share:.1f}"
+        rows.append(f"| {name} | {100 * top1[name]:.2f} | {numbers} |")
     return "\n".join(rows)
 
 

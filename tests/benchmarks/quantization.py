@@ -1,7 +1,10 @@
-"""Ways to quantize an ONNX file, compared: python tests/benchmarks/quantization.py FOLDER [--batch 1 --batch 128] [--threads 1]
+"""Compare ways to quantize an ONNX file.
 
-FOLDER is a finished run's. For each way: top-1 on validation images, the file's size, and a pass in ONNX Runtime, all ways timed in
-alternation (the median of five medians, and the least of them). Test images are not looked at.
+    python tests/benchmarks/quantization.py FOLDER [--batch 1 --batch 128] [--threads 1]
+
+FOLDER is a finished run's. For each way: top-1 on validation images, the file's size, and a pass in
+ONNX Runtime, all ways timed in alternation (the median of five medians, and the least of them).
+Test images are not looked at.
 """
 
 import argparse
@@ -47,7 +50,7 @@ if __name__ == "__main__":
                 way: {
                     "top1": run.job.accuracy(
                         OnnxNetwork(file, options.threads), run.job.loader("val")
-                    )[0],
+                    )["top1"],
                     "bytes": file.stat().st_size,
                 }
                 for way, file in files.items()

@@ -1,6 +1,9 @@
-"""What plans made for different costs cost in each of them: python tests/benchmarks/two_costs.py FOLDER FOLDER ...
+"""Compare what plans made for different costs cost in each of them.
 
-Folders of finished runs or searches of one network, each with a metric of its own: its plan against every run's cost table.
+    python tests/benchmarks/two_costs.py FOLDER FOLDER ...
+
+The folders are of finished runs or searches of one network, each with a metric of its own. Each
+plan is looked up in every run's cost table.
 """
 
 from pathlib import Path
@@ -10,12 +13,12 @@ import typer
 
 from nni_haloc.costs.table import CostTable
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.runs.folder import COSTS_FILE, RANKS_FILE
+from nni_haloc.runs.folder import RunFolder
 
 
 def main(folders: Annotated[list[Path], typer.Argument()]) -> None:
-    plans = {folder: RankPlan.load(folder / RANKS_FILE) for folder in folders}
-    tables = {folder: CostTable.load(folder / COSTS_FILE) for folder in folders}
+    plans = {folder: RankPlan.load(RunFolder(folder).ranks) for folder in folders}
+    tables = {folder: CostTable.load(RunFolder(folder).costs) for folder in folders}
     print(
         "| plan made for | "
         + " | ".join(f"{table.metric}, % of the original" for table in tables.values())

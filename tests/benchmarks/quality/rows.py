@@ -1,9 +1,13 @@
-"""Accuracy at equal cost, one row after another: python tests/benchmarks/quality/rows.py --help
+"""Measure accuracy at equal cost, one row after another.
 
-A row is one method, budget and seed: what `haloc run` and `haloc baseline` do, timed in processor seconds. Where choosing ranks takes half
-an epoch of fine-tuning or more, a row of the main methods and budgets gives two lines, one for each kind of equality: fine-tuned for all
-epochs, and for fewer, by as many whole epochs as the choice costs, to the nearest.
-Rows that the file has already are not made again, so that a study goes on where it stopped; several processes share one (`--part 0/4`).
+    python tests/benchmarks/quality/rows.py --help
+
+A row is one method, budget and seed: what `haloc run` does, timed in processor seconds. Where
+choosing ranks takes half an epoch of fine-tuning or more, a row of the main methods and budgets
+gives two lines, one for each kind of equality: fine-tuned for all epochs, and for fewer, by as many
+whole epochs as the choice costs, to the nearest.
+Rows that the file has already are not made again, so that a study goes on where it stopped; several
+processes share one (`--part 0/4`).
 """
 
 import copy
@@ -25,7 +29,9 @@ from nni_haloc.inputs.config import load_config
 from nni_haloc.plan.compression import compress
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.job import Job
-from nni_haloc.runs.run import choose_ranks, train
+from nni_haloc.runs.stages.choose_ranks import ChooseRanks
+from nni_haloc.runs.stages.stage import ignore
+from nni_haloc.runs.stages.training import train
 from nni_haloc.space.names import parse_rank
 from nni_haloc.utils.log import log_to, logger
 
@@ -44,8 +50,17 @@ EQUAL_TUNING, EQUAL_COMPUTE = "equal fine-tuning", "equal compute"
 
 @dataclass(frozen=True)
 class Row:
-    """``decomposition``: how candidates are made, as ``rank_space.decomposition``. ``afresh``: the ranks are those of the row without it,
-    by the default decomposition; the weights are decomposed again, whatever a search has made of them."""
+    """One row of the study.
+
+    Attributes:
+        method: ``haloc``, ``paper``, or a rule.
+        metric: what the budget limits.
+        fraction: the budget, of the original's cost.
+        seed: the run's seed.
+        decomposition: how candidates are made, as ``rank_space.decomposition``.
+        afresh: whether the ranks are those of the row without it, by the default decomposition,
+            and the weights decomposed again, whatever a search has made of them.
+    """
 
     method: str
     metric: str
@@ -145,11 +160,11 @@ def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) 
     if lines:  # its second line is to come
         first = lines.pop() | {"commit": commit}
         plan, chosen = (
-            choose_ranks(job) if row.method in METHODS else _afresh(job, row, out)
+            _chosen(job) if row.method in METHODS else _afresh(job, row, out)
         )  # a search's weights are not those of the ranks
     else:
         started = time.process_time()
-        plan, chosen = _afresh(job, row, out) if row.afresh else choose_ranks(job)
+        plan, chosen = _afresh(job, row, out) if row.afresh else _chosen(job)
         first = asdict(row) | {
             "score": score,
             "choose_s": time.process_time() - started,
@@ -161,19 +176,23 @@ def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) 
             "search": config.search.model_dump() if config.rule == "search" else None,
             "commit": commit,
         }
-        first |= {"table": EQUAL_TUNING} | _trained(job, plan, chosen)
+        first |= {"table": EQUAL_TUNING} | _trained(job, chosen)
         lines.append(first)
     fewer = _epochs_left(first)
     if fewer is not None:
-        job.config = load_config(HERE / "run.yml", changes | {"finetune.epochs": fewer})
-        lines.append(first | {"table": EQUAL_COMPUTE} | _trained(job, plan, chosen))
+        config = load_config(HERE / "run.yml", changes | {"finetune.epochs": fewer})
+        job = job.at(config, job.folder.path)
+        lines.append(first | {"table": EQUAL_COMPUTE} | _trained(job, chosen))
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def _epochs_left(line: dict[str, Any]) -> int | None:
-    """Epochs of fine-tuning that the choice of ranks leaves of a row's; None where it costs none, or all, or is not compared."""
+    """Return the epochs of fine-tuning that the choice of ranks leaves of a row's.
+
+    None where it costs none, or all, or is not compared.
+    """
     compared = (
         line["method"] in MAIN
         and (line["metric"], line["fraction"]) in BUDGETS
@@ -195,6 +214,13 @@ def _complete(row: Row, lines: list[dict[str, Any]]) -> bool:
     )
 
 
+def _chosen(job: Job) -> tuple[RankPlan, nn.Module]:
+    """Choose ranks as the settings say; return the plan and its network."""
+    with job.active():
+        outcome = ChooseRanks().run(job, None, ignore, resume=False)
+    return outcome.plan, outcome.network
+
+
 def _afresh(job: Job, row: Row, out: Path) -> tuple[RankPlan, nn.Module]:
     """The plan of the row that chose the ranks, and the network decomposed at them."""
     own = asdict(replace(row, decomposition="auto", afresh=False))
@@ -209,16 +235,26 @@ def _afresh(job: Job, row: Row, out: Path) -> tuple[RankPlan, nn.Module]:
     )
 
 
-def _trained(job: Job, plan: RankPlan, chosen: nn.Module) -> dict[str, Any]:
-    """One line's share: a copy of the network is fine-tuned; ``val``: its accuracies, the first one after recalibration alone."""
+def _trained(job: Job, chosen: nn.Module) -> dict[str, Any]:
+    """Fine-tune a copy of the network; return a line's share.
+
+    ``val`` has its accuracies, the first one after recalibration alone.
+    """
     curve: list[float] = []
-    logger.info("%s", job.folder.name)
-    started = time.process_time()
-    network = train(
-        job, plan, copy.deepcopy(chosen), lambda metrics, place: curve.append(metrics["default"])
-    )
-    finetune_s = time.process_time() - started
-    (top1,) = job.accuracy(network, job.loader(job.config.data.score))
+    logger.info("%s", job.folder.path.name)
+    with job.active():
+        started = time.process_time()
+        network = train(
+            job,
+            copy.deepcopy(chosen),
+            job.config.finetune,
+            job.folder.finetuning,
+            {},
+            lambda metrics, place: curve.append(metrics["default"]),
+            title="fine-tuning",
+        )
+        finetune_s = time.process_time() - started
+        top1 = job.score(network)["top1"]
     return {
         "top1": top1,
         "val": curve,
