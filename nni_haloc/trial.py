@@ -120,7 +120,9 @@ def main(run_file: str, parameters: dict, folder: RunFolder) -> int:
         try:  # a trial that NNI starts again has its folder already
             metrics = run(config, folder.path, reports.point, parameters, resume=True)
         except UnusableCheckpoint as error:
-            logger.info("%s; starting anew", error)
+            from nni_haloc.training.checkpoint import REMEDY
+
+            logger.info("%s; starting anew", str(error).removesuffix(REMEDY))
             metrics = run(config, folder.path, reports.point, parameters)
         if is_first():
             for name, value in metrics.items():

@@ -140,7 +140,7 @@ class Loop(Evaluator):
         self._after = []
 
     def patch_optim_param_group(self, module_name_param_dict: Any = None) -> None:
-        """The wrapped network's parameters are all trained."""
+        """Do nothing: all parameters of the wrapped network are trained."""
 
     def patch_optimizer_step(
         self, before_step_tasks: list[Any], after_step_tasks: list[Any]
@@ -166,7 +166,7 @@ class Loop(Evaluator):
 
 
 def start_lsq(quantizer: LsqQuantizer) -> Callable[[], None]:
-    """Let each scale of an `LsqQuantizer` start so that the next pass's largest value just fits.
+    """Set each scale of an `LsqQuantizer` from the largest value of the next pass.
 
     NNI starts every scale at 0.01, which clips at 1.27 whatever the values are.
 

@@ -1,4 +1,4 @@
-"""The commands that take a finished run: prune, quantize, export, bench, report, plot."""
+"""Commands that take a finished run: prune, quantize, export, bench, report, plot."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ StageChanges = Annotated[
 ]
 Epochs = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Epochs of the training that follows (default: the settings')."),
+    typer.Option(metavar="N", help="Epochs of the training that follows (default: as in the run)."),
 ]
 
 
@@ -45,13 +45,13 @@ def prune_command(
     folder: StageFolder,
     pruner: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="l1, fpgm or taylor (default: the settings')."),
+        typer.Option(metavar="NAME", help="l1, fpgm or taylor (default: as in the run)."),
     ] = None,
     sparsity: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Share of the channels to remove, above 0 and below 1 (default: the settings').",
+            help="Share of the channels to remove, above 0 and below 1 (default: as in the run).",
         ),
     ] = None,
     epochs: Epochs = None,
@@ -72,7 +72,7 @@ def prune_command(
 def quantize_command(
     folder: StageFolder,
     quantizer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="ptq, qat or lsq (default: the settings').")
+        str | None, typer.Option(metavar="NAME", help="ptq, qat or lsq (default: as in the run).")
     ] = None,
     epochs: Epochs = None,
     out: Annotated[
@@ -144,15 +144,15 @@ def bench_command(
     folder: Folder,
     batch: Annotated[
         str | None,
-        typer.Option(metavar="SIZES", help="Batch sizes, such as 1,128 (default: the settings')."),
+        typer.Option(metavar="SIZES", help="Batch sizes, such as 1,128 (default: as in the run)."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(metavar="N", help="Processor threads (default: the settings').")
+        int | None, typer.Option(metavar="N", help="Processor threads (default: as in the run).")
     ] = None,
     split: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Images of the accuracies, val or test (default: the settings')."
+            metavar="NAME", help="Images of the accuracies, val or test (default: as in the run)."
         ),
     ] = None,
     data: Annotated[
@@ -176,7 +176,7 @@ def bench_command(
     if json_:
         print_json(content)
     else:
-        print_bench(f"{folder}: passes in alternation", content)
+        print_bench(f"{folder}: median latency, all networks timed in turn", content)
 
 
 @after.command("report", rich_help_panel=AFTER)

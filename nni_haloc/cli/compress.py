@@ -36,14 +36,14 @@ SEARCH = "search"
 
 
 def _rules_with(start: str) -> list[str]:
-    """Rules for the shell's completion."""
+    """List the rules that start with a text, for shell completion."""
     return [name for name in (SEARCH, *RULES) if name.startswith(start)]
 
 
 Budget = Annotated[
     float | None,
     typer.Option(
-        metavar="FRACTION", help="Fraction of the original's cost (default: the settings')."
+        metavar="FRACTION", help="Fraction of the original's cost (default: as in RUN.yml)."
     ),
 ]
 
@@ -55,7 +55,7 @@ def run_command(
         str | None,
         typer.Option(
             metavar="NAME",
-            help=f"How ranks are chosen: {SEARCH}, {', '.join(RULES)} (default: the settings').",
+            help=f"How ranks are chosen: {SEARCH}, {', '.join(RULES)} (default: as in RUN.yml).",
             autocompletion=_rules_with,
         ),
     ] = None,
@@ -179,7 +179,7 @@ def throughput_command(
     scale: Scale = None,
     resume: Resume = False,
 ) -> None:
-    """Compress for each device here, compare speed (Table 3)."""
+    """Compress for each device here and compare speed (Table 3)."""
     config, _ = _settings(run_file, set_, scale)
     from nni_haloc.runs.devices import at_hand, known_devices, print_throughput, throughput
     from nni_haloc.runs.folder import RunFolder
@@ -245,7 +245,7 @@ def _run(
 def _settings(
     run_file: Path, assignments: list[str] | None, scale: float | None, *, training: bool = False
 ) -> tuple[Any, dict[str, Any]]:
-    """The settings of a file, and what the command line changes in them."""
+    """Read a run's file; return its settings and what the command line changes in them."""
     from nni_haloc.cli.experiment import refuse_experiment
     from nni_haloc.inputs.config import load_config
 

@@ -68,7 +68,7 @@ def _show_help(parser: argparse.ArgumentParser) -> None:
 
 
 def _parameter(action: argparse.Action) -> Parameter:
-    """The parameter that makes typer show an option of argparse."""
+    """Turn an argparse option into a parameter that typer shows."""
     metavar = "" if action.nargs == 0 else str(action.metavar)
     metavar += "..." if action.nargs == "+" else ""
     if action.nargs == 0:
@@ -88,7 +88,7 @@ def _parameter(action: argparse.Action) -> Parameter:
 
 
 def _predictors_with(start: str) -> list[str]:
-    """Predictors for the shell's completion."""
+    """List the predictors that start with a text, for shell completion."""
     names = dict.fromkeys(["analytic", "eyeriss", *PREDICTORS])
     return [name for name in names if name.startswith(start)]
 
@@ -131,12 +131,12 @@ def predict_command(
 ) -> None:
     """Count or model each layer's cost at each rank."""
     with as_one_line():
-        from nni_haloc.costs.device.measured_file import keep_measurements
+        from nni_haloc.costs.device.measured_file import refuse_to_overwrite
         from nni_haloc.costs.measure import model_of, predicted_table
 
         named = model_of(model, input_, batch, rank_space)
         table = predicted_table(*named, predictor, metric, flops=flops, bandwidth=bandwidth)
-        keep_measurements(out)
+        refuse_to_overwrite(out)
         table.save(out)
     typer.echo(f"{out}: the network costs {table.original:.6g} {table.metric}")
 
@@ -157,7 +157,7 @@ def spec_command(
         ),
     ] = False,
 ) -> None:
-    """Write what another device is to measure, without the model."""
+    """List what another device has to measure."""
     with as_one_line():
         from nni_haloc.costs.measure import model_of, specification
 
@@ -226,10 +226,12 @@ def steps_command(
         ),
     ],
 ) -> None:
-    """Print at which ranks a device's cost takes a step."""
+    """Show the ranks at which a device's cost jumps."""
     from nni_haloc.costs.stairs import rank_stairs
     from nni_haloc.costs.table import CostTable
 
+    if not table.exists():
+        raise SettingsError(f"{table}: no such file")
     with as_one_line():
         stairs = rank_stairs(CostTable.load(table))
     if not stairs:

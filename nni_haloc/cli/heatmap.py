@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nni_haloc.costs.accelerator import CACHE, accelerator_costs
 from nni_haloc.costs.device.measure import measure
-from nni_haloc.costs.device.measured_file import keep_measurements
+from nni_haloc.costs.device.measured_file import refuse_to_overwrite
 from nni_haloc.costs.device.replay import Replay
 from nni_haloc.costs.device.runtime import Timing
 from nni_haloc.costs.device.spec import Entry, Specification
@@ -101,7 +101,7 @@ def _ranks(channels: int, step: int) -> range:
 
 def _modelled(spec: LayerSpec, pairs: list[Pair], metric: str, out: Path) -> CostTable:
     """Write and return the layer's table for the accelerator model."""
-    keep_measurements(out)
+    refuse_to_overwrite(out)
     ranks = [None, *pairs]
     costs = accelerator_costs([(spec, rank) for rank in ranks], metric, CACHE, progress("modelled"))
     row = dict(zip(map(rank_name, ranks), costs, strict=True))

@@ -102,4 +102,4 @@ def _save(figure: Figure, path: Path) -> None:
     for kind in ("png", "svg"):
         with whole(path.with_suffix(f".{kind}")) as part:
             figure.savefig(part, dpi=150, format=kind)
-    print(f"{path}.png, .svg")
+    print(f"{path}.png, {path}.svg")

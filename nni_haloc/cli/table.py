@@ -84,7 +84,11 @@ def as_json(content: dict[str, Any]) -> dict[str, Any]:
 def _counts_with(
     plan: RankPlan, file: str, model: nn.Module, example_input: Tensor
 ) -> dict[str, int]:
-    """`network_counts` with a plan's layers; a ValueError names the plan's file."""
+    """Count a network with a plan's layers in place.
+
+    Raises:
+        ValueError: names the plan's file.
+    """
     try:
         return network_counts(restructure(model, plan), example_input)
     except ValueError as error:

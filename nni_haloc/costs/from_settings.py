@@ -17,12 +17,18 @@ from nni_haloc.inputs.registries import PREDICTORS, RUNTIMES
 from nni_haloc.inputs.schema import Space
 from nni_haloc.space.ranks import RankRules
 from nni_haloc.utils.errors import SettingsError, as_one_line
+from nni_haloc.utils.files import why_unreadable
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first, start_together
 from nni_haloc.utils.versions import processor
 
 _DTYPE = "float32"
 """The precision in which runs measure latency."""
+_DOING = {
+    **dict.fromkeys(("macs", "params", "activation_bytes"), "counting"),
+    "roofline": "modelling",  # by rates that are measured
+}
+"""What some predictors do, for the log."""
 
 
 def rules_of(config: Config, step: int | None = None) -> RankRules:
@@ -39,7 +45,8 @@ def rules_of(config: Config, step: int | None = None) -> RankRules:
     if space.step != "auto":
         return rank_rules(space, step)
     if config.cost.table is None:
-        raise SettingsError("rank_space.step: 'auto' is read off cost.table, which is not set")
+        needed = "cost.table (make one with haloc measure)"
+        raise SettingsError(f"rank_space.step: 'auto' needs {needed}")
     stairs = rank_stairs(_load("cost", config.cost.metric, config.cost.table))
     widths = {layer: stair.width for layer, stair in stairs.items() if stair.width > 1}
     logger.info("stairs of the cost table: %s", widths or "none")
@@ -49,7 +56,8 @@ def rules_of(config: Config, step: int | None = None) -> RankRules:
 def rank_rules(space: Space, step: int | None = None) -> RankRules:
     """Return the rules of a rank space; ``step`` is for one that leaves it open."""
     if space.step == "auto":
-        raise SettingsError("rank_space.step: 'auto' is for runs with a cost.table")
+        needed = "cost.table, which only a run has; expected a number"
+        raise SettingsError(f"rank_space.step: 'auto' needs {needed}")
     return RankRules(
         space.step or step,
         space.dense,
@@ -100,12 +108,12 @@ def cost_table(
     if maker.measured:
         if config.trainer.num_nodes > 1 or start_together():
             raise SettingsError(
-                f"{key}.table: each of the processes would measure another latency; "
-                "name a table (haloc measure)"
+                f"{key}.table: several processes need a measured table: make one with haloc measure"
             )
         if not is_first():
             return CostTable.load(path)
-    logger.info("cost table: %s of every candidate", predictor)
+    doing = _DOING.get(predictor) or ("measuring" if maker.measured else "modelling")
+    logger.info("%s %s of every candidate", doing, metric)
     example = latency_input(config, example) if metric == "latency_ms" else example
     with as_one_line(where=f"{key}.metric"):
         return maker.table(model, example, rules, runtime_of(config), lambda done, of: None)
@@ -128,8 +136,8 @@ def _check_measured_alike(
             "runtime" in identity or (key == "input" and identity.get("kind") == "roofline")
         ) and identity.get(key) != value:
             raise SettingsError(
-                f"{where}: measured with {key} {identity.get(key)!r}, the run's is {value!r} "
-                "(cost.batch_size and others)"
+                f"{where}: measured with {key} {identity.get(key)!r}, but this run uses "
+                f"{value!r} (cost.batch_size and others)"
             )
 
 
@@ -139,7 +147,7 @@ def _load(key: str, metric: str, file: str) -> CostTable:
         costs = CostTable.load(file)
     except OSError as error:
         raise SettingsError(
-            f"{key}.table: expected a file of costs, found {file}: {error.strerror}"
+            f"{key}.table: expected a file of costs, found {file}: {why_unreadable(error)}"
         ) from None
     if costs.metric != metric:
         raise SettingsError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nni_haloc.costs.device.measure import measure
-from nni_haloc.costs.device.measured_file import keep_measurements, merge
+from nni_haloc.costs.device.measured_file import merge, refuse_to_overwrite
 from nni_haloc.costs.device.runtime import Runtime, Timing
 from nni_haloc.costs.device.spec import Specification, draw, share
 from nni_haloc.inputs.registries import RUNTIMES
@@ -142,7 +142,7 @@ def measure_main(arguments: Sequence[str] | None = None) -> int:
 def _merged(options: argparse.Namespace) -> dict[str, Any]:
     """Join the workers' files that ``--merge`` names."""
     spec, _ = _specified(options)
-    keep_measurements(options.out)
+    refuse_to_overwrite(options.out)
     return merge(spec, options.merge)
 
 
@@ -361,13 +361,13 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _facts(out: Path, content: dict[str, Any], entries: int) -> dict[str, Any]:
-    """What ``--json`` prints: the file, how many entries are measured, and the whole network."""
+    """Return what ``--json`` prints: file, number of measured entries, cost of the network."""
     facts = {key: content.get(key) for key in ("metric", "unit", "original")}
     return {"file": str(out), "entries": entries, "spread": _spread(content), **facts}
 
 
 def _spread(content: dict[str, Any]) -> float | None:
-    """The median spread of an entry as a share of its cost; None of a worker's share."""
+    """Return the median relative spread of the entries; None for one worker's part."""
     if "costs" not in content:
         return None
     spread = sorted(value for row in content["spread"].values() for value in row.values())
@@ -383,7 +383,7 @@ def _summary(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Entry point on a device: an error that the user can mend is one line, with exit status 2."""
+    """Run the command on a device; print a mendable error as one line and exit with status 2."""
     try:
         measure_main()
     except (ValueError, OSError) as error:

@@ -59,7 +59,7 @@ def predicted_table(
 
     latencies = {
         i: predict(spec.entries[i].onnx, f"layer {home[0]!r}, candidate {home[1]!r}")
-        for i, home in spec.homes().items()
+        for i, home in spec.first_users().items()
     }
     costs = {
         layer: {candidate: latencies[index] for candidate, index in row.items()}

@@ -52,8 +52,8 @@ def complete(spec: Specification, state: Mapping[str, Any]) -> dict[str, Any]:
     """
     check_installed()
     missing = set(unmeasured(spec, state))
-    homes = spec.homes()
-    known = [index for index in homes if index not in missing]
+    users = spec.first_users()
+    known = [index for index in users if index not in missing]
     if state["identity"]["where"] != "alone":
         raise ValueError(
             "layers measured in place are not predicted: measure a sample of them alone"
@@ -66,7 +66,7 @@ def complete(spec: Specification, state: Mapping[str, Any]) -> dict[str, Any]:
         return {**state, **finished(spec, state)}
     x = np.array([_columns(spec.entries[index]) for index in known])
     y = np.log(
-        [float(np.median(state["runs"][homes[index][0]][homes[index][1]])) for index in known]
+        [float(np.median(state["runs"][users[index][0]][users[index][1]])) for index in known]
     )
     error = float(np.median(np.abs(np.exp(_cross_validated(x, y) - y) - 1)))
     unknown = np.array([_columns(spec.entries[index]) for index in sorted(missing)])

@@ -179,7 +179,7 @@ def _space_file(path: Path, name: str, uploaded: Path | None) -> Any:
 
 
 def _scaled(config: Config) -> Config:
-    """Return the settings with the work that ``scale`` leaves."""
+    """Reduce epochs and images by the setting ``scale``."""
     if config.scale == 1:
         return config
     root = math.sqrt(config.scale)
@@ -207,7 +207,7 @@ def _scaled(config: Config) -> Config:
 def parse_config(
     content: Mapping[str, Any], source: str | Path, folder: Path = Path(), *, files: bool = True
 ) -> Config:
-    """Validate settings that are at hand.
+    """Validate settings given as a dict.
 
     Args:
         content: keys and values.

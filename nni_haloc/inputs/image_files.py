@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from nni_haloc.utils.errors import DataError
+from nni_haloc.utils.files import why_unreadable
 
 
 class DamagedImage(DataError):
-    """A file is no image, or not the whole of one.
+    """Signal an image file that is damaged or not an image.
 
     A loader's worker process hands the message on as the last line of a traceback.
     """
@@ -23,7 +24,7 @@ class DamagedImage(DataError):
 
 
 def class_folders(path: Path, transform: Any = None) -> Any:
-    """Make torchvision's `ImageFolder`; an image that can't be read is named then."""
+    """Make torchvision's `ImageFolder` whose errors name the unreadable file."""
     from torchvision.datasets import ImageFolder
 
     try:
@@ -45,7 +46,7 @@ def _opened(file: str) -> Any:
         if (
             isinstance(error, OSError) and error.strerror
         ):  # the system's: nothing is known of the image
-            reason = error.strerror
+            reason = why_unreadable(error)
         raise DamagedImage(f"{file}: {reason}") from None
 
 

@@ -70,7 +70,10 @@ def _pin(value: Any) -> Any:
 
 
 def _one_of(*names: str | Registry[Any]) -> Callable[[str], str]:
-    """Return a check that a value is one of some names; those of a registry are looked up then."""
+    """Return a check that a value is one of some names.
+
+    Registry names are looked up at each check.
+    """
 
     def check(value: str) -> str:
         known = [name for part in names for name in ([part] if isinstance(part, str) else part)]
@@ -303,7 +306,7 @@ class Trainer(Section):
 
 
 class SearchOptions(Section):
-    """How probabilities and weights are searched: the options of `nni_haloc.Haloc`, told there."""
+    """Options of the search: those of `nni_haloc.Haloc`, which explains them."""
 
     lam: NonNegative = 1.0
     lam_schedule: LamSchedule = "constant"

@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 
 from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.files import why_unreadable
 
 
 class _Loader(yaml.SafeLoader):
-    """Numbers as everybody writes them: YAML 1.1, and so PyYAML, takes 1e-3 for a string."""
+    """Load YAML, reading 1e-3 as a number (YAML 1.1 reads it as text)."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -69,9 +70,10 @@ def read_yaml(path: Path, key: str | None = None, *, exponents: bool = True) -> 
         text = path.read_text(encoding="utf-8")
         content = parse_yaml(text) if exponents else yaml.safe_load(text)
         size = _count_values(content, {}, _MOST)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise SettingsError(f"{where}: {reason}") from None
+    except OSError as error:
+        raise SettingsError(f"{where}: {why_unreadable(error)}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{where}: not a text file") from None
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""

@@ -1,4 +1,4 @@
-"""Eq. (5), the hard budget: the highest total score at costs that never exceed a limit."""
+"""Choose candidates by their score without exceeding a budget, Eq. (5)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class UndecidedBudget(InfeasibleBudget):
 class Limit:
     """The most that the whole network may cost in one table.
 
-    Args:
+    Attributes:
         costs: the table.
         budget: the limit, in the table's unit.
     """
@@ -132,8 +132,7 @@ def check_feasible(candidates: Candidates, limits: Sequence[Limit]) -> Choice:
     Raises:
         InfeasibleBudget: if there is none; the message names a limit that can't be met, by itself
             or beside those before it.
-        UndecidedBudget: if the solver can't tell: a few limits near what is possible, in ever so
-            many layers.
+        UndecidedBudget: if the solver cannot decide (several tight limits and very many layers).
     """
     for limit in limits:
         _refuse_unless_met(limit, cheapest(candidates, limit.costs), "")
@@ -154,7 +153,7 @@ def check_feasible(candidates: Candidates, limits: Sequence[Limit]) -> Choice:
 
 
 def choose(scores: Scores, limits: Sequence[Limit], use: float = 0.0) -> Choice:
-    """Return Eq. (5), the choice of the highest total score that no limit forbids.
+    """Choose the candidates with the highest total score within every limit, Eq. (5).
 
     This is a multiple-choice knapsack with one constraint for each limit, solved by HiGHS. Because
     its constraints hold only to a tolerance, costs are recomputed exactly and a choice that does
@@ -313,8 +312,23 @@ def _slack(limit: Limit, cheapest_choice: Choice) -> float:
 def _refuse_unless_met(limit: Limit, cheapest_choice: Mapping[str, str], beside: str) -> None:
     """Raise `InfeasibleBudget` if a limit's cheapest choice is above it."""
     if not limit.holds(cheapest_choice):
+        least = limit.costs.total(cheapest_choice)
         # All its digits: as a budget, it is accepted.
-        least = repr(limit.costs.total(cheapest_choice)).removesuffix(".0")
+        cost = f"{repr(least).removesuffix('.0')} {limit.costs.metric}"
+        fraction = _fraction_within(least, limit.costs.original)
         raise InfeasibleBudget(
-            f"budget: {limit} is below the cheapest network{beside}, {least} {limit.costs.metric}"
+            f"budget: {limit} is below the cheapest network{beside}, {cost}"
+            f", which is {fraction} of the original"
         )
+
+
+def _fraction_within(cost: float, original: float) -> str:
+    """Return a cost as a fraction of the original's, rounded up to four digits.
+
+    As a budget, the fraction is accepted.
+    """
+    step = 10.0 ** (math.floor(math.log10(cost / original)) - 3)
+    steps = math.ceil(cost / original / step)
+    while float(text := f"{steps * step:.4g}") * original < cost:
+        steps += 1
+    return text

@@ -1,4 +1,4 @@
-"""Make a compressed network of a trained one and a plan."""
+"""Make a compressed network from a trained one and a plan."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nni_haloc.space.names import DENSE, Rank, is_rank, rank_name
-from nni_haloc.utils.files import write_json
+from nni_haloc.utils.files import why_unreadable, write_json
 
 PLAN_VERSION = 1
 
@@ -18,7 +18,7 @@ PLAN_VERSION = 1
 class RankPlan:
     """The chosen candidate of every searched layer, and how it was chosen.
 
-    Args:
+    Attributes:
         ranks: layer name to rank; None is dense.
         chosen_by: facts for the reader (rule, budget, cost, seed); the values must be JSON.
     """
@@ -28,7 +28,7 @@ class RankPlan:
 
     @property
     def names(self) -> dict[str, str]:
-        """Layer name to candidate name, as cost tables and NNI samples use them."""
+        """Name of each layer's candidate, as cost tables and NNI samples use it."""
         return {layer: rank_name(rank) for layer, rank in self.ranks.items()}
 
     def save(self, path: str | Path) -> None:
@@ -48,7 +48,7 @@ class RankPlan:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise type(error)(f"{path}: {error.strerror}") from None
+            raise type(error)(f"{path}: {why_unreadable(error)}") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a JSON file ({error})") from None
         version = content.get("version") if isinstance(content, dict) else None

@@ -109,7 +109,7 @@ def _can_be_resumed(
 
 
 def _equal(module: nn.Module, other: nn.Module) -> bool:
-    """Tell whether a module is the other one's copy, such as the dense candidate."""
+    """Tell whether two modules compute the same."""
     a, b = module.state_dict(), other.state_dict()
     return (
         type(module) is type(other)
@@ -206,7 +206,7 @@ class _ResumedRun:
                 self.outputs[call] = None
 
     def _answered(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Answer a call that is over before the layer begins; run any other."""
+        """Return the cached output of a call before the replaced layer; run any other."""
         if self.at >= self.until:
             return forward(*args, **kwargs)
         call = self.at

@@ -97,7 +97,7 @@ def html_report(path: str | Path) -> str:
 
 
 def _flat(content: Any) -> dict[str, Any]:
-    """Return the keys of a mapping that have plain values; nothing of anything else."""
+    """Return the entries of a mapping that have plain values; for anything else none."""
     if not isinstance(content, Mapping):
         return {}
     return {str(k): v for k, v in content.items() if not isinstance(v, (dict, list))}
@@ -110,7 +110,7 @@ def _numbers(row: Any) -> Figures:
 
 
 def _number(value: Any) -> float:
-    """NaN for what is none."""
+    """Return a number, or NaN for anything else."""
     return (
         float(value)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e18
@@ -170,7 +170,7 @@ def _headline(
 
 
 def _rounded(count: float) -> str:
-    """With a letter for thousands, millions, ..."""
+    """Write a number with k, M or G."""
     for power, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if count >= power:
             return f"{count / power:.4g}{letter}"
@@ -178,7 +178,7 @@ def _rounded(count: float) -> str:
 
 
 def _table(rows: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Of stages: ``heads`` of those columns that any has, and ``rows`` of a name and cells."""
+    """Return the table of stages: the headings in use, and a row for each stage."""
     heads = [key for key in _COLUMNS if any(key in row for row in rows.values())]
     cells = {
         name: [_cell(key, row[key]) if key in row else "" for key in heads]

@@ -1,4 +1,4 @@
-"""The paper's Table 3 for one's own network: a plan for each device at hand, and its speed."""
+"""Compress a network for each device at hand and compare the speed (the paper's Table 3)."""
 
 from __future__ import annotations
 
@@ -85,10 +85,11 @@ def throughput(
     """
     if config.budget.fraction is None:
         why = "because devices have different costs"
-        raise SettingsError(f"budget.fraction: expected, {why}; found budget.absolute")
-    if config.trainer.devices * config.trainer.num_nodes > 1:
-        why = "because devices come one after another here"
-        raise SettingsError(f"trainer.devices: expected 1, {why}")
+        raise SettingsError(f"budget: expected a fraction, {why}; found budget.absolute")
+    processes = config.trainer.devices * config.trainer.num_nodes
+    if processes > 1:
+        why = "because devices are tried one after another"
+        raise SettingsError(f"trainer: expected one process, {why}; found {processes}")
     job, rows = Job(config, folder), []
     file = job.folder.throughput
     earlier = _read(file)

@@ -128,7 +128,7 @@ def apply_stage(
     stage = further_stage(name)
     target = stage_folder(RunFolder(folder), name, out)
     if "scale" in changes:
-        raise SettingsError(f"scale: of a whole run, not of a stage; set {name}.epochs")
+        raise SettingsError(f"scale: only for a whole run; set {name}.epochs instead")
     finished = Finished(folder, factories=factories, stage=stage, changes=changes)
     job = finished.job
     stage.check(job)

@@ -1,4 +1,4 @@
-"""What the state of a search or of a training depends on."""
+"""The settings and files that the state of a search or of a training depends on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def search_identity(config: Config) -> dict[str, Any]:
 
 
 def finetuning_identity(config: Config) -> dict[str, Any]:
-    """Return what the state of a fine-tuning depends on, the ranks apart."""
+    """Return what the state of a fine-tuning depends on, except the ranks."""
     return {
         **search_identity(config),
         "finetune": config.finetune.model_dump(),
@@ -50,7 +50,7 @@ def finetuning_identity(config: Config) -> dict[str, Any]:
 
 
 def _digest(path: str | None) -> str | None:
-    """Return what stands for a file's content."""
+    """Return the start of a file's SHA-256."""
     if path is None:
         return None
     return f"sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"

@@ -44,7 +44,7 @@ def table_files(folder: RunFolder, config: Config) -> list[Path]:
 
 
 def with_tables(config: Config, folder: RunFolder, tables: list[str]) -> Config:
-    """Return the settings with the cost tables of the run's earlier start.
+    """Point the settings at the cost tables that an earlier start wrote.
 
     A latency that is measured again is never quite the same.
     """

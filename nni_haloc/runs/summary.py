@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from nni_haloc.runs.folder import Figures
 from nni_haloc.utils.printing import percent, text_table
@@ -24,7 +25,7 @@ def summary(networks: Mapping[str, Figures]) -> tuple[list[str], list[list[str]]
 
     Args:
         networks: titles of networks to their figures. The first is the original, the second the
-            compressed network, behind which stands the change from the one to the other.
+            compressed network, followed by a column with the change.
     """
     shown = {title: row for title, row in networks.items() if any(key in row for key in ROWS)}
     changed = len(shown) > 1
@@ -47,6 +48,20 @@ def summary_line(figures: Figures) -> str:
     """Return a network's figures on one line: ``top-1 96.94 %, latency 3.536 ms, ...``."""
     known = {key: figures[key] for key in ROWS if key in figures}
     return ", ".join(f"{ROWS[key][0]} {ROWS[key][1](value)}" for key, value in known.items())
+
+
+def cost_line(facts: Mapping[str, Any]) -> str:
+    """Return what a plan costs: ``441 k of 1.494 M macs (29.5 %), budget 448.1 k``.
+
+    Args:
+        facts: ``cost``, ``original_cost``, ``metric`` and ``budget``, as in ``ranks.json``.
+    """
+    cost, original = facts["cost"], facts["original_cost"]
+    share = percent(cost / original)
+    return (
+        f"{short(cost)} of {short(original)} {facts['metric']} ({share}), "
+        f"budget {short(facts['budget'])}"
+    )
 
 
 def summary_text(networks: Mapping[str, Figures]) -> str:

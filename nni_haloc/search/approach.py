@@ -15,7 +15,7 @@ from nni_haloc.search.supernet import MixedRankLayer
 
 
 class _Compare(torch.autograd.Function):
-    """Hand ``y`` through, beside the mean squared distance of its first images from ``target``.
+    """Return ``y`` unchanged, and the mean squared distance of its first images from ``target``.
 
     The difference lives in the target's memory. There is one pass over the feature map each to
     subtract, to sum the squares, and to add the gradient to the one that comes from above.
@@ -24,7 +24,7 @@ class _Compare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         ctx.difference = target.sub_(y[: len(target)])
-        ctx.mark_dirty(y)  # handed through, not as a view: what follows may write into it in place
+        ctx.mark_dirty(y)  # y itself, not a view: what follows may write into it in place
         return y, torch.linalg.vector_norm(
             target, dtype=torch.promote_types(y.dtype, torch.float32)
         ).square() / target.numel()

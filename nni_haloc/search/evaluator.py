@@ -90,7 +90,7 @@ def classification(
     ckpt_path: str | Path | None = None,
     **trainer: Any,
 ) -> Lightning:
-    """Return a `Classification`, under its name of before; deprecated."""
+    """Deprecated: use `Classification`."""
     warnings.warn(
         "nni_haloc.classification is now the class nni_haloc.Classification",
         DeprecationWarning,

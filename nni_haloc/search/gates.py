@@ -128,7 +128,7 @@ def gate_gradients(
 
 
 class _Gate(torch.autograd.Function):
-    """Hand ``y`` through; give ``probs`` the gate gradients in the backward pass.
+    """Return ``y`` unchanged, and give ``probs`` the gate gradients in the backward pass.
 
     ``x`` gets its gradient through ``y`` alone.
     """
@@ -143,7 +143,7 @@ class _Gate(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.gate_gradients = gate_gradients
-        ctx.mark_dirty(y)  # handed through, not as a view: what follows may write into it in place
+        ctx.mark_dirty(y)  # y itself, not a view: what follows may write into it in place
         return y
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Tell what happened in a search: each iteration in ``history.csv``, the end in ``search.json``."""
+"""Record a search: each iteration in ``history.csv``, its final state in ``search.json``."""
 
 from __future__ import annotations
 

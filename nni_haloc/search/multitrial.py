@@ -47,7 +47,7 @@ def evolution(problem: Problem) -> Choice:
     """Choose ranks by NNI's regularized evolution: rule ``nni-evolution``.
 
     Returns:
-        Of `TRIALS` networks the one of the least cross-entropy on the problem's images.
+        The choice whose network has the lowest cross-entropy on the problem's images, of `TRIALS`.
     """
     return _try_networks(problem, "regularized-evolution")
 
@@ -142,7 +142,9 @@ def run_multitrial(
 
 
 class _Repair(StrategyMiddleware):
-    """Replace a sample over a limit by the nearest choice within all; the strategy goes on from it.
+    """Replace a sample over a limit by the nearest choice within all limits.
+
+    The strategy goes on from that choice.
 
     Nearest: by the sum of squared steps from candidate to candidate, in the order of their cost. Of
     ResNet-20's samples one in 380 is within 28 % of the MACs: drawn anew instead, as by NNI's
@@ -207,7 +209,7 @@ class _ByReturnValue(SequentialExecutionEngine):
 
 
 class _Unregistered(NasExperiment):
-    """An experiment that enters itself in no list in the user's home.
+    """Run an experiment without registering it in the user's home.
 
     Nothing of it is left to be seen or resumed.
     """

@@ -1,4 +1,4 @@
-"""Eq. (6), (7) and (9), and the settling at the budget, one pure function each."""
+"""The search's objective as pure functions, Eq. (6), (7) and (9), and settling at the budget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ It leaves a candidate that costs 1 % of the budget more than another no probabil
 
 
 def expected_cost(probs: Sequence[Tensor], costs: Sequence[Tensor], fixed: float = 0.0) -> Tensor:
-    """Return Eq. (6) summed over the layers: ``fixed + sum_i sum_j p_ij cost_ij``.
+    """Compute the expected cost of the network, Eq. (6): ``fixed + sum_i sum_j p_ij cost_ij``.
 
     Args:
         probs: one vector ``(candidates,)`` for each layer.
@@ -39,7 +39,7 @@ def expected_cost(probs: Sequence[Tensor], costs: Sequence[Tensor], fixed: float
 def probability_loss_paper(
     ce: Tensor, expected: Tensor, budget: float, eta: float = 1.0, theta: float = 1.0
 ) -> Tensor:
-    """Return Eq. (7), the paper's form: ``CE * eta * (E / budget)^theta``.
+    """Compute the paper's loss of the probabilities, Eq. (7): ``CE * eta * (E / budget)^theta``.
 
     Nothing in it stops at the budget.
 
@@ -152,7 +152,12 @@ def schedule(kind: LamSchedule, progress: float) -> float:
 
 
 def weight_loss(ce: Tensor, approach: Tensor, lam: float) -> Tensor:
-    """Return Eq. (9), the loss of the weights: ``CE + lam * L_approach``; all are scalars.
+    """Compute the loss of the weights, Eq. (9): ``CE + lam * L_approach``.
+
+    Args:
+        ce: cross-entropy, a scalar.
+        approach: what lambda weighs, Eq. (8), a scalar.
+        lam: lambda.
 
     >>> float(weight_loss(torch.tensor(1.0), torch.tensor(4.0), lam=0.5))
     3.0

@@ -66,11 +66,11 @@ class SearchState:
 
     @property
     def probabilities(self) -> dict[str, dict[str, float]]:
-        """Layer to candidate to probability."""
+        """Probability of each candidate, by layer."""
         return {name: layer.export_probs({})[name] for name, layer in self.mixed_layers.items()}
 
     def expected_cost(self, limit: Limit | None = None) -> Tensor:
-        """Return Eq. (6), the expected cost of the whole network.
+        """Compute the expected cost of the whole network, Eq. (6).
 
         Args:
             limit: the limit whose table counts; None is the first one.
@@ -108,7 +108,7 @@ class SearchState:
         )
 
     def settle(self, progress: float = 1.0) -> None:
-        """Move alpha so that the expected cost of the limit that binds is what it should be by now.
+        """Move alpha so that the binding limit's expected cost is at its scheduled value.
 
         Does nothing with ``objective="paper"``. See `objective.settle`.
 

@@ -125,7 +125,7 @@ class RankSpace(ModelSpace):
 
     @property
     def modules_by_layer(self) -> dict[str, dict[str, nn.Module]]:
-        """Layer to candidate name to its trained module."""
+        """Trained module of each candidate, by layer."""
         choices = [module for module in self.model.modules() if isinstance(module, LayerChoice)]
         return {
             str(choice.label): {name: choice[name] for name in choice.names} for choice in choices

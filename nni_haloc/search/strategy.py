@@ -111,41 +111,57 @@ class Haloc(DARTS):
 
     @property
     def costs(self) -> CostTable:
-        """The table of the first limit."""
+        """Cost table of the first limit."""
         return self.limits[0].costs
 
     @property
     def budget(self) -> float:
-        """The budget of the first limit, in its table's unit."""
+        """Budget of the first limit, in its table's unit."""
         return self.limits[0].budget
 
     @property
     def state(self) -> SearchState:
-        """Probabilities and prices; there from the search's first step on."""
+        """Probabilities and prices, which exist from the search's first step on."""
         if self._state is None:
             raise RuntimeError("the search has not begun: there are no probabilities yet")
         return self._state
 
     @property
     def mixed_layers(self) -> dict[str, MixedRankLayer]:
-        """The supernet's mixed layers by layer name."""
+        """Mixed layers of the supernet, by layer."""
         return self.state.mixed_layers
 
     @property
     def probabilities(self) -> dict[str, dict[str, float]]:
-        """Layer to candidate to probability."""
+        """Probability of each candidate, by layer."""
         return self.state.probabilities
 
     def expected_cost(self, limit: Limit | None = None) -> Tensor:
-        """Return Eq. (6) for a limit's table, a scalar: see `SearchState.expected_cost`."""
+        """Compute the expected cost of the whole network, Eq. (6).
+
+        Args:
+            limit: the limit whose table counts; None is the first one.
+
+        Returns:
+            A scalar in the table's unit, differentiable in alpha.
+        """
         return self.state.expected_cost(limit)
 
     def settle(self, progress: float = 1.0) -> None:
-        """Put the expected cost where it should be by now: see `SearchState.settle`."""
+        """Move alpha so that the binding limit's expected cost is at its scheduled value.
+
+        Args:
+            progress: the share of the search that is over, 0 to 1; see `SearchState.settle`.
+        """
         self.state.settle(progress)
 
     def scores(self) -> dict[str, dict[str, float]]:
-        """Return layer to candidate to score, free of cost: see `SearchState.scores`."""
+        """Return what the task alone says of each candidate, free of cost.
+
+        Returns:
+            Layer to candidate to score: the higher the better, on one scale for all layers. See
+            `SearchState.scores`.
+        """
         return self.state.scores()
 
     def plan(
@@ -197,7 +213,10 @@ class Haloc(DARTS):
         """Return a plan's compressed network, plain `torch.nn`, with copies of searched weights.
 
         Args:
-            plan: None is the search's own.
+            plan: the ranks, each a candidate of the search; None is the search's own plan.
+
+        Returns:
+            A network that is independent of the search.
         """
         return self.supernet.freeze((plan or self.plan()).names)
 
@@ -243,7 +262,7 @@ class Haloc(DARTS):
             return super().state_dict()
 
     def default_mutation_hooks(self) -> list[Any]:
-        """Return what NNI asks about every module of the space."""
+        """Return the hooks that NNI calls for each module."""
         return [_suppress_mixed_rank_layers, MixedRankLayer.mutate, no_default_hook]
 
     def run_hook(self, hook: Any, name: str, module: nn.Module, memo: dict[str, Any]) -> Any:

@@ -101,7 +101,7 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
         self.sampled = sample(self.probs, generator)
 
     def resample(self, memo: dict[str, Any]) -> dict[str, Any]:
-        """Return the sample of now, for NNI; a search samples with `draw`."""
+        """Return the current sample, for NNI; a search samples with `draw`."""
         return {self.label: self.names[self.sampled]}
 
     def export(self, memo: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from nni_haloc.inputs.options import Decomposition
 from nni_haloc.space.layers import LayerSpec, last_bias, layout_of
 from nni_haloc.space.modules import Example, batch_size_of, batches, call, evaluating
 from nni_haloc.space.names import Rank
-from nni_haloc.space.tucker import LowRank, Plain, Tucker2, decompose
+from nni_haloc.space.tucker import FallbackTucker, LowRank, Tucker2, decompose
 from nni_haloc.utils.errors import first_line
 from nni_haloc.utils.log import logger
 
@@ -157,7 +157,7 @@ def build_candidates(
             kept_plain += [
                 f"{name} {rank}"
                 for rank, each in zip(ranks, factors[name], strict=True)
-                if isinstance(each, Plain)
+                if isinstance(each, FallbackTucker)
             ]
     if kept_plain:
         logger.info(

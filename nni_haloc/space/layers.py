@@ -1,4 +1,4 @@
-"""Eq. 2-4: the layers that run a decomposed kernel; `LayerSpec`, a layer without its weights."""
+"""Layers that run a decomposed kernel, Eq. (2)-(4), and `LayerSpec`, a layer without weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nni_haloc.space.tucker import LowRank, Tucker2
 
 
 class TuckerConv2d(nn.Sequential):
-    """A convolution as three, Eq. (2)-(4), with nothing between them.
+    """Run a convolution as three smaller ones with nothing between them, Eq. (2)-(4).
 
     ``factor_in`` is 1x1 from C to r2 channels, ``core`` is k1 x k2 from r2 to r1, ``factor_out`` is
     1x1 from r1 to F. The core has the stride, padding, dilation and padding mode, ``factor_out``
@@ -36,7 +36,7 @@ class TuckerConv2d(nn.Sequential):
 
 
 class LowRankConv2d(nn.Sequential):
-    """A 1x1 convolution as two.
+    """Run a 1x1 convolution as two smaller ones.
 
     ``right`` goes from C to r channels and has the stride and padding; ``left`` goes from r to F
     and has the bias.
@@ -52,7 +52,10 @@ class LowRankConv2d(nn.Sequential):
 
 
 class LowRankLinear(nn.Sequential):
-    """A linear layer as two: ``right`` from C to r, then ``left`` from r to F with the bias."""
+    """Run a linear layer as two smaller ones.
+
+    ``right`` goes from C to r features; ``left`` goes from r to F and has the bias.
+    """
 
     def __init__(self, linear: LayerSpec, rank: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Eq. 1: Tucker-2 decomposition of a convolution kernel, and low-rank factors of a matrix.
+"""Tucker-2 decomposition of a convolution kernel, Eq. (1), and low-rank factors of a matrix.
 
 A kernel ``W`` of shape ``(F, C, k1, k2)`` becomes ``factor_out (F, r1)``, ``core (r1, r2, k1, k2)``
 and ``factor_in (r2, C)``; a matrix ``(F, C)`` (linear layers, 1x1 convolutions) becomes
@@ -35,14 +35,19 @@ class Tucker2(NamedTuple):
     factor_in: Tensor
 
 
-class Plain(Tucker2):
+class FallbackTucker(Tucker2):
     """HOSVD's factors, kept because a decomposition by the data gave nothing better."""
 
     __slots__ = ()
 
 
 class LowRank(NamedTuple):
-    """The factors of one matrix: ``left (F, r)`` and ``right (r, C)``."""
+    """The factors of one matrix.
+
+    Attributes:
+        left: ``(F, r)``.
+        right: ``(r, C)``.
+    """
 
     left: Tensor
     right: Tensor
@@ -199,9 +204,9 @@ def data_aware(
     ``factor_in`` comes from a closed form that ignores correlation between kernel positions; core
     and ``factor_out`` are then optimal (reduced-rank regression). The closed form is not always the
     better ``factor_in``: in a layer where it loses to plain HOSVD at any rank, HOSVD's is tried
-    too. Where HOSVD itself is still as good, its factors are returned as `Plain`. The error on the
-    covariance is never above HOSVD's, up to the precision of ``covariance``, float32 or wider, in
-    which the work is done.
+    too. Where HOSVD itself is still as good, its factors are returned as `FallbackTucker`. The
+    error on the covariance is never above HOSVD's, up to the precision of ``covariance``, float32
+    or wider, in which the work is done.
 
     Args:
         weight: the kernel, ``(F, C, k1, k2)``.
@@ -257,7 +262,7 @@ def data_aware(
             out, best_core = best.factors(r1, r2)
             factors.append(Tucker2(out, best_core.reshape(r1, r2, k1, k2), best.factor_in[:r2]))
         else:
-            factors.append(Plain(u[:, :r1], core.reshape(w.shape)[:r1, :r2], v[:, :r2].T))
+            factors.append(FallbackTucker(u[:, :r1], core.reshape(w.shape)[:r1, :r2], v[:, :r2].T))
     return factors
 
 

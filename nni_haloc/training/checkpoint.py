@@ -21,6 +21,8 @@ from nni_haloc.utils.errors import UnusableCheckpoint, first_sentence
 from nni_haloc.utils.files import whole
 
 _KEY = "nni_haloc"
+REMEDY = "; start without --resume or use another --out"
+"""The end of `check_same`'s message."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Compare two identities.
+    """Check that a checkpoint was made with the settings of now.
 
     Args:
         path: the checkpoint, for the message.
@@ -54,9 +56,9 @@ def check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) ->
     """
     differ = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if differ:
-        more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
+        more = f", and {len(differ) - 1} more" if len(differ) > 1 else ""
         shown = f"{differ[0]}: {there.get(differ[0])!r} there, {here.get(differ[0])!r} here{more}"
-        raise UnusableCheckpoint(f"{path}: made with other settings: {shown}")
+        raise UnusableCheckpoint(f"{path}: made with other settings ({shown}){REMEDY}")
 
 
 class EpochCheckpoint(Checkpoint):

@@ -1,4 +1,4 @@
-"""Train and measure a network after compression: BatchNorm statistics, weights, accuracy."""
+"""Train and measure a network: BatchNorm statistics, weights, accuracy."""
 
 from __future__ import annotations
 
@@ -243,7 +243,8 @@ class Forecast(pl.Callback):
         epochs = (trainer.max_epochs or 0) - trainer.current_epoch
         size = int(trainer.num_training_batches)
         self.done, self.of = 0, epochs * size
-        logger.info("%s: %d iterations, %d epochs of %d", self.what, self.of, epochs, size)
+        parts = f"{_many(epochs, 'epoch')} of {_many(size, 'iteration')}"
+        logger.info("%s: %s, %d in all", self.what, parts, self.of)
         self.left(0, self.of)
 
     def on_train_batch_end(
@@ -251,6 +252,10 @@ class Forecast(pl.Callback):
     ) -> None:
         self.done += 1
         self.left(self.done, self.of)
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 class EpochEnd(pl.Callback):

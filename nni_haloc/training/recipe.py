@@ -16,7 +16,7 @@ from nni_haloc.inputs.options import Schedule
 class Recipe:
     """SGD with Nesterov momentum. The defaults are the paper's, for any number of epochs.
 
-    Args:
+    Attributes:
         epochs: how many.
         lr: learning rate.
         momentum: 0 is plain SGD.

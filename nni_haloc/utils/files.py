@@ -39,6 +39,11 @@ def read_json(path: str | Path, what: str, version: int) -> dict[str, Any]:
     return content
 
 
+def why_unreadable(error: OSError) -> str:
+    """Return the reason why a file could not be read, in a few words."""
+    return "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
+
+
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file in one step; several processes may write the same one.
 

@@ -53,6 +53,6 @@ def check_startable(trainer: Any) -> None:
         names = {"-c": "python -c", "-": "standard input", "": "standard input"}
         program = names.get(script, f"{script}, which is no file here")
         raise ValueError(
-            f"devices: {trainer.num_devices} processes run a script each, or python -m MODULE; "
-            f"found {program}"
+            f"devices: {trainer.num_devices} processes can only be started from a script or "
+            f"python -m MODULE, found {program}"
         )

@@ -135,7 +135,7 @@ def main(
     tables |= {where: CostTable.load(file) for where, file in files.items()}
     state = json.loads(files["alone"].read_text())
     known = set(draw(spec, 0.25))
-    sampled = {home for index, home in spec.homes().items() if index in known}
+    sampled = {home for index, home in spec.first_users().items() if index in known}
     runs = {
         layer: {c: v for c, v in row.items() if (layer, c) in sampled}
         for layer, row in state["runs"].items()
@@ -144,7 +144,7 @@ def main(
     tables[SAMPLED] = CostTable(
         "latency_ms", content["costs"], content["fixed"], content["identity"]
     )
-    held_out = [home for home in spec.homes().values() if home not in sampled]
+    held_out = [home for home in spec.first_users().values() if home not in sampled]
     apart = [
         abs(content["costs"][layer][c] / tables["alone"].costs[layer][c] - 1)
         for layer, c in held_out

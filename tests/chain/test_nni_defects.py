@@ -501,7 +501,7 @@ trainingService: {platform: local}
             "[0.5, 1.5]",
             "budget.fraction: input should be less than or equal to 1, found 1.5",
         ),
-        ("run.yml", "walk.yml", "walk.yml: No such file"),
+        ("run.yml", "walk.yml", "walk.yml: no such file"),
         ("trial run.yml", "trial", "trialCommand: expected"),
     ],
 )

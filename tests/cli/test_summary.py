@@ -1,7 +1,7 @@
 """The table at the end of a run."""
 
 from nni_haloc.cli.summary import print_summary
-from nni_haloc.runs.summary import short, summary
+from nni_haloc.runs.summary import cost_line, short, summary
 
 ORIGINAL = {
     "top1": 0.9871, "top5": 0.9995, "latency_ms": 1.25, "macs": 1_493_632, "params": 65_834,
@@ -64,3 +64,8 @@ def test_the_folder_and_the_next_commands_follow_the_table(tmp_path, capsys):
     assert folder == f"results: {tmp_path}"
     assert report.startswith(f"next:    haloc report {tmp_path} ")
     assert bench.startswith(f"         haloc bench {tmp_path} ")
+
+
+def test_a_plans_cost_is_one_line_with_its_share_of_the_original():
+    facts = {"cost": 441040.0, "original_cost": 1493632.0, "metric": "macs", "budget": 448089.6}
+    assert cost_line(facts) == "441 k of 1.494 M macs (29.5 %), budget 448.1 k"

@@ -197,7 +197,7 @@ def test_table_of_a_model_without_parameters(tmp_path, table):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"^{file}: No such file or directory$"),
+        (None, r"^{file}: no such file$"),
         ("{", r"^{file}: not a JSON file"),
         (
             '{"version": 1, "ranks": {"nowhere": [4]}}',

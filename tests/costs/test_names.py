@@ -234,7 +234,11 @@ def onnx_session(model, x):
 
 MISSING = [
     ("onnxruntime", onnx_session, r"\(pip install onnxruntime\)"),
-    ("sklearn", lambda m, x: complete(*some_measured(m, x)), r"\(pip install 'nni-haloc\[sampling\]'\)"),
+    (
+        "sklearn",
+        lambda m, x: complete(*some_measured(m, x)),
+        r"\(pip install 'nni-haloc\[sampling\]'\)",
+    ),
     ("zigzag", accelerator_table, r"\(pip install 'nni-haloc\[accelerator\]'\)"),
     (
         "onnxscript",

@@ -39,7 +39,7 @@ def recorded():
     table = json.loads(MEASURED.read_text())
     times = {
         index: table["costs"][layer][candidate]
-        for index, (layer, candidate) in spec.homes().items()
+        for index, (layer, candidate) in spec.first_users().items()
     }
     return spec, Clock(spec, times, table["fixed"])
 
@@ -52,7 +52,7 @@ def test_a_quarter_of_the_entries_predicts_the_rest_within_a_tenth(recorded, see
     state = measure(spec, clock, None, Timing(rounds=1, min_run_time=0), indices=sample)
     missing = unmeasured(spec, state)
     content = complete(spec, state)
-    homes = spec.homes()
+    homes = spec.first_users()
     found = {index: content["costs"][homes[index][0]][homes[index][1]] for index in homes}
     errors = [abs(found[index] / clock.cost[index] - 1) for index in missing]
     assert np.median(errors) <= 0.1
@@ -82,7 +82,7 @@ def test_ten_entries_predict_the_default_candidates_within_a_tenth():
     )
     table, homes, errors = (
         CostTable.load(RAW / "costs-resnet20-channels_last.json"),
-        spec.homes(),
+        spec.first_users(),
         [],
     )
     clock = Clock(

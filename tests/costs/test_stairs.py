@@ -111,7 +111,7 @@ def test_the_command_prints_them_and_bad_tables_are_one_line(tmp_path):
         {"a", "8", "3"} <= set(line.split()) for line in done.stdout.replace("│", " ").splitlines()
     )
     table(lambda r: float(r), 7).save(tmp_path / "few.json")
-    for file, message in (("few.json", "eight equal ranks"), ("none.json", "No such file")):
+    for file, message in (("few.json", "eight equal ranks"), ("none.json", "no such file")):
         done = haloc("steps", tmp_path / file)
         assert done.returncode == 2
         assert message in done.stderr

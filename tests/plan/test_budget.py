@@ -76,7 +76,7 @@ def refused_rightly(scores, limits, message):
     """The number named is the least cost in the refused table, among the choices within the limits
     before it where the message says so.
     """
-    named = float(re.search(r", (\S+) macs$", message)[1])
+    named = float(re.search(r", (\S+) macs, which", message)[1])
     if "within" not in message:
         assert any(
             named == min(map(limit.costs.total, every(scores))) > limit.budget for limit in limits
@@ -223,19 +223,28 @@ def test_an_impossible_budget_names_the_cheapest_network():
     table = one({"dense": 10.0, "r2": 2.0}, 3.0)
     candidates = {"a": ["dense", "r2"]}
     assert table.total(cheapest(candidates, table)) == 5.0
-    with pytest.raises(
-        InfeasibleBudget, match=r"budget: 4\.9 macs is below the cheapest network, 5 macs"
-    ):
+    message = r"^budget: 4\.9 macs is below the cheapest network, 5 macs, which is 0\.3847 of the"
+    with pytest.raises(InfeasibleBudget, match=f"{message} original$"):
         check_feasible(candidates, [Limit(table, 4.9)])
     with pytest.raises(InfeasibleBudget):
         check_feasible(candidates, [Limit(table, math.nan)])
+
+
+@pytest.mark.parametrize("least", [1 / 3, 1e-7, 0.56789, 9.9995, 10.0, 1234.5])
+def test_the_fraction_that_a_refusal_names_is_accepted_as_the_budget(least):
+    table = one({"dense": 20000.0, "r2": least}, 0.0)
+    with pytest.raises(InfeasibleBudget) as refused:
+        check_feasible({"a": ["r2"]}, [Limit(table, least / 2)])
+    fraction = float(str(refused.value).split("which is ")[1].split(" of")[0])
+    assert check_feasible({"a": ["r2"]}, [Limit.of(table, fraction)]) == {"a": "r2"}
+    assert fraction * table.original < least * 1.0011
 
 
 def test_the_cost_that_a_refusal_names_is_accepted_as_the_budget():
     table = one({"dense": 10.0, "r2": 1 / 3}, 1e6)
     with pytest.raises(InfeasibleBudget) as error:
         check_feasible({"a": ["r2"]}, [Limit(table, 1e6)])
-    named = float(re.search(r", (\S+) macs$", str(error.value))[1])
+    named = float(re.search(r", (\S+) macs, which", str(error.value))[1])
     assert check_feasible({"a": ["r2"]}, [Limit(table, named)]) == {"a": "r2"}
 
 

@@ -288,7 +288,7 @@ def test_figure_3_is_drawn_of_a_model_by_a_factory_in_the_current_folder(tmp_pat
 def test_a_search_without_a_plan_is_named(tmp_path):
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "history.csv").write_text(",".join(COLUMNS) + "\n0,1,1,1,1\n")
-    with pytest.raises(FileNotFoundError, match=r"ranks.json: No such file or directory$"):
+    with pytest.raises(FileNotFoundError, match=r"ranks.json: no such file$"):
         plot.draw_searches([tmp_path], tmp_path)
 
 

@@ -151,8 +151,8 @@ def test_what_cannot_be_done_on_any_device_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget.absolute": 5.0}, "budget.fraction: expected, because"),
-        ({"trainer.devices": 2}, "trainer.devices: expected 1"),
+        ({"budget.absolute": 5.0}, "budget: expected a fraction, because"),
+        ({"trainer.devices": 2}, "trainer: expected one process, .*; found 2"),
     ],
 )
 def test_settings_of_one_device_are_refused(tmp_path, changes, message):

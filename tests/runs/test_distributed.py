@@ -182,10 +182,10 @@ def test_a_run_in_two_processes_leaves_one_folder(tmp_path):
     done = haloc("run", DIGITS, "--out", tmp_path / "out", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     log = (tmp_path / "out/log.txt").read_text()
-    for line in ("search epoch 2", "fine-tuning epoch 2", "plan: cost", "images_per_s"):
+    for line in ("search epoch 2", "fine-tuning epoch 2", "INFO plan: ", "images_per_s"):
         assert log.count(line) == 1, log
     assert (
-        "search: 34 iterations, 2 epochs of 17" in log
+        "search: 2 epochs of 17 iterations, 34 in all" in log
     )  # as many as one process has with batches of 64
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())["stages"]["finetune"]
     assert metrics["top1"] > 0.9
@@ -238,7 +238,9 @@ def test_a_program_in_no_file_can_not_be_run_twice_and_is_refused_at_once(
     done = subprocess.run(
         command, input=program, capture_output=True, text=True, cwd=tmp_path, timeout=100
     )
-    line = f"devices: 2 processes run a script each, or python -m MODULE; found {found}"
+    line = (
+        f"devices: 2 processes can only be started from a script or python -m MODULE, found {found}"
+    )
     assert (done.returncode, done.stdout.splitlines()) == (2, [line, line]), done.stderr
     assert done.stderr.splitlines()[-1] == f"haloc: trainer: {line}"
     assert "Traceback" not in done.stderr
@@ -284,7 +286,7 @@ def test_processes_that_start_together_need_a_table(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with pytest.raises(
         HalocError,
-        match=r"cost.table: each of the processes would measure another latency; name a table",
+        match=r"cost.table: several processes need a measured table: make one with haloc measure",
     ):
         limits_of(config, model, image, rules_of(config), RunFolder(tmp_path))
 

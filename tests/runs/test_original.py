@@ -25,7 +25,7 @@ def test_a_network_is_trained_and_then_compressed(run_file, tmp_path):
     assert (refused.returncode, "weights: no such file" in refused.stderr) == (2, True)
     trained = haloc("train", run_file, "--set", "train.epochs=12", "--set", "train.lr=0.1")
     assert trained.returncode == 0, trained.stderr
-    assert "training: 204 iterations, 12 epochs of 17" in trained.stderr
+    assert "training: 12 epochs of 17 iterations, 204 in all" in trained.stderr
     assert "training: about 0:" in trained.stderr
     weights = run_file.parent / "digits.safetensors"
     load_weights(build_model("digits_cnn"), weights)
@@ -33,11 +33,12 @@ def test_a_network_is_trained_and_then_compressed(run_file, tmp_path):
     assert top1 > 85
     again = haloc("train", run_file)
     assert again.returncode == 2
-    assert again.stderr.splitlines()[-1] == f"haloc: weights: {weights} is there already"
+    line = f"haloc: weights: {weights} already exists; delete it or name another file"
+    assert again.stderr.splitlines()[-1] == line
     ran = haloc("run", run_file, "--out", tmp_path / "out", "--scale", "0.01")
     assert ran.returncode == 0, ran.stderr
     for what in ("search", "fine-tuning"):  # a tenth of the images and of ten epochs
-        assert f"{what}: 1 iterations, 1 epochs of 1" in ran.stderr
+        assert f"{what}: 1 epoch of 1 iteration, 1 in all" in ran.stderr
 
 
 def test_a_network_is_not_written_as_something_else(run_file):
@@ -62,7 +63,9 @@ def test_what_is_left_is_told_from_the_first_iteration_on(loaders, monkeypatch, 
         done = min(TimeLeft.LAST, of // 2)
         seconds.append(10 * (of - done) / (done - TimeLeft.FIRST))
     lines = [f"training: about {timedelta(seconds=round(s))} to go" for s in seconds]
-    assert told == [f"training: {of} iterations, {epochs} epochs of {len(loaders[0])}", *lines]
+    number = "1 epoch" if epochs == 1 else f"{epochs} epochs"
+    size = len(loaders[0])
+    assert told == [f"training: {number} of {size} iterations, {of} in all", *lines]
 
 
 def test_a_training_that_diverged_leaves_no_weights(run_file):

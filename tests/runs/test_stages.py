@@ -410,7 +410,7 @@ def test_ctrl_c_in_a_stage_promises_its_own_checkpoint_alone(tmp_path, capsys):
 @pytest.mark.parametrize("stage", ["prune", "quantize"])
 def test_the_scale_of_a_run_is_none_of_a_stage(folder, whole, tmp_path, stage):
     with pytest.raises(
-        HalocError, match=f"^scale: of a whole run, not of a stage; set {stage}.epochs$"
+        HalocError, match=f"^scale: only for a whole run; set {stage}.epochs instead$"
     ):
         apply_stage(folder, stage, {"scale": 0.1}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

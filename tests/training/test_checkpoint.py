@@ -137,7 +137,7 @@ def test_a_trial_that_nni_starts_again_goes_on(undisturbed, tmp_path):
     )  # the same folder, other settings
     assert (done := haloc(trial, **options)).returncode == 0, done.stderr
     log = (folder / "log.txt").read_text()
-    assert "made with other settings: search.alpha_lr: 0.03 there, 0.01 here; starting anew" in log
+    assert "made with other settings (search.alpha_lr: 0.03 there, 0.01 here); starting anew" in log
     assert log.count("search epoch 1:") == 2
 
 
@@ -158,7 +158,8 @@ def test_the_state_of_other_settings_is_refused_in_one_line(undisturbed):
         "--resume",
     )
     assert done.returncode == 2
-    message = "made with other settings: search.lr: 0.02 there, 0.5 here (and 1 more)"
+    message = "made with other settings (search.lr: 0.02 there, 0.5 here, and 1 more)"
+    message += "; start without --resume or use another --out"
     assert done.stderr.splitlines()[-1] == f"haloc: {undisturbed / STATE}: {message}"
     assert "Traceback" not in done.stderr
     assert before == {
@@ -227,7 +228,7 @@ def test_a_state_depends_on_the_settings_of_the_search_and_on_what_its_files_hol
     weights.write_bytes(weights.read_bytes() + b" ")
     with pytest.raises(
         UnusableCheckpoint,
-        match=r"made with other settings: weights: 'sha256 .*' there, 'sha256 .*' here$",
+        match=r"other settings \(weights: 'sha256 .*' there, 'sha256 .*' here\); start without",
     ):
         checkpoint.check_same(tmp_path, identity(), identity(weights=str(weights)))
     table = tmp_path / "also.json"

@@ -77,20 +77,20 @@ def measure(
     if not spec.layers:
         raise ValueError(f"{spec.model}: expected layers to measure, found none in its rank space")
     identity = {**subject(spec), **runtime.identity(), "where": timing.where}
-    homes = spec.homes()
-    mine = [index for index in homes if indices is None or index in indices]
+    users = spec.first_users()
+    mine = [index for index in users if indices is None or index in indices]
     state = _state_to_go_on_with(spec, identity, out)
     runs: dict[str, dict[str, list[float]]] = state.setdefault("runs", {})
     whole: list[float] = state.setdefault(NETWORK, [])
     missing, seen = [], Counter[int | None]()
     for index in timing.rounds * _one_round(mine):
-        if seen[index] >= len(_kept(runs, whole, homes, index)):
+        if seen[index] >= len(_kept(runs, whole, users, index)):
             missing.append(index)
         seen[index] += 1
     with runtime.pinned():
         for done, index in enumerate(missing):
             progress(done, len(missing))
-            kept = _kept(runs, whole, homes, index)
+            kept = _kept(runs, whole, users, index)
             try:
                 kept.append(1e3 * _time(spec, runtime, index, timing))
             # The device is gone, out of memory or can't run this entry; or somebody wrote the
@@ -98,7 +98,7 @@ def measure(
             except (RuntimeError, TypeError, LookupError, AttributeError) as error:
                 what = "the network"
                 if index is not None:
-                    what = "layer {!r}, candidate {!r}".format(*homes[index])
+                    what = "layer {!r}, candidate {!r}".format(*users[index])
                 where = f"is in {out}" if out else "is lost"
                 raise ValueError(
                     f"{what}: {_reason(error)}; what was measured until then {where}"
@@ -146,7 +146,7 @@ def _time(spec: Specification, runtime: Runtime, index: int | None, timing: Timi
     In place it is what one layer gains (negative) or loses against the dense one. All layers that
     are alike are swapped at once, and the difference is divided by their number.
     """
-    layers = [] if index is None else spec.alike(index)
+    layers = [] if index is None else spec.layers_with(index)
     dense = index is None or all(spec.layers[layer][DENSE] == index for layer in layers)
     if dense or timing.where == "alone":
         run = runtime.network(spec, {}) if index is None else runtime.entry(spec, index)
@@ -179,11 +179,11 @@ def _one_round(indices: Sequence[int]) -> list[int | None]:
 def _kept(
     runs: dict[str, dict[str, list[float]]],
     whole: list[float],
-    homes: Mapping[int, tuple[str, str]],
+    users: Mapping[int, tuple[str, str]],
     index: int | None,
 ) -> list:
     """Return the list that keeps an entry's times; the network's for None."""
     if index is None:
         return whole
-    layer, candidate = homes[index]
+    layer, candidate = users[index]
     return runs.setdefault(layer, {}).setdefault(candidate, [])

@@ -41,7 +41,7 @@ def unmeasured(spec: Specification, state: Mapping[str, Any]) -> list[int]:
     runs = state.get("runs", {})
     return [
         index
-        for index, (layer, candidate) in spec.homes().items()
+        for index, (layer, candidate) in spec.first_users().items()
         if not runs.get(layer, {}).get(candidate)
     ]
 
@@ -63,27 +63,27 @@ def finished(
     Returns:
         The content of a finished ``costs.json``, without the times themselves.
     """
-    homes, where = spec.homes(), state["identity"]["where"]
-    centre = {home: median(values) for home, values in _by_home(state["runs"])}
-    wide = {home: spread(values) for home, values in _by_home(state["runs"])}
+    users, where = spec.first_users(), state["identity"]["where"]
+    centre = {pair: median(values) for pair, values in _measured_pairs(state["runs"])}
+    wide = {pair: spread(values) for pair, values in _measured_pairs(state["runs"])}
     for index, (value, error) in (predicted or {}).items():
-        centre[homes[index]], wide[homes[index]] = value, error * value
+        centre[users[index]], wide[users[index]] = value, error * value
     costs: dict[str, dict[str, float]] = {}
     spreads: dict[str, dict[str, float]] = {}
     for layer, row in spec.layers.items():
-        dense = centre[homes[row[DENSE]]]
+        dense = centre[users[row[DENSE]]]
         costs[layer], spreads[layer] = {}, {}
         for candidate, index in row.items():
-            value = centre[homes[index]]
+            value = centre[users[index]]
             if where == "in-place" and candidate != DENSE:
                 value = max(_LEAST * dense, dense + value)
             costs[layer][candidate] = value
-            spreads[layer][candidate] = wide[homes[index]] / value
+            spreads[layer][candidate] = wide[users[index]] / value
     fixed = max(0.0, median(state[NETWORK]) - sum(row[DENSE] for row in costs.values()))
     return costs_content(METRIC, state["identity"], fixed, costs, spreads)
 
 
-def keep_measurements(path: str | Path) -> None:
+def refuse_to_overwrite(path: str | Path) -> None:
     """Refuse to overwrite a file of measurements.
 
     Raises:
@@ -94,7 +94,7 @@ def keep_measurements(path: str | Path) -> None:
     except (OSError, ValueError, TypeError):
         return
     if has_times:
-        raise ValueError(f"{path}: holds measurements, which would be lost; expected another --out")
+        raise ValueError(f"{path}: already holds measurements; choose another --out")
 
 
 def merge(spec: Specification, paths: Sequence[str | Path]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def merge(spec: Specification, paths: Sequence[str | Path]) -> dict[str, Any]:
         if sum(Path(path).resolve() == Path(other).resolve() for other in paths) > 1
     ]
     if again:
-        raise ValueError(f"{again[0]}: expected each worker's file once")
+        raise ValueError(f"{again[0]}: the same file is given twice")
     first: dict[str, Any] = {}
     for path in paths:
         state = read_measurements(path, first.get("identity", subject(spec)))
@@ -125,7 +125,7 @@ def merge(spec: Specification, paths: Sequence[str | Path]) -> dict[str, Any]:
                 first["runs"].setdefault(layer, {}).setdefault(candidate, []).extend(values)
     missing = unmeasured(spec, first)
     if missing:
-        layer, candidate = spec.homes()[missing[0]]
+        layer, candidate = spec.first_users()[missing[0]]
         files = ", ".join(map(str, paths))
         raise ValueError(f"layer {layer!r}, candidate {candidate!r}: measured in none of {files}")
     return first | finished(spec, first)
@@ -135,7 +135,7 @@ def _same_speed(
     spec: Specification, some: Mapping[str, Any], others: Mapping[str, Any], files: str
 ) -> None:
     """Warn if the dense layers, which all workers measure, took longer on one of the two."""
-    dense = [layer for layer, candidate in spec.homes().values() if candidate == DENSE]
+    dense = [layer for layer, candidate in spec.first_users().values() if candidate == DENSE]
     times = [[runs.get(layer, {}).get(DENSE) for layer in dense] for runs in (others, some)]
     ratio = median([median(a) / median(b) for a, b in zip(*times, strict=True) if a and b] or [1.0])
     if not 1 / _ALIKE <= ratio <= _ALIKE:
@@ -172,8 +172,8 @@ def read_measurements(
     content = read_costs(path)
     if "runs" not in content:
         raise ValueError(
-            f"{path}: a table without the runs that it was made of cannot be gone on with; "
-            "choose another file"
+            f"{path}: has no single measurements, so measuring cannot continue in it; "
+            "choose another --out"
         )
     try:
         _check_same(content["identity"], identity)
@@ -191,7 +191,7 @@ def read_measurements(
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ValueError if another thing was measured before, or in another way."""
+    """Raise ValueError if the file was measured for another network or with other options."""
     for key in _SAME:
         if key in now and before.get(key) != now[key]:
             raise ValueError(f"measured for another {key}: {before.get(key)!r}, now {now[key]!r}")
@@ -203,10 +203,10 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _check_times(content: Mapping[str, Any]) -> None:
-    """Raise ValueError for a time that is none; in place, candidates' times are differences."""
+    """Raise ValueError for an invalid time; in place, candidates' times are differences."""
     signed = content["identity"].get("where") == "in-place"
     for (layer, candidate), values in [
-        *_by_home(content["runs"]),
+        *_measured_pairs(content["runs"]),
         ((NETWORK, ""), content[NETWORK]),
     ]:
         if not isinstance(values, list) or not all(
@@ -218,7 +218,7 @@ def _check_times(content: Mapping[str, Any]) -> None:
             )
 
 
-def _by_home(
+def _measured_pairs(
     runs: Mapping[str, Mapping[str, list[float]]],
 ) -> list[tuple[tuple[str, str], list[float]]]:
     """List the (layer, candidate) pairs that have measured times, with those times."""

@@ -101,8 +101,7 @@ class Timing:
     min_run_time: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or self.min_run_time < 0:
-            raise ValueError(
-                "rounds, min_run_time: expected 1 or more, and no less than 0, "
-                f"found {self.rounds}, {self.min_run_time}"
-            )
+        if self.rounds < 1:
+            raise ValueError(f"rounds: expected 1 or more, found {self.rounds}")
+        if self.min_run_time < 0:
+            raise ValueError(f"min_run_time: expected 0 or more, found {self.min_run_time}")

@@ -63,16 +63,16 @@ class Specification:
     onnx: bytes | None = field(default=None, repr=False)
     module: nn.Module | None = field(default=None, repr=False, compare=False)
 
-    def homes(self) -> dict[int, tuple[str, str]]:
+    def first_users(self) -> dict[int, tuple[str, str]]:
         """Map each entry to the first (layer, candidate) that uses it.
 
         That is the entry's name in a file of measurements.
         """
-        homes: dict[int, tuple[str, str]] = {}
+        users: dict[int, tuple[str, str]] = {}
         for layer, row in self.layers.items():
             for candidate, index in row.items():
-                homes.setdefault(index, (layer, candidate))
-        return homes
+                users.setdefault(index, (layer, candidate))
+        return users
 
     def geometry(self) -> dict[str, str]:
         """Map each layer to a digest of its shape and of its inputs' shapes."""
@@ -84,9 +84,9 @@ class Specification:
             layer: hashlib.sha256(text.encode()).hexdigest()[:12] for layer, text in dense.items()
         }
 
-    def alike(self, index: int) -> list[str]:
+    def layers_with(self, entry: int) -> list[str]:
         """Return the layers that have an entry among their candidates."""
-        return [layer for layer, row in self.layers.items() if index in row.values()]
+        return [layer for layer, row in self.layers.items() if entry in row.values()]
 
     def save(self, path: str | Path) -> None:
         """Write ``spec.json``."""
@@ -138,7 +138,7 @@ class Specification:
 
 
 def _entry(fields: Mapping[str, Any]) -> Entry:
-    """Make an entry of what the file says of it."""
+    """Read an entry from its JSON form."""
     rank = None if fields["rank"] is None else tuple(int(r) for r in fields["rank"])
     return Entry(dict(fields["layer"]), rank, _bytes(fields.get("onnx")))
 
@@ -155,8 +155,8 @@ def share(spec: Specification, part: int, of: int) -> list[int]:
     """
     return [
         index
-        for i, (index, home) in enumerate(spec.homes().items())
-        if i % of == part or home[1] == DENSE
+        for i, (index, (_, candidate)) in enumerate(spec.first_users().items())
+        if i % of == part or candidate == DENSE
     ]
 
 

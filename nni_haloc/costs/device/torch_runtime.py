@@ -203,7 +203,7 @@ def _keep_memory() -> bool:
 
 
 def layer_spec(name: str, fields: Mapping[str, Any]) -> LayerSpec:
-    """Make a layer's geometry of a specification's fields.
+    """Read a layer's geometry from the fields of a specification.
 
     Raises:
         ValueError: if the fields do not fit; the message says which.

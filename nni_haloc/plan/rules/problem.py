@@ -1,4 +1,4 @@
-"""The problem that a rank rule solves: candidates, limits, and the trained network to ask."""
+"""The problem that a rule solves: candidates, limits, and the trained network to ask."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BATCH = 128
 class Problem:
     """A trained network, its rank candidates, and the limits that a rule's choice must keep.
 
-    Args:
+    Attributes:
         model: the trained network; no rule changes it.
         specs: layer to its specification.
         candidates: layer to candidate name to rank.
@@ -67,7 +67,7 @@ class Problem:
 
     @cached_property
     def modules(self) -> dict[str, dict[str, nn.Module]]:
-        """Layer to candidate name to its trained layer."""
+        """Trained layer of each candidate, by layer."""
         return build_candidates(
             self.model, self.specs, self.candidates, self.images, self.decomposition
         )
@@ -81,7 +81,7 @@ class Problem:
 
     @cached_property
     def errors(self) -> dict[str, dict[str, float]]:
-        """Layer to candidate to relative output error on the images, ``||y - y'|| / ||y||``.
+        """Relative output error of each candidate on the images, ``||y - y'|| / ||y||``, by layer.
 
         It is 0 for the dense layer.
         """

@@ -1,4 +1,4 @@
-"""Rules that set one number for the whole network: the least that keeps the limits."""
+"""Rules that choose one threshold for the whole network, the best within the limits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def uniform(problem: Problem) -> Choice:
     fractions = sorted(
         {max(share) for row in shares.values() for share in row.values()}, reverse=True
     )
-    return filled(problem, choice, fractions)
+    return fill_budget(problem, choice, fractions)
 
 
 @sees_every_rank
@@ -88,16 +88,23 @@ def _threshold(
             names[layer] = min(within, key=lambda name: (price(layer, name), row[name]))
         return names
 
-    return _first(
+    return first_within(
         problem, choice, sorted({error for row in errors.values() for error in row.values()})
     )
 
 
-def _first(problem: Problem, choice: Callable[[float], Choice], numbers: list[float]) -> Choice:
-    """Return the choice for the first of some numbers, best first, that keeps the limits.
+def first_within(
+    problem: Problem, choice: Callable[[float], Choice], numbers: list[float]
+) -> Choice:
+    """Try thresholds from best to worst; return the first choice within the limits.
 
-    If none does, because low ranks are not always the cheapest by a measured table, return the
-    cheapest.
+    If there is none, because low ranks are not always the cheapest by a measured table, return the
+    cheapest choice.
+
+    Args:
+        problem: the candidates and the limits.
+        choice: returns the choice for a threshold.
+        numbers: the thresholds, best first.
     """
     for number in numbers:
         names = choice(number)
@@ -106,13 +113,20 @@ def _first(problem: Problem, choice: Callable[[float], Choice], numbers: list[fl
     return check_feasible(problem.candidates, problem.limits)
 
 
-def filled(problem: Problem, choice: Callable[[float], Choice], numbers: list[float]) -> Choice:
-    """Return the choice for the first of some numbers, best first, and fill the budget.
+def fill_budget(
+    problem: Problem, choice: Callable[[float], Choice], numbers: list[float]
+) -> Choice:
+    """Try thresholds from best to worst; return the first choice within the limits, filled up.
 
-    The number is the first that keeps the limits. The budget that it leaves goes to layers that the
-    next better number gives a larger rank, as much rank as fits.
+    The budget that it leaves goes to layers that the next better threshold gives a larger rank, as
+    much rank as fits.
+
+    Args:
+        problem: the candidates and the limits.
+        choice: returns the choice for a threshold.
+        numbers: the thresholds, best first.
     """
-    low = _first(problem, choice, numbers)
+    low = first_within(problem, choice, numbers)
     size = {layer: _size(problem, layer, name) for layer, name in low.items()}
     larger = (
         more

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nni_haloc.plan.budget import Choice
 from nni_haloc.plan.rules.problem import Problem, sees_every_rank
-from nni_haloc.plan.rules.thresholds import filled
+from nni_haloc.plan.rules.thresholds import fill_budget
 from nni_haloc.space.layers import kernel_factors
 
 FACTORS = np.linspace(2, 0, 2001).tolist()
@@ -55,7 +55,7 @@ def vbmf(problem: Problem) -> Choice:
             chosen[layer] = names[layer][int(np.square(ranks[layer] - target).sum(1).argmin())]
         return chosen
 
-    return filled(problem, choice, FACTORS)
+    return fill_budget(problem, choice, FACTORS)
 
 
 def evbmf(matrix: Tensor) -> tuple[int, float]:

@@ -14,6 +14,7 @@ from nni_haloc.runs.identity import finetuning_identity
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.limits import limits_of
 from nni_haloc.runs.stages import clear
+from nni_haloc.runs.summary import cost_line
 from nni_haloc.space.ranks import find_layers
 from nni_haloc.space.summary import why_nothing
 from nni_haloc.training import checkpoint
@@ -49,11 +50,7 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
     except torch.linalg.LinAlgError as error:  # a rule's own; a candidate's names its layer
         failed = f"a singular value decomposition failed ({first_line(error)})"
         raise SettingsError(f"rule: {rule}: {failed}") from None
-    fact = chosen.chosen_by
-    logger.info(
-        "plan of rule %s: cost %.6g of %.6g %s, budget %.6g",
-        *(fact[k] for k in ("rule", "cost", "original_cost", "metric", "budget")),
-    )
+    logger.info("%s: %s", rule, cost_line(chosen.chosen_by))
     # What is there may be fine-tuned already, and stages follow it.
     if not (resume and job.holds(chosen)):
         clear(job.folder)
@@ -72,8 +69,7 @@ def _read_back(job: Job) -> tuple[RankPlan, nn.Module]:
         return chosen, restructure(job.model, chosen)
     except (OSError, ValueError) as error:
         raise SettingsError(
-            f"{error}: there is a fine-tuning to go on with, but not its plan;"
-            " start without --resume"
+            f"{error}: the plan of this fine-tuning is missing or damaged; start without --resume"
         ) from None
 
 

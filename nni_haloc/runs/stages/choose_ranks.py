@@ -21,6 +21,7 @@ from nni_haloc.runs.stages import clear
 from nni_haloc.runs.stages.by_rule import by_rule
 from nni_haloc.runs.stages.stage import Outcome, Report, Stage
 from nni_haloc.runs.stages.training import recipe_of
+from nni_haloc.runs.summary import cost_line
 from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.history import History, describe_search
 from nni_haloc.search.space import RankSpace
@@ -93,10 +94,7 @@ def search(job: Job, report: Report, *, resume: bool = False) -> Haloc:
     strategy = run_or_read_search(job, report, resume=resume)
     plan = strategy.plan()
     for fact in (plan.chosen_by, *plan.chosen_by["also"]):
-        logger.info(
-            "plan: cost %.6g of %.6g %s, budget %.6g",
-            *(fact[key] for key in ("cost", "original_cost", "metric", "budget")),
-        )
+        logger.info("plan: %s", cost_line(fact))
     if not (resume and job.holds(plan)):  # the network there may be fine-tuned already
         job.save(strategy.network(plan), plan)
     if is_first() and not (resume and job.folder.search_file.exists()):
@@ -168,10 +166,8 @@ def _log_space(space: RankSpace, limits: list[Limit]) -> None:
     number, size = len(space.candidates), space.size()
     logger.info("%d layers to search, %.3g networks; left alone: %s", number, size, alone)
     for limit in limits:
-        costs = limit.costs
-        least = costs.total(cheapest(space.candidates, costs))
-        facts = (least, costs.metric, limit.budget, costs.original)
-        logger.info("cheapest network: %.6g %s; budget %.6g, original %.6g", *facts)
+        least = cheapest(space.candidates, limit.costs)
+        logger.info("cheapest network: %s", cost_line(limit.facts(least)))
 
 
 def _sensitivities(job: Job, space: RankSpace) -> Scores:

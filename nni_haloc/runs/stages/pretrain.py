@@ -97,7 +97,7 @@ def train_original(config: Config, *, resume: bool = False) -> Figures:
         expected = "expected the name of a .safetensors file to be written"
         raise SettingsError(f"weights: {expected}, found {out}")
     if out.exists():
-        raise SettingsError(f"weights: {out} is there already")
+        raise SettingsError(f"weights: {out} already exists; delete it or name another file")
     job = Job(config, training_folder(config), trained=False)
     with job.active():
         outcome = Pretrain().run(job, None, ignore, resume)

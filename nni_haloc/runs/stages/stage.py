@@ -51,7 +51,9 @@ class Outcome:
 
 
 class Stage(ABC):
-    """A step of a run, walked by run, resume, trial, report, bench and scaling alike.
+    """Define one step of a run.
+
+    That is its settings, its folder, how it runs and resumes, and its rows in tables.
 
     A subclass in one file, and a line in `nni_haloc.inputs.registries.STAGES` (or an entry point of
     the group ``nni_haloc.stages``), add a stage.
@@ -88,7 +90,10 @@ class Stage(ABC):
         return self.settings_of(config) is not None
 
     def points(self, config: Config) -> int:
-        """Return how many points of the run's curve it reports: one, and one an epoch."""
+        """Return the number of points that it adds to the curve.
+
+        That is one for the start and one for each epoch.
+        """
         section = self.settings_of(config)
         return 1 + section.epochs if hasattr(section, "epochs") else 0
 

@@ -104,14 +104,14 @@ def trainer_of(job: Job, precision: str, state: EpochCheckpoint, title: str) -> 
 
 
 def _can_go_on(files: Training, identity: Mapping[str, Any], section: Section, title: str) -> bool:
-    """Return whether there is a state of this training to go on from; log what is there."""
+    """Tell whether there is a state of this training to go on from; log what is there."""
     if not files.checkpoint.exists():
         return False
     try:
         saved = checkpoint.read(files.checkpoint)
         checkpoint.check_same(files.checkpoint, saved["identity"], identity)
     except UnusableCheckpoint as error:
-        logger.info("%s; %s starts anew", error, title)
+        logger.info("%s; %s starts anew", str(error).removesuffix(checkpoint.REMEDY), title)
         return False
     epochs, path = section.epochs, files.checkpoint
     logger.info("%s: %d of %d epochs are done: %s", title, saved["epochs"], epochs, path)
