@@ -9,8 +9,6 @@ import sys
 
 import nni
 
-from nni_haloc.utils.errors import HalocError, UnusableCheckpoint
-
 if __name__ == "__main__":
     PARENT = os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -34,7 +32,7 @@ from typing import IO, Any
 
 from nni_haloc.inputs.config import load_config
 from nni_haloc.runs.folder import RunFolder
-from nni_haloc.utils.errors import as_one_line, reason_of
+from nni_haloc.utils.errors import HalocError, UnusableCheckpoint, as_one_line, reason_of
 from nni_haloc.utils.files import write_json
 from nni_haloc.utils.log import log_to, logger
 from nni_haloc.utils.processes import is_first
