@@ -153,6 +153,17 @@ def test_it_is_benched_anew(folder):
     assert json.loads((folder / "bench.json").read_text())["rows"] == rows
 
 
+@pytest.mark.parametrize(("stage", "name"), [("prune", "pruned"), ("quantize", "quantized")])
+def test_a_stage_that_it_has_is_read_back(folder, stage, name, caplog):
+    caplog.set_level("INFO", "nni_haloc")
+    before = (folder / name / "weights.safetensors").read_bytes()
+    source = folder if stage == "prune" else folder / "pruned"
+    flat = apply_stage(source, stage, {}, folder / name, resume=True)
+    assert f"{stage}: done: {folder / name}" in caplog.text
+    assert {key: value for key, value in FLAT.items() if key in flat} == flat
+    assert (folder / name / "weights.safetensors").read_bytes() == before
+
+
 def test_a_stage_is_applied_to_it(folder, tmp_path):
     figures = apply_stage(
         folder, "prune", {"prune.epochs": 0, "prune.sparsity": 0.6}, tmp_path / "out"
