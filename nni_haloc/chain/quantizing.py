@@ -64,8 +64,11 @@ def quantize(
             64 images and train with the rounding in place.
         train: trains the network that it is given, for ``qat`` and ``lsq``.
 
+    Returns:
+        The copy, in evaluation mode, which computes as its 8-bit version would.
+
     Raises:
-        ValueError: if there is no layer to quantize.
+        ValueError: for an unknown quantizer, or if there is no layer to quantize.
     """
     if quantizer not in get_args(Quantizer):
         raise ValueError(

@@ -34,6 +34,12 @@ def mac_table(
         example_input: one input or a batch, ``(N, ...)``.
         rules: the rank space.
         layers: the result of `find_layers`, if it is known already.
+
+    Returns:
+        The table, in multiply-accumulates.
+
+    Raises:
+        ValueError: if the model can't be copied, or a pattern of the rules matches no layer.
     """
     return _table(
         "macs",
@@ -52,7 +58,20 @@ def param_table(
     rules: RankRules = RankRules(),
     layers: Layers | None = None,
 ) -> CostTable:
-    """Count the parameters of every candidate; for the arguments see `mac_table`."""
+    """Count the parameters of every candidate.
+
+    Args:
+        model: the original network.
+        example_input: one input or a batch, ``(N, ...)``.
+        rules: the rank space.
+        layers: the result of `find_layers`, if it is known already.
+
+    Returns:
+        The table, in parameters.
+
+    Raises:
+        ValueError: if the model can't be copied, or a pattern of the rules matches no layer.
+    """
     model = materialised(model, example_input)
     return _table(
         "params", model, example_input, rules, params, float(count_params(model)), layers=layers

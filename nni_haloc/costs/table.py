@@ -55,7 +55,7 @@ class CostTable:
 
     @property
     def original(self) -> float:
-        """The cost of the original network."""
+        """Cost of the original network, in the metric's unit."""
         return self.total(dict.fromkeys(self.costs, DENSE))
 
     def total(self, choice: Mapping[str, str]) -> float:
@@ -63,6 +63,9 @@ class CostTable:
 
         Args:
             choice: layer name to candidate name; other layers are dense.
+
+        Returns:
+            The cost in the metric's unit.
 
         Raises:
             ValueError: if a layer is not in the table.
@@ -73,7 +76,14 @@ class CostTable:
         return math.fsum(self.terms(choice))
 
     def terms(self, choice: Mapping[str, str]) -> list[float]:
-        """Return the numbers that `total` sums up."""
+        """Return the numbers that `total` sums up.
+
+        Args:
+            choice: layer name to candidate name; other layers are dense.
+
+        Returns:
+            The fixed cost, then the cost of each layer, in the metric's unit.
+        """
         return [self.fixed, *(row[choice.get(layer, DENSE)] for layer, row in self.costs.items())]
 
     def restrict(
@@ -81,7 +91,13 @@ class CostTable:
     ) -> tuple[dict[str, dict[str, float]], float]:
         """Return the costs of some candidates, and the cost of the rest of the network.
 
-        Layers without a name in ``candidates`` are dense in the rest.
+        Args:
+            candidates: layer name to a mapping whose keys are candidate names. Other layers are
+                dense in the rest.
+
+        Returns:
+            Layer name to candidate name to cost, and the cost of the rest, both in the metric's
+            unit.
 
         Raises:
             ValueError: if the table does not know a candidate; the message names it.
@@ -104,7 +120,14 @@ class CostTable:
         }, rest
 
     def save(self, path: str | Path) -> None:
-        """Write ``costs.json``."""
+        """Write ``costs.json``.
+
+        Args:
+            path: the file.
+
+        Raises:
+            OSError: if it can't be written.
+        """
         write_json(
             path, costs_content(self.metric, self.identity, self.fixed, self.costs, self.spread)
         )
@@ -116,7 +139,14 @@ class CostTable:
         The CSV file has the header ``layer,candidate,METRIC``, a line for each candidate, and one
         line ``network,,NUMBER`` or ``fixed,,NUMBER``.
 
+        Args:
+            path: the file; a name that ends in ``.csv`` is read as CSV.
+
+        Returns:
+            The table.
+
         Raises:
+            OSError: if the file can't be read.
             ValueError: if the file is damaged; the message names it and what is wrong.
         """
         content = _read_csv(Path(path)) if Path(path).suffix == ".csv" else read_costs(path)

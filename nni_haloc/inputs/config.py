@@ -124,6 +124,9 @@ def load_config(
         uploaded: the folder that is sent to another machine, if the run is to be there. Relative
             paths must lie inside; absolute ones are that machine's and are not looked for here.
 
+    Returns:
+        The settings, with absolute paths and with ``preset`` and ``scale`` applied.
+
     Raises:
         SettingsError: names the file and the key.
     """

@@ -81,6 +81,9 @@ class Limit:
             absolute: the budget in the table's unit.
             name: what the caller's users call ``absolute``, for the message.
 
+        Returns:
+            The limit, in the table's unit.
+
         Raises:
             ValueError: unless exactly one of the two is given, and in its range.
         """
@@ -103,11 +106,22 @@ class Limit:
         )
 
     def holds(self, choice: Mapping[str, str]) -> bool:
-        """Tell whether a choice is within the limit, by its exact cost."""
+        """Tell whether a choice is within the limit, by its exact cost.
+
+        Args:
+            choice: layer name to candidate name; other layers are dense.
+        """
         return self.costs.total(choice) <= self.budget
 
     def facts(self, choice: Mapping[str, str]) -> dict[str, Any]:
-        """Return what a choice costs, for the reader of a plan."""
+        """Return what a choice costs, for the reader of a plan.
+
+        Args:
+            choice: layer name to candidate name; other layers are dense.
+
+        Returns:
+            ``metric``; ``budget``, ``cost`` and ``original_cost``, in the table's unit.
+        """
         return {
             "metric": self.costs.metric,
             "budget": self.budget,

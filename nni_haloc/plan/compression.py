@@ -29,6 +29,9 @@ def compress(
             network takes several; without them the decomposition is by the weights.
         method: how layers are decomposed, see `build_candidates`.
 
+    Returns:
+        A network of plain `torch.nn` layers, independent of ``model``.
+
     Raises:
         ValueError: if the plan names a layer that the network does not have, or that can't be
             decomposed so.

@@ -32,7 +32,14 @@ class RankPlan:
         return {layer: rank_name(rank) for layer, rank in self.ranks.items()}
 
     def save(self, path: str | Path) -> None:
-        """Write ``ranks.json``."""
+        """Write ``ranks.json``.
+
+        Args:
+            path: the file.
+
+        Raises:
+            OSError: if it can't be written.
+        """
         ranks = {layer: DENSE if rank is None else list(rank) for layer, rank in self.ranks.items()}
         content = {"version": PLAN_VERSION, "ranks": ranks, "chosen_by": dict(self.chosen_by)}
         write_json(path, content)
@@ -40,6 +47,12 @@ class RankPlan:
     @classmethod
     def load(cls, path: str | Path) -> RankPlan:
         """Read ``ranks.json``.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The plan.
 
         Raises:
             OSError: if the file can't be read; the message names it.

@@ -132,11 +132,19 @@ class RankSpace(ModelSpace):
         }
 
     def report(self) -> SpaceReport:
-        """Return every layer with its candidates, or why it is left as it is; printed, a table."""
+        """Report on every layer: its candidates, or why it is left as it is.
+
+        Returns:
+            A row for each layer; printed, it is a table.
+        """
         return space_report(self.original, self.candidates, self.left_alone)
 
     def size(self) -> int:
-        """Return the number of networks in the space."""
+        """Count the networks of the space.
+
+        Returns:
+            The product of the layers' numbers of candidates.
+        """
         result = 1
         for row in self.candidates.values():
             result *= len(row)
@@ -171,5 +179,8 @@ class TableProfiler(ExpressionProfiler):
         Args:
             sample: layer to candidate, or a model that has one as its ``sample``: NNI's `Filter`
                 gives models to NNI's `ProfilerFilter`.
+
+        Returns:
+            The cost of the whole network.
         """
         return float(super().profile(getattr(sample, "sample", sample)))

@@ -59,11 +59,22 @@ class RankRules:
                 )
 
     def pins(self, layer: str) -> list[int | tuple[int, ...] | str]:
-        """Return the pins whose patterns match a layer; the first one counts."""
+        """Return the pins whose patterns match a layer.
+
+        Args:
+            layer: the layer's name.
+
+        Returns:
+            Ranks, pairs ``(r1, r2)`` or ``"dense"``; the first one counts.
+        """
         return [value for pattern, value in self.pin.items() if fnmatch.fnmatchcase(layer, pattern)]
 
     def step_of(self, spec: LayerSpec) -> int:
-        """Return the distance between a layer's candidate ranks."""
+        """Return the distance between a layer's candidate ranks.
+
+        Args:
+            spec: the layer.
+        """
         size = min(spec.in_channels, spec.out_channels)
         return self.step or (
             max(32, size // 512 * 32) if size > 64 else 8 if size > 32 else 4 if size > 16 else 2
@@ -74,6 +85,12 @@ class RankRules:
 
         Ranks with as many MACs as the dense layer are dropped. A pinned layer has only its pinned
         rank, whatever it costs.
+
+        Args:
+            spec: the layer.
+
+        Returns:
+            Ranks ``(r1, r2)`` for convolutions, ``(r,)`` for 1x1 convolutions and linear layers.
 
         Raises:
             ValueError: if a pinned rank does not fit the layer.

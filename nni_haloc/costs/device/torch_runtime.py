@@ -1,4 +1,4 @@
-"""Timing with PyTorch, on any of its devices."""
+"""Time layers and networks with PyTorch, on any of its devices."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HEAD_START = 10_000_000
 
 @dataclass(frozen=True)
 class TorchRuntime(Runtime):
-    """Times with PyTorch.
+    """Time layers and networks with PyTorch.
 
     Attributes:
         device: torch's name of the device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...
@@ -56,7 +56,17 @@ class TorchRuntime(Runtime):
         memory_format: str = "contiguous",
         threads: int | None = None,
     ) -> TorchRuntime:
-        """Make the runtime; see `Runtime.from_options`."""
+        """Make the runtime that ``haloc measure`` and a run's settings ask for.
+
+        Args:
+            device: torch's name of the device.
+            dtype: torch's name of a floating-point type.
+            memory_format: ``contiguous`` or ``channels_last``.
+            threads: processor threads (None: as torch is set).
+
+        Raises:
+            ValueError: if torch can't use the device or the type here.
+        """
         return cls(device, dtype, cast(MemoryFormat, memory_format), threads)
 
     def __post_init__(self) -> None:
@@ -84,7 +94,11 @@ class TorchRuntime(Runtime):
         return dtype
 
     def identity(self) -> dict[str, Any]:
-        """Return what the times hold for; see `Runtime.identity`."""
+        """Return what the times hold for.
+
+        Returns:
+            The keys of `Runtime.identity`, and ``memory``: ``kept`` where freed memory is kept.
+        """
         cpu = self.device == "cpu"
         return {
             "runtime": f"torch {torch.__version__}",
@@ -98,14 +112,30 @@ class TorchRuntime(Runtime):
         }
 
     def entry(self, spec: Specification, index: int) -> Run:
-        """Return a forward pass of one entry; see `Runtime.entry`."""
+        """Return a forward pass of one entry on random inputs, warmed up.
+
+        Args:
+            spec: the specification.
+            index: of the entry.
+
+        Raises:
+            ValueError: if the entry makes no sense.
+        """
         entry = spec.entries[index]
         layer = layer_spec("", entry.layer)
         layer.check_rank(entry.rank)
         return self.ready(layer.build(entry.rank), *layer.input_shapes)
 
     def network(self, spec: Specification, choice: Mapping[str, str]) -> Run:
-        """Return a forward pass of the network itself, or of its recorded program without it."""
+        """Return a forward pass of the network itself, or of its recorded program without it.
+
+        Args:
+            spec: the specification, which may have no layers.
+            choice: layer name to candidate name; other layers are dense.
+
+        Raises:
+            ValueError: if the specification has neither network nor program.
+        """
         entries = {
             layer: spec.entries[row[choice.get(layer, DENSE)]] for layer, row in spec.layers.items()
         }
@@ -133,6 +163,9 @@ class TorchRuntime(Runtime):
             module: it is moved and set to evaluation mode, unless it is copied.
             shapes: one input shape for each call in a pass.
             copied: whether ``module`` is a copy already.
+
+        Returns:
+            A function that runs the passes and returns their outputs.
         """
         model = (module if copied else copy_of(module)).eval().to(self.device, self._dtype)
         inputs = [torch.randn(shape).to(self.device, self._dtype) for shape in shapes]
@@ -153,7 +186,11 @@ class TorchRuntime(Runtime):
         return run
 
     def once(self, run: Run) -> float:
-        """Run one pass and return its seconds, on a CUDA device by the device's own clock."""
+        """Run one pass and return its seconds, on a CUDA device by the device's own clock.
+
+        Args:
+            run: a forward pass of this runtime.
+        """
         if self.device.startswith("cuda"):
             # The device is kept busy while the host prepares the pass that is timed.
             with torch.cuda.device(self.device):

@@ -82,23 +82,37 @@ class Stage(ABC):
             cls.section = vars(cls).get("section", cls.name)
 
     def settings_of(self, config: Config) -> Any:
-        """Return this stage's section of the settings; None where the run does not have it."""
+        """Return this stage's section of the settings; None where the run does not have it.
+
+        Args:
+            config: the settings.
+        """
         return getattr(config, self.section)
 
     def wanted(self, config: Config) -> bool:
-        """Return whether the settings ask for this stage."""
+        """Tell whether the settings ask for this stage.
+
+        Args:
+            config: the settings.
+        """
         return self.settings_of(config) is not None
 
     def points(self, config: Config) -> int:
         """Return the number of points that it adds to the curve.
 
         That is one for the start and one for each epoch.
+
+        Args:
+            config: the settings.
         """
         section = self.settings_of(config)
         return 1 + section.epochs if hasattr(section, "epochs") else 0
 
     def check(self, job: Job) -> None:  # noqa: B027 (most stages have nothing to check)
         """Check what can be known before anything is trained.
+
+        Args:
+            job: the run's settings, data, network and folder.
 
         Raises:
             HalocError: if the stage is sure to fail.
@@ -113,27 +127,52 @@ class Stage(ABC):
             before: what the stage before it handed on; None for the first one.
             report: takes the points of the stage's curve, counted from 0.
             resume: whether to go on from the state that an interrupted run left.
+
+        Returns:
+            What the next stage starts from.
         """
 
     def files(self, folder: RunFolder) -> Training:
-        """Return where the state and the history of its training lie."""
+        """Return where the state and the history of its training lie.
+
+        Args:
+            folder: the run's folder.
+        """
         return Training(folder.path / self.folder)
 
     def rows(self, figures: Figures) -> dict[str, Figures]:
-        """Return the rows of the stage in tables: title to figures."""
+        """Return the rows of the stage in tables.
+
+        Args:
+            figures: the stage's figures, as ``metrics.json`` has them.
+
+        Returns:
+            Title to figures.
+        """
         return {self.title: figures}
 
     def headline(self, figures: Figures) -> float | None:
-        """Return the figure that a tuner maximises after this stage: top-1."""
+        """Return the figure that a tuner maximises after this stage: top-1.
+
+        Args:
+            figures: the stage's figures, as ``metrics.json`` has them.
+
+        Returns:
+            A fraction, 0 to 1; None where the stage has no such figure.
+        """
         return figures.get("top1")
 
     def flatten(self, figures: Figures) -> Figures:
-        """Return the figures under the names that NNI gets: ``pruned_top1``."""
+        """Return the figures under the names that NNI gets: ``pruned_top1``.
+
+        Args:
+            figures: the stage's figures, as ``metrics.json`` has them.
+        """
         return {f"{self.folder}_{key}": value for key, value in figures.items()}
 
 
 class NetworkStage(Stage):
-    """A stage that makes a new network of the last one, in a folder of its own.
+    """Define a stage that makes a new network of the last one, in a folder of its own.
 
     A subclass implements `apply`. Saving, measuring, reading back and resuming are done here.
     """
@@ -142,21 +181,39 @@ class NetworkStage(Stage):
     def apply(
         self, job: Job, before: Outcome, folder: RunFolder, report: Report, resume: bool
     ) -> tuple[nn.Module, Figures]:
-        """Make the new network, of a copy of ``before.network``.
+        """Make the new network from a copy of ``before.network``.
+
+        Args:
+            job: the run's settings, data, network and folder.
+            before: what the stage before it handed on.
+            folder: receives the stage's results.
+            report: takes the points of the stage's curve, counted from 0.
+            resume: whether to go on from the state that an interrupted stage left.
 
         Returns:
             The network, and what was measured of it beyond what `measure` does.
         """
 
     def run(self, job: Job, before: Outcome | None, report: Report, resume: bool) -> Outcome:
-        """Run the stage in its folder inside the run's."""
+        """Run the stage in its folder inside the run's; for the arguments see `Stage.run`."""
         assert before is not None
         return self.run_in(job, before, RunFolder(job.folder.path / self.folder), report, resume)
 
     def run_in(
         self, job: Job, before: Outcome, folder: RunFolder, report: Report, resume: bool
     ) -> Outcome:
-        """Run the stage with its results in ``folder``, or read it back if it is finished."""
+        """Run the stage with its results in ``folder``, or read it back if it is finished.
+
+        Args:
+            job: the run's settings, data, network and folder.
+            before: what the stage before it handed on.
+            folder: receives the stage's results.
+            report: takes the points of the stage's curve, counted from 0.
+            resume: whether to go on from the state that an interrupted stage left.
+
+        Returns:
+            The plan, the new network and its figures.
+        """
         same = self.identity(job, before)
         if resume and (figures := self._finished(job, folder, same)) is not None:
             logger.info("%s: done: %s", self.name, folder)
@@ -175,12 +232,28 @@ class NetworkStage(Stage):
         return Outcome(before.plan, network, figures if is_first() else {})
 
     def measure(self, job: Job, network: nn.Module) -> Figures:
-        """Return the new network's accuracies, counts and latency."""
+        """Measure the new network.
+
+        Args:
+            job: the run's settings, data, network and folder.
+            network: the new network.
+
+        Returns:
+            Accuracies (0 to 1), ``macs``, ``params`` and ``latency_ms``.
+        """
         latency = job.time(network=network)["network"]
         return {**job.score(network), **job.count(network), "latency_ms": latency}
 
     def identity(self, job: Job, before: Outcome) -> dict[str, Any]:
-        """Return what the state of the stage's training depends on, its own section included."""
+        """Return what the state of the stage's training depends on, its own section included.
+
+        Args:
+            job: the run's settings, data, network and folder.
+            before: what the stage before it handed on.
+
+        Returns:
+            Values that JSON can hold, by setting.
+        """
         digest = hashlib.sha256()
         for name, value in before.network.named_parameters():  # not BatchNorm's statistics, which
             digest.update(name.encode())  # are each process's own
