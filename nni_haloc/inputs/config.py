@@ -145,15 +145,22 @@ def load_config(
 
 def config_type() -> type[Config]:
     """Return `Config` with a section for each stage that another package has added."""
-    return _config_with(tuple(STAGES.foreign()))
+    stages = STAGES.load_foreign()
+    return _config_with(tuple((name, stage.settings) for name, stage in stages.items()))
 
 
 @lru_cache
-def _config_with(stages: tuple[str, ...]) -> type[Config]:
-    if not stages:
+def _config_with(sections: tuple[tuple[str, type[Section]], ...]) -> type[Config]:
+    if not sections:
         return Config
-    sections: dict[str, Any] = {name: (STAGES[name].settings | None, None) for name in stages}
-    return create_model("Config", __base__=Config, **sections)
+    fields: dict[str, Any] = {name: (section | None, None) for name, section in sections}
+    return create_model("Config", __base__=Config, **fields)
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """Return settings as JSON holds them, without sections of other packages that are not set."""
+    content = config.model_dump(mode="json")
+    return {k: v for k, v in content.items() if v is not None or k in Config.model_fields}
 
 
 def _apply_preset(content: dict[str, Any], path: Path) -> None:
@@ -221,7 +228,13 @@ def parse_config(
     Raises:
         SettingsError: names the source and the key.
     """
-    return _validated(config_type(), content, source, folder, files=files)
+    kind = config_type()
+    known = {key: value for key, value in content.items() if key in kind.model_fields or value}
+    for key in known:
+        if key not in kind.model_fields:
+            missing = "no stage has this name; is its package installed?"
+            raise SettingsError(f"{source}: {key}: {missing}")
+    return _validated(kind, known, source, folder, files=files)
 
 
 def load_space(path: str | Path) -> Space:
@@ -253,6 +266,8 @@ def set_dotted(content: dict[str, Any], dotted: str, value: Any) -> None:
         SettingsError: if the key's section is a plain value.
     """
     *sections, key = dotted.split(".")
+    if dotted == "budget" and _is_number(value):
+        sections, key = ["budget"], "fraction"
     if sections == ["budget"] and _is_number(content.get("budget")):
         content["budget"] = {"fraction": content["budget"]}
     for section in sections:

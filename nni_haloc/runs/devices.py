@@ -159,10 +159,10 @@ def _speed(images: float) -> str:
 
 def _config_for(config: Config, device: str) -> Config:
     """Return the settings with the device's cost, without stages after fine-tuning."""
-    changes: dict[str, Any] = {"table": None, "device": "cuda" if device == "cuda" else "cpu"}
+    changes: dict[str, Any] = {"table": None, "predictor": None}
+    changes["device"] = "cuda" if device == "cuda" else "cpu"
     changes["metric"] = "cycles" if device == "eyeriss" else "latency_ms"
-    if device in RUNTIMES:
-        changes["runtime"] = device
+    changes["runtime"] = device if device in RUNTIMES else "torch"
     if device == "onnxruntime":  # it has one layout alone
         changes["memory_format"] = "contiguous"
     cost = config.cost.model_copy(update=changes)

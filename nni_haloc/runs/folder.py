@@ -14,8 +14,6 @@ from nni_haloc.utils.files import write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
 
-FIGURES = ("loss", "parameters", "ranks")
-"""What `haloc plot` draws into a run's folder."""
 METRICS_VERSION = 2
 SEARCH_VERSION = 1
 THROUGHPUT_VERSION = 1
@@ -104,14 +102,18 @@ class RunFolder:
         """
         others = {self.export.name, self.front.name}
         folders = [RunFolder(path) for path in self.path.iterdir() if path.name not in others]
+        folders = [folder for folder in folders if folder.holds_network]
+        folders.sort(key=lambda folder: (folder._place(), folder.path.name))
+        return {folder.path.name: folder for folder in folders}
+
+    def _place(self) -> int:
+        """Return the place in the pipeline of the stage that has left this folder."""
         order = list(STAGES)
-        ranked = []
-        for folder in folders:
-            if folder.holds_network:
-                stage = next(iter(folder.read_metrics()["stages"]), "")
-                rank = order.index(stage) if stage in order else len(order)
-                ranked.append((rank, folder.path.name, folder))
-        return {name: folder for _, name, folder in sorted(ranked, key=lambda entry: entry[:2])}
+        try:
+            stage = next(iter(self.read_metrics()["stages"]), "")
+        except SettingsError:  # whoever reads the figures says what is wrong with them
+            return len(order)
+        return order.index(stage) if stage in order else len(order)
 
     def clear(self, *stages: str) -> None:
         """Remove what an earlier run left here; files that are not a run's stay.
@@ -125,11 +127,12 @@ class RunFolder:
             logger.info("%s: replacing the results of an earlier run", self)
         files = [self.ranks, self.weights, self.metrics_file, self.model, self.bench]
         files += [self.search_file, self.report]
-        files += [self.path / f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")]
         for file in files:
             file.unlink(missing_ok=True)
         folders = [self.searching.path, self.finetuning.path, self.front, self.export]
-        for folder in (*folders, *(self.path / name for name in stages)):
+        own = self.path.resolve()
+        inside = [self.path / name for name in stages if (own / name).resolve().parent == own]
+        for folder in (*folders, *inside):
             shutil.rmtree(folder, ignore_errors=True)
 
     def write_metrics(self, stages: Mapping[str, Figures], **facts: Any) -> None:

@@ -64,7 +64,7 @@ class Job:
     ) -> None:
         self.config, self.folder = config, RunFolder(folder)
         _check_trainer(config)
-        with as_one_line():
+        with as_one_line(where="cost"):
             runtime_of(config)
         with as_one_line(DataError):
             self.splits = load_data(config.data)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nni_haloc.inputs.config import Config
+from nni_haloc.inputs.config import Config, dump_config
 from nni_haloc.runs.folder import Figures
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages import all_stages, stages_of
@@ -65,7 +65,7 @@ def run_job(
     report = report if is_first() else ignore
     facts = {
         "parameters": dict(parameters or {}),
-        "config": job.config.model_dump(mode="json"),
+        "config": dump_config(job.config),
         "versions": versions(),
     }
     stages = stages_of(job.config)

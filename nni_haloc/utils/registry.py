@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from nni_haloc.utils.errors import SettingsError, expected_one_of, first_line
+from nni_haloc.utils.log import logger
 
 T = TypeVar("T")
 
@@ -53,9 +54,26 @@ class Registry(Generic[T]):
         """Return all names: this package's, then those of others."""
         return list(dict.fromkeys([*self._own, *self._added, *self._entry_points()]))
 
+    def own(self) -> list[str]:
+        """Return the names of this package."""
+        return list(self._own)
+
     def foreign(self) -> list[str]:
         """Return the names that other packages have added."""
         return [name for name in self.names() if name not in self._own]
+
+    def load_foreign(self) -> dict[str, T]:
+        """Return the objects of other packages by name, without those that can't be imported.
+
+        Those are logged: one broken package does not keep the others from working.
+        """
+        loaded = {}
+        for name in self.foreign():
+            try:
+                loaded[name] = self[name]
+            except SettingsError as error:
+                logger.warning("%s", error)
+        return loaded
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 def all_stages() -> Iterator[Stage]:
     """Yield every stage in the order of the pipeline; other packages' last."""
-    for name in STAGES:
+    for name in STAGES.own():
         yield STAGES[name]()
+    for stage in STAGES.load_foreign().values():
+        yield stage()
 
 
 def stages_of(config: Config) -> list[Stage]:

@@ -10,7 +10,7 @@ from pytorch_lightning import Callback
 from nni_haloc.costs.analytic import param_table
 from nni_haloc.costs.from_settings import rules_of
 from nni_haloc.inputs import schema
-from nni_haloc.inputs.config import Config
+from nni_haloc.inputs.config import Config, dump_config
 from nni_haloc.plan.budget import Limit, Scores, cheapest, check_feasible
 from nni_haloc.plan.sensitivity import sensitivities
 from nni_haloc.runs.folder import Figures, RunFolder, Training
@@ -130,7 +130,7 @@ def run_or_read_search(job: Job, report: Report, *, resume: bool) -> Haloc:
     logs = _tensorboard(job.folder) if config.search.tensorboard and unfinished else False
     facts = {
         "identity": search_identity(job.config),
-        "config": job.config.model_dump(mode="json"),
+        "config": dump_config(job.config),
         "costs": [path.read_text(encoding="utf-8") for path in table_files(job.folder, config)],
     }
     _search(job, strategy, space, report, facts, {**options, "logger": logs}, saved is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 from pytorch_lightning import seed_everything
 from torch import nn
 
-from nni_haloc.inputs.config import Config
+from nni_haloc.inputs.config import Config, dump_config
 from nni_haloc.inputs.schema import Section
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import Figures, RunFolder, Training
@@ -171,11 +172,25 @@ class Stage(ABC):
         return {f"{self.folder}_{key}": value for key, value in figures.items()}
 
 
+_OWN_FOLDERS = ("search", "finetuning", "front", "export")
+"""Folders inside a run's that no stage may take."""
+
+
 class NetworkStage(Stage):
     """Define a stage that makes a new network of the last one, in a folder of its own.
 
-    A subclass implements `apply`. Saving, measuring, reading back and resuming are done here.
+    A subclass implements `apply`; its ``folder`` is by default its name. Saving, measuring,
+    reading back and resuming are done here.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" in vars(cls):
+            cls.folder = vars(cls).get("folder", cls.name)
+            cls.title = vars(cls).get("title", cls.folder)
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", cls.folder) or cls.folder in _OWN_FOLDERS:
+                expected = f"a folder's plain name, none of {', '.join(_OWN_FOLDERS)}"
+                raise ValueError(f"stage {cls.name!r}: expected {expected}, found {cls.folder!r}")
 
     @abstractmethod
     def apply(
@@ -218,6 +233,8 @@ class NetworkStage(Stage):
         if resume and (figures := self._finished(job, folder, same)) is not None:
             logger.info("%s: done: %s", self.name, folder)
             return Outcome(before.plan, job.laid_out(load(folder.path, job.model)), figures)
+        if is_first():  # what is there is of other settings, and its files are replaced one by one
+            folder.metrics_file.unlink(missing_ok=True)
         seed_everything(job.config.seed, verbose=False)
         network, figures = self.apply(job, before, folder, report, resume)
         figures |= self.measure(job, network) if is_first() else {}
@@ -227,7 +244,7 @@ class NetworkStage(Stage):
             job.save(network, before.plan, folder)
             figures["bytes"] = folder.weights.stat().st_size
             same = self._what_figures_depend_on(job.config, same)
-            config = job.config.model_dump(mode="json")
+            config = dump_config(job.config)
             folder.write_metrics({self.name: figures}, config=config, identity=same)
         return Outcome(before.plan, network, figures if is_first() else {})
 
