@@ -25,6 +25,7 @@ from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line
 from nni_haloc.utils.files import read_json, write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.printing import percent, print_table
+from nni_haloc.utils.quiet import quiet
 
 SPLITS = ("val", "test")
 VERSION = 1
@@ -79,7 +80,8 @@ def bench(
     with as_one_line():
         runtime = TorchRuntime(cost.device, memory_format=cost.memory_format, threads=threads)
     onnx, rows = OnnxRuntime(threads), []
-    with TemporaryDirectory() as scratch, runtime.pinned():
+    surroundings = run.job.active() if data else quiet()  # data: as in the run itself
+    with surroundings, TemporaryDirectory() as scratch, runtime.pinned():
         forms = [
             form
             for stage, network in networks.items()
