@@ -1,4 +1,4 @@
-"""Commands that take a finished run: prune, quantize, export, bench, report, plot."""
+"""Commands that take a finished run: prune, quantize, export, bench, report."""
 
 from __future__ import annotations
 
@@ -209,51 +209,3 @@ def report_command(
             f"{out}: expected a file that can be written, found: {error.strerror}"
         ) from None
     typer.echo(out)
-
-
-@after.command("plot", rich_help_panel=AFTER)
-def plot_command(
-    folders: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="FOLDER",
-            help="Folders of searches or runs; several share the figures.",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Folder for the figures (default: the first FOLDER; with --layer, this one).",
-        ),
-    ] = None,
-    layer: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Draw the error of this convolution of --model."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Network: resnet20, torchvision:resnet18, ..."),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Trained weights of --model.")
-    ] = None,
-) -> None:
-    """Draw searches (Figure 4), or one layer's error (Figure 3)."""
-    given = {"layer": layer, "model": model, "weights": weights}
-    expected = "expected folders of searches, or --layer with --model and --weights"
-    for name, value in given.items():
-        if folders and value is not None:
-            raise SettingsError(f"FOLDER and --{name}: {expected}")
-    if not folders and layer is None:
-        raise SettingsError(expected)
-    with needs_plots("plot"), as_one_line():
-        from nni_haloc.cli.plot import draw_layer, draw_searches
-
-        if folders:
-            draw_searches(folders, out or folders[0])
-        elif layer is not None and model is not None and weights is not None:
-            draw_layer(model, weights, layer, out or Path())
-        else:
-            raise SettingsError("--layer: expected --model and --weights, too")

@@ -1,4 +1,4 @@
-"""The commands about costs: measure, predict, spec, heatmap, steps, table."""
+"""Commands about cost tables: measure, predict, spec, steps."""
 
 from __future__ import annotations
 
@@ -9,26 +9,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from nni_haloc.cli.options import (
-    COSTS,
-    Batch,
-    Json,
-    Model,
-    RankSpace,
-    Shape,
-    needs_plots,
-    print_json,
-)
+from nni_haloc.cli.options import COSTS, Batch, Model, RankSpace, Shape
 from nni_haloc.inputs.registries import PREDICTORS
 from nni_haloc.utils.errors import SettingsError, as_one_line
 from nni_haloc.utils.printing import percent, print_table
 
 costs = typer.Typer()
 
-MemoryFormat = Annotated[
-    Literal["contiguous", "channels_last"],
-    typer.Option(metavar="NAME", help="Layout of the images: contiguous or channels_last."),
-]
 Table = Annotated[Path, typer.Option(metavar="FILE", help="The cost table.")]
 
 
@@ -167,54 +154,6 @@ def spec_command(
     typer.echo(f"{out}: {len(spec.layers)} layers, {len(spec.entries)} entries to measure")
 
 
-@costs.command("heatmap", rich_help_panel=COSTS)
-def heatmap_command(
-    layer: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="The layer's name in the network.", show_default=False),
-    ],
-    model: Model = None,
-    input_: Shape = None,
-    batch: Batch = 1,
-    out: Annotated[
-        Path, typer.Option(metavar="FILE", help="The picture: .png, .pdf or .svg.")
-    ] = Path("heatmap.png"),
-    step: Annotated[int, typer.Option(metavar="N", help="Distance between ranks.")] = 4,
-    metric: Annotated[
-        Literal["latency_ms", "cycles", "energy_pj"],
-        typer.Option(
-            metavar="NAME",
-            help="latency_ms, measured here; cycles or energy_pj, modelled (Eyeriss).",
-        ),
-    ] = "latency_ms",
-    memory_format: MemoryFormat = "contiguous",
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", help="Processor threads (default: torch's).")
-    ] = None,
-    rounds: Annotated[int, typer.Option(metavar="N", help="Passes over all pairs.")] = 3,
-) -> None:
-    """Draw one layer's cost at every pair of ranks (Figure 2)."""
-    with needs_plots("heatmap"), as_one_line():
-        from nni_haloc.cli.heatmap import heatmap, layer_spec
-        from nni_haloc.costs.device.torch_runtime import TorchRuntime
-        from nni_haloc.costs.measure import model_of
-
-        network, example, _ = model_of(model, input_, batch)
-        spec, runtime = layer_spec(network, example, layer), None
-        if metric == "latency_ms":
-            runtime = TorchRuntime(memory_format=memory_format, threads=threads)
-        line = heatmap(
-            spec,
-            f"{model} {layer}",
-            out,
-            metric=metric,
-            step=step,
-            rounds=rounds,
-            runtime=runtime,
-        )
-    typer.echo(line)
-
-
 @costs.command("steps", rich_help_panel=COSTS)
 def steps_command(
     table: Annotated[
@@ -245,24 +184,3 @@ def steps_command(
         rows.append((layer, *((stair.width, *shares) if stair.width > 1 else ("no steps",))))
     columns = ("layer", "ranks cost more above multiples of", "by, of the dense layer", "explained")
     print_table(f"{table}: rank_space.step: auto uses these", columns, rows, text={"layer"})
-
-
-@costs.command("table", rich_help_panel=COSTS)
-def table_command(
-    model: Model = None,
-    input_: Shape = None,
-    batch: Batch = 1,
-    rank_space: RankSpace = None,
-    plan: Annotated[
-        Path | None,
-        typer.Option(metavar="RANKS.json", help="Count the network of this plan, too."),
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """Count a network's layers, ranks, MACs and parameters."""
-    with as_one_line():
-        from nni_haloc.cli.table import as_json, counted, print_counted
-        from nni_haloc.costs.measure import model_of
-
-        content = counted(*model_of(model, input_, batch, rank_space), plan)
-        print_json(as_json(content)) if json_ else print_counted(content)

@@ -11,12 +11,15 @@ from nni_haloc.cli.after_a_run import after
 from nni_haloc.cli.compress import compress
 from nni_haloc.cli.costs import costs
 from nni_haloc.cli.experiment import experiments
+from nni_haloc.cli.heatmap import heatmap
+from nni_haloc.cli.plot import plot
+from nni_haloc.cli.table import table
 from nni_haloc.utils.errors import HalocError, reason_of
 from nni_haloc.utils.interruption import stoppable
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
-for group in (compress, costs, after, experiments):  # in the order of the work
-    app.add_typer(group)
+for commands in (compress, table, costs, heatmap, after, plot, experiments):
+    app.add_typer(commands)  # in the order of the work
 
 
 def _print_version(wanted: bool) -> None:

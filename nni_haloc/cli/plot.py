@@ -1,105 +1,61 @@
-"""Figures 3 and 4: a layer's error over the difference of its ranks; the course of searches."""
+"""The command plot: the figures of searches, or of one layer's error."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-import torch
-from matplotlib.figure import Figure
-from torch import nn
+import typer
 
-from nni_haloc.costs.measure import named_model
-from nni_haloc.inputs.weights import load_weights
-from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.results.figures import MARKS, discrepancy, losses, parameters, rank_bars
-from nni_haloc.runs.folder import RunFolder
-from nni_haloc.space.layers import LayerSpec
-from nni_haloc.training import curves
-from nni_haloc.utils.files import whole
+from nni_haloc.cli.options import AFTER, needs_plots
+from nni_haloc.utils.errors import SettingsError, as_one_line
+
+plot = typer.Typer()
 
 
-def draw_searches(folders: Sequence[Path], out: Path) -> None:
-    """Draw the loss, the parameters and the ranks of finished searches (Figure 4).
+@plot.command("plot", rich_help_panel=AFTER)
+def plot_command(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Folders of searches or runs; several share the figures.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for the figures (default: the first FOLDER; with --layer, this one).",
+        ),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Draw the error of this convolution of --model."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Network: resnet20, torchvision:resnet18, ..."),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Trained weights of --model.")
+    ] = None,
+) -> None:
+    """Draw searches (Figure 4), or one layer's error (Figure 3)."""
+    given = {"layer": layer, "model": model, "weights": weights}
+    expected = "expected folders of searches, or --layer with --model and --weights"
+    for name, value in given.items():
+        if folders and value is not None:
+            raise SettingsError(f"FOLDER and --{name}: {expected}")
+    if not folders and layer is None:
+        raise SettingsError(expected)
+    with needs_plots("plot"), as_one_line():
+        from nni_haloc.results.plots import draw_layer, draw_searches
 
-    Args:
-        folders: folders of searches or runs; several share the figures.
-        out: folder for the figures, PNG and SVG.
-
-    Raises:
-        ValueError: if a folder's history or plan is damaged.
-        OSError: if there is none.
-    """
-    names = _names(folders)
-    histories = {
-        name: curves.read(RunFolder(folder).searching.history) for name, folder in names.items()
-    }
-    plans = {name: RankPlan.load(RunFolder(folder).ranks) for name, folder in names.items()}
-    _save(losses(histories), out / "loss")
-    _save(parameters(histories), out / "parameters")
-    _save(rank_bars({name: plan.ranks for name, plan in plans.items()}), out / "ranks")
-
-
-def draw_layer(model: str, weights: Path, layer: str, out: Path) -> None:
-    """Draw the error of one layer's kernel over r1 - r2, at equal parameters (Figure 3).
-
-    Args:
-        model: name of the network.
-        weights: file of its trained weights.
-        layer: name of a convolution with a kernel larger than 1x1.
-        out: folder for the figure, PNG and SVG.
-
-    Raises:
-        ValueError: if the network has no such convolution, or the weights do not fit.
-        OSError: if the weights can't be read.
-    """
-    network = named_model(model)
-    load_weights(network, weights)
-    module = dict(network.named_modules()).get(layer)
-    if (
-        not isinstance(module, nn.Conv2d)
-        or module.groups != 1
-        or LayerSpec.of(layer, module).kind != "conv"
-    ):
-        raise ValueError(
-            f"--layer: expected a convolution with a kernel larger than 1x1, found {layer!r}"
-        )
-    with torch.no_grad():
-        errors = discrepancy(module.weight.detach())
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="r1 - r2 (output - input)", ylabel="relative error of the kernel"
-    )
-    for (share, rows), mark in zip(errors.items(), MARKS, strict=False):
-        axes.plot(
-            rows[:, 0] - rows[:, 1],
-            rows[:, 2],
-            f"{mark}-",
-            markersize=4,
-            label=f"{100 * share:.0f} %",
-        )
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.grid(alpha=0.3)
-    axes.set_title(f"{model} {layer}", fontsize=10)
-    figure.legend(
-        title="share of the layer's parameters", loc="outside lower center", ncols=len(errors)
-    )
-    _save(figure, out / "discrepancy")
-
-
-def _names(folders: Sequence[Path]) -> dict[str, Path]:
-    """Name the folders, with as many parents as tell them apart: all trials' have one name."""
-    whole = [folder.absolute() for folder in dict.fromkeys(folders)]
-    for length in range(1, max(len(path.parts) for path in whole) + 1):
-        names = {"/".join(path.parts[-length:]): path for path in whole}
-        if len(names) == len(whole):
-            return names
-    return {str(path): path for path in whole}
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "svg"):
-        with whole(path.with_suffix(f".{kind}")) as part:
-            figure.savefig(part, dpi=150, format=kind)
-    print(f"{path}.png, {path}.svg")
+        if folders:
+            draw_searches(folders, out or folders[0])
+        elif layer is not None and model is not None and weights is not None:
+            draw_layer(model, weights, layer, out or Path())
+        else:
+            raise SettingsError("--layer: expected --model and --weights, too")

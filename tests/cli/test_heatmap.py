@@ -6,9 +6,9 @@ import sys
 import matplotlib.image
 import pytest
 
-from nni_haloc.cli.heatmap import draw_heatmap
 from nni_haloc.cli.main import app
 from nni_haloc.costs.table import CostTable
+from nni_haloc.results.heatmap import draw_heatmap
 
 DIGITS = (
     "--model",
@@ -30,7 +30,7 @@ def heatmap(*words):
 
 @pytest.mark.parametrize("metric", ["latency_ms", "cycles"])
 def test_every_pair_of_ranks_is_drawn_and_kept(tmp_path, monkeypatch, metric):
-    monkeypatch.setattr("nni_haloc.cli.heatmap.CACHE", tmp_path / "cache.json")
+    monkeypatch.setattr("nni_haloc.results.heatmap.CACHE", tmp_path / "cache.json")
     heatmap("--layer", "block2.conv", "--metric", metric, "--out", tmp_path / "map.png")
     table = CostTable.load(tmp_path / "map.json")
     row = table.costs["block2.conv"]

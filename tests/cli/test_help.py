@@ -10,8 +10,8 @@ from helpers.commands import haloc
 from nni_haloc.costs.measure import measure_parser
 
 GROUPS = {
-    "Compress": ["run", "search", "train", "front", "throughput"],
-    "Costs": ["measure", "predict", "spec", "heatmap", "steps", "table"],
+    "Compress": ["run", "search", "train", "front", "throughput", "table"],
+    "Costs": ["measure", "predict", "spec", "steps", "heatmap"],
     "After a run": ["prune", "quantize", "export", "bench", "report", "plot"],
     "NNI experiments": ["check", "results"],
 }

@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from tensorly.decomposition import partial_tucker
 from torch import nn
 
-from nni_haloc.cli import plot
 from nni_haloc.cli.main import app
 from nni_haloc.costs.analytic import param_table
 from nni_haloc.costs.from_settings import rules_of
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
 from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.results import plots
 from nni_haloc.results.figures import discrepancy, losses, parameters, rank_bars
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import search_only
@@ -90,13 +90,13 @@ def test_the_figures_of_two_searches_are_drawn(folder, tmp_path, monkeypatch):
     (other / "search" / "history.csv").write_text("\n".join(rows[:9]))
     RankPlan({"block1.conv": (4, 4)}).save(other / "ranks.json")
     found = {}
-    drawn = plot._save
+    drawn = plots._save
     monkeypatch.setattr(
-        plot,
+        plots,
         "_save",
         lambda figure, path: (found.update({path.name: figure}), drawn(figure, path)),
     )
-    plot.draw_searches([folder[0], other], tmp_path / "figures")
+    plots.draw_searches([folder[0], other], tmp_path / "figures")
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert names == {
         f"{name}{suffix}" for name in ("loss", "parameters", "ranks") for suffix in (".png", ".svg")
@@ -289,12 +289,12 @@ def test_a_search_without_a_plan_is_named(tmp_path):
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "history.csv").write_text(",".join(COLUMNS) + "\n0,1,1,1,1\n")
     with pytest.raises(FileNotFoundError, match=r"ranks.json: no such file$"):
-        plot.draw_searches([tmp_path], tmp_path)
+        plots.draw_searches([tmp_path], tmp_path)
 
 
 def test_folders_of_one_name_are_told_apart(tmp_path):
     """As those of an experiment's trials are."""
-    from nni_haloc.cli.plot import _names
+    from nni_haloc.results.plots import _names
 
     folders = [tmp_path / "a" / "haloc", tmp_path / "b" / "haloc"]
     assert _names(folders) == {"a/haloc": folders[0], "b/haloc": folders[1]}
