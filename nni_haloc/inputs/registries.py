@@ -43,7 +43,7 @@ PREDICTORS: Registry[Any] = Registry(
         "roofline": f"{_PREDICTORS}:roofline",
     },
 )
-"""What makes the cost table of a metric: a `nni_haloc.costs.predictors.Predictor`."""
+"""Makers of a metric's cost table, each a `nni_haloc.costs.predictors.Predictor`."""
 
 RUNTIMES: Registry[Any] = Registry(
     "runtime",
@@ -53,7 +53,7 @@ RUNTIMES: Registry[Any] = Registry(
         "onnxruntime": "nni_haloc.costs.device.onnx_runtime:OnnxRuntime",
     },
 )
-"""What runs and times networks: a class like `nni_haloc.costs.device.runtime.Runtime`."""
+"""Classes that run and time networks, like `nni_haloc.costs.device.runtime.Runtime`."""
 
 MODELS: Registry[Any] = Registry(
     "model",

@@ -173,7 +173,7 @@ class Space(Section):
 
 
 class Cost(Section):
-    """What the budget limits, and how latency is measured.
+    """The cost that the budget limits, and how latency is measured.
 
     ``predictor`` makes the table if there is none (None: the one named as the metric). The other
     keys hold for the reported latency, too.

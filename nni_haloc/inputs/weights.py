@@ -13,7 +13,7 @@ from nni_haloc.utils.errors import first_sentence
 _NESTING = ("state_dict", "model")
 """Keys under which training programs keep the state dict."""
 _PARALLEL = "module."
-"""What all names begin with after data-parallel training."""
+"""Prefix of all names after data-parallel training."""
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -19,7 +19,7 @@ from nni_haloc.utils.quiet import quiet
 
 
 class _Module(LightningModule):
-    """Cross-entropy and top-1 of a batch ``(images, labels)``."""
+    """Train by the cross-entropy of batches ``(images, labels)``, and log top-1."""
 
     def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
         super().__init__()

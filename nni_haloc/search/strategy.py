@@ -82,7 +82,7 @@ class Haloc(DARTS):
     """
 
     state_type: type[SearchState] = SearchState
-    """What keeps the probabilities; another class tries another way to settle at the budget."""
+    """Class of the state; another class tries another way to settle at the budget."""
 
     def __init__(
         self,
@@ -223,11 +223,22 @@ class Haloc(DARTS):
     def list_models(
         self, sort: bool = True, limit: int | None = 1
     ) -> Iterator[RawFormatModelSpace]:
-        """Yield the planned network with the searched weights: NNI's export."""
+        """Yield the planned network with the searched weights: NNI's export.
+
+        Args:
+            sort: ignored, because there is one network.
+            limit: likewise.
+        """
         yield RawFormatModelSpace(self.supernet, None).freeze(self.plan().names)
 
     def mutate_model(self, model: Any) -> Any:
         """Make the supernet, on a copy of the space.
+
+        Args:
+            model: the `RankSpace`.
+
+        Returns:
+            The supernet, whose choices are mixed layers.
 
         Raises:
             TypeError: for a space that is not a `RankSpace`.

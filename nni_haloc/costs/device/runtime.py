@@ -1,4 +1,4 @@
-"""What runs the entries of a specification, and how they are timed: `Runtime`, `Timing`."""
+"""Define how entries of a specification are run and timed: `Runtime`, `Run`, `Timing`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Where = Literal["alone", "in-place"]
 
 
 class Runtime(Protocol):
-    """Runs the entries of a specification, so that they can be timed.
+    """Run the entries of a specification, so that they can be timed.
 
     Another package adds a runtime by a class with these methods and an entry point in the group
     ``nni_haloc.runtimes``. A class that derives from this one has `prepare`, `once` and `pinned`

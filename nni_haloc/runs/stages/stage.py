@@ -35,7 +35,7 @@ def ignore(figures: Figures, place: int) -> None:
 
 @dataclass
 class Outcome:
-    """What a stage hands on to the next one.
+    """Hold the result of a stage, which the next one starts from.
 
     Attributes:
         plan: the chosen ranks.
