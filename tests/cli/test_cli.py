@@ -39,7 +39,7 @@ from nni_haloc.inputs.models import build_model
         ),
         (
             ["run", DIGITS, "--set", "cost.device=tpu"],
-            "haloc: device 'tpu', dtype 'float32': torch cannot use it here",
+            "haloc: cost: device 'tpu', dtype 'float32': torch cannot use it here",
         ),
         (["frobnicate"], "No such command"),
         (

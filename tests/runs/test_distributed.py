@@ -182,7 +182,7 @@ def test_a_run_in_two_processes_leaves_one_folder(tmp_path):
     done = haloc("run", DIGITS, "--out", tmp_path / "out", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     log = (tmp_path / "out/log.txt").read_text()
-    for line in ("search epoch 2", "fine-tuning epoch 2", "INFO plan: ", "images_per_s"):
+    for line in ("search epoch 2", "fine-tuning epoch 2", "INFO plan: ", "INFO compressed: "):
         assert log.count(line) == 1, log
     assert (
         "search: 2 epochs of 17 iterations, 34 in all" in log
