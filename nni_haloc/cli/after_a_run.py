@@ -195,9 +195,10 @@ def report_command(
     from nni_haloc.runs.folder import RunFolder
     from nni_haloc.utils.files import whole
 
-    with needs_plots("report"), as_one_line():
+    with needs_plots("report"):
         from nni_haloc.results.html_report import html_report
 
+    with as_one_line():
         page = html_report(folder)
     out = out or RunFolder(folder).report
     try:

@@ -148,7 +148,7 @@ def front_command(
         from nni_haloc.results.front import pareto_front
         from nni_haloc.runs.summary import short
 
-        content = pareto_front(folder, fractions, out, factories=factories)
+    content = pareto_front(folder, fractions, out, factories=factories)
     original = content["original"]
     rows: list[Any] = [
         ("original", short(original["cost"]), percent(1), None, percent(original["top1"], 2), None)

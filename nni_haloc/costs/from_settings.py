@@ -101,9 +101,9 @@ def cost_table(
     predictor = (config.cost.predictor if key == "cost" else None) or metric
     maker = PREDICTORS[predictor]
     if maker.metric != metric:
+        expected = f"expected a predictor of {metric}"
         raise SettingsError(
-            f"{key}.predictor: expected one of {metric}, found {predictor!r}, "
-            f"which gives {maker.metric}"
+            f"{key}.predictor: {expected}, found {predictor!r}, which gives {maker.metric}"
         )
     if maker.measured:
         if config.trainer.num_nodes > 1 or start_together():

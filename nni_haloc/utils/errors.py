@@ -79,10 +79,8 @@ def needs(*packages: str, what: str, install: str) -> Iterator[None]:
             import_module(package)
         yield
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing == "nni_haloc":  # not a package that can be installed
+        if (error.name or "").partition(".")[0] == "nni_haloc":  # a defect of ours
             raise
-        install = install if missing in packages else missing
         remedy = f"pip install {install!r}" if "[" in install else f"pip install {install}"
         message = f"{what}: needs the package {error.name}, which is not installed ({remedy})"
         raise MissingPackage(message) from None

@@ -144,7 +144,7 @@ def test_a_run_measures_with_onnx_runtime(tmp_path, monkeypatch):
         ({"metric": "roofline"}, r"cost\.metric: expected one of macs, .*found 'roofline'"),
         (
             {"metric": "params", "predictor": "macs"},
-            r"cost\.predictor: expected one of params, found 'macs', which gives macs",
+            r"cost\.predictor: expected a predictor of params, found 'macs', which gives macs",
         ),
     ],
 )
