@@ -148,7 +148,9 @@ def test_it_is_applied_to_a_finished_run(folder, tmp_path):
 
 
 def test_a_mistake_in_its_section_is_one_line():
-    with pytest.raises(SettingsError, match=r"run\.yml: round\.digit: unknown key$"):
+    with pytest.raises(
+        SettingsError, match=r"run\.yml: round\.digit: unknown key; did you mean 'digits'\?$"
+    ):
         load_config(DIGITS, {"round.digit": 1})
 
 

@@ -34,7 +34,7 @@ def ended(number, ready, *words, module=None):
 @pytest.mark.parametrize(
     ("line", "number", "status", "name", "kept"),
     [
-        ("iterations, 1000 epochs", signal.SIGINT, 130, "Ctrl-C", "no epoch is done"),
+        ("search: 1000 epochs of", signal.SIGINT, 130, "Ctrl-C", "no epoch is done"),
         (
             "fine-tuning epoch 1",
             signal.SIGTERM,
