@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from nni_haloc.search.evaluator import Classification, classification
     from nni_haloc.search.space import RankSpace, TableProfiler
     from nni_haloc.search.strategy import Haloc, run_search
-    from nni_haloc.space.ranks import RankRules
+    from nni_haloc.space.ranks import AllowedRanks
     from nni_haloc.training.finetuning import accuracy, finetune, recalibrate
     from nni_haloc.training.recipe import Recipe
     from nni_haloc.utils.errors import (
@@ -97,7 +97,7 @@ _HOMES = {
         "Haloc",
         "run_search",
     ),
-    "space.ranks": ("RankRules",),
+    "space.ranks": ("AllowedRanks",),
     "training.finetuning": (
         "accuracy",
         "finetune",
@@ -115,7 +115,7 @@ _HOMES = {
     ),
 }
 """Public names by the modules that have them."""
-_RENAMED = {"front": "pareto_front"}
+_RENAMED = {"front": "pareto_front", "RankRules": "AllowedRanks"}
 """Names of earlier versions, which give a warning for one release."""
 
 __all__ = sorted(["__version__", *(name for names in _HOMES.values() for name in names)])

@@ -17,7 +17,7 @@ from nni_haloc.inputs.models import build_model
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.saved import save
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 
 ENTRIES = 16
 """Files and folders at the root of the package: about a dozen folders and a few files."""
@@ -109,7 +109,7 @@ def test_a_module_that_a_bare_device_imports_is_cheap(module):
 @pytest.mark.parametrize(("runtime", "other"), [("torch", "onnxruntime"), ("onnxruntime", "torch")])
 def test_a_device_that_measures_loads_its_runtime_and_nothing_heavy(tmp_path, runtime, other):
     model, shape = build_model("digits_cnn"), SHAPES["digits_cnn"]
-    spec = specify(model, torch.randn(shape), RankRules())
+    spec = specify(model, torch.randn(shape), AllowedRanks())
     with_onnx(spec, model).save(tmp_path / "spec.json")
     arguments = ["measure", "--spec", str(tmp_path / "spec.json"), "--runtime", runtime]
     arguments += ["--rounds", "1", "--min-run-time", "0.0001", "--out", str(tmp_path / "c.json")]
@@ -125,7 +125,7 @@ def test_a_device_that_measures_loads_its_runtime_and_nothing_heavy(tmp_path, ru
 @pytest.mark.parametrize("name", SHAPES)
 def test_loading_a_compressed_network_needs_torch_and_safetensors_alone(tmp_path, name):
     model, x = build_model(name), torch.randn(SHAPES[name])
-    layers = find_layers(model, x, RankRules(kinds=("conv",)))
+    layers = find_layers(model, x, AllowedRanks(kinds=("conv",)))
     plan = RankPlan(dict.fromkeys(layers.specs, (2, 2)))
     save(tmp_path, restructure(model, plan), plan, {"name": name, "arguments": {}})
     loaded = loaded_by(

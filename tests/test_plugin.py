@@ -27,7 +27,7 @@ from nni_haloc.plan.rules import plan
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import run
 from nni_haloc.runs.stages.by_rule import _problem
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.errors import SettingsError
 
 SOURCE = Path(__file__).parent / "helpers" / "extras"
@@ -98,9 +98,12 @@ def test_a_rule_and_a_runtime_are_used_by_name_from_python(installed, tmp_path):
     flat = run(load_config(DIGITS, SETTINGS), tmp_path)
     stages = _check(tmp_path)
     assert flat["speedup"] == pytest.approx(stages["original"]["macs"] / stages["finetune"]["macs"])
-    model, rules = build_model("digits_cnn"), RankRules(step=16, exclude=("block3*", "block4*"))
+    model, allowed = (
+        build_model("digits_cnn"),
+        AllowedRanks(step=16, exclude=("block3*", "block4*")),
+    )
     table = latency_table(
-        model, torch.zeros(4, 1, 8, 8), rules, RUNTIMES["counting"].from_options()
+        model, torch.zeros(4, 1, 8, 8), allowed, RUNTIMES["counting"].from_options()
     )
     assert table.original == pytest.approx(PER_MAC * stages["original"]["macs"])
     job = Job(load_config(DIGITS, SETTINGS), tmp_path)

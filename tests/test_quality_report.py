@@ -1,4 +1,4 @@
-"""The quality study's own arithmetic: what is paired with what, what an interval says, and when a choice of ranks costs epochs."""
+"""The quality study's arithmetic: pairs, intervals, and when a choice of ranks costs epochs."""
 
 import json
 import sys

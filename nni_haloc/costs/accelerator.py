@@ -23,7 +23,7 @@ from nni_haloc.costs.table import CostTable
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import Example, input_shape
 from nni_haloc.space.names import DENSE, Rank
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.utils.errors import needs
 from nni_haloc.utils.files import write_json
 from nni_haloc.utils.progress import Progress
@@ -48,7 +48,7 @@ _PART = (
 def accelerator_table(
     model: nn.Module,
     example_input: Example,
-    rules: RankRules = RankRules(),
+    allowed: AllowedRanks = AllowedRanks(),
     metric: str = "cycles",
     *,
     cache: str | Path | None = None,
@@ -62,7 +62,7 @@ def accelerator_table(
     Args:
         model: the original network.
         example_input: one input or a batch.
-        rules: the rank space.
+        allowed: the rank space.
         metric: ``cycles`` or ``energy_pj``.
         cache: a JSON file that keeps what has been modelled, because each convolution takes a
             second or two (None: keep nothing).
@@ -72,11 +72,11 @@ def accelerator_table(
         MissingPackage: if ``zigzag-dse`` is not installed.
         ValueError: if the cache is damaged, or ZigZag can't map a convolution onto the array.
     """
-    layers = find_layers(model, example_input, rules)
+    layers = find_layers(model, example_input, allowed)
     everything = find_layers(
-        model, example_input, RankRules(1, kinds=("conv", "pointwise", "linear"))
+        model, example_input, AllowedRanks(1, kinds=("conv", "pointwise", "linear"))
     ).specs
-    candidates = {name: {DENSE: None, **row} for name, row in layers.candidates(rules).items()}
+    candidates = {name: {DENSE: None, **row} for name, row in layers.candidates(allowed).items()}
     searched = [
         (layers.specs[name], rank) for name, row in candidates.items() for rank in row.values()
     ]

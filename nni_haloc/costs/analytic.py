@@ -16,7 +16,7 @@ from nni_haloc.costs.table import CostTable
 from nni_haloc.space.layers import LayerSpec, Work
 from nni_haloc.space.modules import Example, batch_size_of, call, copy_of, input_shape, materialised
 from nni_haloc.space.names import Rank
-from nni_haloc.space.ranks import Layers, RankRules, find_layers, macs, params
+from nni_haloc.space.ranks import AllowedRanks, Layers, find_layers, macs, params
 
 FLOAT_BYTES = 4
 
@@ -24,7 +24,7 @@ FLOAT_BYTES = 4
 def mac_table(
     model: nn.Module,
     example_input: Example,
-    rules: RankRules = RankRules(),
+    allowed: AllowedRanks = AllowedRanks(),
     layers: Layers | None = None,
 ) -> CostTable:
     """Count the multiply-accumulates of every candidate, for one image.
@@ -32,20 +32,20 @@ def mac_table(
     Args:
         model: the original network.
         example_input: one input or a batch, ``(N, ...)``.
-        rules: the rank space.
+        allowed: the rank space.
         layers: the result of `find_layers`, if it is known already.
 
     Returns:
         The table, in multiply-accumulates.
 
     Raises:
-        ValueError: if the model can't be copied, or a pattern of the rules matches no layer.
+        ValueError: if the model can't be copied, or a pattern of ``allowed`` matches no layer.
     """
     return _table(
         "macs",
         model,
         example_input,
-        rules,
+        allowed,
         macs,
         float(count_macs(model, example_input)),
         layers=layers,
@@ -55,7 +55,7 @@ def mac_table(
 def param_table(
     model: nn.Module,
     example_input: Example,
-    rules: RankRules = RankRules(),
+    allowed: AllowedRanks = AllowedRanks(),
     layers: Layers | None = None,
 ) -> CostTable:
     """Count the parameters of every candidate.
@@ -63,23 +63,23 @@ def param_table(
     Args:
         model: the original network.
         example_input: one input or a batch, ``(N, ...)``.
-        rules: the rank space.
+        allowed: the rank space.
         layers: the result of `find_layers`, if it is known already.
 
     Returns:
         The table, in parameters.
 
     Raises:
-        ValueError: if the model can't be copied, or a pattern of the rules matches no layer.
+        ValueError: if the model can't be copied, or a pattern of ``allowed`` matches no layer.
     """
     model = materialised(model, example_input)
     return _table(
-        "params", model, example_input, rules, params, float(count_params(model)), layers=layers
+        "params", model, example_input, allowed, params, float(count_params(model)), layers=layers
     )
 
 
 def activation_table(
-    model: nn.Module, example_input: Example, rules: RankRules = RankRules()
+    model: nn.Module, example_input: Example, allowed: AllowedRanks = AllowedRanks()
 ) -> CostTable:
     """Count the bytes (float32) that the outputs of all layers take for one image.
 
@@ -92,13 +92,13 @@ def activation_table(
 
     outputs = _leaf_outputs(model, example_input)
     whole = FLOAT_BYTES * sum(size for _, sizes in outputs.values() for size in sizes)
-    return _table("activation_bytes", model, example_input, rules, cost, float(whole))
+    return _table("activation_bytes", model, example_input, allowed, cost, float(whole))
 
 
 def roofline_table(
     model: nn.Module,
     example_input: Example,
-    rules: RankRules = RankRules(),
+    allowed: AllowedRanks = AllowedRanks(),
     *,
     flops: float,
     bandwidth: float,
@@ -112,7 +112,7 @@ def roofline_table(
     Args:
         model: the original network.
         example_input: the batch, ``(N, ...)``.
-        rules: the rank space.
+        allowed: the rank space.
         flops: floating-point operations a second; see `measure_peaks`.
         bandwidth: bytes a second.
     """
@@ -128,14 +128,14 @@ def roofline_table(
     def cost(spec: LayerSpec, rank: Rank) -> float:
         return 1e3 * sum(seconds(work) for work in spec.work(rank))
 
-    layers = find_layers(model, example_input, rules)
+    layers = find_layers(model, example_input, allowed)
     everything = find_layers(
-        model, example_input, RankRules(1, kinds=("conv", "pointwise", "linear"))
+        model, example_input, AllowedRanks(1, kinds=("conv", "pointwise", "linear"))
     ).specs
     others = sum(
         cost(spec, None)
         for name, spec in everything.items()
-        if name not in layers.candidates(rules)
+        if name not in layers.candidates(allowed)
     )
     plain = [
         size
@@ -150,7 +150,7 @@ def roofline_table(
         "flops": flops,
         "bandwidth": bandwidth,
     }
-    return _table("latency_ms", model, example_input, rules, cost, None, rest, identity)
+    return _table("latency_ms", model, example_input, allowed, cost, None, rest, identity)
 
 
 def measure_peaks(runtime: Runtime = TorchRuntime(), size: int = 1024) -> tuple[float, float]:
@@ -204,7 +204,7 @@ def _table(
     metric: str,
     model: nn.Module,
     example_input: Example,
-    rules: RankRules,
+    allowed: AllowedRanks,
     cost: Callable[[LayerSpec, Rank], float],
     whole: float | None,
     rest: float = 0.0,
@@ -212,9 +212,9 @@ def _table(
     layers: Layers | None = None,
 ) -> CostTable:
     """Make a table; ``whole`` is the network's cost, or None if ``rest`` is that of the others."""
-    layers = layers or find_layers(model, example_input, rules)
+    layers = layers or find_layers(model, example_input, allowed)
     costs = {}
-    for name, row in layers.candidates(rules).items():
+    for name, row in layers.candidates(allowed).items():
         spec = layers.specs[name]
         costs[name] = {
             candidate: float(cost(spec, rank))

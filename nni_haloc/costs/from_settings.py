@@ -15,7 +15,7 @@ from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.registries import PREDICTORS, RUNTIMES
 from nni_haloc.inputs.schema import Space
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.errors import SettingsError, as_one_line
 from nni_haloc.utils.files import why_unreadable
 from nni_haloc.utils.log import logger
@@ -31,8 +31,8 @@ _DOING = {
 """What some predictors do, for the log."""
 
 
-def rules_of(config: Config, step: int | None = None) -> RankRules:
-    """Return the rules of a run's rank space.
+def allowed_ranks_of(config: Config, step: int | None = None) -> AllowedRanks:
+    """Return which layers and ranks a run's rank space allows.
 
     Args:
         config: the settings; ``rank_space.step: auto`` takes the stairs of their cost table.
@@ -43,22 +43,22 @@ def rules_of(config: Config, step: int | None = None) -> RankRules:
     """
     space = config.rank_space
     if space.step != "auto":
-        return rank_rules(space, step)
+        return allowed_ranks(space, step)
     if config.cost.table is None:
         needed = "cost.table (make one with haloc measure)"
         raise SettingsError(f"rank_space.step: 'auto' needs {needed}")
     stairs = rank_stairs(_load("cost", config.cost.metric, config.cost.table))
     widths = {layer: stair.width for layer, stair in stairs.items() if stair.width > 1}
     logger.info("stairs of the cost table: %s", widths or "none")
-    return replace(rank_rules(space.model_copy(update={"step": None}), step), stairs=widths)
+    return replace(allowed_ranks(space.model_copy(update={"step": None}), step), stairs=widths)
 
 
-def rank_rules(space: Space, step: int | None = None) -> RankRules:
-    """Return the rules of a rank space; ``step`` is for one that leaves it open."""
+def allowed_ranks(space: Space, step: int | None = None) -> AllowedRanks:
+    """Return what a rank space allows; ``step`` is for one that leaves it open."""
     if space.step == "auto":
         needed = "cost.table, which only a run has; expected a number"
         raise SettingsError(f"rank_space.step: 'auto' needs {needed}")
-    return RankRules(
+    return AllowedRanks(
         space.step or step,
         space.dense,
         space.equal,
@@ -75,7 +75,7 @@ def cost_table(
     file: str | None,
     model: nn.Module,
     example: Tensor,
-    rules: RankRules,
+    allowed: AllowedRanks,
     path: Path,
 ) -> CostTable:
     """Return the cost table of one limit: read from its file, or made by a predictor.
@@ -87,7 +87,7 @@ def cost_table(
         file: the table to read (None: make one).
         model: the original network.
         example: one input.
-        rules: the rank space.
+        allowed: the rank space.
         path: where the first of several processes leaves what it measured, for the others to read.
 
     Raises:
@@ -116,7 +116,7 @@ def cost_table(
     logger.info("%s %s of every candidate", doing, metric)
     example = latency_input(config, example) if metric == "latency_ms" else example
     with as_one_line(where=f"{key}.metric"):
-        return maker.table(model, example, rules, runtime_of(config), lambda done, of: None)
+        return maker.table(model, example, allowed, runtime_of(config), lambda done, of: None)
 
 
 def _check_measured_alike(

@@ -14,14 +14,14 @@ from nni_haloc.costs.device.torch_runtime import TorchRuntime
 from nni_haloc.costs.specify import specify
 from nni_haloc.costs.table import CostTable
 from nni_haloc.space.modules import Example, only_tensor
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.progress import Progress
 
 
 def latency_table(
     model: nn.Module,
     example_input: Example,
-    rules: RankRules = RankRules(),
+    allowed: AllowedRanks = AllowedRanks(),
     runtime: Runtime = TorchRuntime(),
     timing: Timing = Timing(),
     progress: Progress = lambda done, of: None,
@@ -34,7 +34,7 @@ def latency_table(
     Args:
         model: the original network.
         example_input: the batch to time, ``(N, ...)``.
-        rules: the rank space.
+        allowed: the rank space.
         runtime: what runs it; it settles precision, memory format and threads.
         timing: how often and how long.
         progress: called with the numbers of entries done and to do.
@@ -45,7 +45,7 @@ def latency_table(
     Raises:
         ValueError: if the network takes more than one tensor, or an entry can't be run.
     """
-    spec = runtime.prepare(specify(model, example_input, rules, program=False), model)
+    spec = runtime.prepare(specify(model, example_input, allowed, program=False), model)
     state = measure(spec, runtime, None, timing, progress)
     return CostTable(
         state["metric"], state["costs"], state["fixed"], state["identity"], state["spread"]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from nni_haloc.costs.table import CostTable
-    from nni_haloc.space.ranks import RankRules
+    from nni_haloc.space.ranks import AllowedRanks
 
 
 def measure_parser() -> Parser:
@@ -178,7 +178,7 @@ GROUPS = {"analytic": ("macs", "params", "activation_bytes"), "eyeriss": ("cycle
 def predicted_table(
     model: nn.Module,
     example: Tensor,
-    rules: RankRules,
+    allowed: AllowedRanks,
     predictor: str,
     metric: str | None = None,
     *,
@@ -190,7 +190,7 @@ def predicted_table(
     Args:
         model: the original network.
         example: a batch of its inputs.
-        rules: the rank space.
+        allowed: the rank space.
         predictor: a name of `nni_haloc.inputs.registries.PREDICTORS`, or a key of `GROUPS`.
         metric: one of the predictor's metrics (None: its first).
         flops: for the roofline, floating-point operations a second (None: measured here).
@@ -216,7 +216,7 @@ def predicted_table(
     if metric not in (None, maker.metric):
         expected = " or ".join(group or (maker.metric,))
         raise ValueError(f"--metric: {predictor} gives {expected}, found {metric!r}")
-    return maker.table(model, example, rules, TorchRuntime(), progress("modelled"))
+    return maker.table(model, example, allowed, TorchRuntime(), progress("modelled"))
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -241,20 +241,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def specification(
-    model: nn.Module, example: Tensor, rules: RankRules, name: str, *, onnx: bool = False
+    model: nn.Module, example: Tensor, allowed: AllowedRanks, name: str, *, onnx: bool = False
 ) -> Specification:
     """Return what another machine has to measure: neither weights nor code of the model.
 
     Args:
         model: the original network.
         example: a batch of its inputs.
-        rules: the rank space.
+        allowed: the rank space.
         name: name of the network, for messages and tables.
         onnx: also carry each entry as an ONNX model, for devices with ONNX Runtime.
     """
     from nni_haloc.costs.specify import specify
 
-    spec = specify(model, example, rules, name)
+    spec = specify(model, example, allowed, name)
     if onnx:
         from nni_haloc.costs.device.onnx_models import with_onnx
 
@@ -265,10 +265,10 @@ def specification(
 def _specified(options: argparse.Namespace) -> tuple[Specification, nn.Module | None]:
     """Return the specification that the options name, and the model if they name one."""
     if options.spec is None:
-        model, example, rules = model_of(
+        model, example, allowed = model_of(
             options.model, options.input, options.batch, options.rank_space
         )
-        return specification(model, example, rules, options.model), model
+        return specification(model, example, allowed, options.model), model
     given = [
         name
         for name in ("model", "input", "batch", "rank_space")
@@ -286,14 +286,14 @@ def _specified(options: argparse.Namespace) -> tuple[Specification, nn.Module | 
 
 def model_of(
     name: str | None, shape: str | None, batch: int | None = None, rank_space: Path | None = None
-) -> tuple[nn.Module, Tensor, RankRules]:
-    """Return the network of a name, a batch of random inputs, and the rules of its rank space.
+) -> tuple[nn.Module, Tensor, AllowedRanks]:
+    """Return the network of a name, a batch of random inputs, and the ranks it may have.
 
     Args:
         name: name of the network, see `nni_haloc.inputs.models.build_model`.
         shape: shape of one image or other input: ``3x224x224``, ``128``.
         batch: images in a batch (None: 1).
-        rank_space: file of the rank space (None: that of `RankRules`).
+        rank_space: file of the rank space (None: that of `AllowedRanks`).
 
     Raises:
         ValueError: if one of them is missing or does not fit; the message names the option.
@@ -305,7 +305,7 @@ def model_of(
         )
     import torch
 
-    from nni_haloc.space.ranks import RankRules
+    from nni_haloc.space.ranks import AllowedRanks
 
     batch = 1 if batch is None else batch
     sizes = shape.split("x")
@@ -314,12 +314,12 @@ def model_of(
             "--input, --batch: expected 3x224x224, 128 or so and a number above 0, "
             f"found {shape!r}, {batch}"
         )
-    rules = RankRules()
+    allowed = AllowedRanks()
     if rank_space is not None:
-        from nni_haloc.costs.from_settings import rank_rules
+        from nni_haloc.costs.from_settings import allowed_ranks
         from nni_haloc.inputs.config import load_space
 
-        rules = rank_rules(load_space(rank_space))
+        allowed = allowed_ranks(load_space(rank_space))
     model = named_model(name)
     try:
         example = torch.randn(batch, *(int(n) for n in sizes))
@@ -327,7 +327,7 @@ def model_of(
             model(example)
     except Exception as error:  # of the model's own code
         raise ValueError(f"--input: {name} does not take {shape} ({first_line(error)})") from None
-    return model, example, rules
+    return model, example, allowed
 
 
 def named_model(name: str) -> nn.Module:

@@ -12,7 +12,7 @@ from nni_haloc.costs.specify import specify
 from nni_haloc.costs.table import CostTable
 from nni_haloc.space.modules import Example
 from nni_haloc.space.names import DENSE
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 
 if TYPE_CHECKING:
     import onnx
@@ -29,7 +29,7 @@ def predicted_table(
     model: nn.Module,
     example_input: Example,
     predictor: LatencyPredictor,
-    rules: RankRules = RankRules(),
+    allowed: AllowedRanks = AllowedRanks(),
     device: str = "",
 ) -> CostTable:
     """Predict the milliseconds of every candidate, each given as a whole ONNX model of its layers.
@@ -38,7 +38,7 @@ def predicted_table(
         model: the original network.
         example_input: the batch, ``(N, ...)``.
         predictor: predicts the latency of an ONNX model.
-        rules: the rank space.
+        allowed: the rank space.
         device: its name, for the table's identity.
 
     Raises:
@@ -46,7 +46,7 @@ def predicted_table(
             take apart into kernels that it knows.
         MissingPackage: if ONNX is not installed.
     """
-    spec = with_onnx(specify(model, example_input, rules, program=False), model)
+    spec = with_onnx(specify(model, example_input, allowed, program=False), model)
 
     def predict(onnx_model: bytes | None, what: str) -> float:
         latency = float(predictor.predict(with_initializers(onnx_model or b""), model_type="onnx"))

@@ -24,10 +24,10 @@ from nni_haloc.costs.device.runtime import Runtime
 from nni_haloc.costs.latency import latency_table
 from nni_haloc.costs.table import CostTable
 from nni_haloc.space.modules import Example
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.progress import Progress
 
-MakeTable = Callable[[nn.Module, Example, RankRules, Runtime, Progress], CostTable]
+MakeTable = Callable[[nn.Module, Example, AllowedRanks, Runtime, Progress], CostTable]
 """Makes a cost table of a network, an example input, the rank space, a runtime and a `Progress`.
 
 The example is one input, but for ``latency_ms`` the batch that latency is measured with. The
@@ -63,9 +63,11 @@ class Predictor:
             )
 
 
-def _counted(metric: str, make: Callable[[nn.Module, Example, RankRules], CostTable]) -> Predictor:
+def _counted(
+    metric: str, make: Callable[[nn.Module, Example, AllowedRanks], CostTable]
+) -> Predictor:
     """Make a predictor of a function that only counts."""
-    return Predictor(metric, UNITS[metric], lambda model, x, rules, *_: make(model, x, rules))
+    return Predictor(metric, UNITS[metric], lambda model, x, allowed, *_: make(model, x, allowed))
 
 
 def _modelled(metric: str) -> Predictor:
@@ -73,8 +75,8 @@ def _modelled(metric: str) -> Predictor:
     return Predictor(
         metric,
         UNITS[metric],
-        lambda model, x, rules, runtime, progress: accelerator_table(
-            model, x, rules, metric, cache=CACHE, progress=progress
+        lambda model, x, allowed, runtime, progress: accelerator_table(
+            model, x, allowed, metric, cache=CACHE, progress=progress
         ),
     )
 
@@ -88,12 +90,16 @@ def roofline_predictor(flops: float | None = None, bandwidth: float | None = Non
     """
 
     def table(
-        model: nn.Module, example: Example, rules: RankRules, runtime: Runtime, progress: Progress
+        model: nn.Module,
+        example: Example,
+        allowed: AllowedRanks,
+        runtime: Runtime,
+        progress: Progress,
     ) -> CostTable:
         known = flops is not None and bandwidth is not None
         peaks = (0.0, 0.0) if known else measure_peaks(runtime)
         rates = {"flops": flops or peaks[0], "bandwidth": bandwidth or peaks[1]}
-        return roofline_table(model, example, rules, **rates)
+        return roofline_table(model, example, allowed, **rates)
 
     return Predictor("latency_ms", UNITS["latency_ms"], table, measured=True)
 
@@ -106,8 +112,8 @@ energy_pj = _modelled("energy_pj")
 latency_ms = Predictor(
     "latency_ms",
     UNITS["latency_ms"],
-    lambda model, x, rules, runtime, progress: latency_table(
-        model, x, rules, runtime, progress=progress
+    lambda model, x, allowed, runtime, progress: latency_table(
+        model, x, allowed, runtime, progress=progress
     ),
     measured=True,
 )

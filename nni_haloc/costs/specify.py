@@ -11,13 +11,13 @@ from nni_haloc.costs.device.replay import record
 from nni_haloc.costs.device.spec import Entry, Specification
 from nni_haloc.space.modules import Example, materialised, only_tensor
 from nni_haloc.space.names import DENSE, Rank
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 
 
 def specify(
     model: nn.Module,
     example_input: Example,
-    rules: RankRules = RankRules(),
+    allowed: AllowedRanks = AllowedRanks(),
     name: str = "",
     *,
     program: bool = True,
@@ -27,7 +27,7 @@ def specify(
     Args:
         model: the original network.
         example_input: the batch that is timed, ``(N, ...)``.
-        rules: the rank space.
+        allowed: the rank space.
         name: the model's name (empty: its class's).
         program: whether to record the network's operations, for a device without the model.
 
@@ -36,11 +36,11 @@ def specify(
     """
     example_input = only_tensor(example_input)
     model = materialised(model, example_input)
-    layers = find_layers(model, example_input, rules)
+    layers = find_layers(model, example_input, allowed)
     numbers: dict[tuple[str, Rank], int] = {}
     entries: list[Entry] = []
     rows: dict[str, dict[str, int]] = {}
-    for layer, candidates in layers.candidates(rules).items():
+    for layer, candidates in layers.candidates(allowed).items():
         fields = json.loads(json.dumps(asdict(layers.specs[layer])))  # as read from the file
         del fields["name"]
         rows[layer] = {}

@@ -157,7 +157,7 @@ class Data(Section):
 
 
 class Space(Section):
-    """The rank space (see `nni_haloc.RankRules`), and how its candidates are made.
+    """The rank space (see `nni_haloc.AllowedRanks`), and how its candidates are made.
 
     ``decomposition: auto`` is ``data``.
     """

@@ -20,7 +20,7 @@ from nni_haloc.costs.device.torch_runtime import TorchRuntime
 from nni_haloc.costs.table import CostTable
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.names import DENSE, rank_name
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.utils.files import whole
 from nni_haloc.utils.progress import progress
 
@@ -87,7 +87,7 @@ def layer_spec(model: nn.Module, example: Tensor, layer: str) -> LayerSpec:
     Raises:
         ValueError: if the network has no such convolution, or its kernel is 1x1.
     """
-    spec = find_layers(model, example, RankRules(1)).specs.get(layer)
+    spec = find_layers(model, example, AllowedRanks(1)).specs.get(layer)
     if spec is None or spec.kind != "conv":
         raise ValueError(
             f"--layer: expected a convolution with a kernel larger than 1x1, found {layer!r}"

@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from nni_haloc.costs.counts import network_counts
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.summary import space_report, space_sizes
 from nni_haloc.utils.printing import text_table
 
 
 def counted(
-    model: nn.Module, example_input: Tensor, rules: RankRules, plan_file: Path | None = None
+    model: nn.Module, example_input: Tensor, allowed: AllowedRanks, plan_file: Path | None = None
 ) -> dict[str, Any]:
     """Return a network's layers with their candidates, the size of its rank space, and its counts.
 
     Args:
         model: the original network.
         example_input: a batch of its inputs, ``(N, ...)``.
-        rules: the rank space.
+        allowed: the rank space.
         plan_file: a ``ranks.json``; its network is counted, too.
 
     Returns:
@@ -38,10 +38,10 @@ def counted(
     counts = {"original": network_counts(model, example_input)}
     if plan is not None:
         counts[str(plan_file)] = _counts_with(plan, str(plan_file), model, example_input)
-    layers = find_layers(model, example_input, rules)
+    layers = find_layers(model, example_input, allowed)
     return {
-        "layers": space_report(model, layers.candidates(rules), layers.left_alone),
-        "rank_space": space_sizes(layers, rules),
+        "layers": space_report(model, layers.candidates(allowed), layers.left_alone),
+        "rank_space": space_sizes(layers, allowed),
         "counts": counts,
     }
 

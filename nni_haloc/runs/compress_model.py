@@ -28,7 +28,7 @@ from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, run_search
 from nni_haloc.space.modules import copy_of, evaluating
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.summary import why_nothing
 from nni_haloc.training.finetuning import accuracy, finetune, recalibrate
 from nni_haloc.training.random_states import isolated_random_states
@@ -87,7 +87,7 @@ def compress_model(
     rule: str | None = None,
     recipe: Recipe | None = None,
     search_recipe: Recipe | None = None,
-    rank_space: RankRules = RankRules(),
+    allowed: AllowedRanks = AllowedRanks(),
     costs: CostTable | None = None,
     batch_size: int = 1,
     memory_format: str = "contiguous",
@@ -121,7 +121,7 @@ def compress_model(
             of `nni_haloc.inputs.registries.RULES`.
         recipe: how the fine-tuning goes; its epochs take the place of ``epochs``.
         search_recipe: how the weights are trained in the search (default: one epoch at 0.02).
-        rank_space: which layers and ranks are searched.
+        allowed: which layers and ranks are searched.
         costs: a cost table that is at hand, in the place of one that is made here.
         batch_size: images in the batch that latency is measured with.
         memory_format: ``contiguous`` or ``channels_last``, for latency and for the result.
@@ -164,11 +164,9 @@ def compress_model(
         if costs is None:
             batch = example if metric == "latency_ms" else images[:1]
             make = _known(PREDICTORS, "metric", metric).table
-            costs = make(original, batch, rank_space, timing, lambda done, of: None)
+            costs = make(original, batch, allowed, timing, lambda done, of: None)
         labels = _predictions(original, images) if labels is None else labels
-        task = _Task(
-            original, images, labels, train_loader, Limit.of(costs, budget), rank_space, seed
-        )
+        task = _Task(original, images, labels, train_loader, Limit.of(costs, budget), allowed, seed)
         if rule == "search":
             how = search_recipe or Recipe(epochs=1, lr=0.02, schedule="constant")
             plan, network = task.search(val_loader, how, verbose, search_options)
@@ -192,14 +190,14 @@ class _Task:
     labels: Tensor
     train: DataLoader
     limit: Limit
-    rules: RankRules
+    allowed: AllowedRanks
     seed: int
 
     def search(
         self, val: Any, recipe: Recipe, verbose: bool, options: Mapping[str, Any]
     ) -> tuple[RankPlan, nn.Module]:
         """Choose ranks by the search; return the plan, and its network with searched weights."""
-        space = RankSpace(self.model, self.images[:1], self.limit.costs, self.rules, self.images)
+        space = RankSpace(self.model, self.images[:1], self.limit.costs, self.allowed, self.images)
         start = sensitivities(self.model, space.modules_by_layer, self.images, self.labels)
         strategy = Haloc([self.limit], start=start, seed=self.seed, **options)
         evaluator = Classification(self.train, val, recipe, enable_progress_bar=verbose)
@@ -209,9 +207,9 @@ class _Task:
 
     def apply_rule(self, rule: str) -> tuple[RankPlan, nn.Module]:
         """Choose ranks by a rule; return the plan, and its network decomposed for the data."""
-        layers = find_layers(self.model, self.images[:1], self.rules)
-        candidates = layers.candidates(self.rules)
-        pinned = [name for name in candidates if self.rules.pins(name)]
+        layers = find_layers(self.model, self.images[:1], self.allowed)
+        candidates = layers.candidates(self.allowed)
+        pinned = [name for name in candidates if self.allowed.pins(name)]
         kept, dropped = worthwhile(candidates, [self.limit.costs], pinned)
         if not kept:
             raise ValueError(why_nothing(self.model, {**layers.left_alone, **dropped}))

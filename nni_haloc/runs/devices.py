@@ -11,7 +11,7 @@ import torch
 
 from nni_haloc.costs.device.measure import measure
 from nni_haloc.costs.device.runtime import Timing
-from nni_haloc.costs.from_settings import latency_input, rules_of, runtime_of
+from nni_haloc.costs.from_settings import allowed_ranks_of, latency_input, runtime_of
 from nni_haloc.costs.specify import specify
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.registries import RUNTIMES
@@ -199,7 +199,7 @@ def _with_measured_table(job: Job) -> Job:
     with as_one_line():
         batch, runtime = latency_input(config, job.example), runtime_of(config)
         name = config.model.name
-        spec = specify(job.model, batch, rules_of(config), name, program=False)
+        spec = specify(job.model, batch, allowed_ranks_of(config), name, program=False)
         measure(runtime.prepare(spec, job.model), runtime, file, Timing(), progress("measured"))
     cost = config.cost.model_copy(update={"table": str(file)})
     return job.at(config.model_copy(update={"cost": cost}), job.folder.path)

@@ -11,13 +11,13 @@ from nni_haloc.costs.from_settings import cost_table
 from nni_haloc.inputs.config import Config
 from nni_haloc.plan.budget import Limit
 from nni_haloc.runs.folder import RunFolder
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.files import whole
 from nni_haloc.utils.processes import is_first
 
 
 def limits_of(
-    config: Config, model: nn.Module, example: Tensor, rules: RankRules, folder: RunFolder
+    config: Config, model: nn.Module, example: Tensor, allowed: AllowedRanks, folder: RunFolder
 ) -> list[Limit]:
     """Return the limits of a run, and leave their cost tables in its folder.
 
@@ -28,7 +28,7 @@ def limits_of(
     sections += [(f"budget.also.{i}", also, also) for i, also in enumerate(config.budget.also)]
     limits = []
     for (key, cost, budget), path in zip(sections, files, strict=True):
-        table = cost_table(config, key, cost.metric, cost.table, model, example, rules, path)
+        table = cost_table(config, key, cost.metric, cost.table, model, example, allowed, path)
         limits.append(Limit(table, budget.of(table.original)))
     if is_first():
         given = {config.cost.table, *(also.table for also in config.budget.also)}

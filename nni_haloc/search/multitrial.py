@@ -25,7 +25,7 @@ from nni_haloc.plan.rules.problem import Problem
 from nni_haloc.search.space import RankSpace
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.names import Rank
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.quiet import errors_alone
 
 MultiTrial = Literal["regularized-evolution", "random"]
@@ -79,8 +79,8 @@ def _try_networks(problem: Problem, strategy: MultiTrial) -> Choice:
 
 
 @dataclass(frozen=True)
-class _Exactly(RankRules):
-    """The rules of a rank space whose candidates are chosen already."""
+class _Exactly(AllowedRanks):
+    """Allow the candidates of a rank space that is made already."""
 
     kinds: tuple[Kind, ...] = ("conv", "pointwise", "linear")
     candidates_of: Mapping[str, Mapping[str, Rank]] = field(default_factory=dict)

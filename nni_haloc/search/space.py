@@ -16,7 +16,7 @@ from nni_haloc.costs.table import CostTable, worthwhile
 from nni_haloc.inputs.options import Decomposition
 from nni_haloc.space.candidates import build_candidates
 from nni_haloc.space.modules import Example, copy_of, materialised, replace_modules
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.summary import SpaceReport, space_report, why_nothing
 
 
@@ -34,7 +34,7 @@ class RankSpace(ModelSpace):
         costs: the table or tables that the search will use (None: MACs). Candidates that cost at
             least as much as the dense layer in all of them are dropped, save those of pinned
             layers.
-        rules: which layers are searched, and which ranks they may take.
+        allowed: which layers are searched, and which ranks they may take.
         calibration: training images ``(N, ...)`` to decompose for, or a tuple or dict of such
             inputs; without them the decomposition is by the weights.
         decomposition: how candidates are made; ``"hosvd"`` is by the weights, None by the data.
@@ -49,23 +49,23 @@ class RankSpace(ModelSpace):
         model: nn.Module,
         example_input: Example,
         costs: CostTable | Sequence[CostTable] | None = None,
-        rules: RankRules = RankRules(),
+        allowed: AllowedRanks = AllowedRanks(),
         calibration: Example | None = None,
         decomposition: Decomposition | None = None,
     ) -> None:
         super().__init__()
         model = materialised(model, example_input)
-        layers = find_layers(model, example_input, rules)
+        layers = find_layers(model, example_input, allowed)
         if "" in layers.specs:
             raise ValueError(
                 f"{type(model).__name__} is a layer itself, without a name to search it by:"
                 " pass nn.Sequential(model)"
             )
-        costs = costs or mac_table(model, example_input, rules, layers)
+        costs = costs or mac_table(model, example_input, allowed, layers)
         tables = [costs] if isinstance(costs, CostTable) else list(costs)
         self.costs = tables[0]
-        by_rules = layers.candidates(rules)
-        pinned = [name for name in by_rules if rules.pins(name)]
+        by_rules = layers.candidates(allowed)
+        pinned = [name for name in by_rules if allowed.pins(name)]
         self.candidates, dropped = worthwhile(by_rules, tables, pinned)
         self.left_alone = {**layers.left_alone, **dropped}
         if not self.candidates:

@@ -24,7 +24,7 @@ from nni_haloc.space.replaceable import (
 
 
 @dataclass(frozen=True)
-class RankRules:
+class AllowedRanks:
     """The layers to search and the ranks that they may take.
 
     Patterns are those of `fnmatch`; `find_layers` refuses one that matches no layer.
@@ -158,21 +158,23 @@ class Layers:
     specs: dict[str, LayerSpec]
     left_alone: dict[str, str]
 
-    def candidates(self, rules: RankRules) -> dict[str, dict[str, Rank]]:
-        """Map each layer that has a low rank under the rules, or is pinned, to its candidates.
+    def candidates(self, allowed: AllowedRanks) -> dict[str, dict[str, Rank]]:
+        """Map each layer that may have a low rank, or is pinned, to its candidates.
 
         Returns:
             Layer name to candidate name to rank.
         """
-        ranks_of = {name: rules.candidates(spec) for name, spec in self.specs.items()}
+        ranks_of = {name: allowed.candidates(spec) for name, spec in self.specs.items()}
         return {
             name: {rank_name(r): r for r in ranks}
             for name, ranks in ranks_of.items()
-            if any(ranks) or rules.pins(name)
+            if any(ranks) or allowed.pins(name)
         }
 
 
-def find_layers(model: nn.Module, example_input: Example, rules: RankRules = RankRules()) -> Layers:
+def find_layers(
+    model: nn.Module, example_input: Example, allowed: AllowedRanks = AllowedRanks()
+) -> Layers:
     """Find the layers of a network that can be searched, by running copies of it.
 
     One pass sees the calls, another one has other layers in place. Both are in evaluation mode and
@@ -181,10 +183,10 @@ def find_layers(model: nn.Module, example_input: Example, rules: RankRules = Ran
     Args:
         model: the network.
         example_input: a tensor, a tuple of inputs, or a dict of keyword inputs.
-        rules: the rank space.
+        allowed: the rank space.
 
     Raises:
-        ValueError: if the model can't be copied, or a pattern of the rules matches no layer.
+        ValueError: if the model can't be copied, or a pattern of ``allowed`` matches no layer.
     """
     model = materialised(model, example_input)
     modules = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
@@ -202,7 +204,7 @@ def find_layers(model: nn.Module, example_input: Example, rules: RankRules = Ran
     }
     for name, shapes in calls.items():
         reason = obstacle(modules[name], shapes, holders) or seen.reasons.get(name)
-        judged = _judged(name, modules[name], tuple(shapes), rules, reason)
+        judged = _judged(name, modules[name], tuple(shapes), allowed, reason)
         if isinstance(judged, str):
             reasons[name] = judged
         else:
@@ -211,8 +213,8 @@ def find_layers(model: nn.Module, example_input: Example, rules: RankRules = Ran
     for name, reason in irreplaceable(model, example_input, named, seen).items():
         reasons[name] = reason
         del specs[name]
-    _check_patterns("exclude", rules.exclude, modules, reasons, model)
-    _check_patterns("pin", rules.pin, specs, reasons, model)
+    _check_patterns("exclude", allowed.exclude, modules, reasons, model)
+    _check_patterns("pin", allowed.pin, specs, reasons, model)
     return Layers(specs, reasons)
 
 
@@ -220,21 +222,21 @@ def _judged(
     name: str,
     module: nn.Module,
     shapes: tuple[tuple[int, ...], ...],
-    rules: RankRules,
+    allowed: AllowedRanks,
     reason: str | None,
 ) -> LayerSpec | str:
-    """Return a layer's geometry if the rules search it, else the reason why not.
+    """Return a layer's geometry if it is searched, else the reason why not.
 
-    ``reason`` is why it can't be a low-rank layer under any rules, or None.
+    ``reason`` is why it can't be a low-rank layer in any rank space, or None.
     """
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in rules.exclude):
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed.exclude):
         return "excluded by name"
     if reason:
         return reason
     spec = LayerSpec.of(name, module, shapes)
-    if spec.kind not in rules.kinds:
+    if spec.kind not in allowed.kinds:
         return f"kind {spec.kind!r} is not among the searched kinds"
-    if any(rules.candidates(spec)) or rules.pins(name):
+    if any(allowed.candidates(spec)) or allowed.pins(name):
         return spec
     return "no rank on the step grid is cheaper than the dense layer"
 

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, fields
 from torch import nn
 
 from nni_haloc.space.layers import LayerSpec
-from nni_haloc.space.ranks import Layers, RankRules
+from nni_haloc.space.ranks import AllowedRanks, Layers
 from nni_haloc.space.replaceable import LAYERS, is_scripted_layer
 from nni_haloc.utils.printing import text_table
 
@@ -127,7 +127,7 @@ def space_report(
     return SpaceReport(rows)
 
 
-def space_sizes(layers: Layers, rules: RankRules) -> dict[str, int]:
+def space_sizes(layers: Layers, allowed: AllowedRanks) -> dict[str, int]:
     """Count the networks of a rank space.
 
     A 1x1 convolution or linear layer, whose kernel is a matrix, has a single rank.
@@ -139,11 +139,11 @@ def space_sizes(layers: Layers, rules: RankRules) -> dict[str, int]:
     """
     sizes = dict.fromkeys(("all ranks", "multiples of the step", "r1 = r2, too"), 1)
     for spec in layers.specs.values():
-        step = rules.step_of(spec)
+        step = allowed.step_of(spec)
         channels = (spec.out_channels, spec.in_channels)
         pairs = channels if spec.kind == "conv" else (min(channels),)
         sizes["all ranks"] *= math.prod(pairs)
         sizes["multiples of the step"] *= math.prod(max(1, n // step) for n in pairs)
         sizes["r1 = r2, too"] *= max(1, min(channels) // step)
-    sizes["searched"] = math.prod(len(row) for row in layers.candidates(rules).values())
+    sizes["searched"] = math.prod(len(row) for row in layers.candidates(allowed).values())
     return sizes

@@ -24,7 +24,7 @@ from rich.table import Table
 from nni_haloc.inputs.data import image_folder
 from nni_haloc.inputs.models import build_model
 from nni_haloc.space.candidates import patch_covariances
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.tucker import decompose, output_error, reconstruct
 
 OURS = ("hosvd", "warm_hooi", "data")
@@ -64,7 +64,7 @@ class Bench:
 
     def _find_layers(self):
         layers = find_layers(self.model, self.images[:1])
-        rows = layers.candidates(RankRules())
+        rows = layers.candidates(AllowedRanks())
         self.specs = {
             name: layers.specs[name] for name in rows if layers.specs[name].kernel_size == (3, 3)
         }

@@ -20,7 +20,7 @@ import typer
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.costs.counts import count_macs
 from nni_haloc.costs.device.measure import time_together
-from nni_haloc.costs.from_settings import latency_input, rules_of, runtime_of
+from nni_haloc.costs.from_settings import allowed_ranks_of, latency_input, runtime_of
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import Config, load_config
 from nni_haloc.inputs.yaml_files import parse_yaml
@@ -82,7 +82,7 @@ def one(name: str, config: Config, file: Path, folder: Path) -> dict[str, Any]:
     if "rule" in ROWS[name]:
         config = config.model_copy(update=ROWS[name])
     job, times = Job(config, folder), CostTable.load(file)
-    macs = mac_table(job.model, job.example, rules_of(config))
+    macs = mac_table(job.model, job.example, allowed_ranks_of(config))
     scores = {
         layer: {c: -cost for c, cost in row.items() if c in macs.costs[layer]}
         for layer, row in times.costs.items()

@@ -30,7 +30,7 @@ from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.space.modules import copy_of
 from nni_haloc.space.names import parse_rank
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.utils.progress import progress
 
 RAW = Path(__file__).parents[2] / "docs" / "raw" / "latency_plans.jsonl"
@@ -65,19 +65,22 @@ def main(
 def compare(work: Path, batch: int, form: Any, rounds: int, step: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model, shape = build_model("torchvision:resnet18").eval(), (batch, 3, 224, 224)
-    example, rules = torch.randn(shape), RankRules(step=step, kinds=("conv",), exclude=("conv1",))
+    example, allowed = (
+        torch.randn(shape),
+        AllowedRanks(step=step, kinds=("conv",), exclude=("conv1",)),
+    )
     runtime = TorchRuntime(memory_format=form, threads=1)
     file = work / f"{form}-{batch}-step{step}.json"
     work.mkdir(parents=True, exist_ok=True)
     measure(
-        runtime.prepare(specify(model, example, rules, "resnet18", program=False), model),
+        runtime.prepare(specify(model, example, allowed, "resnet18", program=False), model),
         runtime,
         file,
         Timing(rounds=3),
         progress(f"{form}, batch {batch}"),
     )
-    times, macs = CostTable.load(file), mac_table(model, example, rules)
-    plans = {"uniform": uniform(model, example, rules)}
+    times, macs = CostTable.load(file), mac_table(model, example, allowed)
+    plans = {"uniform": uniform(model, example, allowed)}
     for name, skipped in (("fastest", ()), ("fastest without dense", ("dense",))):
         scores = {
             layer: {c: -cost for c, cost in row.items() if c not in skipped}
@@ -119,9 +122,9 @@ def ranks(choice: dict[str, str]) -> RankPlan:
     return RankPlan({layer: parse_rank(name, "conv") for layer, name in choice.items()})
 
 
-def uniform(model: nn.Module, example: torch.Tensor, rules: RankRules) -> RankPlan:
+def uniform(model: nn.Module, example: torch.Tensor, allowed: AllowedRanks) -> RankPlan:
     """One fraction of the channels in every layer, r1 of the output's and r2 of the input's, that comes nearest to the MACs."""
-    specs = find_layers(model, example, rules).specs
+    specs = find_layers(model, example, allowed).specs
     candidates = [
         RankPlan(
             {

@@ -17,7 +17,7 @@ from nni_haloc.plan.budget import Limit, choose
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.space.names import parse_rank
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.utils.errors import InfeasibleBudget
 
 ROWS = {  # network: image size, the kinds that carry its weights, and the rows: less MACs, less parameters, in percent
@@ -33,12 +33,12 @@ def spaces(kinds):
     for more in ((), ("linear",)):
         for step in (None, 8, 2, 1):
             name = f"step {step or 'by layer'}{', the classifier too' if more else ''}"
-            yield name, RankRules(step=step, kinds=kinds + more)
+            yield name, AllowedRanks(step=step, kinds=kinds + more)
 
 
-def found(model, x, rules, fewer_macs, fewer_params):
+def found(model, x, allowed, fewer_macs, fewer_params):
     """A plan within both limits, with much left in every layer; None where there is none."""
-    macs, params = mac_table(model, x, rules), param_table(model, x, rules)
+    macs, params = mac_table(model, x, allowed), param_table(model, x, allowed)
     paper = count_paper_macs(model, x)
     limits = [
         Limit(macs, (1 - fewer_macs / 100) * paper - (paper - count_macs(model, x))),
@@ -66,15 +66,15 @@ def main() -> None:
         before = count_paper_macs(model, x), count_params(model)
         for row in rows:
             options = (
-                (space, rules, found(model, x, rules, *row)) for space, rules in spaces(kinds)
+                (space, allowed, found(model, x, allowed, *row)) for space, allowed in spaces(kinds)
             )
-            space, rules, choice = next(
-                (option for option in options if option[2] is not None), ("", RankRules(), None)
+            space, allowed, choice = next(
+                (option for option in options if option[2] is not None), ("", AllowedRanks(), None)
             )
             if choice is None:
                 print(f"| {name} | {row[0]}, {row[1]} | none | | |")
                 continue
-            specs = find_layers(model, x, rules).specs
+            specs = find_layers(model, x, allowed).specs
             plan = RankPlan(
                 {
                     layer: parse_rank(candidate, specs[layer].kind)

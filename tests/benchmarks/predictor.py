@@ -30,18 +30,18 @@ from nni_haloc.plan.budget import Limit, choose
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.space.names import parse_rank
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.files import write_json
 from nni_haloc.utils.progress import progress
 
 RAW = Path(__file__).parents[2] / "docs" / "raw" / "predictor.jsonl"
-NETWORKS: dict[str, tuple[str, tuple[int, ...], RankRules]] = {
+NETWORKS: dict[str, tuple[str, tuple[int, ...], AllowedRanks]] = {
     "resnet18": (
         "torchvision:resnet18",
         (1, 3, 224, 224),
-        RankRules(kinds=("conv",), exclude=("conv1",)),
+        AllowedRanks(kinds=("conv",), exclude=("conv1",)),
     ),
-    "resnet20": ("resnet20", (128, 3, 32, 32), RankRules(kinds=("conv",), exclude=("conv1",))),
+    "resnet20": ("resnet20", (128, 3, 32, 32), AllowedRanks(kinds=("conv",), exclude=("conv1",))),
 }
 SAMPLED = "regression (25 %)"
 SPREAD, EQUAL = "15 to 100 % of the MACs", "40 % of the MACs"
@@ -80,18 +80,18 @@ def main(
     if report is not None:
         _report(out, report)
         return
-    name, shape, rules = NETWORKS[network]
+    name, shape, allowed = NETWORKS[network]
     torch.manual_seed(0)
     model, example = build_model(name).eval(), torch.randn(shape)
     runtime = TorchRuntime(memory_format=memory_format, threads=threads)
-    spec = runtime.prepare(specify(model, example, rules, network, program=False), model)
+    spec = runtime.prepare(specify(model, example, allowed, network, program=False), model)
     work.mkdir(parents=True, exist_ok=True)
-    tables = {"MACs": mac_table(model, example, rules)}
+    tables = {"MACs": mac_table(model, example, allowed)}
     with runtime.pinned():
         tables["roofline"] = roofline_table(
             model,
             example,
-            rules,
+            allowed,
             **dict(zip(("flops", "bandwidth"), measure_peaks(runtime), strict=True)),
         )
     sets = plans(tables["MACs"])

@@ -43,7 +43,7 @@ from nni_haloc.search.execution import contraction_work, contracts, runs_dense, 
 from nni_haloc.search.probabilities import ARRIVAL
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, InProcess, run_search
-from nni_haloc.space.ranks import RankRules, find_layers, macs
+from nni_haloc.space.ranks import AllowedRanks, find_layers, macs
 from nni_haloc.training.finetuning import finetune
 from nni_haloc.training.recipe import Recipe
 
@@ -52,7 +52,7 @@ SIZES = {"resnet20": (32, 10), "torchvision:resnet18": (224, 1000)}
 
 
 @dataclass(frozen=True)
-class Spread(RankRules):
+class Spread(AllowedRanks):
     """``number`` candidates in every layer that has room for them: dense, and ranks spread evenly over those that save anything."""
 
     number: int = 8
@@ -209,8 +209,8 @@ class Setting:
         ]
         batches = [(images.to(memory_format=layout), labels) for images, labels in batches]
         count = math.ceil(self.iterations / (1 - ARRIVAL))
-        rules = Spread(number=self.candidates)
-        space = RankSpace(model, batches[0][0][:1], rules=rules, decomposition="hosvd")
+        allowed = Spread(number=self.candidates)
+        space = RankSpace(model, batches[0][0][:1], allowed=allowed, decomposition="hosvd")
         options = {"precision": self.precision, "enable_progress_bar": False}
         recipe = Recipe(1, lr=0.01, schedule="constant")
 
@@ -237,12 +237,12 @@ class Setting:
         """Search iteration over ordinary step by counted work alone, for uniformly sampled candidates."""
         size, _ = SIZES[self.network]
         model = build_model(self.network)
-        rules = Spread(number=self.candidates)
-        layers = find_layers(model, torch.zeros(1, 3, size, size), rules)
+        allowed = Spread(number=self.candidates)
+        layers = find_layers(model, torch.zeros(1, 3, size, size), allowed)
         alpha = weights = forward = 0.0
         for spec in layers.specs.values():
             shape = (self.batch, *spec.input_shapes[0][1:])
-            ranks = rules.candidates(spec)
+            ranks = allowed.candidates(spec)
             dense = work(spec, None, shape)
             build = [0 if r is None else contraction_work(spec, r) for r in ranks]
             runs = [

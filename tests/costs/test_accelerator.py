@@ -12,7 +12,7 @@ from torch import nn
 from nni_haloc.costs import accelerator
 from nni_haloc.costs.accelerator import COLUMNS, ROWS, accelerator_table
 from nni_haloc.space.layers import LayerSpec
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def test_numbers_known_from_zigzag():
 def test_a_candidate_costs_what_its_factors_cost_and_no_less_than_the_array_allows(
     network, modelled, tmp_path
 ):
-    rules, x = RankRules(step=8, exclude=("0",), kinds=("conv",)), torch.randn(1, 3, 14, 14)
-    cycles = accelerator_table(network, x, rules, cache=tmp_path / "cache.json")
+    allowed, x = AllowedRanks(step=8, exclude=("0",), kinds=("conv",)), torch.randn(1, 3, 14, 14)
+    cycles = accelerator_table(network, x, allowed, cache=tmp_path / "cache.json")
     parts = list(modelled)
     assert set(parts) == {
         (16, 16, 3, 3, 7, 7, 2, 2),  # the dense layer
@@ -61,7 +61,7 @@ def test_a_candidate_costs_what_its_factors_cost_and_no_less_than_the_array_allo
     }
     for part in parts:
         assert known[part]["cycles"] >= math.prod(part[:6]) / (ROWS * COLUMNS)
-    energy = accelerator_table(network, x, rules, "energy_pj", cache=tmp_path / "cache.json")
+    energy = accelerator_table(network, x, allowed, "energy_pj", cache=tmp_path / "cache.json")
     assert len(modelled) == len(parts)  # nothing twice
     for table, metric in ((cycles, "cycles"), (energy, "energy_pj")):
         assert table.metric == metric

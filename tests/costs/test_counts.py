@@ -12,7 +12,7 @@ from torch import nn
 from nni_haloc.cli.main import app
 from nni_haloc.costs.counts import count_macs, count_paper_macs, count_params
 from nni_haloc.inputs.models import build_model
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.summary import space_sizes
 
 IMAGE = torch.zeros(1, 3, 224, 224)
@@ -95,9 +95,9 @@ def test_fvcore_counts_the_same(name):
 
 def test_the_rank_space_has_the_papers_size_before_the_design_principles():
     """Its sixteen 3x3 convolutions: 2.2e71 in the paper."""
-    rules = RankRules(kinds=("conv",), exclude=("conv1",))
-    layers = find_layers(build_model("torchvision:resnet18"), IMAGE, rules)
-    sizes = space_sizes(layers, rules)
+    allowed = AllowedRanks(kinds=("conv",), exclude=("conv1",))
+    layers = find_layers(build_model("torchvision:resnet18"), IMAGE, allowed)
+    sizes = space_sizes(layers, allowed)
     assert f"{sizes['all ranks']:.1e}" == "2.2e+71"
     assert (
         sizes["multiples of the step"]

@@ -36,7 +36,7 @@ from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.names import DENSE
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 
 
 class Forked(nn.Module):
@@ -56,7 +56,7 @@ class Forked(nn.Module):
 
 
 def spec_of(model, shape, **kwargs):
-    return specify(model, torch.randn(shape), RankRules(step=2, **kwargs))
+    return specify(model, torch.randn(shape), AllowedRanks(step=2, **kwargs))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def clock(spec):
 def test_a_replayed_network_is_the_network():
     model = build_model("resnet20", {}).eval()
     x = torch.randn(2, 3, 32, 32)
-    layers = specify(model, x, RankRules()).layers
+    layers = specify(model, x, AllowedRanks()).layers
     tensors: dict[int, torch.Tensor] = {}
     replay = Replay(
         record(model, x, layers, tensors),
@@ -92,7 +92,7 @@ def test_a_replayed_network_is_the_network():
 def test_torchvisions_networks_are_replayed(name):
     """With their concatenations, shuffles, gates and functional calls."""
     model, x = build_model(f"torchvision:{name}").eval(), torch.randn(2, 3, 64, 64)
-    spec = specify(model, x, RankRules(kinds=("conv", "pointwise", "linear")))
+    spec = specify(model, x, AllowedRanks(kinds=("conv", "pointwise", "linear")))
     counts = []
     for network in (
         model,
@@ -375,7 +375,7 @@ def test_a_model_that_has_changed_under_its_name_is_refused(tmp_path, spec, cloc
 def test_more_ranks_of_the_same_model_are_added(tmp_path, spec, clock):
     out, timing = tmp_path / "costs.json", Timing(rounds=1, min_run_time=0)
     measure(spec, clock, out, timing)
-    finer = specify(Forked(), torch.randn(2, 8, 6, 6), RankRules(step=1))
+    finer = specify(Forked(), torch.randn(2, 8, 6, 6), AllowedRanks(step=1))
     more = Clock(finer, dict.fromkeys(range(len(finer.entries)), 1.0))
     measure(finer, more, out, timing)
     timed = {finer.first_users()[i][1] for i in more.timed if i != NETWORK}
@@ -556,7 +556,7 @@ def test_an_entrys_onnx_model_is_the_layer(layer):
     model = nn.Sequential(layer)
     spec = with_onnx(
         specify(
-            model, torch.randn(shape), RankRules(step=2, kinds=("conv", "pointwise", "linear"))
+            model, torch.randn(shape), AllowedRanks(step=2, kinds=("conv", "pointwise", "linear"))
         ),
         model,
     )
@@ -598,8 +598,8 @@ class ByWork:
 
 def test_a_predictor_of_onnx_models_is_given_whole_candidates_and_a_zero_is_an_error():
     model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    table = predicted_table(model, torch.randn(2, 8, 6, 6), ByWork(), RankRules(step=2), "phone")
-    params = param_table(model, torch.randn(2, 8, 6, 6), RankRules(step=2))
+    table = predicted_table(model, torch.randn(2, 8, 6, 6), ByWork(), AllowedRanks(step=2), "phone")
+    params = param_table(model, torch.randn(2, 8, 6, 6), AllowedRanks(step=2))
     for layer, row in params.costs.items():
         assert table.costs[layer] == pytest.approx(
             {name: 1e-3 * cost for name, cost in row.items()}
@@ -610,7 +610,7 @@ def test_a_predictor_of_onnx_models_is_given_whole_candidates_and_a_zero_is_an_e
         ValueError,
         match="layer '0', candidate 'r6': expected a latency above 0 from ByWork, found 0",
     ):
-        predicted_table(model, torch.randn(2, 8, 6, 6), ByWork(lost={3}), RankRules(step=2))
+        predicted_table(model, torch.randn(2, 8, 6, 6), ByWork(lost={3}), AllowedRanks(step=2))
 
 
 def test_a_device_needs_onnx_runtime_or_pytorch_and_nothing_of_nni(tmp_path):
@@ -748,7 +748,9 @@ def test_onnx_runtime_folds_batch_normalisation_into_convolutions_without_bias(t
     ResNet-20 took three times as long.
     """
     model = build_model("resnet20").eval()
-    spec = with_onnx(specify(model, torch.randn(2, 3, 32, 32), RankRules(kinds=("conv",))), model)
+    spec = with_onnx(
+        specify(model, torch.randn(2, 3, 32, 32), AllowedRanks(kinds=("conv",))), model
+    )
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 4
@@ -765,7 +767,7 @@ def test_a_workers_file_counts_once(tmp_path, spec, clock):
 
 
 def test_nothing_to_measure_is_said(clock):
-    nothing = specify(Forked(), torch.randn(2, 8, 6, 6), RankRules(exclude=("*",)))
+    nothing = specify(Forked(), torch.randn(2, 8, 6, 6), AllowedRanks(exclude=("*",)))
     with pytest.raises(ValueError, match="expected layers to measure, found none"):
         measure(nothing, clock, None, Timing(rounds=1, min_run_time=0))
 

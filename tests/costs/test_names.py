@@ -27,10 +27,10 @@ from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.registries import PREDICTORS, RUNTIMES
 from nni_haloc.inputs.schema import METRICS
 from nni_haloc.space.names import DENSE
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.errors import MissingPackage, SettingsError
 
-RULES = RankRules(step=4)
+RULES = AllowedRanks(step=4)
 
 
 class Abacus(Runtime):
@@ -69,8 +69,8 @@ def abacus(monkeypatch):
 def peaks(monkeypatch):
     """Another package's predictor of a metric of its own: a thousandth of the MACs."""
 
-    def table(model, example, rules, runtime, progress):
-        macs = mac_table(model, example, rules)
+    def table(model, example, allowed, runtime, progress):
+        macs = mac_table(model, example, allowed)
         costs = {
             layer: {name: cost / 1000 for name, cost in row.items()}
             for layer, row in macs.costs.items()
@@ -222,7 +222,7 @@ def test_a_metric_that_the_predictor_does_not_give_is_refused(predictor, metric,
 
 def some_measured(model, x):
     """A specification, and measurements of a sample of its entries."""
-    spec = specify(model, x, RankRules(step=1), program=False)
+    spec = specify(model, x, AllowedRanks(step=1), program=False)
     spec = Abacus().prepare(spec, model)
     timing = Timing(rounds=1, min_run_time=0)
     return spec, measure(spec, Abacus(), None, timing, indices=draw(spec, 0.5))

@@ -15,7 +15,7 @@ from nni_haloc.costs.analytic import (
     roofline_table,
 )
 from nni_haloc.costs.counts import count_macs, count_params
-from nni_haloc.costs.device import measuring
+from nni_haloc.costs.device import measure as measuring
 from nni_haloc.costs.device.runtime import Timing
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
 from nni_haloc.costs.latency import latency_table, measure_latency  # fmt: skip
@@ -24,7 +24,7 @@ from nni_haloc.inputs.models import build_model
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.space.names import parse_rank
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 
 
 def plan_of(table, pick):
@@ -40,7 +40,7 @@ def plan_of(table, pick):
 )
 def test_a_plans_cost_is_that_of_the_network_it_makes(make, count, pick):
     model, x = build_model("resnet20"), torch.randn(1, 3, 32, 32)
-    table = make(model, x, RankRules(exclude=("conv1",)))
+    table = make(model, x, AllowedRanks(exclude=("conv1",)))
     names, plan = plan_of(table, pick)
     assert table.total(names) == count(restructure(model, plan), x)
     assert table.original == count(model, x)
@@ -72,7 +72,7 @@ def test_each_distinct_shape_and_rank_is_timed_once_a_round(monkeypatch):
 
     monkeypatch.setattr(measuring, "time_together", timed)
     table = latency_table(
-        Twins(), torch.randn(2, 8, 8, 8), RankRules(step=2), timing=Timing(rounds=2)
+        Twins(), torch.randn(2, 8, 8, 8), AllowedRanks(step=2), timing=Timing(rounds=2)
     )
     distinct = 2 * len(table.costs["a"])  # a and b are alike, c sees another shape
     assert len(calls) == 2 * (distinct + min(8, distinct))  # the network eight times a round
@@ -95,7 +95,9 @@ def test_each_distinct_shape_and_rank_is_timed_once_a_round(monkeypatch):
 def test_latency_is_measured_on_copies(memory_format):
     model, x = Twins().train(), torch.randn(2, 8, 8, 8)
     runtime = TorchRuntime(memory_format=memory_format, threads=1)
-    table = latency_table(model, x, RankRules(step=4), runtime, Timing(rounds=1, min_run_time=1e-4))
+    table = latency_table(
+        model, x, AllowedRanks(step=4), runtime, Timing(rounds=1, min_run_time=1e-4)
+    )
     times = measure_latency({"original": model}, x, runtime, min_run_time=1e-4, rounds=1)
     assert all(cost > 0 for row in table.costs.values() for cost in row.values())
     assert times["original"] > 0
@@ -112,7 +114,7 @@ def test_everything_is_timed_in_the_runtimes_precision(monkeypatch):
     table = latency_table(
         Twins(),
         torch.randn(2, 8, 8, 8),
-        RankRules(step=4),
+        AllowedRanks(step=4),
         TorchRuntime(dtype="float64"),
         Timing(rounds=1),
     )
@@ -216,7 +218,7 @@ def outputs(network, x):
 @pytest.mark.parametrize("pick", [lambda row: row[0], lambda row: row[-1]])
 def test_activations_take_what_hooks_see_on_the_networks_that_plans_make(pick):
     model, x = build_model("resnet20"), torch.randn(2, 3, 32, 32)
-    table = activation_table(model, x, RankRules(exclude=("conv1",)))
+    table = activation_table(model, x, AllowedRanks(exclude=("conv1",)))
     names, plan = plan_of(table, pick)
     assert table.total(names) == outputs(restructure(model, plan), x)
 
@@ -227,7 +229,7 @@ def test_a_roofline_is_the_longer_of_work_and_traffic():
     traffic = 4 * (4 * 100 * (8 + 16) + weights)
     relu = 2 * 4 * 4 * 100 * 16
     for flops, bandwidth in ((1e9, 1e15), (1e15, 1e9)):
-        table = roofline_table(model, x, RankRules(step=4), flops=flops, bandwidth=bandwidth)
+        table = roofline_table(model, x, AllowedRanks(step=4), flops=flops, bandwidth=bandwidth)
         assert table.metric == "latency_ms"
         assert table.costs["0"]["dense"] == pytest.approx(
             1e3 * max(2 * work / flops, traffic / bandwidth)

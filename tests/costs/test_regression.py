@@ -18,7 +18,7 @@ from nni_haloc.costs.specify import specify
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.models import build_model
 from nni_haloc.space.names import DENSE
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 
 MEASURED = (
     ROOT / "tests" / "benchmarks" / "quality" / "costs.json"
@@ -33,7 +33,7 @@ def recorded():
     spec = specify(
         build_model("resnet20"),
         torch.randn(128, 3, 32, 32),
-        RankRules(step=1, kinds=("conv",), exclude=("conv1",)),
+        AllowedRanks(step=1, kinds=("conv",), exclude=("conv1",)),
         program=False,
     )
     table = json.loads(MEASURED.read_text())
@@ -77,7 +77,7 @@ def test_ten_entries_predict_the_default_candidates_within_a_tenth():
     spec = specify(
         build_model("resnet20"),
         torch.randn(128, 3, 32, 32),
-        RankRules(kinds=("conv",), exclude=("conv1",)),
+        AllowedRanks(kinds=("conv",), exclude=("conv1",)),
         program=False,
     )
     table, homes, errors = (
@@ -139,7 +139,10 @@ def test_a_table_that_was_predicted_is_complete_and_can_be_measured_on(tmp_path,
 
 def test_too_few_measurements_and_those_in_place_are_refused():
     spec = specify(
-        nn.Sequential(nn.Conv2d(8, 8, 3)), torch.randn(1, 8, 8, 8), RankRules(step=1), program=False
+        nn.Sequential(nn.Conv2d(8, 8, 3)),
+        torch.randn(1, 8, 8, 8),
+        AllowedRanks(step=1),
+        program=False,
     )
     clock = Clock(spec, dict.fromkeys(range(len(spec.entries)), 1.0))
     with pytest.raises(ValueError, match="at least 10 measured entries"):
@@ -155,7 +158,10 @@ def test_too_few_measurements_and_those_in_place_are_refused():
 
 def test_a_layer_with_nothing_but_its_dense_candidate_is_sampled():
     spec = specify(
-        nn.Sequential(nn.Conv2d(8, 8, 3)), torch.randn(1, 8, 8, 8), RankRules(step=1), program=False
+        nn.Sequential(nn.Conv2d(8, 8, 3)),
+        torch.randn(1, 8, 8, 8),
+        AllowedRanks(step=1),
+        program=False,
     )
     alone = Specification(
         **{**vars(spec), "layers": {"0": {"dense": 0}}, "entries": spec.entries[:1]}

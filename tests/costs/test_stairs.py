@@ -13,7 +13,7 @@ from nni_haloc.costs.analytic import activation_table, mac_table, param_table
 from nni_haloc.costs.stairs import Stairs, rank_stairs
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.models import build_model
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 
 
 def table(cost, highest, dense=100.0):
@@ -28,7 +28,7 @@ def table(cost, highest, dense=100.0):
 def test_counted_costs_have_no_stairs(count):
     """Polynomials in the rank: what rounding leaves of them is no device's."""
     model, x = build_model("resnet20"), torch.randn(1, 3, 32, 32)
-    found = rank_stairs(count(model, x, RankRules(step=1, kinds=("conv",), exclude=("conv1",))))
+    found = rank_stairs(count(model, x, AllowedRanks(step=1, kinds=("conv",), exclude=("conv1",))))
     assert found
     assert {stairs.width for stairs in found.values()} == {1}
 
@@ -79,17 +79,17 @@ def test_a_layer_with_few_ranks_says_nothing():
 
 def test_above_the_first_stair_ranks_are_its_multiples():
     layers = find_layers(
-        build_model("resnet20"), torch.randn(1, 3, 32, 32), RankRules(exclude=("conv1",))
+        build_model("resnet20"), torch.randn(1, 3, 32, 32), AllowedRanks(exclude=("conv1",))
     )
     spec = layers.specs["layer3.1.conv1"]
-    assert [r and r[0] for r in RankRules(stairs={spec.name: 16}).candidates(spec)] == [
+    assert [r and r[0] for r in AllowedRanks(stairs={spec.name: 16}).candidates(spec)] == [
         None,
         48,
         32,
         16,
         8,
     ]
-    assert [r and r[0] for r in RankRules(step=5, stairs={spec.name: 16}).candidates(spec)] == [
+    assert [r and r[0] for r in AllowedRanks(step=5, stairs={spec.name: 16}).candidates(spec)] == [
         None,
         48,
         32,
@@ -98,8 +98,8 @@ def test_above_the_first_stair_ranks_are_its_multiples():
         10,
         5,
     ]
-    assert RankRules(stairs={"another": 16}).candidates(spec) == RankRules().candidates(spec)
-    pairs = RankRules(equal=False, stairs={spec.name: 16}).candidates(spec)
+    assert AllowedRanks(stairs={"another": 16}).candidates(spec) == AllowedRanks().candidates(spec)
+    pairs = AllowedRanks(equal=False, stairs={spec.name: 16}).candidates(spec)
     assert {r for pair in pairs if pair for r in pair} == {8, 16, 32, 48, 64}
 
 

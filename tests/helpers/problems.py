@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from nni_haloc.costs.analytic import mac_table, param_table
 from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rules.problem import Problem
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 
 
 def loader(images, labels, seed=3):
@@ -21,18 +21,18 @@ def loader(images, labels, seed=3):
     )
 
 
-def problem(net, images, labels, fractions=(0.4,), rules=RankRules(step=1), **more):
+def problem(net, images, labels, fractions=(0.4,), allowed=AllowedRanks(step=1), **more):
     """A problem with limits on the MACs and, with two ``fractions``, on the parameters."""
-    layers = find_layers(net, images[:1], rules)
+    layers = find_layers(net, images[:1], allowed)
     tables = [
-        make(net, images[:1], rules)
+        make(net, images[:1], allowed)
         for make, _ in zip((mac_table, param_table), fractions, strict=False)
     ]
     limits = [
         Limit(table, fraction * table.original)
         for table, fraction in zip(tables, fractions, strict=True)
     ]
-    return Problem(net, layers.specs, layers.candidates(rules), limits, images, labels, **more)
+    return Problem(net, layers.specs, layers.candidates(allowed), limits, images, labels, **more)
 
 
 def every(problem):

@@ -12,7 +12,7 @@ from nni_haloc.plan.budget import Limit
 from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, run_search
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.training.recipe import Recipe
 
 QUIET = {"enable_progress_bar": False}
@@ -36,10 +36,10 @@ def search(
         DataLoader(x.dataset, 16, shuffle=True, generator=torch.Generator().manual_seed(seed + i))
         for i, x in enumerate(loaders)
     )
-    rules = options.pop("rules", RankRules())
-    costs = mac_table(net, images[:1], rules)
+    allowed = options.pop("allowed", AllowedRanks())
+    costs = mac_table(net, images[:1], allowed)
     limits = limits or [Limit(costs, fraction * costs.original)]
-    space = space or RankSpace(net, images[:1], [limit.costs for limit in limits], rules, images)
+    space = space or RankSpace(net, images[:1], [limit.costs for limit in limits], allowed, images)
     strategy = Haloc(limits, seed=seed, **{"alpha_every": 1, "approach_share": 1.0, **options})
     evaluator = Classification(
         train,

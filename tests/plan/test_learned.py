@@ -15,7 +15,7 @@ from nni_haloc.costs.table import CostTable
 from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rules import RULES
 from nni_haloc.plan.rules import learned as learning
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 
 
 def test_without_training_the_learned_ranks_are_the_best_for_the_kernels(
@@ -126,8 +126,10 @@ def test_learned_ranks_go_where_the_loss_needs_them(monkeypatch):
     nn.init.orthogonal_(net.idle.weight, 0.3)
     x = torch.randn(512, 16)
     y = (x[:, :8] @ nn.init.orthogonal_(torch.empty(8, 8))).argmax(1)
-    rules = RankRules(step=1, kinds=("linear",), dense=False)
-    one = problem(net, x, y, (1.0,), rules, train=DataLoader(TensorDataset(x, y), 64, shuffle=True))
+    allowed = AllowedRanks(step=1, kinds=("linear",), dense=False)
+    one = problem(
+        net, x, y, (1.0,), allowed, train=DataLoader(TensorDataset(x, y), 64, shuffle=True)
+    )
     costs = {
         layer: {name: float(rank[0]) for name, rank in row.items()} | {"dense": 8.0}
         for layer, row in one.candidates.items()

@@ -24,7 +24,7 @@ from nni_haloc.plan.rules.scored import USE
 from nni_haloc.plan.sensitivity import loss
 from nni_haloc.search import multitrial
 from nni_haloc.space.layers import rank_of
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.errors import InfeasibleBudget
 
 EVERY_RANK = {"uniform", "energy", "alds", "vbmf", "error-knapsack", "learned"}
@@ -69,7 +69,7 @@ def test_plans_are_compared_with_their_batch_norm_recalibrated(images, labels):
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
-    one = problem(net, images, labels, (0.9,), RankRules(step=1, exclude=("0",)))
+    one = problem(net, images, labels, (0.9,), AllowedRanks(step=1, exclude=("0",)))
     off = copy.deepcopy(net)
     off[1].running_mean += 5
     assert one.loss(off) == pytest.approx(one.loss(copy.deepcopy(net)))
@@ -106,7 +106,7 @@ def test_measured_costs_in_no_order_are_kept_too(net, images, labels, monkeypatc
     finds a plan within them.
     """
     monkeypatch.setattr(scored, "DRAWS", 2)
-    whole = problem(net, images, labels, rules=RankRules(), train=loader(images, labels))
+    whole = problem(net, images, labels, allowed=AllowedRanks(), train=loader(images, labels))
     shared = {"modules": whole.modules, "errors": whole.errors}
 
     @settings(max_examples=10, deadline=None)

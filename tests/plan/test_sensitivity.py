@@ -10,13 +10,13 @@ from torch import nn
 from nni_haloc.plan.sensitivity import loss, sensitivities
 from nni_haloc.space.candidates import build_candidates
 from nni_haloc.space.modules import replace_modules
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 
 
 @pytest.fixture
 def modules(net, images):
     layers = find_layers(net, images[:1])
-    return build_candidates(net, layers.specs, layers.candidates(RankRules()), images)
+    return build_candidates(net, layers.specs, layers.candidates(AllowedRanks()), images)
 
 
 def by_hand(network, images, labels):

@@ -15,7 +15,7 @@ from nni_haloc.costs.table import CostTable
 from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rules import RULES
 from nni_haloc.plan.rules.problem import Problem
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 
 
 def cut(matrix, rank):
@@ -86,20 +86,20 @@ class Alike(nn.Module):
         return self.layers(x).mean((2, 3))
 
 
-def by_rank(rules=RankRules(step=1, dense=False)):
+def by_rank(allowed=AllowedRanks(step=1, dense=False)):
     """A problem on `Alike` where rank r of a layer costs r, by budget."""
     torch.manual_seed(0)
     net, images = Alike(), torch.randn(16, 8, 5, 5)
-    layers = find_layers(net, images[:1], rules)
+    layers = find_layers(net, images[:1], allowed)
     costs = {
         n: {name: float(sum(r)) / 2 for name, r in row.items()} | {"dense": 8.0}
-        for n, row in layers.candidates(rules).items()
+        for n, row in layers.candidates(allowed).items()
     }
     table = CostTable("macs", costs, 0.0)
     return lambda budget: Problem(
         net,
         layers.specs,
-        layers.candidates(rules),
+        layers.candidates(allowed),
         [Limit(table, budget)],
         images,
         torch.zeros(16, dtype=torch.long),
@@ -123,8 +123,8 @@ def test_uniform_counts_channels_of_each_layer(images, labels):
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
-    rules = RankRules(step=1, exclude=("0",), pin={"2": "dense", "4": "dense"})
-    one = problem(net, images, labels, (1.0,), rules)
+    allowed = AllowedRanks(step=1, exclude=("0",), pin={"2": "dense", "4": "dense"})
+    one = problem(net, images, labels, (1.0,), allowed)
     budget = one.limits[0].costs.total({"1": "r2", "2": "dense", "3": "r4", "4": "dense"})
     one = dataclasses.replace(one, limits=[Limit(one.limits[0].costs, budget)])
     assert RULES["uniform"](one) == {"1": "r2", "2": "dense", "3": "r4", "4": "dense"}

@@ -13,7 +13,7 @@ from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rules import RULES
 from nni_haloc.plan.rules.problem import Problem
 from nni_haloc.plan.rules.vbmf import evbmf
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 
 
 def planted(short, long, rank, noise, seed=0):
@@ -142,22 +142,22 @@ def network():
     return net
 
 
-def by_budget(net, rules, ranks=None, share=None):
+def by_budget(net, allowed, ranks=None, share=None):
     """A problem whose budget is the cost of the given candidates, or a share of the original's."""
     images = torch.randn(8, 16, 6, 6, generator=torch.Generator().manual_seed(1))
-    layers, costs = find_layers(net, images, rules), mac_table(net, images, rules)
+    layers, costs = find_layers(net, images, allowed), mac_table(net, images, allowed)
     budget = costs.total(ranks) if ranks else share * costs.original
     return Problem(
         net,
         layers.specs,
-        layers.candidates(rules),
+        layers.candidates(allowed),
         [Limit(costs, budget)],
         images,
         torch.zeros(8, dtype=torch.long),
     )
 
 
-APART, EQUAL = RankRules(step=1, equal=False), RankRules(step=1)
+APART, EQUAL = AllowedRanks(step=1, equal=False), AllowedRanks(step=1)
 
 
 def test_at_their_own_cost_the_planted_ranks_are_chosen(network):

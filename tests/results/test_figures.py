@@ -18,7 +18,7 @@ from torch import nn
 
 from nni_haloc.cli.main import app
 from nni_haloc.costs.analytic import param_table
-from nni_haloc.costs.from_settings import rules_of
+from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
 from nni_haloc.plan.rank_plan import RankPlan
@@ -53,7 +53,7 @@ def test_every_iteration_has_a_row(folder):
     assert rows["expected_cost"][-1] == pytest.approx(
         float(strategy.expected_cost().detach()), rel=1e-4
     )
-    params = param_table(job.model, job.example, rules_of(job.config))
+    params = param_table(job.model, job.example, allowed_ranks_of(job.config))
     expected = params.fixed + sum(
         p * params.costs[layer][name]
         for layer, row in strategy.probabilities.items()

@@ -14,7 +14,7 @@ from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.models import build_model
 from nni_haloc.runs import devices as module
 from nni_haloc.runs.devices import CLOCK, at_hand, print_throughput, throughput
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.errors import HalocError
 
 SHORT = {
@@ -32,7 +32,7 @@ def test_onnx_runtime_has_its_own_plan_and_row(tmp_path, monkeypatch):
     On a processor of the day nothing may be faster on so small a network.
     """
     pytest.importorskip("onnxruntime")
-    counts = mac_table(build_model("digits_cnn"), torch.zeros(1, 1, 8, 8), RankRules(16))
+    counts = mac_table(build_model("digits_cnn"), torch.zeros(1, 1, 8, 8), AllowedRanks(16))
     measured = []
 
     def measure_and_mend(spec, runtime, file, *arguments):

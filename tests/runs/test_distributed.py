@@ -18,7 +18,7 @@ from helpers.paths import DIGITS
 import nni_haloc
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.costs.counts import count_macs
-from nni_haloc.costs.from_settings import rules_of
+from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.models import build_model
@@ -38,7 +38,7 @@ import json, os, sys, torch
 from pytorch_lightning import Callback
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
-from nni_haloc import Classification, Haloc, RankRules, RankSpace, Recipe, mac_table
+from nni_haloc import Classification, Haloc, AllowedRanks, RankSpace, Recipe, mac_table
 from nni_haloc.search.strategy import run_search
 
 processes, objective, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -54,7 +54,7 @@ x, y = torch.randn(96, 3, 8, 8), torch.randint(4, (96,))
 # Lightning's own sampler would shuffle: another order for one
 mine = range(int(os.environ.get("LOCAL_RANK", 0)), len(x), processes)
 loaders = [DataLoader(Subset(TensorDataset(x, y), mine), 32 // processes) for _ in range(2)]
-rules = RankRules(step=4, exclude=("0",))
+rules = AllowedRanks(step=4, exclude=("0",))
 costs = mac_table(model, x[:1], rules)
 space = RankSpace(model, x[:1], costs, rules)
 strategy = Haloc(costs, 0.6, approach_share=1.0, alpha_every=1, objective=objective, alpha_lr=0.1)
@@ -269,7 +269,7 @@ def test_the_others_read_what_the_first_measured(tmp_path, monkeypatch):
     CostTable("latency_ms", counts.costs, counts.fixed).save(tmp_path / "costs.json")
     before = (tmp_path / "costs.json").read_bytes()
     monkeypatch.setenv("LOCAL_RANK", "1")
-    (limit,) = limits_of(config, model, image, rules_of(config), RunFolder(tmp_path))
+    (limit,) = limits_of(config, model, image, allowed_ranks_of(config), RunFolder(tmp_path))
     assert limit.costs.costs == counts.costs
     assert (tmp_path / "costs.json").read_bytes() == before
 
@@ -288,7 +288,7 @@ def test_processes_that_start_together_need_a_table(tmp_path, monkeypatch):
         HalocError,
         match=r"cost.table: several processes need a measured table: make one with haloc measure",
     ):
-        limits_of(config, model, image, rules_of(config), RunFolder(tmp_path))
+        limits_of(config, model, image, allowed_ranks_of(config), RunFolder(tmp_path))
 
 
 @pytest.mark.parametrize(

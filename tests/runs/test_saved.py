@@ -19,7 +19,7 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.saved import load, save
 from nni_haloc.search.space import RankSpace
 from nni_haloc.space.layers import LowRankConv2d, TuckerConv2d
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.training.finetuning import recalibrate
 
 PLAN = RankPlan(
@@ -270,7 +270,7 @@ def mobile():
     space = RankSpace(
         model,
         torch.randn(1, 3, 64, 64),
-        rules=RankRules(kinds=("conv", "pointwise", "linear")),
+        allowed=AllowedRanks(kinds=("conv", "pointwise", "linear")),
         decomposition="hosvd",
     )
     network = space.freeze(

@@ -14,18 +14,18 @@ from nni_haloc.inputs.models import build_model
 from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, run_search
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.training.finetuning import finetune
 from nni_haloc.training.recipe import Recipe
 
 QUIET = {"enable_progress_bar": False}
 
 
-class Few(RankRules):
+class Few(AllowedRanks):
     """Dense and ``step`` ranks."""
 
     def candidates(self, spec):
-        ranks = RankRules().candidates(spec)[1:]
+        ranks = AllowedRanks().candidates(spec)[1:]
         return [None, *(ranks[int((i + 0.5) * len(ranks) / self.step)] for i in range(self.step))]
 
 
@@ -63,8 +63,8 @@ def training(model, loader, recipe, counter):
 
 def searching(number, **options):
     def train(model, loader, recipe, counter):
-        rules = Few(step=number - 1)
-        space = RankSpace(model, next(iter(loader))[0][:1], rules=rules, decomposition="hosvd")
+        allowed = Few(step=number - 1)
+        space = RankSpace(model, next(iter(loader))[0][:1], allowed=allowed, decomposition="hosvd")
         assert (
             max(map(len, space.candidates.values())) == number
         )  # the first layer, of 3 channels, has room for two

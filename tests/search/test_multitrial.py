@@ -29,30 +29,30 @@ from nni_haloc.runs.stages.by_rule import by_rule
 from nni_haloc.search import multitrial
 from nni_haloc.search.multitrial import _STRATEGIES, _Repair, run_multitrial
 from nni_haloc.search.space import RankSpace
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.errors import InfeasibleBudget
 
 BOTH = sorted(_STRATEGIES)
 
 
-def problem(net, images, rules):
+def problem(net, images, allowed):
     """A space, and limits in two metrics of which either may bind."""
-    tables = [table(net, images[:1], rules) for table in (mac_table, param_table)]
+    tables = [table(net, images[:1], allowed) for table in (mac_table, param_table)]
     limits = [
         Limit(costs, fraction * costs.original)
         for costs, fraction in zip(tables, (0.45, 0.5), strict=True)
     ]
-    return RankSpace(net, images[:1], tables, rules, images), limits
+    return RankSpace(net, images[:1], tables, allowed, images), limits
 
 
 @pytest.fixture
 def space(net, images):
-    return problem(net, images, RankRules(step=1))[0]
+    return problem(net, images, AllowedRanks(step=1))[0]
 
 
 @pytest.fixture
 def limits(net, images):
-    return problem(net, images, RankRules(step=1))[1]
+    return problem(net, images, AllowedRanks(step=1))[1]
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def holds(limits, choice):
 
 
 def test_random_trials_that_cover_the_space_find_what_brute_force_finds(net, images, score):
-    space, limits = problem(net, images, RankRules())
+    space, limits = problem(net, images, AllowedRanks())
     within = [choice for choice in every(space) if holds(limits, choice)]
     assert 5 < len(within) < space.size() / 2
     best = max(within, key=lambda choice: score(space.freeze(choice)))
@@ -127,7 +127,9 @@ def test_the_seed_alone_decides_and_no_global_random_state_is_touched(
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_evolution_goes_on_from_the_best_of_its_first_hundred(net, images, sign):
-    space, limits = problem(net, images, RankRules(step=1, kinds=("conv", "pointwise", "linear")))
+    space, limits = problem(
+        net, images, AllowedRanks(step=1, kinds=("conv", "pointwise", "linear"))
+    )
     target, values = net.eval()(images).detach(), []
 
     def likeness(network):

@@ -19,18 +19,18 @@ from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.multitrial import _Unregistered
 from nni_haloc.search.space import RankSpace, TableProfiler
 from nni_haloc.search.strategy import run_search
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.utils.quiet import errors_alone
 
 
 @pytest.fixture
 def space(net, images):
-    return RankSpace(net, images[:1], rules=RankRules(step=1))
+    return RankSpace(net, images[:1], allowed=AllowedRanks(step=1))
 
 
 def test_a_profiler_says_what_the_table_says(net, images, space):
-    costs = param_table(net, images[:1], RankRules(step=1))
+    costs = param_table(net, images[:1], AllowedRanks(step=1))
     profiler, draw = TableProfiler(space, costs), random.Random(0)
     for _ in range(20):
         sample = {layer: draw.choice(list(row)) for layer, row in space.candidates.items()}
@@ -40,7 +40,7 @@ def test_a_profiler_says_what_the_table_says(net, images, space):
 
 
 def test_nnis_multi_trial_strategies_filter_by_it(net, images, space, tmp_path):
-    costs = mac_table(net, images[:1], RankRules(step=1))
+    costs = mac_table(net, images[:1], AllowedRanks(step=1))
     limit = 0.8 * costs.original
     tried = []
 

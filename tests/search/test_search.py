@@ -34,7 +34,7 @@ from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, run_search
 from nni_haloc.search.supernet import MixedRankLayer
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.space.tucker import reconstruct
 from nni_haloc.training.finetuning import finetune
 from nni_haloc.training.recipe import Recipe
@@ -267,8 +267,8 @@ def test_a_call_on_fewer_images_than_the_originals_has_no_term(images, loaders):
 @pytest.mark.parametrize(
     "options",
     [
-        {"rules": RankRules(equal=False)},
-        {"rules": RankRules(kinds=("conv", "pointwise", "linear"))},
+        {"allowed": AllowedRanks(equal=False)},
+        {"allowed": AllowedRanks(kinds=("conv", "pointwise", "linear"))},
     ],
 )
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -582,16 +582,16 @@ def test_a_candidate_stays_where_any_table_rewards_it(net, images):
 
 
 def test_pinned_layers_keep_their_rank_and_are_trained(net, images, loaders):
-    rules = RankRules(
+    allowed = AllowedRanks(
         pin={"body.*": (5, 3), "point": 12, "stem": "dense"}, kinds=("conv", "pointwise", "linear")
     )
-    space = RankSpace(net, images[:1], None, rules, images)
+    space = RankSpace(net, images[:1], None, allowed, images)
     pinned = {"stem": "dense", "body.0": "r5x3", "point": "r12"}
     assert {name: list(row) for name, row in space.candidates.items() if name != "head"} == {
         k: [v] for k, v in pinned.items()
     }
     watch = Watch()
-    strategy = search(net, images, loaders, 0.9, rules=rules, callbacks=[watch])
+    strategy = search(net, images, loaders, 0.9, allowed=allowed, callbacks=[watch])
     plan = strategy.plan()
     assert plan.names.items() >= pinned.items()
     for network in (strategy.network(plan), compress(net, plan, images)):
@@ -668,7 +668,7 @@ def test_a_run_may_have_several_budgets(tmp_path):
         "rank_space": {"pin": {"block2.*": 12}},
     }
     counted = mac_table(
-        build_model("digits_cnn"), torch.zeros(1, 1, 8, 8), RankRules(pin={"block2.*": 12})
+        build_model("digits_cnn"), torch.zeros(1, 1, 8, 8), AllowedRanks(pin={"block2.*": 12})
     )
     replace(counted, metric="latency_ms").save(tmp_path / "latency.json")
     also = [
@@ -709,7 +709,7 @@ def test_a_run_may_have_several_budgets(tmp_path):
 
 def test_the_papers_choice_is_the_arg_max(net, images, loaders):
     strategy = search(
-        net, images, loaders, select="argmax", objective="paper", rules=RankRules(dense=False)
+        net, images, loaders, select="argmax", objective="paper", allowed=AllowedRanks(dense=False)
     )
     for name, layer in strategy.mixed_layers.items():
         with torch.no_grad():
@@ -809,9 +809,9 @@ def test_the_plan_keeps_dense_where_the_task_needs_it(images):
     data = DataLoader(
         TensorDataset(images, labels), 16, shuffle=True, generator=torch.Generator().manual_seed(0)
     )
-    rules = RankRules(step=2, exclude=("0", "4"))
-    costs = mac_table(model, images[:1], rules)
-    space = RankSpace(model, images[:1], costs, rules, images)
+    allowed = AllowedRanks(step=2, exclude=("0", "4"))
+    costs = mac_table(model, images[:1], allowed)
+    space = RankSpace(model, images[:1], costs, allowed, images)
     budget = costs.total({"1": "r2", "2": "dense"})
     strategy = Haloc(costs, budget_absolute=budget, lam=0.0)
     run_search(
@@ -827,7 +827,7 @@ def test_a_pinned_layer_takes_no_gate_gradient(net, images, loaders, monkeypatch
         "_gate_gradients",
         lambda self, x, grad_y: calls.append(self.label) or torch.zeros(len(self)),
     )
-    search(net, images, loaders, fraction=0.8, rules=RankRules(pin={"stem": 2}))
+    search(net, images, loaders, fraction=0.8, allowed=AllowedRanks(pin={"stem": 2}))
     assert set(calls) == {"body.0", "point"}
 
 

@@ -18,9 +18,9 @@ from nni_haloc.plan.compression import compress, restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.search.space import RankSpace
 from nni_haloc.space.modules import batches, call, copy_of, replace_modules
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 
-RULES = RankRules(kinds=("conv", "pointwise", "linear"))
+RULES = AllowedRanks(kinds=("conv", "pointwise", "linear"))
 IMAGES = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -73,7 +73,7 @@ def test_a_transformers_linear_layers_are_searched_and_its_networks_run_with_the
     x = torch.randn(3, 10, 32)
     with torch.no_grad():
         expected = transformer(x)
-    space = RankSpace(transformer, x, rules=RULES, calibration=torch.randn(16, 10, 32))
+    space = RankSpace(transformer, x, allowed=RULES, calibration=torch.randn(16, 10, 32))
     assert {name.split(".")[-1] for name in space.candidates} == {"linear1", "linear2"}
     assert all(
         "not called" in why or "is not decomposed" in why or "itself" in why
@@ -94,7 +94,7 @@ def test_a_padded_batch_goes_through_a_compressed_transformer_encoder():
         "src": torch.randn(2, 6, 32),
         "src_key_padding_mask": torch.arange(6).expand(2, 6) >= torch.tensor([[6], [4]]),
     }
-    space = RankSpace(model, example, rules=RULES)
+    space = RankSpace(model, example, allowed=RULES)
     with torch.no_grad():
         assert space.freeze(lowest(space)).eval()(**example).shape == (2, 6, 32)
 
@@ -103,7 +103,7 @@ def test_lazy_layers_are_searched_in_the_copies_and_stay_lazy_in_the_users_model
     model = nn.Sequential(
         nn.LazyConv2d(8, 3, padding=1), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(16)
     )
-    space = RankSpace(model, IMAGES, rules=RULES, calibration=torch.randn(8, 8, 6, 6))
+    space = RankSpace(model, IMAGES, allowed=RULES, calibration=torch.randn(8, 8, 6, 6))
     assert set(space.candidates) == {"0", "3"}
     assert isinstance(model[0], nn.LazyConv2d)
     assert all(isinstance(p, nn.UninitializedParameter) for p in (model[0].weight, model[3].weight))
@@ -144,7 +144,7 @@ def test_scripted_and_traced_layers_are_left_alone(how):
         model = nn.Sequential(
             conv(), torch.jit.script(inner) if how == "scripted" else torch.jit.trace(inner, IMAGES)
         )
-        space = RankSpace(model, IMAGES, rules=RULES)
+        space = RankSpace(model, IMAGES, allowed=RULES)
     assert set(space.candidates) == {"0"}
     assert reasons(space) == dict.fromkeys(("1.0", "1.3"), "in a scripted or traced module")
     assert [row.kind for row in space.report()] == ["conv", "Conv2d", "Linear"]
@@ -175,8 +175,8 @@ def test_a_model_that_is_one_layer_is_refused_in_one_line_that_says_what_to_do(l
         match=r"^\w+ is a layer itself, without a name to search it by: "
         r"pass nn.Sequential\(model\)$",
     ):
-        RankSpace(layer, x, rules=RULES)
-    assert list(RankSpace(nn.Sequential(layer), x, rules=RULES).candidates) == ["0"]
+        RankSpace(layer, x, allowed=RULES)
+    assert list(RankSpace(nn.Sequential(layer), x, allowed=RULES).candidates) == ["0"]
     with pytest.raises(ValueError, match="the plan's layer ''"):
         restructure(layer, RankPlan({"": (2,)}))
 
@@ -255,7 +255,7 @@ class Two(nn.Module):
 def test_a_model_may_take_several_inputs(example):
     torch.manual_seed(0)
     model, tables = Two(), {}
-    space = RankSpace(model, example, rules=RULES, calibration=example)
+    space = RankSpace(model, example, allowed=RULES, calibration=example)
     assert {row.layer: row.shape for row in space.report()} == {
         "a": (8, 8, 3, 3),
         "b": (8, 8, 3, 3),

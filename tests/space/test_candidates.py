@@ -10,7 +10,7 @@ from nni_haloc.space import candidates
 from nni_haloc.space.candidates import _draw_patches, build_candidates, patch_covariances
 from nni_haloc.space.layers import LayerSpec, TuckerConv2d
 from nni_haloc.space.modules import replace_modules
-from nni_haloc.space.ranks import RankRules, find_layers
+from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.reduced_rank import _cholesky
 from nni_haloc.space.tucker import data_aware, hosvd, output_error, reconstruct, warm_hooi
 
@@ -26,7 +26,7 @@ def test_the_covariance_reproduces_the_layers_output_energy(mode):
     images = torch.randn(10, 5, 9, 9)
     s = patch_covariances(
         nn.Sequential(conv),
-        find_layers(nn.Sequential(conv), images, RankRules(step=1)).specs,
+        find_layers(nn.Sequential(conv), images, AllowedRanks(step=1)).specs,
         images,
         batch_size=3,
         shrinkage=0,
@@ -94,7 +94,7 @@ def test_a_gram_matrix_in_blocks_is_exact_above_the_diagonal():
 def test_covariances_are_collected_in_groups_that_fit_the_memory(net, images, monkeypatch):
     """As many passes as needed and no more, and the same candidates whatever the grouping."""
     layers = find_layers(net, images)
-    rows = layers.candidates(RankRules())
+    rows = layers.candidates(AllowedRanks())
     passes, collect = [], candidates.patch_covariances
     monkeypatch.setattr(
         candidates,
@@ -149,7 +149,7 @@ def test_what_is_fitted_to_few_patches_holds_for_others():
     images = torch.einsum("nchw,cd->ndhw", torch.randn(40, 8, 10, 10, generator=generator), mixing)
     conv = nn.Conv2d(8, 8, 3, bias=False)
     conv.weight.data = torch.randn(8, 8, 3, 3, generator=generator)
-    specs = find_layers(nn.Sequential(conv), images, RankRules(step=1)).specs
+    specs = find_layers(nn.Sequential(conv), images, AllowedRanks(step=1)).specs
     truth = patch_covariances(nn.Sequential(conv), specs, images[20:], shrinkage=0)["0"]
     exact, shrunk = (
         patch_covariances(
@@ -173,7 +173,7 @@ def test_images_that_are_not_finite_are_refused(net, images):
 
 def test_by_the_data_the_output_is_closer_than_by_the_weights(net, images):
     layers = find_layers(net, images)
-    rows = layers.candidates(RankRules())
+    rows = layers.candidates(AllowedRanks())
     modules = dict(net.named_modules())
     covariances = patch_covariances(net, layers.specs, images)
     by_data = build_candidates(net, layers.specs, rows, images)
@@ -202,7 +202,9 @@ def test_a_layer_under_two_names_is_replaced_under_both():
     model = nn.Module()
     model.a = model.b = nn.Conv2d(4, 4, 3)
     new = TuckerConv2d(
-        find_layers(nn.Sequential(model.a), torch.randn(1, 4, 5, 5), RankRules(step=1)).specs["0"],
+        find_layers(nn.Sequential(model.a), torch.randn(1, 4, 5, 5), AllowedRanks(step=1)).specs[
+            "0"
+        ],
         2,
         2,
     )
@@ -225,14 +227,14 @@ def test_a_decomposition_that_fails_names_its_layer(net, images, monkeypatch, me
     def fails(*_):
         raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge\nand more")
 
-    layers = find_layers(net, images[:1], RankRules())
+    layers = find_layers(net, images[:1], AllowedRanks())
     monkeypatch.setattr(torch.linalg, "eigh", fails)
     with pytest.raises(
         ValueError,
         match=rf"^layer 'stem': its decomposition by '{method}' failed "
         r"\(linalg.eigh: .* failed to converge\)$",
     ):
-        build_candidates(net, layers.specs, layers.candidates(RankRules()), images, method)
+        build_candidates(net, layers.specs, layers.candidates(AllowedRanks()), images, method)
 
 
 def test_a_covariance_that_no_ridge_helps_is_an_error_and_no_endless_loop():

@@ -14,7 +14,7 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.search.space import RankSpace
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.names import parse_rank, rank_name
-from nni_haloc.space.ranks import RankRules, find_layers, macs
+from nni_haloc.space.ranks import AllowedRanks, find_layers, macs
 from nni_haloc.space.summary import LayerReport
 
 RANK = st.one_of(st.none(), st.tuples(st.integers(1, 4096), st.integers(1, 4096)))
@@ -40,7 +40,7 @@ def spec(c, f, kind="conv", k=3):
     [(4096, 256), (1024, 64), (768, 32), (512, 32), (128, 32), (64, 8), (32, 4), (16, 2), (8, 2)],
 )
 def test_candidates_are_multiples_of_the_step_and_cheaper_than_dense(channels, step):
-    ranks = RankRules().candidates(spec(channels, channels))
+    ranks = AllowedRanks().candidates(spec(channels, channels))
     assert ranks[0] is None
     assert all(r1 == r2 and r1 % step == 0 for r1, r2 in ranks[1:])
     costs = [macs(spec(channels, channels), r) for r in ranks]
@@ -50,7 +50,7 @@ def test_candidates_are_multiples_of_the_step_and_cheaper_than_dense(channels, s
 
 
 def test_unequal_ranks_and_no_dense_are_options():
-    ranks = RankRules(step=8, equal=False, dense=False).candidates(spec(16, 32))
+    ranks = AllowedRanks(step=8, equal=False, dense=False).candidates(spec(16, 32))
     assert set(ranks) == {
         (r1, r2)
         for r1 in (8, 16, 24, 32)
@@ -60,8 +60,8 @@ def test_unequal_ranks_and_no_dense_are_options():
 
 
 def test_matrices_have_one_rank():
-    assert RankRules().candidates(spec(64, 64, "pointwise")) == [None, (24,), (16,), (8,)]
-    assert RankRules(step=5).candidates(spec(16, 12, "linear")) == [None, (5,)]
+    assert AllowedRanks().candidates(spec(64, 64, "pointwise")) == [None, (24,), (16,), (8,)]
+    assert AllowedRanks(step=5).candidates(spec(16, 12, "linear")) == [None, (5,)]
 
 
 @given(RANK)
@@ -131,7 +131,7 @@ class Odd(nn.Module):
 def test_layers_are_found_with_all_their_calls_and_the_rest_has_a_reason():
     model = Odd().train()
     state = copy.deepcopy(model.state_dict())
-    layers = find_layers(model, torch.randn(2, 8, 8, 8), RankRules(exclude=("skip*",)))
+    layers = find_layers(model, torch.randn(2, 8, 8, 8), AllowedRanks(exclude=("skip*",)))
     assert list(layers.specs) == ["twice"]
     assert layers.specs["twice"].input_shapes == ((2, 8, 8, 8), (2, 8, 4, 8))
     assert macs(layers.specs["twice"], None) == (8 * 8 + 4 * 8) * 8 * 8 * 9
@@ -161,11 +161,15 @@ def test_layers_are_found_with_all_their_calls_and_the_rest_has_a_reason():
 
 @pytest.mark.parametrize(("rank", "expected"), [(5, (5, 5)), ((6, 3), (6, 3)), ("dense", None)])
 def test_a_pinned_layer_has_one_candidate_whatever_it_costs(rank, expected):
-    rules = RankRules(pin={"lay*": rank, "layer": 2})  # the first pattern counts
-    assert rules.candidates(spec(8, 8)) == [expected]
-    assert rules.candidates(replace(spec(8, 8), name="other")) == RankRules().candidates(spec(8, 8))
-    assert RankRules(pin={"layer": 8}).candidates(spec(8, 8, k=1)) == [(8, 8)]  # dearer than dense
-    assert RankRules(pin={"layer": 3}).candidates(spec(8, 8, "linear")) == [(3,)]
+    allowed = AllowedRanks(pin={"lay*": rank, "layer": 2})  # the first pattern counts
+    assert allowed.candidates(spec(8, 8)) == [expected]
+    assert allowed.candidates(replace(spec(8, 8), name="other")) == AllowedRanks().candidates(
+        spec(8, 8)
+    )
+    assert AllowedRanks(pin={"layer": 8}).candidates(spec(8, 8, k=1)) == [
+        (8, 8)
+    ]  # dearer than dense
+    assert AllowedRanks(pin={"layer": 3}).candidates(spec(8, 8, "linear")) == [(3,)]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +177,7 @@ def test_a_pinned_layer_has_one_candidate_whatever_it_costs(rank, expected):
 )
 def test_what_is_not_a_rank_cannot_be_pinned(rank):
     with pytest.raises(ValueError, match=r"pin 'a': expected a rank, \(r1, r2\) or 'dense', found"):
-        RankRules(pin={"a": rank})
+        AllowedRanks(pin={"a": rank})
 
 
 class Pinnable(nn.Sequential):
@@ -187,7 +191,7 @@ class Pinnable(nn.Sequential):
 
 
 @pytest.mark.parametrize(
-    ("rules", "message"),
+    ("allowed", "message"),
     [
         ({"pin": {"7": 4}}, "pin: no layer of Pinnable that can be searched matches '7'$"),
         ({"pin": {"2": 4}}, "pin: no layer .* matches '2'; 2: grouped convolution"),
@@ -211,14 +215,16 @@ class Pinnable(nn.Sequential):
         ),
     ],
 )
-def test_patterns_that_fit_nothing_are_refused(rules, message):
+def test_patterns_that_fit_nothing_are_refused(allowed, message):
     with pytest.raises(ValueError, match=message):
-        find_layers(Pinnable(), torch.randn(1, 8, 8, 8), RankRules(**rules))
+        find_layers(Pinnable(), torch.randn(1, 8, 8, 8), AllowedRanks(**allowed))
 
 
 def test_a_layer_without_a_rank_to_search_may_be_pinned():
-    layers = find_layers(Pinnable(), torch.randn(1, 8, 8, 8), RankRules(pin={"0": "dense", "3": 1}))
-    assert layers.candidates(RankRules(pin={"0": "dense", "3": 1})) == {
+    layers = find_layers(
+        Pinnable(), torch.randn(1, 8, 8, 8), AllowedRanks(pin={"0": "dense", "3": 1})
+    )
+    assert layers.candidates(AllowedRanks(pin={"0": "dense", "3": 1})) == {
         "0": {"dense": None},
         "1": {"dense": None, "r4": (4,), "r2": (2,)},
         "3": {"r1": (1, 1)},
@@ -362,5 +368,5 @@ class Unbatched(nn.Module):
     ],
 )
 def test_what_cannot_be_another_layer_has_its_reason(model, x, reasons):
-    layers = find_layers(model, x, RankRules(kinds=("conv", "linear")))
+    layers = find_layers(model, x, AllowedRanks(kinds=("conv", "linear")))
     assert (layers.specs, layers.left_alone) == ({}, reasons)

@@ -19,7 +19,7 @@ from torch import nn
 
 from nni_haloc.inputs.models import build_model
 from nni_haloc.search.space import RankSpace
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 
 models = torchvision.models
 CLASSIFICATION = list(models.list_models(module=models))
@@ -38,7 +38,7 @@ SMALL = [
 MOST = 30_000_000
 """Parameters of those that are tried with values."""
 SLOW = pytest.mark.skipif(not os.environ.get("HALOC_SLOW"), reason="slow: HALOC_SLOW=1 runs it")
-RULES = RankRules(kinds=("conv", "pointwise", "linear"))
+RULES = AllowedRanks(kinds=("conv", "pointwise", "linear"))
 
 
 def build(name):
@@ -117,7 +117,7 @@ def test_without_values(name):
     model, x = build_on_meta(name), batch(name).to("meta")
     with torch.no_grad():
         expected = model(x)
-        space = RankSpace(model, x, rules=RULES)
+        space = RankSpace(model, x, allowed=RULES)
         assert shapes(space.freeze(some(space)).eval()(x)) == shapes(expected)
     check_report(space, model)
 
@@ -128,7 +128,7 @@ def test_a_model_of_three_dimensional_convolutions_alone_is_refused_in_one_line(
         match=r"^nothing to search in S3D "
         r"\(features.0.0.0 and \d+ more: Conv3d is not decomposed\)$",
     ):
-        RankSpace(build_on_meta("s3d"), batch("s3d").to("meta"), rules=RULES)
+        RankSpace(build_on_meta("s3d"), batch("s3d").to("meta"), allowed=RULES)
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def with_values(name):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
         expected = model(x)
-        space = RankSpace(model, x, rules=RULES, decomposition="hosvd")
+        space = RankSpace(model, x, allowed=RULES, decomposition="hosvd")
         assert shapes(space.freeze(some(space)).eval()(x)) == shapes(expected)
         assert same(space.freeze(dict.fromkeys(space.candidates, "dense")).eval()(x), expected)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nni_haloc.costs.from_settings import rules_of
+from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.costs.table import worthwhile
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
@@ -77,10 +77,10 @@ def _problem(job: Job) -> Problem:
     """Return what the rule chooses from: candidates, limits and calibration images."""
     config, r = job.config, job.config.rank_space
     every_rank = getattr(RULES[config.rule], "every_rank", False)
-    rules = rules_of(config, 1 if every_rank else None)
-    limits = limits_of(config, job.model, job.example, rules, job.folder)
-    layers = find_layers(job.model, job.example, rules)
-    every = layers.candidates(rules)
+    allowed = allowed_ranks_of(config, 1 if every_rank else None)
+    limits = limits_of(config, job.model, job.example, allowed, job.folder)
+    layers = find_layers(job.model, job.example, allowed)
+    every = layers.candidates(allowed)
     costs = [limit.costs for limit in limits]
     unknown = (
         name not in table.costs.get(layer, {})
@@ -90,8 +90,8 @@ def _problem(job: Job) -> Problem:
     )
     if any(unknown):
         logger.info("not every rank is in the cost table: the rule has the search's to choose from")
-        every = layers.candidates(rules_of(config))
-    pinned = [name for name in every if rules.pins(name)]
+        every = layers.candidates(allowed_ranks_of(config))
+    pinned = [name for name in every if allowed.pins(name)]
     candidates, dropped = worthwhile(every, costs, pinned)
     if not candidates:
         raise ValueError(why_nothing(job.model, {**layers.left_alone, **dropped}))

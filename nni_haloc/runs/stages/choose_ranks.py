@@ -8,7 +8,7 @@ from typing import Any
 from pytorch_lightning import Callback
 
 from nni_haloc.costs.analytic import param_table
-from nni_haloc.costs.from_settings import rules_of
+from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.inputs import schema
 from nni_haloc.inputs.config import Config, dump_config
 from nni_haloc.plan.budget import Limit, Scores, cheapest, check_feasible
@@ -140,8 +140,8 @@ def run_or_read_search(job: Job, report: Report, *, resume: bool) -> Haloc:
 def _prepare(job: Job) -> tuple[Haloc, RankSpace]:
     """Make the cost tables, the rank space and the strategy; refuse an impossible budget."""
     config = job.config
-    r, s, rules = config.rank_space, config.search, rules_of(config)
-    limits = limits_of(config, job.model, job.example, rules, job.folder)
+    r, s, allowed = config.rank_space, config.search, allowed_ranks_of(config)
+    limits = limits_of(config, job.model, job.example, allowed, job.folder)
     calibration = None
     if r.decomposition in ("auto", "data"):
         calibration = job.splits.images("plain", r.calibration_images, config.seed)
@@ -153,7 +153,7 @@ def _prepare(job: Job) -> tuple[Haloc, RankSpace]:
     )
     costs = [limit.costs for limit in limits]
     method = None if r.decomposition == "auto" else r.decomposition
-    space = RankSpace(job.model, job.example, costs, rules, calibration, method)
+    space = RankSpace(job.model, job.example, costs, allowed, calibration, method)
     check_feasible(space.candidates, limits)
     _log_space(space, limits)
     start = _sensitivities(job, space) if s.start == "sensitivity" else None
@@ -215,7 +215,7 @@ def _search(
     files = job.folder.searching
     state = EpochCheckpoint(files.checkpoint, facts, train, val)
     layers = Layers(space.specs, space.left_alone)
-    parameters = param_table(space.original, job.example, rules_of(job.config), layers)
+    parameters = param_table(space.original, job.example, allowed_ranks_of(job.config), layers)
     callbacks: list[Callback] = [Forecast("search"), EpochEnd(on_epoch)]
     if is_first():
         callbacks.append(History(files.history, strategy, parameters))

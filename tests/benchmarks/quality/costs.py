@@ -15,14 +15,14 @@ from nni_haloc.costs.device.runtime import Timing
 from nni_haloc.costs.latency import latency_table
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.models import build_model
-from nni_haloc.space.ranks import RankRules
+from nni_haloc.space.ranks import AllowedRanks
 
 
 def measured(_: int) -> CostTable:
     example = torch.randn(128, 3, 32, 32)
-    rules = RankRules(kinds=("conv",), exclude=("conv1",), step=1)
+    allowed = AllowedRanks(kinds=("conv",), exclude=("conv1",), step=1)
     return latency_table(
-        build_model("resnet20", {}).eval(), example, rules, RUNTIME, Timing(rounds=2)
+        build_model("resnet20", {}).eval(), example, allowed, RUNTIME, Timing(rounds=2)
     )
 
 
