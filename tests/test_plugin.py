@@ -145,7 +145,7 @@ def test_a_network_and_a_data_set_are_used_by_name(installed, tmp_path):
 
 def test_an_option_that_the_runtime_does_not_take_is_one_line(installed, tmp_path):
     config = load_config(DIGITS, SETTINGS | {"cost": COST | {"device": "cuda"}})
-    with pytest.raises(SettingsError, match="^device: the counting runtime has no cuda$"):
+    with pytest.raises(SettingsError, match="^cost: device: the counting runtime has no cuda$"):
         Job(config, tmp_path)
 
 
