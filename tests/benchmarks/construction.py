@@ -1,10 +1,12 @@
-"""How long the supernet's candidates take to make, and how good they are, against `tensorly.decomposition.partial_tucker` for every rank.
+"""Compare ways to make the supernet's candidates: their time and their error.
 
     python tests/benchmarks/construction.py resnet18
     python tests/benchmarks/construction.py resnet20 --weights resnet20.pt --data-root cifar10
 
-All 3x3 convolutions with default candidates. Every measurement is appended to ``--out`` as a line of JSON as soon as it is made, and one
-that is there already is not made again, so that an interrupted run goes on. The rounds alternate between the methods.
+The reference is `tensorly.decomposition.partial_tucker`, run once for every rank. All 3x3
+convolutions are decomposed, at their default candidates. Each measurement is appended to ``--out``
+as a line of JSON as soon as it is made and is never repeated, so an interrupted run can be
+continued. The rounds alternate between the methods.
 """
 
 import argparse
@@ -37,7 +39,10 @@ LABELS = {
 
 
 class Bench:
-    """The network, its 3x3 layers with their ranks, the images to decompose for, and other images."""
+    """Hold the network, its 3x3 layers with their ranks, and two sets of images.
+
+    ``images`` are those to decompose for; ``others`` are held out to measure output errors.
+    """
 
     def __init__(self, options):
         self.options = options
@@ -78,7 +83,7 @@ class Bench:
             self.shapes.setdefault(f"{weight.shape[0]}x{weight.shape[1]}", []).append(name)
 
     def build(self, method, names):
-        """Factors of the named layers at all their ranks; the covariance pass is part of it."""
+        """Decompose the named layers at all their ranks, including the pass for covariances."""
         covariances = (
             patch_covariances(self.model, {n: self.specs[n] for n in names}, self.images)
             if method == "data"
@@ -89,7 +94,7 @@ class Bench:
         }
 
     def errors(self, found, covariances):
-        """Layer, rank, relative weight error and relative output error on the given covariances."""
+        """Yield layer, rank, relative weight error, and relative output error by covariances."""
         for name, factors in found.items():
             for (rank, _), factor in zip(self.ranks[name], factors, strict=True):
                 kernel = reconstruct(factor)
@@ -102,7 +107,7 @@ class Bench:
 
 
 class Records:
-    """Measurements by key, kept in a file of JSON lines."""
+    """Keep measurements by key in a file of JSON lines."""
 
     def __init__(self, path):
         self.path = Path(path) if path else None
@@ -110,7 +115,7 @@ class Records:
         self.found = {tuple(r["key"]): r for r in map(json.loads, lines)}
 
     def measure(self, key, function):
-        """The record under ``key``; if there is none, that of ``function()``, which returns what to keep."""
+        """Return the record under ``key``, or call ``function()`` and keep what it returns."""
         if key not in self.found:
             self.found[key] = {
                 "key": key,
@@ -131,7 +136,10 @@ def timed(function):
 
 
 def peak_memory(options, method):
-    """Peak resident MiB of a fresh process that builds by ``method``; of ``hooi`` on ResNet-18, one layer of each shape at its top rank."""
+    """Measure the peak resident MiB of a fresh process that builds by ``method``.
+
+    ``hooi`` on ResNet-18 builds only one layer of each shape, at its top rank.
+    """
     command = [sys.executable, __file__, *sys.argv[1:], "--peak", method]
     return {
         "mib": float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -145,9 +153,8 @@ def run_peak(bench, method):
         bench.ranks = {name: bench.ranks[name][:1] for name in names}
     if method != "nothing":
         bench.build(method, names)
-    status = Path(
-        "/proc/self/status"
-    ).read_text()  # getrusage would count the parent process before exec
+    # getrusage would count the parent process before exec
+    status = Path("/proc/self/status").read_text()
     print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
 
 
@@ -168,11 +175,10 @@ def run(options, console):
         covariances = {n: c.double() for n, c in held_out.items()}
         return {"seconds": seconds, "errors": list(bench.errors(found, covariances))}
 
+    smallest = min(bench.shapes, key=lambda s: int(s.split("x")[0]))
     for method in (*OURS, "hooi"):
         if method != "hooi" or not big:
-            bench.build(
-                method, bench.shapes[min(bench.shapes, key=lambda s: int(s.split("x")[0]))][:1]
-            )  # libraries load on first use
+            bench.build(method, bench.shapes[smallest][:1])  # libraries load on first use
     parts = list(bench.shapes) if big else ["all"]
     rounds = max(options.rounds, 1)
     for number in range(max(rounds, len(parts))):
@@ -222,12 +228,21 @@ def show(bench, records, base, rounds, console):
     reference = {(name, rank): (w, o) for name, rank, w, o in tensorly}
     idle = records.found[(*base, "nothing", "peak")]["mib"]
     total = statistics.median(tensorly_times)
+    title = (
+        f"{base[0]}: {len(bench.specs)} layers, {sum(map(len, bench.ranks.values()))} candidates, "
+        f"{base[2]} thread(s), {base[1]} images, {rounds} rounds"
+    )
+    if big:
+        title += "; tensorly timed once for each shape of layer, times the layers that have it"
     table = Table(
-        "method", "seconds", "times as fast as tensorly", "weight error, mean", "worst against tensorly's", "peak MiB added",
-        title=f"{base[0]}: {len(bench.specs)} layers, {sum(map(len, bench.ranks.values()))} candidates, {base[2]} thread(s), "
-        f"{base[1]} images, {rounds} rounds"
-        + ("; tensorly timed once for each shape of layer, times the layers that have it" if big else ""),
-    )  # fmt: skip
+        "method",
+        "seconds",
+        "times as fast as tensorly",
+        "weight error, mean",
+        "worst against tensorly's",
+        "peak MiB added",
+        title=title,
+    )
     outputs = Table(
         "rank, share of channels",
         "method",
@@ -275,13 +290,14 @@ def main():
     )
     parser.add_argument(
         "--val-list",
-        help="file that lists the validation images, the held-out ones; default: a tenth of the training images",
+        help="file that lists the validation images, which are held out; "
+        "default: a tenth of the training images",
     )
     parser.add_argument(
         "--images", type=int, help="images to decompose for; default: 64 (resnet18), 512 (resnet20)"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", help="file for the measurements; those in it are not made again")
+    parser.add_argument("--out", help="file for the measurements; those in it are not repeated")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.model == "resnet20" and not (options.weights and options.data_root):

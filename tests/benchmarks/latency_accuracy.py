@@ -2,11 +2,11 @@
 
     python tests/benchmarks/latency_accuracy.py RUN.yml TABLE.json --set ...
 
-Four plans of one trained network are decomposed for the data and fine-tuned alike: at the budget's
-fraction of the MACs uniform ranks, the search's, and those of the lowest latency that a cost table
-knows (`haloc measure`); and the search's within the latency that the last one has by that table,
-MACs not limited. Their accuracy is of the settings' ``data.score``. What is in the raw file already
-is not repeated; at the end all are timed in alternation.
+Four plans of one trained network are decomposed for the data and fine-tuned alike. Three are at the
+budget's fraction of the MACs: uniform ranks, the search's ranks, and those of the lowest latency by
+a cost table (`haloc measure`). The fourth is the search's within the latency that the third has by
+that table, with no limit on MACs. Accuracy is measured as the settings' ``data.score`` says. Rows
+that are in the raw file already are not repeated; ``--report`` times all of them in alternation.
 """
 
 import json

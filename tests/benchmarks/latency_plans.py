@@ -1,10 +1,14 @@
-"""Uniform ranks against the fastest that a cost table knows, ResNet-18 at 588 M MACs: python tests/benchmarks/latency_plans.py
+"""Compare uniform ranks with the fastest ones by a cost table, ResNet-18 at 588 M MACs.
 
-In each setting, batch 1 and 8, default and channels-last, one thread: a table is measured (it goes on where it stopped), and the plan
-of the lowest latency within 2 % of those MACs is taken from it, with and without dense layers. Then the original and the three
-networks are timed in alternation: as they are; with the normalisation folded into the convolutions, as for deployment; and, in the
-default format, with weights in channels-last, without and with the folding. Best on an idle machine. Untrained weights: this says
-nothing of accuracy.
+    python tests/benchmarks/latency_plans.py
+
+The settings are batch 1 and 8, each in the default and the channels-last format, on one thread. In
+each setting a table is measured (an interrupted one is continued), and the plans of the lowest
+latency within 2 % of those MACs are taken from it, with and without dense layers. Then the original
+and the three networks are timed in alternation: as they are; with the normalisation folded into the
+convolutions, as for deployment; and, in the default format, with channels-last weights, without and
+with the folding. Best run on an idle machine. The weights are untrained, so this says nothing about
+accuracy.
 """
 
 import json
@@ -123,7 +127,10 @@ def ranks(choice: dict[str, str]) -> RankPlan:
 
 
 def uniform(model: nn.Module, example: torch.Tensor, allowed: AllowedRanks) -> RankPlan:
-    """One fraction of the channels in every layer, r1 of the output's and r2 of the input's, that comes nearest to the MACs."""
+    """Keep one fraction of the channels in every layer, the one that comes nearest to the MACs.
+
+    r1 is that fraction of the output channels, r2 of the input channels.
+    """
     specs = find_layers(model, example, allowed).specs
     candidates = [
         RankPlan(
@@ -157,13 +164,11 @@ def table(lines: list[dict[str, Any]]) -> str:
             for name in NETWORKS:
                 low, middle, high = quantiles(times[name])
                 cells.append(f"{middle:.1f} ({low:.1f} to {high:.1f})")
-            cells += [
-                f"{median(a / b for a, b in zip(times['original'], times[name], strict=True)):.2f} x"
-                for name in NETWORKS[1:]
-            ]
-            cells.append(
-                f"{100 * median(1 - a / b for a, b in zip(times['fastest'], times['uniform'], strict=True)):.0f} %"
-            )
+            for name in NETWORKS[1:]:
+                pairs = zip(times["original"], times[name], strict=True)
+                cells.append(f"{median(a / b for a, b in pairs):.2f} x")
+            pairs = zip(times["fastest"], times["uniform"], strict=True)
+            cells.append(f"{100 * median(1 - a / b for a, b in pairs):.0f} %")
             result.append("| " + " | ".join(cells) + " |")
     return "\n".join(result)
 

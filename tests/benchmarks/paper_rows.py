@@ -1,8 +1,11 @@
-"""Whether the rank space has a network for each of the paper's rows (Tables 1 and 2): python tests/benchmarks/paper_rows.py
+"""Check that the rank space has a network for each of the paper's rows (Tables 1 and 2).
 
-A knapsack on multiply-accumulates (the paper's count) and parameters together: a plan that cuts both by at least what the row says, if
-there is one; of the spaces below the first that has one, from the default to every rank of every layer. No accuracy: whether such a plan
-is good is another question.
+    python tests/benchmarks/paper_rows.py
+
+A knapsack limits multiply-accumulates (the paper's count) and parameters together: it looks for a
+plan that cuts both by at least what the row says. The spaces are tried from the default to every
+rank of every layer, and the first that has such a plan is printed. Accuracy is not measured:
+whether the plan is good is another question.
 """
 
 import math
@@ -20,7 +23,9 @@ from nni_haloc.space.names import parse_rank
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.utils.errors import InfeasibleBudget
 
-ROWS = {  # network: image size, the kinds that carry its weights, and the rows: less MACs, less parameters, in percent
+# By network: image size, the kinds of layers that carry its weights, and the paper's rows, each the
+# reduction of MACs and of parameters in percent.
+ROWS = {
     "resnet20": (32, ("conv",), [(72.20, 76.10)]),
     "vgg16": (32, ("conv",), [(86.44, 98.56)]),
     "torchvision:resnet18": (224, ("conv", "pointwise"), [(66.16, 63.64), (63.81, 71.31)]),
@@ -29,15 +34,15 @@ ROWS = {  # network: image size, the kinds that carry its weights, and the rows:
 
 
 def spaces(kinds):
-    """From the default to the largest."""
+    """Yield rank spaces with their names, from the default to the largest."""
     for more in ((), ("linear",)):
         for step in (None, 8, 2, 1):
             name = f"step {step or 'by layer'}{', the classifier too' if more else ''}"
             yield name, AllowedRanks(step=step, kinds=kinds + more)
 
 
-def found(model, x, allowed, fewer_macs, fewer_params):
-    """A plan within both limits, with much left in every layer; None where there is none."""
+def find_plan(model, x, allowed, fewer_macs, fewer_params):
+    """Choose ranks within both limits that leave much in every layer; None if there are none."""
     macs, params = mac_table(model, x, allowed), param_table(model, x, allowed)
     paper = count_paper_macs(model, x)
     limits = [
@@ -58,7 +63,8 @@ def found(model, x, allowed, fewer_macs, fewer_params):
 
 def main() -> None:
     print(
-        "| network | row: MACs, parameters, % less | first rank space that has it | found, % less | ranks |"
+        "| network | row: MACs, parameters, % less | first rank space that has it "
+        "| found, % less | ranks |"
     )
     print("| --- " * 5 + "|")
     for name, (size, kinds, rows) in ROWS.items():
@@ -66,7 +72,8 @@ def main() -> None:
         before = count_paper_macs(model, x), count_params(model)
         for row in rows:
             options = (
-                (space, allowed, found(model, x, allowed, *row)) for space, allowed in spaces(kinds)
+                (space, allowed, find_plan(model, x, allowed, *row))
+                for space, allowed in spaces(kinds)
             )
             space, allowed, choice = next(
                 (option for option in options if option[2] is not None), ("", AllowedRanks(), None)
@@ -90,7 +97,8 @@ def main() -> None:
             ]
             shown = " ".join(candidate.removeprefix("r") for candidate in choice.values())
             print(
-                f"| {name} | {row[0]}, {row[1]} | {space} | {less[0]:.2f}, {less[1]:.2f} | {shown} |",
+                f"| {name} | {row[0]}, {row[1]} | {space} "
+                f"| {less[0]:.2f}, {less[1]:.2f} | {shown} |",
                 flush=True,
             )
 

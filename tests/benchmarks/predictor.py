@@ -1,7 +1,11 @@
-"""Predicted against measured latency of whole networks: python tests/benchmarks/predictor.py resnet18 --work FOLDER, on an idle machine
+"""Compare the predicted latency of whole networks with the measured one, on an idle machine.
 
-Thirty random plans over 15 to 100 % of the MACs and twenty at 40 %, timed in alternation; and what each predictor says of them. Tables and
-networks are measured by turns, round by round. Goes on with the round in which it stopped. ``--report``: the tables of all raw results.
+    python tests/benchmarks/predictor.py resnet18 --work FOLDER
+
+Thirty random plans over 15 to 100 % of the MACs and twenty at 40 % are timed in alternation, and
+each predictor predicts them. Cost tables and networks are measured in turns, round by round; a run
+that was interrupted continues with the round in which it stopped. ``--report`` prints the tables of
+all raw results.
 """
 
 import json
@@ -48,7 +52,7 @@ SPREAD, EQUAL = "15 to 100 % of the MACs", "40 % of the MACs"
 
 
 def plans(costs: CostTable, seed: int = 0) -> dict[str, list[dict[str, str]]]:
-    """The two sets: what the knapsack makes of random scores within each budget, using at least 98 % of it."""
+    """Draw both sets of plans by a knapsack of random scores that uses 98 % or more of a budget."""
     generator = random.Random(seed)
 
     def within(fraction: float) -> dict[str, str]:
@@ -113,9 +117,8 @@ def main(
     done["starts"] += len(done["rounds"]) < rounds
     with runtime.pinned():
         ready = {key: runtime.ready(net, shape) for key, net in nets.items()}
-        while (
-            len(done["rounds"]) < rounds
-        ):  # tables and networks by turns, so that a slower hour falls on both
+        # Tables and networks take turns, so that an hour in which the machine is slow affects both.
+        while len(done["rounds"]) < rounds:
             for where, file in files.items():
                 started = time.perf_counter()
                 measure(
@@ -126,9 +129,8 @@ def main(
                     progress("measured"),
                 )
                 done["seconds"][where] += time.perf_counter() - started
-            done["rounds"].append(
-                [time_together(ready, runtime, 0) for _ in range(2)]
-            )  # five passes each
+            # five passes each
+            done["rounds"].append([time_together(ready, runtime, 0) for _ in range(2)])
             write_json(kept, done)
     times = [found for pair in done["rounds"] for found in pair]
     measured = {key: 1e3 * median(found[key] for found in times) for key in nets}
@@ -177,7 +179,10 @@ def main(
 
 
 def errors(rows: list[dict[str, float]], predictor: str) -> tuple[float, float]:
-    """Mean absolute percentage error and Spearman's correlation; MACs are first scaled by least squares in the logarithm."""
+    """Return a predictor's mean absolute percentage error and Spearman's correlation.
+
+    MACs are scaled to milliseconds first, by least squares in the logarithm.
+    """
     measured, predicted = (np.array([row[key] for row in rows]) for key in ("measured", predictor))
     if predictor == "MACs":
         predicted = predicted * np.exp(np.mean(np.log(measured / predicted)))
@@ -193,7 +198,10 @@ def _table(lines: list[dict[str, Any]]) -> str:
     ]
     for line in lines:
         identity = line["identity"]
-        name = f"{line['network']}, batch {identity['input'][0]}, {identity['memory_format']}, {identity['threads']} thread(s)"
+        name = (
+            f"{line['network']}, batch {identity['input'][0]}, {identity['memory_format']}, "
+            f"{identity['threads']} thread(s)"
+        )
         for kind, rows in line["sets"].items():
             for predictor in [key for key in rows[0] if key != "measured"]:
                 error, rank = errors(rows, predictor)
@@ -206,7 +214,8 @@ def _table(lines: list[dict[str, Any]]) -> str:
             else ""
         )
         result.append(
-            f"\n{line['network']}: {line['entries']} entries{took}. The {facts['held out']} entries that were not measured are predicted"
+            f"\n{line['network']}: {line['entries']} entries{took}. The {facts['held out']} entries"
+            " that were not measured are predicted"
             f" within {100 * facts['median error']:.1f} % (median;"
             f" {100 * facts['said']:.1f} % by cross-validation on the measured ones)."
         )

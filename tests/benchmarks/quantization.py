@@ -2,9 +2,9 @@
 
     python tests/benchmarks/quantization.py FOLDER [--batch 1 --batch 128] [--threads 1]
 
-FOLDER is a finished run's. For each way: top-1 on validation images, the file's size, and a pass in
-ONNX Runtime, all ways timed in alternation (the median of five medians, and the least of them).
-Test images are not looked at.
+FOLDER is a finished run's. Each way gets its top-1 on validation images, the file's size, and the
+time of a pass in ONNX Runtime, all ways timed in alternation (the median of five medians, and the
+least of them). Test images are not looked at.
 """
 
 import argparse

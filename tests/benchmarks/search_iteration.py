@@ -1,9 +1,11 @@
-"""How long one search iteration takes, beside an ordinary training step of the uncompressed network and stock NNI Proxyless.
+"""Time a search iteration beside a training step of the original and stock NNI Proxyless.
 
-Each contender runs in its own Lightning trainer in a thread of its own; they take turns at every batch, so that a disturbance of the
-machine falls on all of them and their ratios hold. Images are random: only time is measured here.
+    python tests/benchmarks/search_iteration.py --network resnet20 --batch 128 \\
+        --candidates 2 --candidates 4 --candidates 8 --out raw.jsonl
 
-    python tests/benchmarks/search_iteration.py --network resnet20 --batch 128 --candidates 2 --candidates 4 --candidates 8 --out raw.jsonl
+Each contender runs in its own Lightning trainer, in a thread of its own. They take turns at every
+batch, so that a disturbance of the machine affects all of them alike and their ratios hold. The
+images are random: only time is measured here.
 """
 
 from __future__ import annotations
@@ -53,7 +55,10 @@ SIZES = {"resnet20": (32, 10), "torchvision:resnet18": (224, 1000)}
 
 @dataclass(frozen=True)
 class Spread(AllowedRanks):
-    """``number`` candidates in every layer that has room for them: dense, and ranks spread evenly over those that save anything."""
+    """Allow ``number`` candidates in every layer that has room for them.
+
+    They are dense, and ranks spread evenly over those that save anything.
+    """
 
     number: int = 8
 
@@ -76,7 +81,7 @@ class Spread(AllowedRanks):
 
 
 class Clock(pl.Callback):
-    """Seconds from a batch's start to its end; between batches the next contender's trainer runs one."""
+    """Time each batch from its start to its end, and let the next contender run one in between."""
 
     def __init__(self) -> None:
         self.ready, self.turn, self.seconds = threading.Event(), threading.Semaphore(0), []
@@ -95,7 +100,11 @@ class Clock(pl.Callback):
 def race(
     jobs: dict[str, Callable[[Clock], object]], names: list[str], last: int
 ) -> dict[str, list[float]]:
-    """Run jobs that train with a `Clock`, a batch of each in turn; seconds of the ``last`` batches."""
+    """Run jobs that train with a `Clock`, a batch of each in turn.
+
+    Returns:
+        By job, the seconds of its ``last`` batches.
+    """
 
     def guarded(name: str) -> None:
         try:
@@ -146,7 +155,8 @@ def main(
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     table = Table(
-        title=f"{network}, batch {batch}, {threads} threads, {precision}, {memory_format}, {budget:g} of the MACs"
+        title=f"{network}, batch {batch}, {threads} threads, {precision}, {memory_format}, "
+        f"{budget:g} of the MACs"
     )
     columns = [
         "candidates",
@@ -172,9 +182,15 @@ def main(
         )
         peaks = {name: _peak(name, setting, threads) for name in times} if memory else {}
         record = {
-            **vars(setting), "threads": threads, "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d"), "seconds": times, "peak_mib": peaks, "bound": setting.bound(),
-        }  # fmt: skip
+            **vars(setting),
+            "threads": threads,
+            "machine": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+            "seconds": times,
+            "peak_mib": peaks,
+            "bound": setting.bound(),
+        }
         if out:
             with out.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -184,7 +200,7 @@ def main(
 
 @dataclass
 class Setting:
-    """What is trained: a network, its space, batches of random images."""
+    """Describe what is trained: a network, its rank space, batches of random images."""
 
     network: str
     batch: int
@@ -220,9 +236,8 @@ class Setting:
         def evaluator(clock: pl.Callback):
             return Classification(loader(), loader(), recipe, callbacks=[clock], **options)
 
-        strategy = Haloc(
-            space.costs, self.budget, alpha_every=1, approach_share=1.0
-        )  # the dearest iteration
+        # the most expensive kind of iteration, every time
+        strategy = Haloc(space.costs, self.budget, alpha_every=1, approach_share=1.0)
         return {
             "ordinary": lambda clock: finetune(
                 copy.deepcopy(model), loader(), recipe, callbacks=[clock], **options
@@ -234,7 +249,10 @@ class Setting:
         }
 
     def bound(self) -> float:
-        """Search iteration over ordinary step by counted work alone, for uniformly sampled candidates."""
+        """Return the work of a search iteration over that of an ordinary step.
+
+        Only work is counted, and candidates are sampled uniformly.
+        """
         size, _ = SIZES[self.network]
         model = build_model(self.network)
         allowed = Spread(number=self.candidates)
@@ -265,7 +283,7 @@ class Setting:
 
 
 class Free(pl.Callback):
-    """A contender that runs alone waits for nobody."""
+    """Stand in for a `Clock`: a contender that runs alone waits for nobody."""
 
 
 def _peak(name: str, setting: Setting, threads: int) -> float:
@@ -285,7 +303,7 @@ def _peak(name: str, setting: Setting, threads: int) -> float:
 
 
 def _status(key: str) -> float:
-    """Of this process, in MiB; getrusage would count the parent's memory before exec."""
+    """Return a figure of this process in MiB; getrusage would count the parent before exec."""
     return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/settling.py RUN.yml [--seeds N] [--fractions F ...] [KEY=VALUE ...]
 
-For each: the expected cost in units of the budget (largest distance from 1 in the second half of
-the search; the iteration from which on it stays within 2 %), the share of the budget that the plan
-uses, and the plan's top-1 on validation images, with the searched weights after BatchNorm
-recalibration and no fine-tuning. Means over the seeds; the use is the least. Test images are not
-looked at.
+Each way gets a row: the expected cost in units of the budget (its largest distance from 1 in the
+second half of the search; the iteration from which on it stays within 2 %), the share of the budget
+that the plan uses, and the plan's top-1 on validation images, with the searched weights after
+BatchNorm recalibration and no fine-tuning. Over the seeds, top-1 is the mean with its range, the
+use the least, the other figures the largest. Test images are not looked at.
 """
 
 import argparse
@@ -29,14 +29,17 @@ from nni_haloc.training.finetuning import accuracy, recalibrate
 
 
 class AtOnce(SearchState):
-    """The expected cost is the budget from the first step on."""
+    """Hold the expected cost at the budget from the first step on."""
 
     def settle(self, progress=1.0):
         super().settle()
 
 
 class Penalty(SearchState):
-    """Adds ``2 |E / budget - 1|`` to the cross-entropy; plans are scored by the mean gate gradients, alpha holding the price too."""
+    """Add ``2 |E / budget - 1|`` to the cross-entropy.
+
+    Alpha then holds the price too, so plans are scored by the mean gradients of the gates.
+    """
 
     def probability_loss(self, ce):
         return ce + 2 * (self.expected_cost() / self.limits[0].budget - 1).abs()
@@ -52,7 +55,10 @@ class Penalty(SearchState):
 
 
 class Multiplier(Penalty):
-    """Augmented Lagrangian: adds ``m (E / budget - 1) + 5 (E / budget - 1)^2`` and moves ``m`` by 0.05 times the excess."""
+    """Add an augmented Lagrangian, ``m (E / budget - 1) + 5 (E / budget - 1)^2``, to the loss.
+
+    ``m`` moves by 0.05 times the excess, ``E / budget - 1``, in every step.
+    """
 
     multiplier = 0.0
 
@@ -131,17 +137,15 @@ if __name__ == "__main__":
     parser.add_argument("--batches", type=int, help="iterations an epoch, where not all")
     ARGS = parser.parse_args()
     warnings.filterwarnings("ignore")
-    changes = {
-        "search.start": "uniform",
-        "search.alpha_every": 1,
-        "search.approach_share": 1.0,
-    }  # from far away from the budget
+    # start far away from the budget
+    changes = {"search.start": "uniform", "search.alpha_every": 1, "search.approach_share": 1.0}
     changes |= {
         key: parse_yaml(value)
         for key, _, value in (change.partition("=") for change in ARGS.changes)
     }
     print(
-        "| budget | way | from 2 % on | furthest, 2nd half | least use | top-1 | seeds |\n| --- | --- | --- | --- | --- | --- | --- |"
+        "| budget | way | from 2 % on | furthest, 2nd half | least use | top-1 | seeds |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |"
     )
     for fraction in ARGS.fractions:
         for mode in ARGS.modes:
@@ -153,7 +157,9 @@ if __name__ == "__main__":
                 found.append(measure(mode, config))
             top1 = [100 * f["top1"] for f in found]
             print(
-                f"| {fraction} | {mode} | {max(f['within'] for f in found)} | {100 * max(f['away'] for f in found):.2f} % "
-                f"| {100 * min(f['use'] for f in found):.1f} % | {mean(top1):.2f} % ({min(top1):.2f} to {max(top1):.2f}) | {len(found)} |",
+                f"| {fraction} | {mode} | {max(f['within'] for f in found)} "
+                f"| {100 * max(f['away'] for f in found):.2f} % "
+                f"| {100 * min(f['use'] for f in found):.1f} % "
+                f"| {mean(top1):.2f} % ({min(top1):.2f} to {max(top1):.2f}) | {len(found)} |",
                 flush=True,
             )

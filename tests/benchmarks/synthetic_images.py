@@ -1,6 +1,9 @@
-"""A folder of class folders of random images, for a try of ImageNet's recipes: python tests/benchmarks/synthetic_images.py OUT
+"""Write class folders of random images, to try ImageNet's recipes.
 
-Each class has a colour and a grating of its own, with noise: something to learn, in the layout `root/train/CLASS`, `root/val/CLASS`.
+    python tests/benchmarks/synthetic_images.py OUT
+
+Each class has a colour and a grating of its own, with noise, so that there is something to learn.
+The layout is `root/train/CLASS`, `root/val/CLASS`.
 """
 
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""Compare what plans made for different costs cost in each of them.
+"""Compare plans that were made for different metrics by their cost in every metric.
 
     python tests/benchmarks/two_costs.py FOLDER FOLDER ...
 
-The folders are of finished runs or searches of one network, each with a metric of its own. Each
-plan is looked up in every run's cost table.
+The folders hold finished runs or searches of one network, each with a metric of its own. Each plan
+is looked up in every run's cost table.
 """
 
 from pathlib import Path

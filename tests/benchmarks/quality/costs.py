@@ -1,6 +1,9 @@
-"""The latency table that every row shares, on an otherwise idle machine: python tests/benchmarks/quality/costs.py
+"""Measure the latency table that all rows share, on an otherwise idle machine.
 
-Where a process puts its tensors can slow an entry down by half for as long as it lives: each entry is the median of several processes.
+    python tests/benchmarks/quality/costs.py
+
+Where a process puts its tensors can slow an entry down by half for as long as the process lives, so
+each entry is the median of several processes.
 """
 
 from multiprocessing import get_context
@@ -43,7 +46,8 @@ def main(processes: Annotated[int, typer.Option(help="one after another")] = 5) 
         for b in row
     )
     print(
-        f"original {table.original:.1f} ms; largest over smallest of an entry: median {median(spread):.2f}, most {spread[-1]:.2f}"
+        f"original {table.original:.1f} ms; largest over smallest of an entry: "
+        f"median {median(spread):.2f}, most {spread[-1]:.2f}"
     )
 
 

@@ -1,6 +1,9 @@
-"""What the studied networks really take, on an otherwise idle machine: python tests/benchmarks/quality/latency.py
+"""Measure the real latency of the studied networks, on an otherwise idle machine.
 
-Every distinct plan of the study's rows beside the original, in alternation: batch 128, channels-last, one thread. No weights are needed.
+    python tests/benchmarks/quality/latency.py
+
+Every distinct plan of the study's rows and the original are timed in alternation: batch 128,
+channels-last, one thread. No weights are needed.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Tables and plots of a study's rows: python tests/benchmarks/quality/report.py docs/raw/quality.jsonl --plots docs/images"""
+"""Make tables and plots of a study's rows.
+
+python tests/benchmarks/quality/report.py docs/raw/quality.jsonl --plots docs/images
+"""
 
 import itertools
 import json
@@ -17,12 +20,15 @@ from nni_haloc.inputs.models import build_model
 from nni_haloc.space.names import DENSE, parse_rank
 
 BLIND = {"uniform", "energy", "vbmf"}
-"""Rules whose ranks follow one number for all layers: they keep the budget, but do not see what each candidate costs."""
+"""Rules that derive all ranks from one number.
+
+They keep the budget, but do not see what each candidate costs.
+"""
 NAMES = {"macs": "MACs", "latency_ms": "latency", "params": "parameters"}
 TIED = 0.7
 """Half-width, in points, below which an interval that contains 0 means a tie."""
 HOW = ("hosvd", "auto")
-"""``rank_space.decomposition``: by the weights alone, and the default, by the data."""
+"""Values of ``rank_space.decomposition``: by the weights alone, and the default, by the data."""
 
 COLUMNS = (
     *(
@@ -40,7 +46,7 @@ Lines = list[dict[str, Any]]
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval (Student's t)."""
+    """Return the mean and the half-width of its 95 % interval (Student's t)."""
     n = len(differences)
     return mean(differences), float(
         stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / n**0.5
@@ -56,12 +62,15 @@ def verdict(centre: float, half: float) -> str:
 def by_method(
     lines: Lines, metric: str, fraction: float, kind: str
 ) -> dict[str, dict[int, dict[str, Any]]]:
-    """Method to seed to line. A method whose choice of ranks costs no epoch has one line for both kinds of equality; any other has none at
-    equal compute unless it was made for that, and neither have ranks that another row has paid for."""
+    """Map each method to its lines by seed.
+
+    A method whose choice of ranks costs no epoch has one line for both kinds of equality. Any other
+    appears at equal compute only with a line made for that, and ranks that another row has paid for
+    do not appear there at all.
+    """
     rows: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for line in sorted(
-        lines, key=lambda line: line["table"] == kind
-    ):  # that of the kind last, so that it stands
+    # The line of this kind comes last, so that it replaces the other.
+    for line in sorted(lines, key=lambda line: line["table"] == kind):
         cell = (line["metric"], line["fraction"], line["decomposition"]) == (
             metric,
             fraction,
@@ -80,7 +89,7 @@ def by_method(
 
 
 def table(lines: Lines, ms: dict[str, float], metric: str, fraction: float, kind: str) -> str:
-    """One budget and kind of equality: each method with haloc's lead over it, paired by seed."""
+    """Show each method with haloc's lead over it, paired by seed, at one budget and equality."""
     rows = by_method(lines, metric, fraction, kind)
     ours = rows.get("haloc", {})
     result = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
@@ -122,12 +131,15 @@ def table(lines: Lines, ms: dict[str, float], metric: str, fraction: float, kind
 
 
 def _place(method: str) -> tuple[int, str]:
-    """The main methods first, in their order."""
+    """Return the key that sorts the main methods first, in their order."""
     return (MAIN.index(method) if method in MAIN else len(MAIN), method)
 
 
 def decompositions(lines: Lines) -> str:
-    """Same ranks, factors by the weights alone and by the data: validation top-1 before fine-tuning, and the score after it."""
+    """Compare factors by the weights alone with factors by the data, at the same ranks.
+
+    Shows the validation top-1 before fine-tuning, and the score after it.
+    """
     rows: dict[tuple[str, float, int], dict[str, dict[str, Any]]] = defaultdict(dict)
     for line in lines:
         if (
@@ -154,7 +166,7 @@ def _percent(found: dict[int, dict[str, Any]], key: str, digits: int = 1) -> str
 
 
 def _lead(paired: list[float]) -> list[str]:
-    """The mean difference; with its interval and a verdict from three seeds on."""
+    """Return the mean difference, with its interval and a verdict from three seeds on."""
     if len(paired) < 3:
         return [f"{mean(paired):+.2f}" if paired else "", ""]
     centre, half = interval(paired)
@@ -162,7 +174,7 @@ def _lead(paired: list[float]) -> list[str]:
 
 
 def plot_accuracy(lines: Lines, path: Path) -> None:
-    """Accuracy over the share of the MACs that the networks have: mean over the seeds, with their range."""
+    """Plot accuracy over the networks' share of the MACs: the seeds' means with their range."""
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.add_subplot(
         xlabel="MACs, % of the original's", ylabel=f"top-1, % ({lines[0]['score']})"
@@ -181,9 +193,8 @@ def plot_accuracy(lines: Lines, path: Path) -> None:
             ):
                 points[line["fraction"]].append(line)
         rows = [points[fraction] for fraction in sorted(points)]
-        x = [
-            100 * mean(line["macs_fraction"] for line in row) + 0.1 * i for row in rows
-        ]  # apart, that none hides another
+        # shifted a little, so that no point hides another
+        x = [100 * mean(line["macs_fraction"] for line in row) + 0.1 * i for row in rows]
         y = [100 * mean(line["top1"] for line in row) for row in rows]
         spread = [
             [
@@ -206,7 +217,7 @@ def plot_accuracy(lines: Lines, path: Path) -> None:
 
 
 def plot_ranks(lines: Lines, metric: str, fraction: float, path: Path) -> None:
-    """Which share of its full rank each layer keeps, one row a method (seed 0)."""
+    """Plot the share of its full rank that each layer keeps, a row per method (seed 0)."""
     chosen = {
         line["method"]: line["ranks"]
         for line in sorted(lines, key=lambda line: _place(line["method"]))
@@ -252,7 +263,7 @@ def plot_ranks(lines: Lines, metric: str, fraction: float, path: Path) -> None:
 
 
 def _own(line: dict[str, Any]) -> bool:
-    """Whether it is a method's row as it is, not one that shows a part of it."""
+    """Tell a method's own row from one that shows only a part of the method."""
     return line["decomposition"] == "auto" and not line.get("afresh")
 
 
@@ -270,7 +281,8 @@ def main(
         reverse=True,
     )
     tables = [
-        f"\n**{100 * fraction:g} % of the {NAMES[metric]}, {kind}**\n\n{table(lines, ms, metric, fraction, kind)}\n"
+        f"\n**{100 * fraction:g} % of the {NAMES[metric]}, {kind}**\n\n"
+        f"{table(lines, ms, metric, fraction, kind)}\n"
         for metric, fraction in cells
         for kind in (
             (EQUAL_TUNING, EQUAL_COMPUTE) if (metric, fraction) in BUDGETS else (EQUAL_TUNING,)
@@ -278,7 +290,8 @@ def main(
     ]
     if any(line["decomposition"] == HOW[0] for line in lines):
         tables.append(
-            f"\n**Decomposition by the weights alone, and by the data**\n\n{decompositions(lines)}\n"
+            "\n**Decomposition by the weights alone, and by the data**\n\n"
+            f"{decompositions(lines)}\n"
         )
     if into is None:
         print("".join(tables))

@@ -37,14 +37,14 @@ from nni_haloc.utils.log import log_to, logger
 
 HERE = Path(__file__).parent
 RUNTIME = TorchRuntime(memory_format="channels_last", threads=1)
-"""What the latency of the study is measured with."""
+"""The runtime that measures the study's latencies."""
 METHODS: dict[str, dict[str, Any]] = {  # settings of each; any other name is a rule's
     "haloc": {},
     "paper": {"preset": "paper", "search.epochs": 3},  # from uniform probabilities one is too few
 }
 MAIN = ["haloc", "uniform", "energy", "alds", "sensitivity-knapsack"]
 BUDGETS = (("macs", 0.28), ("latency_ms", 0.7))
-"""The main ones: at these the main methods are compared at equal compute, too."""
+"""The main budgets, at which the main methods are also compared at equal compute."""
 EQUAL_TUNING, EQUAL_COMPUTE = "equal fine-tuning", "equal compute"
 
 
@@ -58,8 +58,8 @@ class Row:
         fraction: the budget, of the original's cost.
         seed: the run's seed.
         decomposition: how candidates are made, as ``rank_space.decomposition``.
-        afresh: whether the ranks are those of the row without it, by the default decomposition,
-            and the weights decomposed again, whatever a search has made of them.
+        afresh: take the ranks of the row without this flag, made by the default decomposition, and
+            decompose the original weights again instead of keeping a search's weights.
     """
 
     method: str
@@ -189,9 +189,9 @@ def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) 
 
 
 def _epochs_left(line: dict[str, Any]) -> int | None:
-    """Return the epochs of fine-tuning that the choice of ranks leaves of a row's.
+    """Return how many of a row's epochs of fine-tuning remain after the choice of ranks.
 
-    None where it costs none, or all, or is not compared.
+    None if the choice costs no epoch or all of them, or if the row is not compared.
     """
     compared = (
         line["method"] in MAIN
@@ -203,7 +203,7 @@ def _epochs_left(line: dict[str, Any]) -> int | None:
 
 
 def epochs_of_choice(line: dict[str, Any]) -> int:
-    """Epochs of fine-tuning that the choice of ranks took the time of, to the nearest."""
+    """Return the time of the choice of ranks in epochs of fine-tuning, to the nearest."""
     return round(line["choose_s"] / (line["finetune_s"] / line["epochs"]))
 
 
@@ -222,7 +222,7 @@ def _chosen(job: Job) -> tuple[RankPlan, nn.Module]:
 
 
 def _afresh(job: Job, row: Row, out: Path) -> tuple[RankPlan, nn.Module]:
-    """The plan of the row that chose the ranks, and the network decomposed at them."""
+    """Return the plan of the row that chose the ranks, and the network decomposed at them."""
     own = asdict(replace(row, decomposition="auto", afresh=False))
     line = next((line for line in read(out) if _key(line) == own), None)
     if line is None:
@@ -236,9 +236,9 @@ def _afresh(job: Job, row: Row, out: Path) -> tuple[RankPlan, nn.Module]:
 
 
 def _trained(job: Job, chosen: nn.Module) -> dict[str, Any]:
-    """Fine-tune a copy of the network; return a line's share.
+    """Fine-tune a copy of the network; return its part of a line.
 
-    ``val`` has its accuracies, the first one after recalibration alone.
+    ``val`` lists the validation accuracies, the first one after recalibration alone.
     """
     curve: list[float] = []
     logger.info("%s", job.folder.path.name)
@@ -272,7 +272,7 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 def _key(line: dict[str, Any]) -> dict[str, Any]:
-    """What tells rows apart."""
+    """Return the fields that tell rows apart."""
     return {key: line.get(key, False) for key in Row.__dataclass_fields__}
 
 
