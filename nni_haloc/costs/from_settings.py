@@ -28,7 +28,7 @@ _DOING = {
     **dict.fromkeys(("macs", "params", "activation_bytes"), "counting"),
     "roofline": "modelling",  # by rates that are measured
 }
-"""What some predictors do, for the log."""
+"""The log's word for what these predictors do; others measure."""
 
 
 def allowed_ranks_of(config: Config, step: int | None = None) -> AllowedRanks:

@@ -223,7 +223,7 @@ class Budget(Limit):
 
 
 class Training(Section):
-    """How a network is trained; see `nni_haloc.Recipe`.
+    """Hold how a network is trained; see `nni_haloc.Recipe`.
 
     ``precision`` is Lightning's; bf16 can be twice as fast on processors that have it.
     """

@@ -43,7 +43,7 @@ _OR_WITHOUT = " to train with (epochs=0 needs none)"
 
 @dataclass(frozen=True)
 class Compressed:
-    """What `compress_model` returns.
+    """Hold a compressed network, its ranks, and figures before and after.
 
     Attributes:
         model: the compressed network, plain `torch.nn`, in evaluation mode.

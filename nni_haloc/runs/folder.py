@@ -28,7 +28,7 @@ _OLD_ORDER = ("original", "finetune", "prune", "quantize")
 _OLD_OWN = ("onnx_", "int8_")
 """Prefixes of figures that the stage ``quantize`` has under the same names today."""
 _OLD_DERIVED = ("default", "speedup", "macs_reduction", "params_reduction")
-"""What version 1 had beside the measured figures."""
+"""Keys that version 1 had beside the measured figures."""
 
 
 class RunFolder:

@@ -52,8 +52,8 @@ from nni_haloc.inputs.models import build_model
         ),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_status_2(arguments, message):
-    done = haloc(*arguments)
+def test_a_mistake_is_one_line_and_exit_status_2(arguments, message, tmp_path):
+    done = haloc(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert re.search(message, done.stderr)
