@@ -28,7 +28,7 @@ _DOING = {
     **dict.fromkeys(("macs", "params", "activation_bytes"), "counting"),
     "roofline": "modelling",  # by rates that are measured
 }
-"""The log's word for what these predictors do; others measure."""
+"""The log's word for what these predictors do."""
 
 
 def allowed_ranks_of(config: Config, step: int | None = None) -> AllowedRanks:
