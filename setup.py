@@ -13,6 +13,7 @@ EXTRAS = {
         "six>=1.16",  # zigzag-dse needs it and does not declare it
     ],
     "tensorboard": ["tensorboard>=2.18"],
+    "energy": ["nvidia-ml-py>=12"],
 }
 TEST = [
     "pytest>=8.0",

@@ -14,6 +14,8 @@ from helpers.networks import SmallNet
 from helpers.workers import number_of_workers, place_of
 from torch.utils.data import DataLoader, TensorDataset
 
+from nni_haloc.utils.placement import working_on
+
 torch.set_num_threads(1)
 
 
@@ -34,8 +36,22 @@ def pytest_xdist_make_scheduler(config, log):
     return Groups(config, log)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA device; skipped without one")
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place_of(item.nodeid))
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Run the test's work on the processor, and again on a CUDA device, where there is one."""
+    with working_on(request.param):
+        yield torch.device(request.param)
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from nni_haloc.chain.groups import channel_groups
 from nni_haloc.chain.workarounds import Loop, Masks, pruning_settings, speed_up, traced
 from nni_haloc.inputs.options import Pruner
-from nni_haloc.space.modules import accelerated, evaluating
+from nni_haloc.space.modules import evaluating
 from nni_haloc.space.summary import by_reason
 from nni_haloc.utils.log import logger
+from nni_haloc.utils.placement import accelerated
 
 
 def prune(
@@ -44,7 +45,8 @@ def prune(
     Raises:
         ValueError: if the network can't be traced, or has nothing to prune.
     """
-    return speed_up(*masked(network, example, sparsity, pruner, batches))
+    small = speed_up(*masked(network, example, sparsity, pruner, batches))
+    return small.to(next(network.parameters()).device)
 
 
 def masked(
@@ -58,13 +60,13 @@ def masked(
 
     Returns:
         What NNI's speed-up takes: a copy of the network with unchanged weights, the example, and
-        the masks.
+        the masks; all on the processor, where its many small steps take least time.
     """
     if pruner not in get_args(Pruner):
         raise ValueError(f"pruner: expected one of {', '.join(get_args(Pruner))}, found {pruner!r}")
     if not 0 < sparsity < 1:
         raise ValueError(f"sparsity: expected a number between 0 and 1, found {sparsity}")
-    network = copy.deepcopy(network).eval()
+    network, example = copy.deepcopy(network).cpu().eval(), example.cpu()
     groups, left_alone = channel_groups(network, traced(network).graph)
     if not groups:
         why = by_reason(left_alone) or "no convolution"
@@ -86,7 +88,6 @@ def masked(
         )
     else:
         made = {"l1": L1NormPruner, "fpgm": FPGMPruner}[pruner](network, settings)
-    example = example.to(next(network.parameters()).device)
     made.track_forward(example)
     _, masks = made.compress()
     made.unwrap_model()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nni_haloc.chain.workarounds import Loop, start_lsq
 from nni_haloc.inputs.options import Quantizer
 from nni_haloc.space.modules import evaluating
+from nni_haloc.utils.placement import accelerated
 
 Training = Callable[[nn.Module], Any]
 _BATCH = 64
@@ -94,14 +95,15 @@ def quantize(
     ]
 
     def calibrate() -> None:
-        with evaluating(network), torch.no_grad():
+        with evaluating(network), accelerated(network) as device, torch.no_grad():
             for batch in images.split(_BATCH):
-                network(batch)
+                network(batch.to(device))
 
     if quantizer == "ptq":
         made: Any = PtqQuantizer(network, settings, Loop(lambda after_step: None, calibrate))
         made.compress(max_steps=1, max_epochs=None)
         return Simulated(network.eval(), made)
+    home = next(network.parameters()).device
     kind = {"qat": QATQuantizer, "lsq": LsqQuantizer}[quantizer]
     # Both round from the first step on, so they have no use for `after_step`.
     made = kind(network, settings, Loop(lambda after_step: train(network)))
@@ -109,11 +111,12 @@ def quantize(
     for wrapper in made._module_wrappers.values():
         # The quantizer tracks ranges only in training mode, in which BatchNorm must not be.
         wrapper.training = True
-    made.track_forward(images[:_BATCH])
+    with accelerated(network):
+        made.track_forward(images[:_BATCH])
     end()
     network.eval()
     made.compress(max_steps=None, max_epochs=1)  # as long as `train` says
-    return Simulated(network.eval(), made)
+    return Simulated(network.to(home).eval(), made)
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,21 +9,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nni_haloc.costs.device.runtime import Runtime
+from nni_haloc.costs.device.costs_file import MEASURED
+from nni_haloc.costs.device.runtime import Runtime, make_runtime
+from nni_haloc.costs.device.torch_runtime import hardware
 from nni_haloc.costs.stairs import rank_stairs
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import Config
-from nni_haloc.inputs.registries import PREDICTORS, RUNTIMES
+from nni_haloc.inputs.registries import PREDICTORS
 from nni_haloc.inputs.schema import Space
 from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.errors import SettingsError, as_one_line
 from nni_haloc.utils.files import why_unreadable
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first, start_together
-from nni_haloc.utils.versions import processor
 
 _DTYPE = "float32"
-"""The precision in which runs measure latency."""
+"""The precision in which runs measure."""
 _DOING = {
     **dict.fromkeys(("macs", "params", "activation_bytes"), "counting"),
     "roofline": "modelling",  # by rates that are measured
@@ -95,7 +96,7 @@ def cost_table(
     """
     if file is not None:
         costs = _load(key, metric, file)
-        if metric == "latency_ms":
+        if metric in MEASURED:
             _check_measured_alike(costs.identity, config, example, f"{key}.table: {file}")
         return costs
     predictor = (config.cost.predictor if key == "cost" else None) or metric
@@ -114,7 +115,7 @@ def cost_table(
             return CostTable.load(path)
     doing = _DOING.get(predictor) or ("measuring" if maker.measured else "modelling")
     logger.info("%s %s of every candidate", doing, metric)
-    example = latency_input(config, example) if metric == "latency_ms" else example
+    example = latency_input(config, example) if metric in MEASURED else example
     with as_one_line(where=f"{key}.metric"):
         return maker.table(model, example, allowed, runtime_of(config), lambda done, of: None)
 
@@ -122,22 +123,26 @@ def cost_table(
 def _check_measured_alike(
     identity: Mapping[str, Any], config: Config, example: Tensor, where: str
 ) -> None:
-    """Raise `SettingsError` if a latency table does not hold for what the run measures.
+    """Raise `SettingsError` if a measured table does not hold for what the run measures.
 
-    It must be of the same batch and, if it is of this very processor, of the same memory format,
-    precision and threads.
+    It must be of the same batch and, if it is of this very device, of the same memory format,
+    precision and threads, or use of CUDA graphs.
     """
+    cost = config.cost
     expected: dict[str, Any] = {"input": list(latency_input(config, example).shape)}
-    if config.cost.device == "cpu" and identity.get("device") == processor():
-        expected |= {"memory_format": config.cost.memory_format, "dtype": _DTYPE}
-        expected |= {"threads": config.cost.threads} if config.cost.threads is not None else {}
+    if identity.get("device") == hardware(cost.device):
+        expected |= {"memory_format": cost.memory_format, "dtype": _DTYPE}
+        if cost.device.startswith("cuda"):
+            expected |= {"graph": cost.graph, "tf32": cost.tf32}
+        elif cost.threads is not None:
+            expected |= {"threads": cost.threads}
     for key, value in expected.items():
         if (
             "runtime" in identity or (key == "input" and identity.get("kind") == "roofline")
         ) and identity.get(key) != value:
             raise SettingsError(
                 f"{where}: measured with {key} {identity.get(key)!r}, but this run uses "
-                f"{value!r} (cost.batch_size and others)"
+                f"{value!r} (cost.batch_size, cost.graph and others)"
             )
 
 
@@ -157,18 +162,24 @@ def _load(key: str, metric: str, file: str) -> CostTable:
 
 
 def runtime_of(config: Config) -> Runtime:
-    """Return the runtime that latency is measured with.
+    """Return the runtime that latency and energy are measured with.
 
     Raises:
         ValueError: if it can't be used as the settings say.
         MissingPackage: if a package that it needs is not installed.
     """
     cost = config.cost
-    return RUNTIMES[cost.runtime].from_options(
-        device=cost.device, dtype=_DTYPE, memory_format=cost.memory_format, threads=cost.threads
+    return make_runtime(
+        cost.runtime,
+        device=cost.device,
+        dtype=_DTYPE,
+        memory_format=cost.memory_format,
+        threads=cost.threads,
+        graph=cost.graph,
+        tf32=cost.tf32,
     )
 
 
 def latency_input(config: Config, example: Tensor) -> Tensor:
-    """Return the batch that latency is measured with: ``cost.batch_size`` times the example."""
+    """Return the batch that is measured: ``cost.batch_size`` times the example."""
     return example.repeat(config.cost.batch_size, *[1] * (example.dim() - 1))

@@ -1,4 +1,4 @@
-"""Measure latency on the machine at hand: `latency_table` and `measure_latency`."""
+"""Measure latency and energy on the machine at hand: `measured_table`, `measure_latency`."""
 
 from __future__ import annotations
 
@@ -28,25 +28,45 @@ def latency_table(
 ) -> CostTable:
     """Measure the latency of every candidate on this machine, in milliseconds.
 
-    Each distinct (geometry, input shape, rank) is timed once a round. The table's ``fixed`` is the
-    whole network's time minus that of its searched layers, and not below zero.
+    See `measured_table`.
+    """
+    return measured_table("latency_ms", model, example_input, allowed, runtime, timing, progress)
+
+
+def measured_table(
+    metric: str,
+    model: nn.Module,
+    example_input: Example,
+    allowed: AllowedRanks = AllowedRanks(),
+    runtime: Runtime = TorchRuntime(),
+    timing: Timing = Timing(),
+    progress: Progress = lambda done, of: None,
+) -> CostTable:
+    """Measure the latency or the energy of every candidate on this machine.
+
+    Each distinct (geometry, input shape, rank) is measured once a round. The table's ``fixed`` is
+    what the whole network takes minus what its searched layers take, and not below zero.
 
     Args:
+        metric: ``latency_ms`` or ``energy_mj``.
         model: the original network.
-        example_input: the batch to time, ``(N, ...)``.
+        example_input: the batch to measure, ``(N, ...)``.
         allowed: the rank space.
         runtime: what runs it; it settles precision, memory format and threads.
         timing: how often and how long.
         progress: called with the numbers of entries done and to do.
 
     Returns:
-        The table, in milliseconds for the batch, with the spread of the single times.
+        The table, in milliseconds or millijoules for the batch, with the spread of the single
+        values.
 
     Raises:
-        ValueError: if the network takes more than one tensor, or an entry can't be run.
+        ValueError: if the network takes more than one tensor, an entry can't be run, or the runtime
+            measures no energy.
+        MissingPackage: if a package that the metric needs is not installed.
     """
     spec = runtime.prepare(specify(model, example_input, allowed, program=False), model)
-    state = measure(spec, runtime, None, timing, progress)
+    state = measure(spec, runtime, None, timing, progress, metric=metric)
     return CostTable(
         state["metric"], state["costs"], state["fixed"], state["identity"], state["spread"]
     )

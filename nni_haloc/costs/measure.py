@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from nni_haloc.costs.device.costs_file import MEASURED
 from nni_haloc.costs.device.measure import measure
 from nni_haloc.costs.device.measured_file import merge, refuse_to_overwrite
-from nni_haloc.costs.device.runtime import Runtime, Timing
+from nni_haloc.costs.device.runtime import Runtime, Timing, make_runtime
 from nni_haloc.costs.device.spec import Specification, draw, share
-from nni_haloc.inputs.registries import RUNTIMES
 from nni_haloc.utils.errors import first_line, reason_of
 from nni_haloc.utils.files import write_json
 from nni_haloc.utils.interruption import stoppable
@@ -62,6 +62,13 @@ def measure_parser() -> Parser:
     )
     add("--out", type=Path, metavar="FILE", default=Path("costs.json"), help="The cost table.")
     add(
+        "--metric",
+        choices=tuple(MEASURED),
+        metavar="NAME",
+        default="latency_ms",
+        help="What to measure: latency_ms, or energy_mj on an NVIDIA device that counts it.",
+    )
+    add(
         "--runtime",
         metavar="NAME",
         default="torch",
@@ -82,12 +89,14 @@ def measure_parser() -> Parser:
         help="Layout of the images in memory: contiguous or channels_last.",
     )
     add("--threads", type=int, metavar="N", help="Processor threads (default: the runtime's).")
+    add("--graph", action="store_true", help="On a CUDA device: replay each pass as a CUDA graph.")
+    add("--no-tf32", action="store_true", help="On a CUDA device: no TF32 in place of float32.")
     add(
         "--where",
         choices=("alone", "in-place"),
         metavar="PLACE",
         default=Timing.where,
-        help="Time layers alone, or in-place: in the network.",
+        help="Measure layers alone, or in-place: in the network.",
     )
     add("--rounds", type=int, metavar="N", default=Timing.rounds, help="Passes over all entries.")
     add(
@@ -167,7 +176,9 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
     with stoppable(
         "haloc measure", lambda: f"{options.out} keeps what is measured; the same command goes on"
     ):
-        content = measure(spec, runtime, options.out, timing, progress("measured"), indices)
+        content = measure(
+            spec, runtime, options.out, timing, progress("measured"), indices, options.metric
+        )
     return complete(spec, content) if sampled else content
 
 
@@ -345,11 +356,14 @@ def _runtime(options: argparse.Namespace) -> Runtime:
     """Make the runtime that the options name."""
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"--threads: expected a number above 0, found {options.threads}")
-    return RUNTIMES[options.runtime].from_options(
+    return make_runtime(
+        options.runtime,
         device=options.device,
         dtype=options.dtype,
         memory_format=options.memory_format,
         threads=options.threads,
+        graph=options.graph,
+        tf32=not options.no_tf32,
     )
 
 
@@ -378,7 +392,7 @@ def _summary(content: dict[str, Any]) -> str:
     spread = _spread(content)
     if spread is None:
         return "this worker's share is measured; `haloc measure --merge` makes the table"
-    original = f"the network takes {content['original']:.4g} ms"
+    original = f"the network takes {content['original']:.4g} {MEASURED[content['metric']]}"
     return f"{original}; median spread of an entry {100 * spread:.1f} %"
 
 

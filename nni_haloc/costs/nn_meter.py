@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
 
-from nni_haloc.costs.device.measured_file import METRIC
 from nni_haloc.costs.device.onnx_models import with_initializers, with_onnx
 from nni_haloc.costs.specify import specify
 from nni_haloc.costs.table import CostTable
@@ -67,4 +66,4 @@ def predicted_table(
     }
     fixed = max(0.0, predict(spec.onnx, "the network") - sum(row[DENSE] for row in costs.values()))
     identity = {"input": list(spec.input), "device": device, "predictor": type(predictor).__name__}
-    return CostTable(METRIC, costs, fixed, identity)
+    return CostTable("latency_ms", costs, fixed, identity)

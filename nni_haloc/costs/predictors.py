@@ -21,7 +21,7 @@ from nni_haloc.costs.analytic import (
 )
 from nni_haloc.costs.device.costs_file import UNITS
 from nni_haloc.costs.device.runtime import Runtime
-from nni_haloc.costs.latency import latency_table
+from nni_haloc.costs.latency import measured_table
 from nni_haloc.costs.table import CostTable
 from nni_haloc.space.modules import Example
 from nni_haloc.space.ranks import AllowedRanks
@@ -30,7 +30,7 @@ from nni_haloc.utils.progress import Progress
 MakeTable = Callable[[nn.Module, Example, AllowedRanks, Runtime, Progress], CostTable]
 """Makes a cost table of a network, an example input, the rank space, a runtime and a `Progress`.
 
-The example is one input, but for ``latency_ms`` the batch that latency is measured with. The
+The example is one input, but for ``latency_ms`` and ``energy_mj`` the batch that is measured. The
 runtime is for predictors that measure; `Progress` is called with the steps done and all steps.
 """
 
@@ -81,6 +81,18 @@ def _modelled(metric: str) -> Predictor:
     )
 
 
+def _measured(metric: str) -> Predictor:
+    """Make the predictor of a metric that is measured with the runtime."""
+    return Predictor(
+        metric,
+        UNITS[metric],
+        lambda model, x, allowed, runtime, progress: measured_table(
+            metric, model, x, allowed, runtime, progress=progress
+        ),
+        measured=True,
+    )
+
+
 def roofline_predictor(flops: float | None = None, bandwidth: float | None = None) -> Predictor:
     """Make a predictor of latency by work and traffic; see `roofline_table`.
 
@@ -109,12 +121,6 @@ params = _counted("params", param_table)
 activation_bytes = _counted("activation_bytes", activation_table)
 cycles = _modelled("cycles")
 energy_pj = _modelled("energy_pj")
-latency_ms = Predictor(
-    "latency_ms",
-    UNITS["latency_ms"],
-    lambda model, x, allowed, runtime, progress: latency_table(
-        model, x, allowed, runtime, progress=progress
-    ),
-    measured=True,
-)
+latency_ms = _measured("latency_ms")
+energy_mj = _measured("energy_mj")
 roofline = roofline_predictor()

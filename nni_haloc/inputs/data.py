@@ -53,10 +53,16 @@ class Splits:
             batch_size: images in a batch; no more than the split has.
             shuffle: whether the order is drawn anew each epoch; a smaller last batch is then
                 dropped.
-            workers: processes that load images.
+            workers: processes that load images; none after `on_device`.
             seed: of the order.
+
+        Raises:
+            ValueError: for workers after `on_device`.
         """
         data: Any = getattr(self, split)
+        if workers and getattr(data, "follows_device", False):
+            expected = "expected 0 after on_device, whose batches can't leave a process"
+            raise ValueError(f"workers: {expected}, found {workers}")
         size = min(batch_size, len(data))
         generator = torch.Generator().manual_seed(seed)
         return DataLoader(
@@ -91,13 +97,38 @@ class Splits:
             drawn(self.train), drawn(self.plain), drawn(self.val), drawn(self.test), self.classes
         )
 
+    def on_device(self) -> Splits:
+        """Return the splits with their batches made on the device on which networks work.
+
+        Each split is copied there at its first batch, one byte a pixel and channel, and stays, see
+        `TensorImages.on_device`. On CUDA the augmentation is drawn from the device's random
+        numbers; on the processor all is as before.
+
+        Raises:
+            ValueError: unless the images are in memory.
+        """
+
+        def there(data: Any) -> Any:
+            if not _batched(data):
+                expected = "'device' is for images in memory (TensorImages)"
+                raise ValueError(f"in_memory: {expected}, found {type(data).__name__}")
+            return data.on_device()
+
+        return Splits(
+            there(self.train), there(self.plain), there(self.val), there(self.test), self.classes
+        )
+
     def missing(self, split: str) -> list[str]:
         """Return the classes of which a split has no image."""
         found = set(_labels(getattr(self, split)))
         return [name for label, name in enumerate(self.classes) if label not in found]
 
     def images(self, split: str, number: int, seed: int = 0) -> Tensor:
-        """Draw ``number`` images ``(N, C, H, W)`` of a split, without replacement."""
+        """Draw ``number`` images of a split, without replacement.
+
+        Returns:
+            ``(N, C, H, W)``, on the processor, whatever device batches are made on.
+        """
         return self.labelled(split, number, seed)[0]
 
     def labelled(self, split: str, number: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -105,7 +136,7 @@ class Splits:
         data: Any = getattr(self, split)
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:number]
         if _batched(data):
-            return data.__getitems__(order.tolist())
+            return data.to(torch.device("cpu")).__getitems__(order)
         images, labels = zip(*(data[int(i)] for i in order), strict=True)
         return torch.stack(images), torch.tensor(labels)
 
@@ -255,10 +286,12 @@ def load_data(settings: Data) -> Splits:
 
     Raises:
         SettingsError: if no data set has the name.
-        FileNotFoundError, ValueError: if its files are missing or damaged.
+        FileNotFoundError, ValueError: if its files are missing or damaged, or its images, which
+            are to be on the device, are not in memory.
     """
     splits: Splits = DATA[settings.name](settings)
-    return splits.shared(settings.share, settings.seed)
+    splits = splits.shared(settings.share, settings.seed)
+    return splits.on_device() if settings.in_memory == "device" else splits
 
 
 def load_digits(settings: Data) -> Splits:
@@ -276,7 +309,7 @@ def load_folder(settings: Data) -> Splits:
     """Load `image_folder` as the settings say."""
     assert settings.root is not None
     assert settings.size is not None
-    options = {**_cut(settings), "test": settings.test, "in_memory": settings.in_memory}
+    options = {**_cut(settings), "test": settings.test, "in_memory": bool(settings.in_memory)}
     return image_folder(settings.root, settings.size, **options)
 
 

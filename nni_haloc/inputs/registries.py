@@ -40,6 +40,7 @@ PREDICTORS: Registry[Any] = Registry(
         "latency_ms": f"{_PREDICTORS}:latency_ms",
         "cycles": f"{_PREDICTORS}:cycles",
         "energy_pj": f"{_PREDICTORS}:energy_pj",
+        "energy_mj": f"{_PREDICTORS}:energy_mj",
         "roofline": f"{_PREDICTORS}:roofline",
     },
 )

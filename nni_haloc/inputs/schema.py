@@ -6,7 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
 
 from nni_haloc.inputs.options import (
     Decomposition,
@@ -69,6 +77,12 @@ def _pin(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _in_memory(value: Any) -> Any:
+    if not isinstance(value, bool) and value != "device":
+        raise ValueError(f"expected false, true or 'device', found {value!r}")
+    return value
+
+
 def _one_of(*names: str | Registry[Any]) -> Callable[[str], str]:
     """Return a check that a value is one of some names.
 
@@ -92,11 +106,12 @@ def _metric(name: str) -> str:
 WeightsPath = Annotated[str, AfterValidator(_weights)]
 ExistingPath = Annotated[str, AfterValidator(_existing)]
 Pin = Annotated[Any, AfterValidator(_pin)]
+InMemory = Annotated[bool | Literal["device"], BeforeValidator(_in_memory)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
-METRICS = ("macs", "params", "activation_bytes", "latency_ms", "cycles", "energy_pj")
+METRICS = ("macs", "params", "activation_bytes", "latency_ms", "cycles", "energy_pj", "energy_mj")
 Metric = Annotated[str, AfterValidator(_metric)]
 Rule = Annotated[str, AfterValidator(_one_of("search", RULES))]
 DataName = Annotated[str, AfterValidator(_one_of(DATA))]
@@ -115,9 +130,10 @@ class Data(Section):
 
     The validation images are a fraction of the training images, or those that the file ``val_list``
     names. ``score`` says which images the final accuracies are of: a tuner that maximises them must
-    have ``val``. ``share`` of all images are used, drawn by ``seed``. ``mean`` and ``std``, per
-    channel, are those that the network was trained with. ``arguments`` are for data sets that other
-    packages add.
+    have ``val``. ``in_memory: device`` makes batches there, see `nni_haloc.inputs.data.Splits`.
+    ``share`` of all images are used, drawn by ``seed``. ``mean`` and ``std``, per channel, are
+    those that the network was trained with. ``arguments`` are for data sets that other packages
+    add.
     """
 
     name: DataName
@@ -126,7 +142,7 @@ class Data(Section):
     size: Count | None = None
     test: str = "test"
     score: Literal["test", "val"] = "test"
-    in_memory: bool = False
+    in_memory: InMemory = False
     download: bool = False
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     val_list: ExistingPath | None = None
@@ -153,6 +169,10 @@ class Data(Section):
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             expected = f"expected as many numbers as mean has, {len(self.mean)}"
             raise ValueError(f"std: {expected}, found {len(self.std)}")
+        if self.workers and self.in_memory == "device":
+            expected = "expected 0 with in_memory 'device', whose batches can't leave a process"
+            remedy = "set workers: 0, or in_memory: true"
+            raise ValueError(f"workers: {expected}, found {self.workers}; {remedy}")
         return self
 
 
@@ -173,10 +193,11 @@ class Space(Section):
 
 
 class Cost(Section):
-    """The cost that the budget limits, and how latency is measured.
+    """The cost that the budget limits, and how latency and energy are measured.
 
     ``predictor`` makes the table if there is none (None: the one named as the metric). The other
-    keys hold for the reported latency, too.
+    keys hold for the reported latency, too; ``graph`` and ``tf32`` are of CUDA devices, see
+    `nni_haloc.costs.device.torch_runtime.TorchRuntime`.
     """
 
     metric: Metric = "macs"
@@ -187,6 +208,8 @@ class Cost(Section):
     memory_format: MemoryFormat = "contiguous"
     device: str = "cpu"
     threads: Count | None = None
+    graph: bool = False
+    tf32: bool = True
 
 
 class Limit(Section):
@@ -225,7 +248,8 @@ class Budget(Limit):
 class Training(Section):
     """Hold how a network is trained; see `nni_haloc.Recipe`.
 
-    ``precision`` is Lightning's; bf16 can be twice as fast on processors that have it.
+    ``precision`` is Lightning's; bf16 can be twice as fast on processors that have it. ``compile``
+    runs the passes as a captured graph (CUDA) or a compiled program (processor).
     """
 
     epochs: Annotated[int, Field(ge=0)]
@@ -234,6 +258,7 @@ class Training(Section):
     weight_decay: NonNegative = 1e-4
     schedule: Schedule = "step"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    compile: bool = False
 
 
 class Distilled(Training):
@@ -255,6 +280,13 @@ class Finetune(Distilled):
 
     epochs: Annotated[int, Field(ge=0)] = 10
     distill_features: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _seen_from_outside(self) -> Finetune:
+        if self.compile and self.distill_features:
+            why = "which compares outputs inside of the network"
+            raise ValueError(f"compile: expected false with distill_features, {why}")
+        return self
 
 
 class Prune(Distilled):
@@ -283,6 +315,12 @@ class Quantize(Distilled):
     quantizer: Quantizer = "ptq"
     calibration_images: Count = 512
     int8: bool = True
+
+    @model_validator(mode="after")
+    def _watched_by_nni(self) -> Quantize:
+        if self.compile:
+            raise ValueError("compile: expected false, because NNI's quantizers run eagerly")
+        return self
 
 
 class Train(Training):
@@ -322,6 +360,7 @@ class SearchOptions(Section):
     start_scale: Positive = 0.005
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
     temperature: Positive = 1.0
+    compile: bool = False
     select: Literal["knapsack", "argmax"] = "knapsack"
     min_use: Annotated[float, Field(ge=0, le=1)] = 0.95
 

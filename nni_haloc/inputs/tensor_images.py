@@ -6,8 +6,11 @@ import copy
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from nni_haloc.utils.placement import to_device, working_device
 
 
 class TensorImages(Dataset):
@@ -22,6 +25,9 @@ class TensorImages(Dataset):
         std: per channel.
         pad: pixels by which an image is shifted at most, at random.
         mirror: whether half of the images are mirrored, at random.
+
+    Attributes:
+        follows_device: whether batches are made on `working_device`, see `on_device`.
     """
 
     def __init__(
@@ -36,11 +42,31 @@ class TensorImages(Dataset):
     ) -> None:
         self.images, self.labels, self.pad, self.mirror = images, labels, pad, mirror
         self.mean, self.std = (torch.tensor(v).reshape(-1, 1, 1) for v in (mean, std))
+        self.follows_device = False
+        self._there: TensorImages | None = None
 
     def part(self, index: Tensor) -> TensorImages:
         """Return the images of an index alone, augmented alike."""
+        return self._with(images=self.images[index], labels=self.labels[index])
+
+    def to(self, device: torch.device) -> TensorImages:
+        """Return the same images held on a device, where their batches are made."""
+        names = ("images", "labels", "mean", "std")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        return self._with(**moved, follows_device=False)
+
+    def on_device(self) -> TensorImages:
+        """Return the same images, whose batches are made on `working_device`.
+
+        These images stay where they are. The first batch copies them to the device that is then the
+        working one, where the copy stays; a batch for another device replaces it.
+        """
+        return self._with(follows_device=True)
+
+    def _with(self, **changes: Tensor | bool) -> TensorImages:
+        """Return the same images with other attributes, and no copy yet."""
         result = copy.copy(self)
-        result.images, result.labels = self.images[index], self.labels[index]
+        result.__dict__.update(changes, _there=None)
         return result
 
     def __len__(self) -> int:
@@ -50,17 +76,28 @@ class TensorImages(Dataset):
         images, labels = self.__getitems__([index])
         return images[0], labels[0]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        chosen = torch.as_tensor(indices)
-        x = (self.images[chosen].float() / 255 - self.mean) / self.std
-        n, _, height, width = x.shape
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        if self.follows_device:
+            return self._copy().__getitems__(indices)
+        device = self.images.device
+        chosen = to_device(torch.as_tensor(indices), device)
+        x = (self.images[chosen] / 255 - self.mean) / self.std
+        n, channels, height, width = x.shape
         if self.pad:
-            padded = torch.nn.functional.pad(x, (self.pad,) * 4)
-            top, left = torch.randint(0, 2 * self.pad + 1, (2, n, 1))
-            rows, columns = top + torch.arange(height), left + torch.arange(width)
-            x = padded[
-                torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]
-            ].permute(0, 3, 1, 2)
+            windows = F.pad(x, (self.pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+            top, left = torch.randint(0, 2 * self.pad + 1, (2, n), device=device)
+            x = windows[torch.arange(n, device=device), :, top, left]
+            if channels == 1:
+                # Torch takes these strides for channels-last, which trains faster on processors.
+                x = x.view(n, height, width, 1).permute(0, 3, 1, 2)
         if self.mirror:
-            x = torch.where((torch.rand(n) < 0.5)[:, None, None, None], x.flip(3), x)
-        return x.contiguous(), self.labels[chosen]
+            mirrored = torch.rand(n, device=device) < 0.5
+            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        return x, self.labels[chosen]
+
+    def _copy(self) -> TensorImages:
+        """Return the copy on the working device; make it if there is none."""
+        device = torch.empty(0, device=working_device()).device  # with its number
+        if self._there is None or self._there.images.device != device:
+            self._there = self.to(device)
+        return self._there

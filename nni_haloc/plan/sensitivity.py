@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from nni_haloc.space.modules import copy_of, evaluating, replace_modules
+from nni_haloc.utils.placement import accelerated, device_of
 
 
 def sensitivities(
@@ -27,9 +28,11 @@ def sensitivities(
 ) -> dict[str, dict[str, float]]:
     """Measure the mean cross-entropy that each candidate adds, all else left as it was.
 
-    The network is in evaluation mode. For each candidate that is not the layer's own copy, it is
-    run from that layer on, if that gives what a whole pass gives (tried on two images first).
-    Outputs of one batch are kept meanwhile: ResNet-18's, for 64 images of 224 x 224, take 1.5 GB.
+    The network is in evaluation mode, on its `device_of`. For each candidate that is not the
+    layer's own copy, it is run from that layer on, if that gives what a whole pass gives (tried on
+    two images first). Outputs of one batch are kept meanwhile: ResNet-18's, for 64 images of
+    224 x 224, take 1.5 GB. So are, on a CUDA device, copies of the candidates, which take no more
+    than the search's space does.
 
     Args:
         model: the trained network; it is not changed.
@@ -46,66 +49,80 @@ def sensitivities(
     Raises:
         ValueError: if a loss is not finite; the message names layer and candidate.
     """
-    network = copy_of(model)
+    device, originals = device_of(model), dict(model.named_modules())
+    others = [
+        (layer, name, _on(device, module))
+        for layer, row in candidates.items()
+        for name, module in row.items()
+        if not _equal(module, originals[layer])
+    ]
+    network = copy_of(model).to(device)
     own = dict(network.named_modules())
     layers = [own[layer] for layer in candidates]
-    added = {layer: dict.fromkeys(row, 0.0) for layer, row in candidates.items()}
-    others = {
-        layer: {name: m for name, m in row.items() if not _equal(m, own[layer])}
-        for layer, row in candidates.items()
-    }
+    last = {layer: module for layer, _, module in others}
+    # First the original's loss, then the others', summed over the images.
+    sums = torch.zeros(1 + len(others), dtype=torch.float64, device=device)
     with (
         evaluating(network),
         torch.inference_mode(),
-        torch.autocast(images.device.type, torch.bfloat16, enabled=bf16),
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
     ):
         resumed = _can_be_resumed(
-            network, layers, [list(row.values())[-1:] for row in others.values()], images[:2]
+            network, layers, {own[layer]: m for layer, m in last.items()}, images[:2].to(device)
         )
         batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
         progress(0, len(batches))
         for done, (x, y) in enumerate(batches, 1):
-            run = _ResumedRun(network, layers, x)
-            original = _summed_loss(run.result, y)
-            for layer, row in others.items():
-                for name, module in row.items():
-                    logits = run.replaced(own[layer], module, resumed)
-                    added[layer][name] += (_summed_loss(logits, y) - original) / len(labels)
+            run, y = _ResumedRun(network, layers, x.to(device)), y.to(device)
+            losses = [_summed_loss(run.result, y)]
+            for layer, _, module in others:
+                losses.append(_summed_loss(run.replaced(own[layer], module, resumed), y))
             run.leave()
+            sums += torch.stack(losses)
             progress(done, len(batches))
-    for label, losses in added.items():
-        for name, value in losses.items():
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"layer {label!r}, candidate {name!r}:"
-                    f" the loss on the calibration images is {value}"
-                )
+    added = {layer: dict.fromkeys(row, 0.0) for layer, row in candidates.items()}
+    differences = ((sums[1:] - sums[0]) / len(labels)).tolist()
+    for (layer, name, _), value in zip(others, differences, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"layer {layer!r}, candidate {name!r}:"
+                f" the loss on the calibration images is {value}"
+            )
+        added[layer][name] = value
     return added
 
 
 def _can_be_resumed(
     network: nn.Module,
     layers: Sequence[nn.Module],
-    modules: Sequence[Sequence[nn.Module]],
+    modules: Mapping[nn.Module, nn.Module],
     x: Tensor,
 ) -> bool:
     """Tell whether passes that go on from a layer give what whole passes give.
 
-    It is tried with these modules in the layers' places, one after another. They do not where a
-    call that is answered would have had an effect besides its output: a module that works in place
-    on an input that is used again, or that leaves something for another module to find.
+    It is tried with a module in each layer's place, one after another. They do not where a call
+    that is answered would have had an effect besides its output: a module that works in place on an
+    input that is used again, or that leaves something for another module to find.
+
+    Args:
+        network: the network.
+        layers: those whose outputs are kept.
+        modules: layer to what is tried in its place.
+        x: an input.
     """
     run = _ResumedRun(network, layers, x)
-    outputs = [
-        [
-            run.replaced(layer, module, resumed)
-            for layer, row in zip(layers, modules, strict=True)
-            for module in row
-        ]
-        for resumed in (True, False)
-    ]
+    same = [torch.ones((), dtype=torch.bool, device=x.device)]
+    for layer, module in modules.items():
+        a, b = (run.replaced(layer, module, resumed) for resumed in (True, False))
+        same.append(torch.isclose(a, b, rtol=1e-4, atol=1e-5).all())
     run.leave()
-    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*outputs, strict=True))
+    return bool(torch.stack(same).all())
+
+
+def _on(device: torch.device, module: nn.Module) -> nn.Module:
+    """Return a module, or its copy on a device that it is not on."""
+    there = all(value.device == device for value in module.state_dict().values())
+    return module if there else copy_of(module).to(device)
 
 
 def _equal(module: nn.Module, other: nn.Module) -> bool:
@@ -127,13 +144,14 @@ def loss(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 1
         labels: their classes, ``(N,)``.
         batch_size: images in one pass.
     """
-    with evaluating(network), torch.inference_mode():
+    with evaluating(network), accelerated(network) as device, torch.inference_mode():
         batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        return sum(_summed_loss(network(x), y) for x, y in batches) / len(labels)
+        losses = [_summed_loss(network(x.to(device)), y.to(device)) for x, y in batches]
+        return float(torch.stack(losses).sum()) / len(labels)
 
 
-def _summed_loss(logits: Tensor, labels: Tensor) -> float:
-    return float(F.cross_entropy(logits, labels, reduction="sum"))
+def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="sum").double()
 
 
 class _ResumedRun:

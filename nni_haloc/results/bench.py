@@ -78,7 +78,13 @@ def bench(
         raise SettingsError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
     networks = run.networks()
     with as_one_line():
-        runtime = TorchRuntime(cost.device, memory_format=cost.memory_format, threads=threads)
+        runtime = TorchRuntime(
+            cost.device,
+            memory_format=cost.memory_format,
+            threads=threads,
+            graph=cost.graph,
+            tf32=cost.tf32,
+        )
     onnx, rows = OnnxRuntime(threads), []
     surroundings = run.job.active() if data else quiet()  # data: as in the run itself
     with surroundings, TemporaryDirectory() as scratch, runtime.pinned():

@@ -30,6 +30,7 @@ _AXES = {
     "latency_ms": ("latency, ms", 1.0),
     "cycles": ("cycles, millions", 1e6),
     "energy_pj": ("energy, µJ", 1e6),
+    "energy_mj": ("energy, mJ", 1.0),
 }
 """Label of a metric's axis, and what one unit of the axis is in the metric's own."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nni_haloc.costs.counts import count_macs, count_params
+from nni_haloc.costs.device.costs_file import MEASURED
 from nni_haloc.costs.latency import measure_latency
 from nni_haloc.costs.table import CostTable, worthwhile
 from nni_haloc.inputs.registries import PREDICTORS, RULES, RUNTIMES
@@ -162,7 +163,7 @@ def compress_model(
         example = images[:1].repeat(batch_size, *[1] * (images.dim() - 1))
         timing = _known(RUNTIMES, "runtime", runtime).from_options(memory_format=memory_format)
         if costs is None:
-            batch = example if metric == "latency_ms" else images[:1]
+            batch = example if metric in MEASURED else images[:1]
             make = _known(PREDICTORS, "metric", metric).table
             costs = make(original, batch, allowed, timing, lambda done, of: None)
         labels = _predictions(original, images) if labels is None else labels

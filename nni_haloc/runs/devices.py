@@ -161,6 +161,7 @@ def _config_for(config: Config, device: str) -> Config:
     """Return the settings with the device's cost, without stages after fine-tuning."""
     changes: dict[str, Any] = {"table": None, "predictor": None}
     changes["device"] = "cuda" if device == "cuda" else "cpu"
+    changes["graph"] = device == "cuda" and config.cost.graph
     changes["metric"] = "cycles" if device == "eyeriss" else "latency_ms"
     changes["runtime"] = device if device in RUNTIMES else "torch"
     if device == "onnxruntime":  # it has one layout alone

@@ -8,6 +8,7 @@ from typing import Any
 
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.registries import STAGES
+from nni_haloc.inputs.schema import Section
 
 VERSION = 2
 
@@ -15,7 +16,14 @@ _WHOLE_SECTIONS = ("finetune", "prune", "quantize", "train")
 _SETTINGS = ("scale", "recalibration_batches", "threads")
 _KEYS = {"data": {"workers", "score", "download"}, "search": {"tensorboard"}}
 """Settings that the state of a search does not depend on."""
-_ADDED: dict[str, Any] = {"cost.runtime": "torch", "cost.predictor": None, "data.arguments": {}}
+_ADDED: dict[str, Any] = {
+    "cost.runtime": "torch",
+    "cost.predictor": None,
+    "cost.graph": False,
+    "cost.tf32": True,
+    "data.arguments": {},
+    "search.compile": False,
+}
 """Settings that earlier versions did not have, and the values that stand for what they did."""
 
 
@@ -44,9 +52,19 @@ def finetuning_identity(config: Config) -> dict[str, Any]:
     """Return what the state of a fine-tuning depends on, except the ranks."""
     return {
         **search_identity(config),
-        "finetune": config.finetune.model_dump(),
+        "finetune": section_identity(config.finetune),
         "recalibration_batches": config.recalibration_batches,
     }
+
+
+def section_identity(section: Section) -> dict[str, Any]:
+    """Return what the state of a training depends on in one section of the settings.
+
+    Args:
+        section: such as ``finetune``. Passes that are not compiled are not mentioned, because
+            earlier versions had no others.
+    """
+    return {key: v for key, v in section.model_dump().items() if (key, v) != ("compile", False)}
 
 
 def _digest(path: str | None) -> str | None:

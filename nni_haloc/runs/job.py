@@ -36,6 +36,7 @@ from nni_haloc.training.random_states import (
 from nni_haloc.utils.errors import DataError, SettingsError, as_one_line, first_line
 from nni_haloc.utils.interruption import stoppable
 from nni_haloc.utils.log import log_to, logger
+from nni_haloc.utils.placement import working_on
 from nni_haloc.utils.processes import check_startable, is_first
 from nni_haloc.utils.quiet import quiet
 
@@ -92,7 +93,7 @@ class Job:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Make the folder; set threads and random states as the settings say, for a block.
+        """Make the folder; set device, threads and random states as the settings say, for a block.
 
         The random states are those after the network was made from the settings' seed; of a job
         that `at` has returned, those of the seed.
@@ -100,7 +101,7 @@ class Job:
         self.folder.path.mkdir(parents=True, exist_ok=True)
         threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
         environment = {key: os.environ.get(key) for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
-        with quiet(), isolated_random_states():
+        with quiet(), working_on(_device_of(self.config)), isolated_random_states():
             try:
                 if self.config.threads is not None:
                     torch.set_num_threads(self.config.threads)
@@ -219,6 +220,17 @@ def trainer_options(config: Config, *, searching: bool = False) -> dict[str, Any
     if searching and config.trainer.devices * config.trainer.num_nodes > 1:
         options["strategy"] = "ddp_find_unused_parameters_true"
     return options
+
+
+def _device_of(config: Config) -> str | None:
+    """Return the name of the device that the settings have this process work on.
+
+    None leaves it to `nni_haloc.utils.placement.working_device`.
+    """
+    if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    # Lightning gives each process the device of its number, but only once it trains.
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else None
 
 
 def _check_trainer(config: Config) -> None:

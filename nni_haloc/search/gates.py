@@ -13,16 +13,17 @@ not the gradient of the expected loss.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from nni_haloc.search.execution import contracts
 from nni_haloc.space.layers import LayerSpec, kernel_factors, last_bias, rank_of
+from nni_haloc.space.reduced_rank import exact_products
 
 Kernel = tuple[Tensor, ...]
 """The factors whose product is the kernel.
@@ -114,17 +115,37 @@ def gate_gradients(
         weight = kernel_factors(candidates[0])[0]
         x, grad_y = x.to(weight), grad_y.to(weight)
         return torch.stack([(candidate(x) * grad_y).sum() for candidate in candidates])
-    g = contract(
-        weight_gradient(spec, x, grad_y), [kernel_factors(candidate) for candidate in candidates]
-    )
+    bias_gradient = None
     if spec.bias:
-        bias_gradient = grad_y.sum(
-            (0, 2, 3) if spec.kind != "linear" else tuple(range(grad_y.dim() - 1))
-        ).to(g)
-        g = g + torch.stack(
-            [bias_gradient @ cast(Tensor, last_bias(candidate)).to(g) for candidate in candidates]
-        )
-    return g
+        places = (0, 2, 3) if spec.kind != "linear" else tuple(range(grad_y.dim() - 1))
+        bias_gradient = grad_y.sum(places)
+    return gates_of(spec, candidates, weight_gradient(spec, x, grad_y), bias_gradient)
+
+
+def gates_of(
+    spec: LayerSpec,
+    candidates: Sequence[nn.Module],
+    weight_gradient: Tensor,
+    bias_gradient: Tensor | None,
+) -> Tensor:
+    """Return every candidate's gate gradient, from the dense layer's gradients.
+
+    Args:
+        spec: the layer.
+        candidates: all of its candidates.
+        weight_gradient: ``G``, ``(F, C, k1, k2)`` or ``(F, C)``.
+        bias_gradient: ``(F,)``; None for a layer without bias.
+
+    Returns:
+        ``g_j = <G, W_j> + <dL/db, b_j>``, ``(candidates,)``.
+    """
+    if spec.kind != "conv":
+        weight_gradient = weight_gradient.flatten(1)
+    g = contract(weight_gradient, [kernel_factors(candidate) for candidate in candidates])
+    if bias_gradient is None:
+        return g
+    biases = [cast(Tensor, last_bias(candidate)) for candidate in candidates]
+    return g + torch.stack(biases).to(g) @ bias_gradient.to(g)
 
 
 class _Gate(torch.autograd.Function):
@@ -151,7 +172,7 @@ class _Gate(torch.autograd.Function):
         grads = None
         if ctx.needs_input_grad[1]:
             (x,) = ctx.saved_tensors
-            with torch.autocast(grad_y.device.type, enabled=False):
+            with torch.autocast(grad_y.device.type, enabled=False), exact_products():
                 grads = ctx.gate_gradients(x.to(grad_y.dtype), grad_y)
         return grad_y, grads, None, None
 
@@ -176,9 +197,19 @@ def gate(
     return _Gate.apply(y, probs, x.detach(), gate_gradients)
 
 
-def sample(probs: Tensor, generator: torch.Generator) -> int:
-    """Draw one candidate's index from ``probs (candidates,)``, on the CPU: all devices agree."""
-    return int(torch.multinomial(probs.detach().float().cpu(), 1, generator=generator))
+def sample(probs: np.ndarray, generator: np.random.Generator) -> int:
+    """Draw one candidate's index.
+
+    Probabilities and random numbers are the processor's, so that no device is waited for and all
+    processes agree.
+
+    Args:
+        probs: ``(candidates,)``.
+        generator: of the random numbers.
+    """
+    cumulative = probs.cumsum()
+    drawn = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
+    return min(int(drawn), len(probs) - 1)
 
 
 class RunningMean:
@@ -188,17 +219,16 @@ class RunningMean:
     """
 
     def __init__(self, size: int) -> None:
-        self.total, self.count = torch.zeros(size, dtype=torch.float64), 0
+        self.total, self.count = np.zeros(size), 0
 
-    def add(self, gate_gradients: Tensor, probs: Tensor) -> None:
+    def add(self, gate_gradients: np.ndarray, probs: np.ndarray) -> None:
         """Add an iteration, unless its numbers are not finite; both ``(candidates,)``."""
-        g, p = gate_gradients.detach().double().cpu(), probs.detach().double().cpu()
-        centred = g - (p * g).sum()
-        if math.isfinite(float(centred.sum())):
-            self.total += centred
+        centred = gate_gradients - probs @ gate_gradients
+        if np.isfinite(centred).all():
+            self.total = self.total + centred
             self.count += 1
 
     @property
-    def mean(self) -> Tensor:
+    def mean(self) -> np.ndarray:
         """The mean so far, ``(candidates,)``; 0 before the first iteration."""
         return self.total / max(self.count, 1)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from torch import Tensor
 
 from nni_haloc.costs.table import CostTable
 from nni_haloc.plan.budget import Limit
-from nni_haloc.search.probabilities import logits_of
 from nni_haloc.search.strategy import Haloc
 from nni_haloc.training.curves import COLUMNS, read, write_rows
 from nni_haloc.utils.errors import HalocError
@@ -32,6 +33,7 @@ class History(pl.Callback):
     def __init__(self, path: Path, strategy: Haloc, params: CostTable) -> None:
         self.path, self.strategy, self.params = path, strategy, Limit(params, params.original)
         self.rows: list[list[Any]] = []
+        self.losses: list[Tensor] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up the rows of an earlier start."""
@@ -50,12 +52,18 @@ class History(pl.Callback):
     ) -> None:
         """Add a row."""
         iteration = trainer.current_epoch * int(trainer.num_training_batches) + batch_idx
-        costs = (self.strategy.expected_cost(), self.strategy.expected_cost(self.params))
-        self.rows.append([iteration, *pl_module.latest, *(cost.detach() for cost in costs)])
+        state = self.strategy.state
+        costs = state.known_cost(), state.known_cost(self.params)
+        self.rows.append([iteration, *costs])
+        self.losses.append(pl_module.latest)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file."""
-        self.rows = [[int(row[0]), *map(float, row[1:])] for row in self.rows]
+        if self.losses:  # all of them at once: each copy waits for the device
+            losses = torch.stack(self.losses).tolist()
+            new = zip(self.rows[-len(losses) :], losses, strict=True)
+            self.rows[-len(losses) :] = [[row[0], *pair, *row[1:]] for row, pair in new]
+            self.losses = []
         write_rows(self.path, COLUMNS, self.rows)
 
 
@@ -81,7 +89,7 @@ def describe_search(strategy: Haloc) -> dict[str, Any]:
             "metric": limit.costs.metric,
             "budget": float(limit.budget),
             "original_cost": float(limit.costs.original),
-            "expected_cost": float(strategy.expected_cost(limit).detach()),
+            "expected_cost": strategy.state.known_cost(limit),
             "price": price,
         }
         for limit, price in zip(strategy.limits, strategy.state.prices.tolist(), strict=True)
@@ -94,7 +102,7 @@ def describe_search(strategy: Haloc) -> dict[str, Any]:
                 "score": scores[name][candidate],
                 "cost": [float(limit.costs.costs[name][candidate]) for limit in strategy.limits],
             }
-            for candidate, logit in zip(layer.names, logits_of(layer).tolist(), strict=True)
+            for candidate, logit in zip(layer.names, layer.logits.tolist(), strict=True)
         }
         for name, layer in strategy.mixed_layers.items()
     }

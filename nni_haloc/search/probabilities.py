@@ -9,13 +9,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from torch import Tensor
 
+from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.schema import SearchOptions
 from nni_haloc.plan.budget import Limit, Scores
 from nni_haloc.search.objective import expected_cost, probability_loss_paper, settle
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.supernet import MixedRankLayer
+from nni_haloc.utils.placement import Mirror, to_device
 
 ARRIVAL = 0.4
 """Share of the search, after the warm-up, in which the expected cost moves to the budget.
@@ -56,8 +59,12 @@ class SearchState:
         for name, layer in self.mixed_layers.items():
             added = [start[name][candidate] if start else 0.0 for candidate in layer.names]
             scale = -options.temperature / options.start_scale
-            layer.alpha.data.copy_(torch.tensor(added) * scale)
+            with torch.no_grad():
+                layer.alpha.copy_(torch.tensor(added) * scale)
             layer.temperature = options.temperature
+        self._sizes = [len(layer.names) for layer in self.mixed_layers.values()]
+        self._costs: dict[int, tuple[CostTable, np.ndarray, float]] = {}
+        self._mirror = Mirror()
 
     @property
     def prices(self) -> Tensor:
@@ -78,13 +85,20 @@ class SearchState:
         Returns:
             A scalar in the table's unit, differentiable in alpha.
         """
-        rows, fixed = (limit or self.limits[0]).costs.restrict(self.supernet.candidates)
-        layers = self.mixed_layers.items()
-        costs = [
-            torch.tensor([rows[name][c] for c in layer.names], device=layer.alpha.device)
-            for name, layer in layers
-        ]
-        return expected_cost([layer.probs for _, layer in layers], costs, fixed)
+        costs, fixed = self._costs_of((limit or self.limits[0]).costs)
+        layers = list(self.mixed_layers.values())
+        alpha = layers[0].alpha
+        rows = to_device(torch.from_numpy(costs).to(alpha.dtype), alpha.device)
+        return expected_cost([layer.probs for layer in layers], rows.split(self._sizes), fixed)
+
+    def known_cost(self, limit: Limit | None = None) -> float:
+        """Return `expected_cost` in float64, without waiting for alpha's device."""
+        costs, fixed = self._costs_of((limit or self.limits[0]).costs)
+        layers = self.mixed_layers.values()
+        return fixed + sum(
+            float(softmax(layer.logits) @ row)
+            for layer, row in zip(layers, self._by_layer(costs), strict=True)
+        )
 
     def probability_loss(self, ce: Tensor) -> Tensor:
         """Return the loss that alpha's step descends.
@@ -98,14 +112,16 @@ class SearchState:
         """
         if self.options.objective == "settle":
             return ce
-        expected = [self.expected_cost(limit) for limit in self.limits]
-        binding = max(
-            range(len(expected)), key=lambda k: float(expected[k].detach()) / self.limits[k].budget
-        )
-        budget = self.limits[binding].budget
+        binding = max(self.limits, key=lambda limit: self.known_cost(limit) / limit.budget)
         return probability_loss_paper(
-            ce, expected[binding], budget, self.options.eta, self.options.theta
+            ce, self.expected_cost(binding), binding.budget, self.options.eta, self.options.theta
         )
+
+    def refresh(self) -> None:
+        """Read alpha and the prices from their device: another process's may be there now."""
+        self._mirror.forget()
+        for layer in self.mixed_layers.values():
+            layer.forget_alpha()
 
     def settle(self, progress: float = 1.0) -> None:
         """Move alpha so that the binding limit's expected cost is at its scheduled value.
@@ -121,21 +137,18 @@ class SearchState:
             return
         costs, fixed = self._in_budgets()
         layers = list(self.mixed_layers.values())
-        sizes = [len(layer.names) for layer in layers]
-        start = fixed + costs @ np.repeat(1 / np.array(sizes), sizes)
+        start = fixed + costs @ np.repeat(1 / np.array(self._sizes), self._sizes)
         arrived = 1.0 if self.starts_at_budget else min(1.0, progress / ARRIVAL)
         target = start + arrived * (1 - start)
-        with torch.no_grad():
-            settled, prices = settle(
-                np.concatenate(self._price_free(costs)),
-                sizes,
-                costs / target[:, None],
-                fixed / target,
-            )
-            self.prices.copy_(torch.from_numpy(prices / target))
-            alphas = torch.from_numpy(settled * self.options.temperature).split(sizes)
-            for layer, alpha in zip(layers, alphas, strict=True):
-                layer.alpha.copy_(alpha)
+        settled, prices = settle(
+            np.concatenate(self._price_free(costs)),
+            self._sizes,
+            costs / target[:, None],
+            fixed / target,
+        )
+        self._mirror.put(self.prices, prices / target)
+        for layer, logits in zip(layers, self._by_layer(settled), strict=True):
+            layer.put_logits(logits)
 
     def scores(self) -> dict[str, dict[str, float]]:
         """Return what the task alone says of each candidate, free of cost.
@@ -152,7 +165,7 @@ class SearchState:
         if self.options.objective == "settle":
             free = self._price_free(costs)
         else:
-            free = [-layer.task_gradient.mean.numpy() for _, layer in layers]
+            free = [-layer.task_gradient.mean for _, layer in layers]
         return {
             name: dict(zip(layer.names, z.tolist(), strict=True))
             for (name, layer), z in zip(layers, free, strict=True)
@@ -160,28 +173,26 @@ class SearchState:
 
     def _in_budgets(self) -> tuple[np.ndarray, np.ndarray]:
         """Return candidates' costs ``(limits, n)`` and fixed costs, in units of each budget."""
-        restricted = [
-            (limit.budget, *limit.costs.restrict(self.supernet.candidates)) for limit in self.limits
-        ]
-        costs = [
-            [
-                rows[name][c] / budget
-                for name, layer in self.mixed_layers.items()
-                for c in layer.names
-            ]
-            for budget, rows, _ in restricted
-        ]
-        return np.array(costs), np.array([fixed / budget for budget, _, fixed in restricted])
+        costs, fixed = zip(*(self._costs_of(limit.costs) for limit in self.limits), strict=True)
+        budgets = np.array([limit.budget for limit in self.limits])
+        return np.array(costs) / budgets[:, None], np.array(fixed) / budgets
+
+    def _costs_of(self, table: CostTable) -> tuple[np.ndarray, float]:
+        """Return all candidates' costs ``(n,)``, and what is not searched, in the table's unit."""
+        if id(table) not in self._costs:
+            rows, fixed = table.restrict(self.supernet.candidates)
+            layers = self.mixed_layers.items()
+            costs = np.array([rows[name][c] for name, layer in layers for c in layer.names])
+            self._costs[id(table)] = table, costs, fixed
+        return self._costs[id(table)][1:]
 
     def _price_free(self, costs: np.ndarray) -> list[np.ndarray]:
         """Return each layer's logits with the prices taken back, centred."""
+        paid = self._by_layer(self._mirror.of(self.prices) @ costs)
         layers = self.mixed_layers.values()
-        ends = np.cumsum([len(layer.names) for layer in layers])[:-1]
-        paid = np.split(self.prices.cpu().numpy() @ costs, ends)
-        free = [logits_of(layer) + price for layer, price in zip(layers, paid, strict=True)]
+        free = [layer.logits + price for layer, price in zip(layers, paid, strict=True)]
         return [z - z.mean() for z in free]
 
-
-def logits_of(layer: MixedRankLayer) -> np.ndarray:
-    """Return alpha over the temperature, ``(candidates,)``, in float64."""
-    return layer.alpha.detach().double().cpu().numpy() / layer.temperature
+    def _by_layer(self, values: np.ndarray) -> list[np.ndarray]:
+        """Cut a vector of all candidates into one for each layer."""
+        return np.split(values, np.cumsum(self._sizes)[:-1])

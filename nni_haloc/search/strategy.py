@@ -71,6 +71,9 @@ class Haloc(DARTS):
         start_scale: the loss that makes a candidate 1/e as probable, 0.005 by default.
         warmup_epochs: epochs in which the weights alone are trained; none by default.
         temperature: of the softmax over alpha, 1 by default.
+        compile: run the sampled paths as one dense network, compiled (see
+            `nni_haloc.training.compiled.Compiled`); faster where small operations are many, as on
+            CUDA devices. Not by default, and in one process only.
         select: ``knapsack`` (default: best score within the budget) or ``argmax`` (the paper's; may
             exceed the budget).
         min_use: fraction of a budget that the knapsack's plan uses, where any does, 0.95 by
@@ -195,7 +198,7 @@ class Haloc(DARTS):
         else:
             choice = choose(self.scores(), limits, self.options.min_use)
         main, *also = (
-            {**limit.facts(choice), "expected_cost": float(self.expected_cost(limit).detach())}
+            {**limit.facts(choice), "expected_cost": self.state.known_cost(limit)}
             for limit in limits
         )
         facts = {

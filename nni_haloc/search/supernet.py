@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from nni.nas.nn.pytorch import LayerChoice
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
+from scipy.special import softmax
 from torch import Tensor, nn
 
 from nni_haloc.search.execution import runs_dense
 from nni_haloc.search.gates import RunningMean, gate, gate_gradients, sample
 from nni_haloc.space.layers import LayerSpec, last_bias, layout_of, rank_of
 from nni_haloc.space.tucker import reconstruct
+from nni_haloc.utils.placement import Mirror
 
 
 class MixedRankLayer(LayerChoice, BaseSuperNetModule):
@@ -41,11 +44,29 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
         self.observe: Callable[[str, Tensor], Tensor] | None = None
         self.task_gradient = RunningMean(len(candidates))
         self.pending: Tensor | None = None
+        self._mirror = Mirror()
 
     @property
     def probs(self) -> Tensor:
         """``p = softmax(alpha / temperature)``, in the order of ``names``."""
         return torch.softmax(self.alpha / self.temperature, dim=-1)
+
+    @property
+    def logits(self) -> np.ndarray:
+        """Alpha over the temperature, ``(candidates,)``, in float64 on the processor."""
+        return self._mirror.of(self.alpha) / self.temperature
+
+    def forget_alpha(self) -> None:
+        """Read alpha from its device again, whatever has or has not changed it."""
+        self._mirror.forget()
+
+    def know_alpha(self, alpha: np.ndarray) -> None:
+        """Take note of alpha's values ``(candidates,)``, which are on the processor now."""
+        self._mirror.know(self.alpha, alpha)
+
+    def put_logits(self, logits: np.ndarray) -> None:
+        """Set alpha to the temperature times ``logits (candidates,)``."""
+        self._mirror.put(self.alpha, logits * self.temperature)
 
     def forward(self, x: Tensor) -> Tensor:
         chooses = len(self) > 1  # a pinned layer does not
@@ -85,20 +106,14 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
         return candidate(x) if kernel is None else self.spec.run(x, kernel, last_bias(candidate))
 
     def _gate_gradients(self, x: Tensor, grad_y: Tensor) -> Tensor:
-        """Return every candidate's gate gradient; a pass's calls add up until `record`."""
+        """Return every candidate's gate gradient; a pass's calls add up in ``pending``."""
         g = gate_gradients(self.spec, list(self), x, grad_y).to(self.alpha.dtype)
         self.pending = g if self.pending is None else self.pending + g
         return g
 
-    def record(self) -> None:
-        """Add the last pass's gate gradients to the running mean that scores the candidates."""
-        if self.pending is not None:
-            self.task_gradient.add(self.pending, self.probs)
-        self.pending = None
-
-    def draw(self, generator: torch.Generator) -> None:
-        """Sample the candidate of the next pass."""
-        self.sampled = sample(self.probs, generator)
+    def draw(self, generator: np.random.Generator) -> int:
+        """Sample a candidate by the probabilities, and return its place among the candidates."""
+        return sample(softmax(self.logits), generator)
 
     def resample(self, memo: dict[str, Any]) -> dict[str, Any]:
         """Return the current sample, for NNI; a search samples with `draw`."""
@@ -106,11 +121,11 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
 
     def export(self, memo: dict[str, Any]) -> dict[str, Any]:
         """Return the most probable candidate, the paper's choice."""
-        return {self.label: self.names[int(self.alpha.argmax())]}
+        return {self.label: self.names[int(self.logits.argmax())]}
 
     def export_probs(self, memo: dict[str, Any]) -> dict[str, Any]:
         """Return the layer's label to candidate to probability."""
-        return {self.label: dict(zip(self.names, self.probs.detach().cpu().tolist(), strict=True))}
+        return {self.label: dict(zip(self.names, softmax(self.logits).tolist(), strict=True))}
 
     def arch_parameters(self) -> Sequence[nn.Parameter]:
         """Return alpha, for NNI."""

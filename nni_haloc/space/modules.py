@@ -200,19 +200,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextmanager
-def accelerated(model: nn.Module) -> Iterator[torch.device]:
-    """Move a network from the processor to the CUDA device, if there is one, for a block's time.
-
-    Yields:
-        The device that the network is on.
-    """
-    home = next((p.device for p in model.parameters()), torch.device("cpu"))
-    device = torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
-    try:
-        model.to(device)
-        yield device
-    finally:
-        model.to(home)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from nni_haloc.space.modules import accelerated, copy_of, evaluating
+from nni_haloc.space.modules import copy_of, evaluating
+from nni_haloc.training.compiled import Compiled, Replayed
+from nni_haloc.training.divergence import DivergenceWatch
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.utils.errors import Diverged
 from nni_haloc.utils.log import logger
+from nni_haloc.utils.placement import accelerated
 from nni_haloc.utils.processes import check_startable
 from nni_haloc.utils.progress import TimeLeft
 from nni_haloc.utils.quiet import quiet
@@ -28,7 +31,13 @@ TEMPERATURE = 4.0
 """Distillation divides both networks' logits by this."""
 
 
-def recalibrate(model: nn.Module, loader: Iterable[tuple[Tensor, Any]], batches: int = 50) -> None:
+def recalibrate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Any]],
+    batches: int = 50,
+    *,
+    compile: bool = False,
+) -> None:
     """Compute the BatchNorm statistics of a network anew; nothing else of it changes.
 
     Args:
@@ -36,24 +45,45 @@ def recalibrate(model: nn.Module, loader: Iterable[tuple[Tensor, Any]], batches:
         loader: augmented training batches ``(images, anything)``. Augmented, because those are what
             the network was trained on: plain images cost the original network points.
         batches: how many are used, equally weighted; 0 leaves the network as it is.
+        compile: replay a captured graph of the pass, on a CUDA device; other devices ignore it.
     """
-    if not batches:
-        return
     norms = [
         m
         for m in model.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
     ]
+    if not batches or not norms:
+        return
     momenta = [m.momentum for m in norms]
     with evaluating(model), accelerated(model) as device, torch.no_grad():
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # a cumulative mean
+            norm.momentum = 1.0  # a pass leaves its own statistics, which are added up
             norm.train()
-        for images, _ in islice(loader, batches if norms else 0):
-            model(images.to(device))
+        sums: dict[nn.Module, list[Tensor]] = {
+            norm: [torch.zeros_like(x) for x in _statistics(norm)] for norm in norms
+        }
+        flat = [total for totals in sums.values() for total in totals]
+        with _observed(norms, lambda norm, _: _add(sums[norm], _statistics(norm))):
+            run = Replayed(model, [*model.buffers(), *flat]) if compile else model
+            for images, _ in islice(loader, batches):
+                run(images.to(device))
+        for norm in norms:
+            calls, totals = cast(Tensor, norm.num_batches_tracked), sums[norm]
+            for value, total in zip(_statistics(norm), totals, strict=True):
+                value.copy_(torch.where(calls > 0, total / calls, value))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+
+
+def _statistics(norm: nn.Module) -> list[Tensor]:
+    """Return BatchNorm's running mean and variance."""
+    return [cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)]
+
+
+def _add(totals: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for total, value in zip(totals, values, strict=True):
+        total += value
 
 
 def accuracy(
@@ -72,7 +102,7 @@ def accuracy(
     # Not inference mode: NNI's wrappers keep tensors of a pass as buffers, which several processes
     # synchronise in training.
     with evaluating(model), accelerated(model) as device, torch.no_grad():
-        batches = [(model(images.to(device)).cpu(), labels) for images, labels in loader]
+        batches = [(model(x.to(device)), labels.to(device)) for x, labels in loader]
     logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     classes = logits.shape[1]
     return tuple(
@@ -92,6 +122,7 @@ def finetune(
     distill: float = 0.5,
     layers: Sequence[str] = (),
     feature_weight: float = 0.0,
+    compile: bool = False,
     **trainer: Any,
 ) -> nn.Module:
     """Train a network in place, with a progress bar, and return it in evaluation mode.
@@ -110,6 +141,8 @@ def finetune(
         layers: names of layers whose outputs are compared with the teacher's.
         feature_weight: lambda of Eq. (9): the weight of the sum over ``layers`` of the mean squared
             distance between their outputs and the teacher's, Eq. (8).
+        compile: run the passes compiled (see `nni_haloc.training.compiled.Compiled`): faster where
+            small operations are many, as on CUDA devices. Not with ``feature_weight``.
         **trainer: options of Lightning's Trainer (devices, precision, loggers, ...).
 
     Returns:
@@ -117,8 +150,17 @@ def finetune(
 
     Raises:
         Diverged: if the loss or a weight is no longer finite.
-        ValueError: for several devices where no script is run that they could start, too.
+        HalocError: if the network can't be compiled.
+        ValueError: for several devices where no script is run that they could start, too; for
+            ``compile`` with ``feature_weight`` or ``accumulate_grad_batches``.
     """
+    if compile and feature_weight:
+        raise ValueError("compile: not together with feature_weight, which looks into the network")
+    if compile and trainer.get("accumulate_grad_batches", 1) != 1:
+        raise ValueError(
+            "compile: not together with accumulate_grad_batches, because a pass that is replayed"
+            " writes its gradients over the last one's"
+        )
     if not recipe.epochs:
         return model.eval()
     callbacks = [*trainer.pop("callbacks", []), *([EpochEnd(on_epoch)] if on_epoch else [])]
@@ -135,6 +177,8 @@ def finetune(
         fit = pl.Trainer(max_epochs=recipe.epochs, callbacks=callbacks, **{**defaults, **trainer})
         check_startable(fit)
         task = _Training(model, recipe, len(train), teacher, distill, compared, feature_weight)
+        if compile:
+            task.compiled = Compiled(model)
         fit.fit(task, train, val, ckpt_path=ckpt_path, weights_only=True)
     for name, value in model.state_dict().items():
         if not torch.isfinite(value).all():
@@ -162,37 +206,44 @@ class _Training(pl.LightningModule):
         # In a list: the teacher is no part of what is trained and kept.
         self.teacher = [] if teacher is None else [copy_of(teacher).eval()]
         self.distill, self.layers, self.feature_weight = distill, layers, feature_weight
+        self.compiled: Compiled | None = None
+        self.watch = DivergenceWatch("the training")
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         if self.teacher:
             loss = self._taught(x, y, self.teacher[0].to(x.device))
         else:
-            loss = F.cross_entropy(self.model(x), y)
-        if not torch.isfinite(loss):
-            raise Diverged(
-                f"the training diverged: loss {float(loss.detach())} in epoch"
-                f" {self.current_epoch + 1}, iteration {batch_idx + 1}; lower its learning rate"
-            )
+            loss = F.cross_entropy(self._run(x), y)
+        self.watch.add(loss, self.current_epoch, batch_idx)
+        if self.trainer.is_last_batch:
+            self.watch.finish()
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
 
+    def _run(self, x: Tensor) -> Tensor:
+        return self.model(x) if self.compiled is None else self.compiled(x)
+
     def _taught(self, x: Tensor, y: Tensor, teacher: nn.Module) -> Tensor:
         """Return the loss with the distances from the teacher in it."""
+        theirs, ours = (
+            {module: name for name, module in network.named_modules() if name in self.layers}
+            for network in (teacher, self.model)
+        )
         features: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         terms: list[Tensor] = []
 
-        def compare(name: str, output: Tensor) -> None:
+        def compare(module: nn.Module, output: Tensor) -> None:
             # Of copies: an activation may write into the output.
-            terms.append(F.mse_loss(output.clone(), features[name].pop(0)))
+            terms.append(F.mse_loss(output.clone(), features[ours[module]].pop(0)))
 
-        def keep(name: str, output: Tensor) -> None:
-            features[name].append(output.clone())
+        def keep(module: nn.Module, output: Tensor) -> None:
+            features[theirs[module]].append(output.clone())
 
-        with torch.no_grad(), _observed(teacher, self.layers, keep):
+        with torch.no_grad(), _observed(theirs, keep):
             target = teacher(x)
-        with _observed(self.model, self.layers, compare):
-            logits = self.model(x)
+        with _observed(ours, compare):
+            logits = self._run(x)
         loss = F.cross_entropy(logits, y)
         if self.distill:
             log_q, log_p = (F.log_softmax(z / TEMPERATURE, 1) for z in (logits, target))
@@ -201,6 +252,9 @@ class _Training(pl.LightningModule):
             )
             loss = (1 - self.distill) * loss + self.distill * distance
         return loss + self.feature_weight * torch.stack(terms).sum() if terms else loss
+
+    def on_train_end(self) -> None:
+        self.watch.finish()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
@@ -214,13 +268,12 @@ class _Training(pl.LightningModule):
 
 @contextmanager
 def _observed(
-    model: nn.Module, layers: Sequence[str], see: Callable[[str, Tensor], None]
+    modules: Iterable[nn.Module], see: Callable[[nn.Module, Tensor], None]
 ) -> Iterator[None]:
-    """Call ``see(name, output)`` at each call of each layer while the block runs."""
-    modules = dict(model.named_modules())
+    """Call ``see(module, output)`` at each call of each module while the block runs."""
     hooks = [
-        modules[name].register_forward_hook(lambda _, __, output, name=name: see(name, output))
-        for name in layers
+        module.register_forward_hook(lambda module, _, output: see(module, output))
+        for module in modules
     ]
     try:
         yield

@@ -25,9 +25,9 @@ from rich.table import Table
 
 from nni_haloc.inputs.data import image_folder
 from nni_haloc.inputs.models import build_model
-from nni_haloc.space.candidates import patch_covariances
+from nni_haloc.space.candidates import build_candidates, patch_covariances
 from nni_haloc.space.ranks import AllowedRanks, find_layers
-from nni_haloc.space.tucker import decompose, output_error, reconstruct
+from nni_haloc.space.tucker import output_error, reconstruct
 
 OURS = ("hosvd", "warm_hooi", "data")
 LABELS = {
@@ -83,21 +83,16 @@ class Bench:
             self.shapes.setdefault(f"{weight.shape[0]}x{weight.shape[1]}", []).append(name)
 
     def build(self, method, names):
-        """Decompose the named layers at all their ranks, including the pass for covariances."""
-        covariances = (
-            patch_covariances(self.model, {n: self.specs[n] for n in names}, self.images)
-            if method == "data"
-            else {}
-        )
-        return {
-            n: decompose(self.weights[n], self.ranks[n], method, covariances.get(n)) for n in names
-        }
+        """Make the named layers at all their ranks, including the pass for covariances."""
+        rows = {n: {str(rank): rank for rank in self.ranks[n]} for n in names}
+        images = self.images if method == "data" else None
+        return build_candidates(self.model, self.specs, rows, images, method)
 
     def errors(self, found, covariances):
         """Yield layer, rank, relative weight error, and relative output error by covariances."""
-        for name, factors in found.items():
-            for (rank, _), factor in zip(self.ranks[name], factors, strict=True):
-                kernel = reconstruct(factor)
+        for name, row in found.items():
+            for (rank, _), layer in zip(self.ranks[name], row.values(), strict=True):
+                kernel = reconstruct(layer.factors())
                 output = (
                     output_error(self.weights[name], kernel, covariances[name])
                     if name in covariances
@@ -172,7 +167,7 @@ def run(options, console):
 
     def measured(method, names):
         seconds, found = timed(lambda: bench.build(method, names))
-        covariances = {n: c.double() for n, c in held_out.items()}
+        covariances = {n: c.double().cpu() for n, c in held_out.items()}
         return {"seconds": seconds, "errors": list(bench.errors(found, covariances))}
 
     smallest = min(bench.shapes, key=lambda s: int(s.split("x")[0]))

@@ -89,7 +89,7 @@ def check_speed_up(network, x, sparsity=0.4, **options):
 
 @pytest.mark.parametrize("pruner", ["l1", "fpgm", "taylor"])
 def test_a_pruned_tucker_network_computes_what_the_masked_one_computes(
-    tucker, images, batches, pruner
+    tucker, images, batches, pruner, device
 ):
     before = copy.deepcopy(tucker.state_dict())
     small = check_speed_up(tucker, images, pruner=pruner, batches=batches)
@@ -99,6 +99,15 @@ def test_a_pruned_tucker_network_computes_what_the_masked_one_computes(
         small.body[0].factor_out.out_channels == small.point.left.out_channels == 8
     )  # which are added up
     assert small.head.in_features == 8
+
+
+@pytest.mark.parametrize("pruner", ["l1", "taylor"])
+def test_a_network_on_a_device_is_pruned_there_to_the_same(tucker, images, batches, pruner, device):
+    expected = prune(tucker, images[:1], 0.4, pruner, batches)
+    small = prune(copy.deepcopy(tucker).to(device), images[:1].to(device), 0.4, pruner, batches)
+    assert all(p.device.type == device.type for p in small.parameters())
+    assert str(small) == str(expected)
+    torch.testing.assert_close(small.cpu()(images), expected(images))
 
 
 def test_residual_networks_with_ranks_are_sped_up_exactly():
@@ -270,7 +279,7 @@ def rounded(network, calibration, x):
 
 @pytest.mark.parametrize("quantizer", ["ptq", "qat", "lsq"])
 def test_the_simulated_network_is_the_one_that_its_calibration_describes(
-    tucker, images, loaders, quantizer
+    tucker, images, loaders, quantizer, device
 ):
     steps = []
     train = partial(finetune, train=loaders[0], recipe=Recipe(1, 0.01), enable_progress_bar=False)
@@ -295,6 +304,17 @@ def test_the_simulated_network_is_the_one_that_its_calibration_describes(
     assert set(network.state_dict()) == set(tucker.state_dict())
     error = (found - network(images)).abs().max()
     assert 0 < error < 0.1 * found.abs().max()
+
+
+@pytest.mark.parametrize("quantizer", ["ptq", "qat", "lsq"])
+def test_a_network_on_a_device_is_quantized_there(tucker, images, loaders, quantizer, device):
+    train = partial(finetune, train=loaders[0], recipe=Recipe(1, 0.01), enable_progress_bar=False)
+    simulated = quantize(tucker.to(device), images, quantizer, train)
+    values = [*simulated.network.parameters(), *simulated.network.buffers()]
+    assert all(value.device.type == device.type for value in values)
+    with torch.no_grad():
+        assert simulated.network(images.to(device)).isfinite().all()
+    assert set(simulated.unwrapped().state_dict()) == set(tucker.state_dict())
 
 
 def test_calibration_takes_the_images_in_parts_and_finds_the_ranges_of_one_pass(

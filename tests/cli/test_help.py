@@ -106,7 +106,7 @@ def test_help_imports_nothing_heavy(words, typers):
     [
         ("haloc r", ["run", "report", "results"]),
         ("haloc run --rule e", ["energy", "error-knapsack"]),
-        ("haloc predict --predictor e", ["eyeriss", "energy_pj"]),
+        ("haloc predict --predictor e", ["eyeriss", "energy_pj", "energy_mj"]),
         ("haloc ba", []),
     ],
 )

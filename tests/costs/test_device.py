@@ -311,6 +311,8 @@ def test_the_network_is_timed_all_along_a_round_and_not_in_one_moment(spec, cloc
         ("input", (4, 8, 6, 6)),
         ("device", "other"),
         ("memory_format", "x"),
+        ("graph", True),
+        ("tf32", False),
         ("where", "in-place"),
     ],
 )
@@ -434,13 +436,6 @@ def test_a_device_or_form_that_torch_does_not_have_is_one_line(option, value):
         TorchRuntime(**{option: value})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_cuda_device_is_timed_by_its_own_events():
-    layer = LayerSpec("", "conv", 64, 64, ((8, 64, 56, 56),), False, (3, 3), padding=(1, 1))
-    runtime = TorchRuntime("cuda")
-    assert 0 < runtime.once(runtime.ready(layer.build(None), *layer.input_shapes)) < 1
-
-
 def test_onnx_runtimes_errors_are_one_line(tmp_path, spec):
     full = with_onnx(spec, Forked())
     broken = Specification(**{**vars(full), "onnx": b"no model"})
@@ -463,6 +458,9 @@ def test_onnx_runtimes_errors_are_one_line(tmp_path, spec):
         (["--runtime", "onnxruntime", "--dtype", "bfloat16"], "runtime onnxruntime: dtype"),
         (["--runtime", "tflite"], "runtime: expected one of torch, onnxruntime, found 'tflite'"),
         (["--rounds", "0"], "rounds"),
+        (["--graph"], "graph: expected a CUDA device, such as cuda, found 'cpu'; leave graph out"),
+        (["--runtime", "onnxruntime", "--graph"], "runtime onnxruntime: graph: expected False"),
+        (["--metric", "energy_mj"], "energy_mj: expected an NVIDIA device .*, found device 'cpu'"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_before_anything_is_measured(
@@ -490,7 +488,7 @@ def test_a_file_with_times_that_are_none_is_refused(tmp_path, spec, clock, value
     content["runs"]["a"]["r2"] = [1.0, value]
     out.write_text(json.dumps(content))
     with pytest.raises(
-        ValueError, match="costs.json: runs: layer 'a', candidate 'r2': expected times above 0"
+        ValueError, match="costs.json: runs: layer 'a', candidate 'r2': expected numbers above 0"
     ):
         measure(spec, clock, out, Timing(rounds=3, min_run_time=0))
     out.write_text(out.read_text()[:100])

@@ -95,6 +95,15 @@ def test_defaults_are_filled_in_and_paths_are_relative_to_the_file(write, tmp_pa
         (merged("data", {"name": "folder", "root": "."}), "data: size"),
         (merged("data.name", "mnist"), "data.name: .*found 'mnist'"),
         (
+            merged("data.in_memory", "gpu"),
+            "data.in_memory: expected false, true or 'device', found 'gpu'",
+        ),
+        (merged("data.in_memory", 1), "data.in_memory: expected false, true or 'device', found 1"),
+        (
+            merged("data", {"name": "digits", "in_memory": "device", "workers": 4}),
+            "data: workers: expected 0 .*found 4; set workers: 0, or in_memory: true",
+        ),
+        (
             merged("search", {"epochs": 2, "warmup_epochs": 2}),
             "search.warmup_epochs: must be below search.epochs .2.",
         ),

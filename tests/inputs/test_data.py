@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.host_copies import no_waits_on
 from PIL import Image
 
 from nni_haloc.inputs.config import load_config
-from nni_haloc.inputs.data import cifar10, digits, image_folder
+from nni_haloc.inputs.data import cifar10, digits, image_folder, load_data
 from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.tensor_images import TensorImages
 from nni_haloc.runs.job import Job
 from nni_haloc.utils.errors import HalocError
+from nni_haloc.utils.placement import working_on
 
 
 @pytest.fixture
@@ -125,6 +127,102 @@ def test_augmentation_shifts_and_mirrors_each_image_by_itself():
     assert seen == set(range(18))
 
 
+def wide_images(number=40):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (number, 3, 6, 8), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(number)
+    return TensorImages(images, labels, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), pad=2, mirror=True)
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_a_batch_is_cropped_and_mirrored_as_drawn_and_normalised(device, kind):
+    data, chosen = wide_images().on_device(), [7, 3, 39, 0, 7]
+    torch.manual_seed(5)
+    x, y = data.__getitems__(kind(chosen))
+    torch.manual_seed(5)
+    shifts = torch.randint(0, 5, (2, 5), device=device).cpu().numpy()
+    mirrored = (torch.rand(5, device=device) < 0.5).cpu().numpy()
+    assert 0 < mirrored.sum() < 5
+    expected = []
+    for i, top, left, flipped in zip(chosen, *shifts, mirrored, strict=True):
+        image = data.images[i].numpy().astype(np.float64).transpose(1, 2, 0) / 255
+        whole = np.zeros((10, 12, 3))
+        whole[2:8, 2:10] = (image - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
+        part = whole[top : top + 6, left : left + 8]
+        expected.append(part[:, ::-1] if flipped else part)
+    assert (x.device.type, y.device.type, x.dtype) == (device.type, device.type, torch.float32)
+    assert x.is_contiguous()
+    np.testing.assert_allclose(x.cpu().permute(0, 2, 3, 1), np.stack(expected), atol=1e-6)
+    assert y.tolist() == chosen
+
+
+def test_augmented_images_of_one_channel_are_convolved_in_channels_last_format():
+    """It is the faster format; and in another a search of earlier versions isn't repeated."""
+    x, _ = digits().train.__getitems__([1, 2])
+    assert torch.nn.Conv2d(1, 4, 3)(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_images_are_the_same_on_the_device(device):
+    splits = digits().shared(0.2)
+    there = splits.on_device()
+    for name in ("plain", "val", "test"):
+        pairs = zip(splits.loader(name, 64), there.loader(name, 64), strict=True)
+        for (x, y), (x_there, y_there) in pairs:
+            assert (x_there.device.type, y_there.device.type) == (device.type,) * 2
+            torch.testing.assert_close(x_there.cpu(), x, rtol=1e-6, atol=1e-6)
+            assert torch.equal(y_there.cpu(), y)
+
+
+def test_on_the_processor_the_augmentation_is_the_same_bit_by_bit():
+    epochs = []
+    for splits in (digits(), digits().on_device()):
+        torch.manual_seed(3)
+        with working_on("cpu"):
+            epochs.append(torch.cat([x for x, _ in splits.loader("train", 64, shuffle=True)]))
+    assert torch.equal(*epochs)
+
+
+def test_a_batch_is_made_without_waiting_for_the_device(device):
+    data = wide_images().on_device()
+    data.__getitems__([0])
+    with no_waits_on(device):
+        data.__getitems__([3, 5, 7])
+
+
+def test_a_batch_is_made_on_the_device_of_its_time():
+    """Torch's device without memory stands in for the other one."""
+    data = wide_images().on_device()
+    kept = data.images.clone()
+    for name in ("meta", "cpu", "meta"):
+        with working_on(name):
+            assert {t.device.type for t in data.__getitems__([1, 2])} == {name}
+            assert {t.device.type for t in data.part(torch.tensor([3]))[0]} == {name}
+    with working_on("cpu"):
+        assert [int(d[0][1]) for d in (data, data.part(torch.tensor([3])))] == [0, 3]
+    assert torch.equal(data.images, kept)
+
+
+def test_single_draws_of_images_are_on_the_processor_wherever_batches_are_made():
+    splits = digits()
+    with working_on("meta"):
+        there = splits.on_device().shared(0.5, seed=1)
+        assert there.missing("val") == []
+        images, labels = there.labelled("plain", 7, seed=2)
+    expected, expected_labels = splits.shared(0.5, seed=1).labelled("plain", 7, seed=2)
+    assert torch.equal(images, expected)
+    assert torch.equal(labels, expected_labels)
+
+
+def test_only_images_in_memory_are_kept_on_the_device(folder):
+    with pytest.raises(ValueError, match=r"^in_memory: 'device' is for images in memory .*Subset$"):
+        image_folder(folder, 12).on_device()
+
+
+def test_batches_on_the_device_have_no_workers():
+    with pytest.raises(ValueError, match=r"^workers: expected 0 after on_device.*, found 2$"):
+        digits().on_device().loader("train", 8, workers=2)
+
+
 def test_the_order_of_images_is_the_seeds():
     splits = digits()
     first, again, other = (
@@ -173,6 +271,16 @@ def run_file(folder, **data):
     torch.save(build_model("resnet20").state_dict(), folder / "w.pt")
     (folder / "run.yml").write_text(yaml.safe_dump(content))
     return folder / "run.yml"
+
+
+@pytest.mark.parametrize("name", ["folder", "digits"])
+def test_the_settings_put_images_on_the_device(folder, name):
+    changes = {"data.in_memory": "device", "data.name": name}
+    splits = load_data(load_config(run_file(folder), changes).data)
+    with working_on("meta"):
+        for split in ("train", "plain", "val", "test"):
+            x, _ = next(iter(splits.loader(split, 4)))
+            assert (x.device.type, len(x)) == ("meta", 4)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

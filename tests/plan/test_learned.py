@@ -19,7 +19,7 @@ from nni_haloc.space.ranks import AllowedRanks
 
 
 def test_without_training_the_learned_ranks_are_the_best_for_the_kernels(
-    net, images, labels, monkeypatch
+    net, images, labels, monkeypatch, device
 ):
     """Oracle: HOSVD by numpy, every choice tried."""
     monkeypatch.setattr(learning, "ROUNDS", 0)
@@ -43,7 +43,7 @@ def test_without_training_the_learned_ranks_are_the_best_for_the_kernels(
     assert total(errors, RULES["learned"](one)) == pytest.approx(best, rel=1e-6)
 
 
-def test_learning_takes_its_steps_and_ends_near_low_rank(net, images, labels, monkeypatch):
+def test_learning_takes_its_steps_and_ends_near_low_rank(net, images, labels, monkeypatch, device):
     """Batches are counted; limits widen to the problem's; kernels end nearer to low rank than they
     began; random states are left alone.
     """

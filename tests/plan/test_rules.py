@@ -81,7 +81,7 @@ def test_plans_are_compared_with_their_batch_norm_recalibrated(images, labels):
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("fractions", [(0.3,), (0.45,), (0.9,), (0.5, 0.45)])
-def test_every_rule_keeps_every_limit_and_says_so(rule, fractions, net, images, labels):
+def test_every_rule_keeps_every_limit_and_says_so(rule, fractions, net, images, labels, device):
     before = {key: value.clone() for key, value in net.state_dict().items()}
     one = problem(net, images, labels, fractions, seed=5, train=loader(images, labels))
     found = plan(one, rule)
@@ -95,6 +95,15 @@ def test_every_rule_keeps_every_limit_and_says_so(rule, fractions, net, images, 
     assert facts["cost"] == one.limits[0].costs.total(found.names)
     assert [also["metric"] for also in facts["also"]] == ["params"] * (len(fractions) - 1)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_takes_a_network_on_a_device(rule, net, images, labels, device):
+    one = problem(net, images, labels, (0.45,), train=loader(images, labels))
+    there = dataclasses.replace(one, model=copy.deepcopy(net).to(device))
+    assert there.holds(RULES[rule](there))
+    assert all(p.device.type == device.type for p in there.model.parameters())
 
 
 COST = st.one_of(st.integers(1, 20).map(float), st.floats(0.01, 100))
@@ -148,7 +157,7 @@ def test_an_unknown_rule_is_refused(net, images, labels):
         plan(problem(net, images, labels), "best")
 
 
-def test_errors_are_those_of_the_layers_outputs(net):
+def test_errors_are_those_of_the_layers_outputs(net, device):
     """Each candidate is run on what the original layer is fed; the covariances' shrinkage is worth
     a per cent or two.
     """

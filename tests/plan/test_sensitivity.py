@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers.host_copies import waits
 from torch import nn
 
 from nni_haloc.plan.sensitivity import loss, sensitivities
@@ -27,10 +28,49 @@ def by_hand(network, images, labels):
     return float(-logits.log_softmax(1)[range(len(labels)), labels].mean())
 
 
-def test_the_loss_is_the_mean_over_all_images_whatever_the_batches(net, images, labels):
+def test_the_loss_is_the_mean_over_all_images_whatever_the_batches(net, images, labels, device):
     expected = by_hand(net, images, labels)
     for batch_size in (1, 7, 64, 1000):
-        assert loss(net, images, labels, batch_size) == pytest.approx(expected, rel=1e-5)
+        found = loss(net.double(), images.double(), labels, batch_size)
+        assert found == pytest.approx(expected, rel=1e-12)
+    assert all(p.device.type == "cpu" for p in net.parameters())
+
+
+def test_on_a_device_a_sensitivity_is_what_a_swap_by_hand_adds(
+    net, modules, images, labels, device
+):
+    """In float64, with candidates that stay where they are."""
+    for row in modules.values():
+        for module in row.values():
+            module.double()
+    before = copy.deepcopy({layer: nn.ModuleDict(row) for layer, row in modules.items()})
+    net, images = net.double().eval(), images.double()
+    found = sensitivities(net, modules, images, labels, batch_size=24)
+    original = by_hand(net, images, labels)
+    for layer, row in modules.items():
+        for name, module in row.items():
+            replaced = copy.deepcopy(net)
+            replace_modules(replaced, {layer: copy.deepcopy(module)})
+            added = by_hand(replaced, images, labels) - original
+            assert found[layer][name] == pytest.approx(added, abs=1e-12), (layer, name)
+            for ours, theirs in zip(
+                module.parameters(), before[layer][name].parameters(), strict=True
+            ):
+                assert ours.device.type == "cpu"
+                assert torch.equal(ours, theirs)
+
+
+def test_the_device_is_waited_for_no_more_often_for_more_candidates(
+    net, modules, images, labels, device
+):
+    numbers, batches = [], []
+    few = {layer: dict(list(row.items())[:2]) for layer, row in modules.items()}
+    for rows in (few, modules):
+        with waits() as found:
+            sensitivities(net, rows, images, labels, 16, progress=lambda *at: batches.append(at))
+        numbers.append(len(found))
+    assert numbers[0] == numbers[1]
+    assert batches == 2 * [(done, 4) for done in range(5)]
 
 
 def test_each_candidate_is_put_alone_into_the_original(net, modules, images, labels):

@@ -1,5 +1,6 @@
 """The gate gradient against running every candidate, in float64."""
 
+import numpy as np
 import pytest
 import torch
 from helpers.geometries import GEOMETRIES, convolution
@@ -169,16 +170,17 @@ def test_the_gate_hands_its_input_through_and_may_be_written_into():
 
 
 def test_sampling_follows_the_probabilities():
-    generator = torch.Generator().manual_seed(0)
-    p = torch.tensor([0.1, 0.6, 0.3])
-    counts = torch.bincount(torch.tensor([sample(p, generator) for _ in range(4000)]), minlength=3)
-    torch.testing.assert_close(counts / 4000, p, atol=0.03, rtol=0)
+    generator = np.random.default_rng(0)
+    p = np.array([0.1, 0.6, 0.0, 0.3])
+    counts = np.bincount([sample(p, generator) for _ in range(4000)], minlength=4)
+    assert counts / 4000 == pytest.approx(p, abs=0.03)
+    assert counts[2] == 0
 
 
 def test_the_running_mean_is_centred_and_skips_what_is_not_finite():
     mean = RunningMean(3)
-    p = torch.tensor([0.5, 0.25, 0.25])
+    p = np.array([0.5, 0.25, 0.25])
     for g in ([1.0, 2.0, 3.0], [float("nan"), 0.0, 0.0], [3.0, 0.0, 1.0]):
-        mean.add(torch.tensor(g), p)
-    expected = (torch.tensor([1.0, 2.0, 3.0]) - 1.75 + torch.tensor([3.0, 0.0, 1.0]) - 1.75) / 2
-    torch.testing.assert_close(mean.mean.float(), expected)
+        mean.add(np.array(g), p)
+    expected = (np.array([1.0, 2.0, 3.0]) - 1.75 + np.array([3.0, 0.0, 1.0]) - 1.75) / 2
+    assert mean.mean == pytest.approx(expected)

@@ -1,7 +1,10 @@
 """Candidates of a trained network: the covariance against explicit patches, weights, aliases."""
 
+import copy
+
 import pytest
 import torch
+from helpers.host_copies import waits
 from torch import nn
 
 from nni_haloc.inputs.models import build_model
@@ -12,11 +15,12 @@ from nni_haloc.space.layers import LayerSpec, TuckerConv2d
 from nni_haloc.space.modules import replace_modules
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.reduced_rank import _cholesky
-from nni_haloc.space.tucker import data_aware, hosvd, output_error, reconstruct, warm_hooi
+from nni_haloc.space.tucker import decompose, output_error, reconstruct
+from nni_haloc.utils.placement import working_on
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
-def test_the_covariance_reproduces_the_layers_output_energy(mode):
+def test_the_covariance_reproduces_the_layers_output_energy(mode, device):
     """For any kernel, E||W x||^2 over the patches is the mean square of the output.
 
     There is no unfolding in the oracle.
@@ -31,9 +35,26 @@ def test_the_covariance_reproduces_the_layers_output_energy(mode):
         batch_size=3,
         shrinkage=0,
     )["0"]
+    assert s.device.type == device.type
     w = conv.weight.detach().double().flatten(1)
     energy = conv(images).detach().double().pow(2).mean((0, 2, 3)).sum()
-    torch.testing.assert_close(((w @ s.double()) * w).sum(), energy, rtol=1e-4, atol=0)
+    torch.testing.assert_close(((w @ s.double().cpu()) * w).sum(), energy, rtol=1e-4, atol=0)
+
+
+def test_the_patches_are_the_same_on_every_device(device, images):
+    """Of layers that are fed the images themselves; products are as precise as float32."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1))
+    specs = find_layers(net, images, AllowedRanks(step=1)).specs
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as in a run
+    try:
+        ours = patch_covariances(net, specs, images, max_patches=50)["0"].cpu()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with working_on("cpu"):
+        expected = patch_covariances(net.double(), specs, images.double(), max_patches=50)["0"]
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert all(p.device.type == "cpu" for p in net.parameters())
 
 
 def test_patches_are_bounded_and_drawn_with_the_seed(net, images):
@@ -123,8 +144,8 @@ def test_covariances_are_collected_in_groups_that_fit_the_memory(net, images, mo
 
 def test_layers_kept_plain_are_logged_from_one_decomposition(net, images, monkeypatch, caplog):
     """At full rank HOSVD is exact and stands; nothing is decomposed again to find that out."""
-    calls, real = [], candidates.decompose
-    monkeypatch.setattr(candidates, "decompose", lambda *a: (calls.append(a[1]), real(*a))[1])
+    calls, real = [], candidates.decompose_all
+    monkeypatch.setattr(candidates, "decompose_all", lambda *a: (calls.append(a[1]), real(*a))[1])
     layers = find_layers(net, images)
     with caplog.at_level("INFO"):
         build_candidates(net, layers.specs, {"body.0": {"r4": (4, 4), "r12x8": (12, 8)}}, images)
@@ -132,10 +153,103 @@ def test_layers_kept_plain_are_logged_from_one_decomposition(net, images, monkey
     assert "nothing better: body.0 (12, 8)" in caplog.text
 
 
+class Repeating(nn.Module):
+    """Three convolutions of one shape, one of another, two linear layers of one shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(3)))
+        self.tail = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    def forward(self, x):
+        return self.tail(self.body(self.stem(x).relu()).relu().mean((2, 3)))
+
+
+@pytest.fixture
+def repeating():
+    torch.manual_seed(0)
+    return Repeating().eval()
+
+
+REPEATING = AllowedRanks(step=2, kinds=("conv", "linear"))
+
+
+@pytest.mark.parametrize("method", ["data", "warm_hooi", "hosvd", "hooi"])
+def test_layers_of_one_shape_are_decomposed_in_one_call_and_come_home(
+    repeating, images, monkeypatch, method, device
+):
+    """Oracle: each layer decomposed on its own, on the processor."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    layers, calls = find_layers(repeating, images, REPEATING), []
+    rows, before = layers.candidates(REPEATING), copy.deepcopy(repeating.state_dict())
+    monkeypatch.setattr(
+        candidates,
+        "decompose_all",
+        lambda *a, real=candidates.decompose_all: (calls.append(a[0]), real(*a))[1],
+    )
+    built = build_candidates(repeating, layers.specs, rows, images, method)
+    assert sorted(weights.shape[0] for weights in calls) == [1, 2, 3]
+    assert all(weights.device.type == device.type for weights in calls)
+    assert list(built) == list(rows)
+    for key, value in repeating.state_dict().items():
+        assert torch.equal(value, before[key])
+    with working_on("cpu"):
+        covariances = patch_covariances(repeating, layers.specs, images)
+    for name, row in rows.items():
+        weight, ranks = repeating.get_submodule(name).weight, [r for r in row.values() if r]
+        alone = dict(zip(ranks, decompose(weight, ranks, method, covariances[name]), strict=True))
+        assert list(built[name]) == list(row)
+        for candidate, rank in row.items():
+            module = built[name][candidate]
+            assert all(p.device.type == "cpu" for p in module.parameters())
+            found = module.weight if rank is None else reconstruct(module.factors())
+            expected = weight if rank is None else reconstruct(alone[rank]).to(weight)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_candidates_of_a_network_on_a_device_are_there_too(repeating, images, device):
+    network = repeating.to(device, memory_format=torch.channels_last)
+    layers = find_layers(network, images.to(device), REPEATING)
+    rows = {"body.1": {"r4": (4, 4), "dense": None}}
+    for calibration in (images, images.to(device), None):
+        for module in build_candidates(network, layers.specs, rows, calibration)["body.1"].values():
+            assert all(p.device == network.stem.weight.device for p in module.parameters())
+            kernels = [p for p in module.parameters() if p.dim() == 4]
+            assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+
+
+def test_the_device_is_waited_for_no_more_often_for_more_ranks(repeating, images, device):
+    layers, numbers = find_layers(repeating, images, REPEATING), set()
+    rows = layers.candidates(REPEATING)
+    last = {name: dict(list(row.items())[-1:]) for name, row in rows.items()}
+    for some in (last, rows):
+        with waits() as found:
+            build_candidates(repeating, layers.specs, some, images.to(device))
+        numbers.add(len(found))
+    assert len(numbers) == 1, numbers
+
+
+def test_of_several_layers_the_one_that_fails_is_named(repeating, images, monkeypatch):
+    bad, real = repeating.body[1].weight.detach(), torch.linalg.eigh
+
+    def fails(x):
+        if x.shape[1:] == gram.shape and any(torch.allclose(each, gram) for each in x):
+            raise torch.linalg.LinAlgError("linalg.eigh: did not converge")
+        return real(x)
+
+    gram = bad.double().flatten(1) @ bad.double().flatten(1).T
+    layers = find_layers(repeating, images, REPEATING)
+    rows = layers.candidates(REPEATING)
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    with pytest.raises(ValueError, match=r"^layer 'body.1': .* \(linalg.eigh: did not converge\)$"):
+        build_candidates(repeating, layers.specs, rows, None, "hosvd")
+
+
 def test_without_images_the_default_is_the_warm_started_iteration(net, images):
     layers = find_layers(net, images)
     layer = build_candidates(net, layers.specs, {"body.0": {"r4": (4, 4)}})["body.0"]["r4"]
-    expected = warm_hooi(net.body[0].weight, [(4, 4)])[0]
+    expected = decompose(net.body[0].weight, [(4, 4)], "warm_hooi")[0]
     torch.testing.assert_close(reconstruct(layer.factors()), reconstruct(expected))
 
 
@@ -159,7 +273,9 @@ def test_what_is_fitted_to_few_patches_holds_for_others():
     )
     torch.testing.assert_close(shrunk, exact + 0.3 * 72 / 18 * exact.trace() / 72 * torch.eye(72))
     errors = [
-        output_error(conv.weight, reconstruct(data_aware(conv.weight, [(4, 4)], s)[0]), truth)
+        output_error(
+            conv.weight, reconstruct(decompose(conv.weight, [(4, 4)], "data", s)[0]), truth
+        )
         for s in (exact, shrunk)
     ]
     assert errors[1] < 0.9 * errors[0]
@@ -188,7 +304,10 @@ def test_by_the_data_the_output_is_closer_than_by_the_weights(net, images):
                 ours = output_error(w, reconstruct(layer.factors()), covariances[name])
                 assert (
                     ours
-                    <= output_error(w, reconstruct(hosvd(w, [rank])[0]), covariances[name]) + 1e-4
+                    <= output_error(
+                        w, reconstruct(decompose(w, [rank], "hosvd")[0]), covariances[name]
+                    )
+                    + 1e-4
                 )  # stored in float32
 
 

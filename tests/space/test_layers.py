@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nni_haloc.space.layers import LayerSpec, TuckerConv2d, kernel_factors
 from nni_haloc.space.ranks import macs, params
-from nni_haloc.space.tucker import hosvd, low_rank, reconstruct
+from nni_haloc.space.tucker import decompose, reconstruct
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -16,9 +16,10 @@ def test_at_full_rank_the_tucker_layer_is_the_dense_one(geometry):
     torch.manual_seed(0)
     conv, x = convolution(geometry), torch.randn(2, 4, 9, 10, dtype=torch.float64)
     spec = LayerSpec.of("conv", conv, (tuple(x.shape),))
-    layer = spec.assemble(hosvd(conv.weight, [(5, 4)])[0], conv.bias).double()
+    (factors,) = decompose(conv.weight, [(5, 4)], "hosvd")
+    layer = spec.assemble(factors, conv.bias).double()
     with torch.no_grad():
-        for target, value in zip(layer.factors(), hosvd(conv.weight, [(5, 4)])[0], strict=True):
+        for target, value in zip(layer.factors(), factors, strict=True):
             target.copy_(
                 value.reshape(target.shape)
             )  # in float64; assembling is in torch's default precision
@@ -50,7 +51,7 @@ def test_pointwise_and_linear_layers_are_two_factors(stride):
     conv, linear = nn.Conv2d(6, 5, 1, stride, padding=1), nn.Linear(6, 5)
     for module, x in ((conv, torch.randn(2, 6, 7, 7)), (linear, torch.randn(2, 3, 6))):
         spec = LayerSpec.of("layer", module, (tuple(x.shape),))
-        layer = spec.assemble(low_rank(module.weight.flatten(1), [5])[0], module.bias)
+        layer = spec.assemble(decompose(module.weight.flatten(1), [(5,)])[0], module.bias)
         torch.testing.assert_close(layer(x), module(x), atol=1e-5, rtol=1e-5)
         assert spec.output_shape(tuple(x.shape)) == tuple(module(x).shape)
         with FlopCounterMode(display=False) as counter:

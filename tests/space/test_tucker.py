@@ -1,29 +1,35 @@
 """Decompositions against tensorly, numpy's least squares, and each other."""
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 import tensorly as tl
 import torch
+from helpers.host_copies import waits
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nni_haloc.space import tucker
-from nni_haloc.space.reduced_rank import ReducedRankFit, rotate, truncation_errors
+from nni_haloc.space.reduced_rank import ReducedRankFit, falling, rotate, truncation_errors
 from nni_haloc.space.tucker import (
     Tucker2,
-    data_aware,
     decompose,
-    hooi,
-    hosvd,
-    low_rank,
+    decompose_all,
     output_error,
+    output_errors,
     reconstruct,
-    warm_hooi,
 )
 
 RANKS = [(2, 2), (4, 3), (6, 5)]
+hosvd, warm_hooi, hooi = (
+    partial(decompose, method=method) for method in ("hosvd", "warm_hooi", "hooi")
+)
+
+
+def data_aware(w, ranks, s):
+    return decompose(w, ranks, "data", s)
 
 
 def kernel(f=6, c=5, k1=3, k2=3, seed=0):
@@ -83,9 +89,27 @@ def fit_behind(factor_in, w, s, ranks_in):
     return ReducedRankFit(wsa, rotate(rotate(s, factor_in.T).T, factor_in.T), factor_in, ranks_in)
 
 
+def energy(fit, r1, r2):
+    return float(fit.energies([(r1, r2)]))
+
+
 def fitted_kernel(fit, r1, r2):
     out, core = fit.factors(r1, r2)
     return reconstruct(Tucker2(out, core.reshape(r1, r2, 3, 3), fit.factor_in[:r2]))
+
+
+def test_errors_of_many_approximations_are_those_of_each():
+    """Oracle: numpy, through a square root of the covariance."""
+    w, s = kernel(), covariance(patches())
+    values, vectors = np.linalg.eigh(s.numpy())
+    root, whole = (vectors * values.clip(0) ** 0.5) @ vectors.T, w.flatten(1).numpy()
+    others = [kernel(seed=seed) for seed in (1, 2)] + [w]
+    for given_s, side in ((s, root), (None, np.eye(45))):
+        expected = [
+            np.linalg.norm((whole - other.flatten(1).numpy()) @ side) / np.linalg.norm(whole @ side)
+            for other in others
+        ]
+        np.testing.assert_allclose(output_errors(w, iter(others), given_s), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("rank_out", [1, 3, 6])
@@ -106,7 +130,7 @@ def test_given_factor_in_the_fit_is_the_reduced_rank_least_squares_optimum(rank_
     np.testing.assert_allclose(
         x @ fitted_kernel(fit, rank_out, 3).flatten(1).T, best, atol=1e-6 * np.abs(best).max()
     )
-    assert fit.energy(rank_out, 3) == pytest.approx((best**2).sum() / len(x), rel=1e-6)
+    assert energy(fit, rank_out, 3) == pytest.approx((best**2).sum() / len(x), rel=1e-6)
 
 
 def test_leading_blocks_give_what_each_rank_gives_alone():
@@ -119,12 +143,12 @@ def test_leading_blocks_give_what_each_rank_gives_alone():
             torch.testing.assert_close(
                 fitted_kernel(together, r1, r2), fitted_kernel(alone, r1, r2), rtol=1e-6, atol=1e-6
             )  # the ridges differ
-            assert together.energy(r1, r2) == pytest.approx(alone.energy(r1, r2))
+            assert energy(together, r1, r2) == pytest.approx(energy(alone, r1, r2))
 
 
 @pytest.mark.parametrize("closed_form_loses", [False, True])
 def test_factorisations_by_the_data_do_not_grow_with_the_ranks(monkeypatch, closed_form_loses):
-    """One Cholesky factorisation for each ``factor_in``; eigenvectors for each r2, not each r1."""
+    """One Cholesky factorisation and one call for eigenvectors for each ``factor_in``."""
     calls = Counter()
     for name in ("cholesky_ex", "eigh"):
         real = getattr(torch.linalg, name)
@@ -136,12 +160,12 @@ def test_factorisations_by_the_data_do_not_grow_with_the_ranks(monkeypatch, clos
         calls.clear()
         data_aware(w, ranks, covariance(x))
         tried = 1 + closed_form_loses
-        assert calls == {"cholesky_ex": tried, "eigh": 4 + tried * len({r2 for _, r2 in ranks})}
+        assert calls == {"cholesky_ex": tried, "eigh": 4 + tried}
 
 
 def test_errors_of_hosvd_at_all_ranks_are_those_of_each():
     w, s = kernel(), covariance(patches())
-    _, v, core = tucker._hosvd_bases(w)
+    _, v, core = (t[0] for t in tucker._hosvd_bases(w[None]))
     errors = truncation_errors(core, rotate(rotate(s, v).T, v), 5)
     total = ((w.flatten(1) @ s) * w.flatten(1)).sum()
     ranks = [(r1, r2) for r1 in range(1, 7) for r2 in range(1, 6)]
@@ -160,13 +184,14 @@ def random_like_torch(f, c, seed=0):
 @pytest.mark.parametrize(
     ("f", "c", "step"), [(16, 16, 2), (32, 16, 4), (32, 32, 8), (64, 64, 16), (24, 48, 24)]
 )
-def test_warm_hooi_is_within_half_a_percent_of_tensorly_at_every_rank(f, c, step):
+def test_warm_hooi_is_within_half_a_percent_of_tensorly_at_every_rank(f, c, step, device):
     """On random kernels, the worst case: their spectra are flat."""
     w = random_like_torch(f, c)
     ranks = [(r, r) for r in range(step, min(f, c) + 1, step)]
-    for rank, ours, theirs in zip(ranks, warm_hooi(w, ranks), hooi(w, ranks), strict=True):
+    found = warm_hooi(w.to(device), ranks)
+    for rank, ours, theirs in zip(ranks, found, hooi(w, ranks), strict=True):
         assert (
-            output_error(w, reconstruct(ours))
+            output_error(w, reconstruct(ours).cpu())
             <= 1.005 * output_error(w, reconstruct(theirs)) + 1e-5
         ), rank
 
@@ -227,7 +252,11 @@ def test_with_few_channels_a_chain_does_not_follow_a_worse_optimum():
 
 def test_hosvd_stands_where_the_sweeps_end_worse(monkeypatch):
     w = kernel()
-    monkeypatch.setattr(tucker, "_sweeps", lambda sides, v, r1, r2: (0.0, None, None, v))
+
+    def worst(sides, v, r1, r2):
+        return falling(-sides.gram_out)[1], falling(-sides.gram_in)[1]
+
+    monkeypatch.setattr(tucker, "_sweeps", worst)
     for ours, plain in zip(warm_hooi(w, RANKS), hosvd(w, RANKS), strict=True):
         torch.testing.assert_close(reconstruct(ours), reconstruct(plain))
 
@@ -267,11 +296,11 @@ def cases():
 
 @pytest.mark.parametrize("case", cases())
 @pytest.mark.parametrize("rank", RANKS)
-def test_data_aware_error_is_never_above_hosvds(case, rank):
-    w, s = kernel(), covariance(cases()[case])
+def test_data_aware_error_is_never_above_hosvds(case, rank, device):
+    w, s = kernel().to(device), covariance(cases()[case]).to(device)
     plain, ours = hosvd(w, [rank])[0], data_aware(w, [rank], s)[0]
     assert all(torch.isfinite(t).all() for t in ours)
-    assert output_error(w, reconstruct(ours), s) <= output_error(w, reconstruct(plain), s)
+    assert output_error(w, reconstruct(ours), s) <= output_error(w, reconstruct(plain), s) + 1e-12
 
 
 @settings(max_examples=60, deadline=None)
@@ -353,14 +382,31 @@ def test_full_rank_is_exact_by_every_method():
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
-def test_low_rank_by_the_data_is_the_truncated_svd_of_the_outputs(rank):
+def test_low_rank_by_the_data_is_the_truncated_svd_of_the_outputs(rank, device):
     w, x = kernel(k1=1, k2=1).flatten(1), patches(kk=1)
     y = (x @ w.T).numpy()
     u, s, vt = np.linalg.svd(y, full_matrices=False)
-    ours = x @ reconstruct(low_rank(w, [rank], covariance(x))[0]).T
+    (factors,) = decompose(w.to(device), [(rank,)], "data", covariance(x).to(device))
+    ours = x @ reconstruct(factors).cpu().T
     np.testing.assert_allclose(
         ours, u[:, :rank] * s[:rank] @ vt[:rank], atol=1e-8 * np.abs(y).max()
     )
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_the_factors_of_a_matrix_share_its_singular_values_evenly(rank):
+    """Oracle: numpy's truncated SVD, also of a matrix of less rank than is asked for."""
+    for w in (
+        kernel(k1=1, k2=1).flatten(1),
+        kernel(6, 2, 1, 1).flatten(1) @ kernel(2, 5)[..., 0, 0],
+    ):
+        u, s, vt = np.linalg.svd(w.numpy(), full_matrices=False)
+        left, right = decompose(w, [(rank,)])[0]
+        expected = u[:, :rank] * s[:rank] @ vt[:rank]
+        np.testing.assert_allclose(left @ right, expected, atol=1e-10)
+        even = np.diag(s[:rank])
+        np.testing.assert_allclose(left.T @ left, even, atol=1e-6)
+        np.testing.assert_allclose(right @ right.T, even, atol=1e-6)
 
 
 def test_a_covariance_of_the_wrong_shape_is_refused():
@@ -420,3 +466,65 @@ def test_an_unknown_method_is_refused():
         ValueError, match="decomposition: expected one of warm_hooi, hosvd, hooi, data, found 'svd'"
     ):
         decompose(kernel(), [(2, 2)], "svd")
+
+
+def three_layers():
+    """Return kernels and covariances of one shape; the second needs HOSVD's ``factor_in``."""
+    w, x = misleading()
+    covariances = [covariance(samples) for samples in (patches(), x, patches(seed=9))]
+    return torch.stack([kernel(), w, kernel(seed=4)]), torch.stack(covariances)
+
+
+@pytest.mark.parametrize("ranks", [[(3, 4), (4, 1)], [(2, 2), (6, 5)]])
+@pytest.mark.parametrize("method", ["hosvd", "warm_hooi", "hooi", "data"])
+def test_kernels_decomposed_together_are_what_each_is_alone(method, ranks, device):
+    weights, covariances = three_layers()
+    found, plain = decompose_all(weights.to(device), ranks, method, covariances.to(device))
+    # At full rank HOSVD is exact.
+    assert plain.tolist() == [[method == "data" and rank == (6, 5) for rank in ranks]] * 3
+    for i, (w, s) in enumerate(zip(weights, covariances, strict=True)):
+        for together, alone in zip(found, decompose(w, ranks, method, s), strict=True):
+            ours = reconstruct(Tucker2(*(value[i].cpu() for value in together)))
+            torch.testing.assert_close(ours, reconstruct(alone))
+
+
+def test_matrices_decomposed_together_are_what_each_is_alone(device):
+    weights = torch.stack([kernel(k1=1, k2=1, seed=seed).flatten(1) for seed in range(3)])
+    covariances = torch.stack([covariance(patches(kk=1, seed=seed)) for seed in range(3)])
+    for method in ("data", "hosvd"):
+        found, _ = decompose_all(weights.to(device), [(2,), (5,)], method, covariances.to(device))
+        for i, (w, s) in enumerate(zip(weights, covariances, strict=True)):
+            for (left, right), alone in zip(
+                found, decompose(w, [(2,), (5,)], method, s), strict=True
+            ):
+                torch.testing.assert_close((left[i] @ right[i]).cpu(), reconstruct(alone))
+
+
+@pytest.mark.parametrize("method", ["hosvd", "data"])
+def test_the_device_is_waited_for_no_more_often_for_more_ranks_or_layers(method, device):
+    weights, covariances = (value.to(device) for value in three_layers())
+    numbers = set()
+    for layers in (1, 3):
+        for ranks in ([(4, 1), (6, 5)], [(r1, r2) for r1 in range(1, 7) for r2 in range(1, 6)]):
+            with waits() as found:
+                decompose_all(weights[-layers:], ranks, method, covariances[-layers:])
+            numbers.add(len(found))
+    assert len(numbers) == 1, numbers
+    assert max(numbers) <= 5 * (method == "data")
+
+
+def test_products_are_as_precise_as_the_numbers_where_training_allows_less(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        tucker, "_grams", lambda w, real=tucker._grams: (seen.append(precision()), real(w))[1]
+    )
+    precision = torch.get_float32_matmul_precision
+    before = precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for method in ("hosvd", "warm_hooi", "data"):
+            decompose(kernel(), RANKS, method, covariance(patches()))
+        assert precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["highest"] * 3

@@ -19,8 +19,11 @@ UNITS = {
     "latency_ms": "milliseconds",
     "cycles": "cycles",
     "energy_pj": "picojoules",
+    "energy_mj": "millijoules",
 }
 """This package's metrics and their units in ``costs.json``."""
+MEASURED = {"latency_ms": "ms", "energy_mj": "mJ"}
+"""The metrics that are measured on a device, and their units' symbols."""
 
 
 def unit_of(metric: Any) -> str:

@@ -1,4 +1,4 @@
-"""Time every entry of a specification; keep each time in ``costs.json`` as soon as it is known."""
+"""Measure every entry of a specification; keep each value in ``costs.json`` once it is known."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 from nni_haloc.costs.device.costs_file import COSTS_VERSION, UNITS
 from nni_haloc.costs.device.measured_file import (
-    METRIC,
     NETWORK,
     STATE,
     finished,
@@ -56,30 +55,34 @@ def measure(
     timing: Timing = Timing(),
     progress: Progress = lambda done, of: None,
     indices: Collection[int] | None = None,
+    metric: str = "latency_ms",
 ) -> dict[str, Any]:
     """Measure the entries that ``out`` does not have yet, and write it after each of them.
 
     Args:
-        spec: what to time.
+        spec: what to measure.
         runtime: what runs it.
         out: ``costs.json``; measuring goes on in one that is there (None: keep nothing).
         timing: how often and how long.
         progress: called with the numbers of entries done and to do.
         indices: the entries to measure (None: all). The network is measured in any case.
+        metric: ``latency_ms`` or ``energy_mj``.
 
     Returns:
         The content of ``costs.json``. It is a cost table once every entry has been measured; until
-        then it holds the measured times only.
+        then it holds the measured values only.
 
     Raises:
-        ValueError: if ``out`` holds measurements of something else, or an entry can't be run.
+        ValueError: if ``out`` holds measurements of something else, an entry can't be run, or the
+            runtime does not measure the metric.
+        MissingPackage: if a package that the metric needs is not installed.
     """
     if not spec.layers:
         raise ValueError(f"{spec.model}: expected layers to measure, found none in its rank space")
     identity = {**subject(spec), **runtime.identity(), "where": timing.where}
     users = spec.first_users()
     mine = [index for index in users if indices is None or index in indices]
-    state = _state_to_go_on_with(spec, identity, out)
+    state = _state_to_go_on_with(spec, identity, metric, out)
     runs: dict[str, dict[str, list[float]]] = state.setdefault("runs", {})
     whole: list[float] = state.setdefault(NETWORK, [])
     missing, seen = [], Counter[int | None]()
@@ -92,7 +95,7 @@ def measure(
             progress(done, len(missing))
             kept = _kept(runs, whole, users, index)
             try:
-                kept.append(1e3 * _time(spec, runtime, index, timing))
+                kept.append(_measured(spec, runtime, index, timing, metric))
             # The device is gone, out of memory or can't run this entry; or somebody wrote the
             # specification by hand and it makes no sense.
             except (RuntimeError, TypeError, LookupError, AttributeError) as error:
@@ -114,13 +117,13 @@ def measure(
 
 
 def _state_to_go_on_with(
-    spec: Specification, identity: dict[str, Any], out: str | Path | None
+    spec: Specification, identity: dict[str, Any], metric: str, out: str | Path | None
 ) -> dict[str, Any]:
     """Read the state of an earlier start, or make an empty one."""
-    state = read_measurements(out, identity) or {
+    state = read_measurements(out, identity, metric) or {
         "version": COSTS_VERSION,
-        "metric": METRIC,
-        "unit": UNITS[METRIC],
+        "metric": metric,
+        "unit": UNITS[metric],
         "identity": {},
     }
     before = state["identity"]
@@ -140,8 +143,10 @@ def _reason(error: Exception) -> str:
     return f"the specification is damaged ({type(error).__name__}: {first_line(error)})"
 
 
-def _time(spec: Specification, runtime: Runtime, index: int | None, timing: Timing) -> float:
-    """Return the seconds of an entry, or of the whole network for None.
+def _measured(
+    spec: Specification, runtime: Runtime, index: int | None, timing: Timing, metric: str
+) -> float:
+    """Return what an entry costs in the metric's unit, or the whole network for None.
 
     In place it is what one layer gains (negative) or loses against the dense one. All layers that
     are alike are swapped at once, and the difference is divided by their number.
@@ -150,17 +155,24 @@ def _time(spec: Specification, runtime: Runtime, index: int | None, timing: Timi
     dense = index is None or all(spec.layers[layer][DENSE] == index for layer in layers)
     if dense or timing.where == "alone":
         run = runtime.network(spec, {}) if index is None else runtime.entry(spec, index)
-        return time_together({"": run}, runtime, timing.min_run_time)[""]
+        return _costs({"": run}, runtime, timing, metric)[""]
     choice = {
         layer: next(name for name, i in spec.layers[layer].items() if i == index)
         for layer in layers
     }
-    seconds = time_together(
-        {"before": runtime.network(spec, {}), "after": runtime.network(spec, choice)},
-        runtime,
-        timing.min_run_time,
-    )
-    return (seconds["after"] - seconds["before"]) / len(layers)
+    runs = {"before": runtime.network(spec, {}), "after": runtime.network(spec, choice)}
+    costs = _costs(runs, runtime, timing, metric)
+    return (costs["after"] - costs["before"]) / len(layers)
+
+
+def _costs(
+    runs: Mapping[str, Run], runtime: Runtime, timing: Timing, metric: str
+) -> dict[str, float]:
+    """Return what passes cost, by name: milliseconds or millijoules."""
+    if metric == "energy_mj":
+        return {name: runtime.energy(run, timing.min_run_time) for name, run in runs.items()}
+    seconds = time_together(runs, runtime, timing.min_run_time)
+    return {name: 1e3 * value for name, value in seconds.items()}
 
 
 def _one_round(indices: Sequence[int]) -> list[int | None]:
@@ -182,7 +194,7 @@ def _kept(
     users: Mapping[int, tuple[str, str]],
     index: int | None,
 ) -> list:
-    """Return the list that keeps an entry's times; the network's for None."""
+    """Return the list that keeps an entry's values; the network's for None."""
     if index is None:
         return whole
     layer, candidate = users[index]

@@ -1,4 +1,4 @@
-"""The measured times in ``costs.json``: read, joined, and made into a cost table."""
+"""The measured values in ``costs.json``: read, joined, and made into a cost table."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from nni_haloc.costs.device.costs_file import UNITS, costs_content, read_costs
+from nni_haloc.costs.device.costs_file import MEASURED, costs_content, read_costs, unit_of
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.space.names import DENSE
 from nni_haloc.utils.files import is_number
 
 NETWORK = "network"
-METRIC = "latency_ms"
 _LEAST = 0.01
 """The least cost of a candidate, in shares of the dense layer's: a difference may be negative."""
 _ALIKE = 1.25
@@ -29,15 +28,17 @@ _SAME = (
     "memory_format",
     "threads",
     "memory",
+    "graph",
+    "tf32",
     "where",
 )
-"""Facts that must agree for measuring to go on in an existing file."""
+"""Facts that must agree for measuring to go on in an existing file, or must be in neither."""
 STATE = ("version", "metric", "unit", "identity", "runs", NETWORK)
 """Keys of a file of measurements that is not yet a table."""
 
 
 def unmeasured(spec: Specification, state: Mapping[str, Any]) -> list[int]:
-    """Return the entries that have no measured time."""
+    """Return the entries that have no measured value."""
     runs = state.get("runs", {})
     return [
         index
@@ -51,17 +52,17 @@ def finished(
     state: Mapping[str, Any],
     predicted: Mapping[int, tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
-    """Make the cost table of the medians of all measured times.
+    """Make the cost table of the medians of all measured values.
 
-    ``fixed`` is the network's time minus that of its dense layers, and not below zero.
+    ``fixed`` is the network's value minus that of its dense layers, and not below zero.
 
     Args:
         spec: what was measured.
         state: the content of a file of measurements.
-        predicted: milliseconds and relative error of entries that were not measured.
+        predicted: cost and relative error of entries that were not measured.
 
     Returns:
-        The content of a finished ``costs.json``, without the times themselves.
+        The content of a finished ``costs.json``, without the values themselves.
     """
     users, where = spec.first_users(), state["identity"]["where"]
     centre = {pair: median(values) for pair, values in _measured_pairs(state["runs"])}
@@ -80,7 +81,7 @@ def finished(
             costs[layer][candidate] = value
             spreads[layer][candidate] = wide[users[index]] / value
     fixed = max(0.0, median(state[NETWORK]) - sum(row[DENSE] for row in costs.values()))
-    return costs_content(METRIC, state["identity"], fixed, costs, spreads)
+    return costs_content(state["metric"], state["identity"], fixed, costs, spreads)
 
 
 def refuse_to_overwrite(path: str | Path) -> None:
@@ -112,7 +113,7 @@ def merge(spec: Specification, paths: Sequence[str | Path]) -> dict[str, Any]:
         raise ValueError(f"{again[0]}: the same file is given twice")
     first: dict[str, Any] = {}
     for path in paths:
-        state = read_measurements(path, first.get("identity", subject(spec)))
+        state = read_measurements(path, first.get("identity", subject(spec)), first.get("metric"))
         if state is None:
             raise ValueError(f"{path}: no such file")
         if not first:
@@ -152,13 +153,14 @@ def subject(spec: Specification) -> dict[str, Any]:
 
 
 def read_measurements(
-    path: str | Path | None, identity: Mapping[str, Any]
+    path: str | Path | None, identity: Mapping[str, Any], metric: str | None = None
 ) -> dict[str, Any] | None:
     """Read the measurements of an earlier start.
 
     Args:
         path: ``costs.json``; it need not exist.
         identity: what is to be measured now, and with what.
+        metric: what the file must be of (None: any metric that is measured).
 
     Returns:
         The content of the file, None if there is none.
@@ -177,12 +179,14 @@ def read_measurements(
         )
     try:
         _check_same(content["identity"], identity)
-        if (content["metric"], content["unit"]) != (METRIC, UNITS[METRIC]):
+        found = content["metric"] if content["metric"] in MEASURED else "latency_ms"
+        expected = metric or found
+        if (content["metric"], content["unit"]) != (expected, unit_of(expected)):
             raise ValueError(
-                f"expected {METRIC} in {UNITS[METRIC]}, "
+                f"expected {expected} in {unit_of(expected)}, "
                 f"found {content['metric']} in {content['unit']}"
             )
-        _check_times(content)
+        _check_values(content)
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]}: missing") from None
     except (AttributeError, TypeError, ValueError) as error:
@@ -192,9 +196,11 @@ def read_measurements(
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ValueError if the file was measured for another network or with other options."""
-    for key in _SAME:
-        if key in now and before.get(key) != now[key]:
-            raise ValueError(f"measured for another {key}: {before.get(key)!r}, now {now[key]!r}")
+    for key in _SAME if "runtime" in now else ("model", "input"):
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"measured for another {key}: {before.get(key)!r}, now {now.get(key)!r}"
+            )
     for layer, digest in before.get("geometry", {}).items():
         if now["geometry"].get(layer, digest) != digest:
             raise ValueError(
@@ -202,8 +208,8 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             )
 
 
-def _check_times(content: Mapping[str, Any]) -> None:
-    """Raise ValueError for an invalid time; in place, candidates' times are differences."""
+def _check_values(content: Mapping[str, Any]) -> None:
+    """Raise ValueError for an invalid value; in place, candidates' values are differences."""
     signed = content["identity"].get("where") == "in-place"
     for (layer, candidate), values in [
         *_measured_pairs(content["runs"]),
@@ -214,14 +220,14 @@ def _check_times(content: Mapping[str, Any]) -> None:
         ):
             raise ValueError(
                 f"runs: layer {layer!r}, candidate {candidate!r}: "
-                f"expected times above 0, found {values!r}"
+                f"expected numbers above 0, found {values!r}"
             )
 
 
 def _measured_pairs(
     runs: Mapping[str, Mapping[str, list[float]]],
 ) -> list[tuple[tuple[str, str], list[float]]]:
-    """List the (layer, candidate) pairs that have measured times, with those times."""
+    """List the (layer, candidate) pairs that have measured values, with those values."""
     return [
         ((layer, candidate), values)
         for layer, row in runs.items()

@@ -82,20 +82,25 @@ class OnnxRuntime(Runtime):
         dtype: str = "float32",
         memory_format: str = "contiguous",
         threads: int | None = None,
+        graph: bool = False,
+        tf32: bool = True,
     ) -> OnnxRuntime:
-        """Make the runtime; see `Runtime.from_options`.
+        """Make the runtime; see `Runtime.from_options`. A processor has no TF32.
 
         Raises:
             ValueError: if an option asks for anything but the processor, float32 and contiguous
-                images.
+                images, or for a CUDA graph.
             MissingPackage: if ONNX Runtime is not installed.
         """
-        given = {"device": device, "dtype": dtype, "memory_format": memory_format}
-        only = {"device": "cpu", "dtype": "float32", "memory_format": "contiguous"}
-        for option, value in given.items():
-            if value != only[option]:
+        for option, value, only in (
+            ("device", device, "cpu"),
+            ("dtype", dtype, "float32"),
+            ("memory_format", memory_format, "contiguous"),
+            ("graph", graph, False),
+        ):
+            if value != only:
                 raise ValueError(
-                    f"runtime onnxruntime: {option}: expected {only[option]!r}, found {value!r}"
+                    f"runtime onnxruntime: {option}: expected {only!r}, found {value!r}"
                 )
         if threads is not None and threads < 1:
             raise ValueError(f"threads: expected a number above 0, found {threads}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nni_haloc.costs.device.spec import Specification
+from nni_haloc.inputs.registries import RUNTIMES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,8 +23,8 @@ class Runtime(Protocol):
     """Run the entries of a specification, so that they can be timed.
 
     Another package adds a runtime by a class with these methods and an entry point in the group
-    ``nni_haloc.runtimes``. A class that derives from this one has `prepare`, `once` and `pinned`
-    already and writes the other four.
+    ``nni_haloc.runtimes``. A class that derives from this one has `prepare`, `once`, `energy` and
+    `pinned` already and writes the other four.
     """
 
     @classmethod
@@ -34,6 +35,8 @@ class Runtime(Protocol):
         dtype: str = "float32",
         memory_format: str = "contiguous",
         threads: int | None = None,
+        graph: bool = False,
+        tf32: bool = True,
     ) -> Runtime:
         """Make the runtime that ``haloc measure`` and a run's settings ask for.
 
@@ -42,6 +45,9 @@ class Runtime(Protocol):
             dtype: the name that torch has for the number format.
             memory_format: ``contiguous`` or ``channels_last``.
             threads: processor threads (None: the runtime's own choice).
+            graph: whether a pass is replayed as a CUDA graph. This option and the next are passed
+                only where they differ from the default, so a runtime may be without them.
+            tf32: whether a CUDA device may compute float32 in TF32.
 
         Raises:
             ValueError: if it can't do what an option says; the message names the option.
@@ -53,7 +59,8 @@ class Runtime(Protocol):
         """Return what the times hold for.
 
         The keys are ``runtime`` (name and version), ``device``, ``dtype``, ``memory_format`` and
-        ``threads``; tables are comparable where they agree.
+        ``threads``, on a CUDA device ``graph`` and ``tf32``, too; tables are comparable where they
+        agree.
         """
         ...
 
@@ -80,9 +87,49 @@ class Runtime(Protocol):
         run()
         return time.perf_counter() - start
 
+    def energy(self, run: Run, min_run_time: float = 0.0) -> float:
+        """Return the millijoules that the device consumes for one pass.
+
+        Args:
+            run: a forward pass of this runtime.
+            min_run_time: seconds for which passes run at least.
+
+        Raises:
+            ValueError: if the runtime or the device measures no energy.
+        """
+        raise ValueError(
+            f"energy_mj: expected a runtime that measures energy, such as torch on a CUDA device, "
+            f"found {self.identity()['runtime']}; measure latency_ms with it"
+        )
+
     def pinned(self) -> AbstractContextManager[None]:
-        """Return a context in which the runtime has its number of threads."""
+        """Return a context in which the runtime has its number of threads and its precision."""
         return nullcontext()
+
+
+def make_runtime(name: str, *, graph: bool = False, tf32: bool = True, **options: Any) -> Runtime:
+    """Make the runtime of a name.
+
+    Args:
+        name: a name of `nni_haloc.inputs.registries.RUNTIMES`.
+        graph: see `Runtime.from_options`.
+        tf32: see `Runtime.from_options`.
+        options: the other options of `Runtime.from_options`.
+
+    Raises:
+        ValueError: if it can't do what an option says; the message names the option.
+        MissingPackage: if a package that it needs is not installed.
+    """
+    others = {**({"graph": True} if graph else {}), **({} if tf32 else {"tf32": False})}
+    try:
+        return RUNTIMES[name].from_options(**options, **others)
+    except TypeError as error:
+        if not others:
+            raise
+        found = ", ".join(f"{option}: {value}" for option, value in others.items())
+        raise ValueError(
+            f"runtime {name}: expected options that it has, found {found} ({error}); leave it out"
+        ) from None
 
 
 @dataclass(frozen=True)

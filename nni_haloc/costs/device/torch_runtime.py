@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from time import perf_counter
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from nni_haloc.costs.device.energy import BETWEEN_READINGS, energy_counter, energy_of_a_pass
 from nni_haloc.costs.device.replay import Replay
 from nni_haloc.costs.device.runtime import Run, Runtime
 from nni_haloc.costs.device.spec import Specification
@@ -19,13 +22,13 @@ from nni_haloc.inputs.options import Kind, MemoryFormat
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import copy_of, replace_modules
 from nni_haloc.space.names import DENSE
-from nni_haloc.utils.errors import first_line
+from nni_haloc.utils.errors import SettingsError, first_line
 from nni_haloc.utils.versions import processor
 
 _MALLOC = ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28))
 """glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD, and the bytes that they are set to."""
-_HEAD_START = 10_000_000
-"""Cycles of a CUDA device for which it is kept busy: some milliseconds."""
+_BEFORE_CAPTURE = 3
+"""Passes before one is captured: in it no library may choose its algorithms any more."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,22 @@ class TorchRuntime(Runtime):
         dtype: torch's name of a floating-point type.
         memory_format: ``contiguous`` or ``channels_last``.
         threads: processor threads (None: as torch is set). Other devices ignore it.
+        graph: whether a pass is captured as a CUDA graph once and replayed; else the processor
+            launches each of its operations, as in a program that is not captured.
+        tf32: whether a CUDA device may compute float32 convolutions and matrix products in TF32.
+            It does so by default in torch in convolutions, and in a run of this package in both.
+            Other devices ignore it.
 
     Raises:
-        ValueError: if torch can't use the device or the type here.
+        ValueError: if torch can't use the device or the type here, or the device has no graphs.
     """
 
     device: str = "cpu"
     dtype: str = "float32"
     memory_format: MemoryFormat = "contiguous"
     threads: int | None = None
+    graph: bool = False
+    tf32: bool = True
 
     @classmethod
     def from_options(
@@ -55,6 +65,8 @@ class TorchRuntime(Runtime):
         dtype: str = "float32",
         memory_format: str = "contiguous",
         threads: int | None = None,
+        graph: bool = False,
+        tf32: bool = True,
     ) -> TorchRuntime:
         """Make the runtime that ``haloc measure`` and a run's settings ask for.
 
@@ -63,11 +75,13 @@ class TorchRuntime(Runtime):
             dtype: torch's name of a floating-point type.
             memory_format: ``contiguous`` or ``channels_last``.
             threads: processor threads (None: as torch is set).
+            graph: whether a pass is replayed as a CUDA graph.
+            tf32: whether a CUDA device may compute float32 in TF32.
 
         Raises:
-            ValueError: if torch can't use the device or the type here.
+            ValueError: if torch can't use the device or the type here, or the device has no graphs.
         """
-        return cls(device, dtype, cast(MemoryFormat, memory_format), threads)
+        return cls(device, dtype, cast(MemoryFormat, memory_format), threads, graph, tf32)
 
     def __post_init__(self) -> None:
         if self.memory_format not in get_args(MemoryFormat):
@@ -77,6 +91,11 @@ class TorchRuntime(Runtime):
             )
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads: expected a number above 0, found {self.threads}")
+        if self.graph and not self._is_cuda:
+            raise ValueError(
+                f"graph: expected a CUDA device, such as cuda, found {self.device!r}; "
+                "leave graph out, or choose such a device"
+            )
         try:
             torch.empty(1, device=self.device, dtype=self._dtype)
             self._wait()
@@ -85,6 +104,10 @@ class TorchRuntime(Runtime):
             raise ValueError(
                 f"device {self.device!r}, dtype {self.dtype!r}: torch cannot use it here ({reason})"
             ) from None
+
+    @property
+    def _is_cuda(self) -> bool:
+        return self.device.startswith("cuda")
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -102,13 +125,12 @@ class TorchRuntime(Runtime):
         cpu = self.device == "cpu"
         return {
             "runtime": f"torch {torch.__version__}",
-            "device": torch.cuda.get_device_name(self.device)
-            if self.device.startswith("cuda")
-            else processor(),
+            "device": hardware(self.device),
             "dtype": self.dtype,
             "memory_format": self.memory_format,
             "threads": (self.threads or torch.get_num_threads()) if cpu else self.device,
             "memory": "kept" if cpu and _keep_memory() else "default",
+            **({"graph": self.graph, "tf32": self.tf32} if self._is_cuda else {}),
         }
 
     def entry(self, spec: Specification, index: int) -> Run:
@@ -166,6 +188,9 @@ class TorchRuntime(Runtime):
 
         Returns:
             A function that runs the passes and returns their outputs.
+
+        Raises:
+            SettingsError: if a CUDA graph of the passes is asked for and can't be captured.
         """
         model = (module if copied else copy_of(module)).eval().to(self.device, self._dtype)
         inputs = [torch.randn(shape).to(self.device, self._dtype) for shape in shapes]
@@ -180,22 +205,26 @@ class TorchRuntime(Runtime):
             with torch.inference_mode():
                 return [model(x) for x in inputs]
 
+        ready = _Captured(run, self.device) if self.graph else run
         for _ in range(2):  # memory is allocated, and the library chooses its algorithms
-            run()
+            ready()
         self._wait()
-        return run
+        return ready
 
     def once(self, run: Run) -> float:
         """Run one pass and return its seconds, on a CUDA device by the device's own clock.
 
+        There another pass goes before it without a pause, as in a program that runs batch after
+        batch: the time is then that of launching or of computing, whichever is longer, and a layer
+        alone takes what it adds to a network.
+
         Args:
             run: a forward pass of this runtime.
         """
-        if self.device.startswith("cuda"):
-            # The device is kept busy while the host prepares the pass that is timed.
+        if self._is_cuda:
             with torch.cuda.device(self.device):
                 before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(_HEAD_START)
+                run()
                 before.record()
                 run()
                 after.record()
@@ -206,6 +235,30 @@ class TorchRuntime(Runtime):
         self._wait()
         return perf_counter() - start
 
+    def energy(self, run: Run, min_run_time: float = 0.0) -> float:
+        """Return the millijoules that the device consumes for one pass.
+
+        Passes run without a pause for half a second or more; what the device draws when it does
+        nothing is in the result for the time that a pass takes.
+
+        Args:
+            run: a forward pass of this runtime.
+            min_run_time: seconds for which passes run at least.
+
+        Raises:
+            ValueError: if the device counts no energy.
+            MissingPackage: if the package nvidia-ml-py is not installed.
+        """
+        read = energy_counter(self.device)
+        few = max(1, round(BETWEEN_READINGS / self.once(run)))
+
+        def launch() -> int:
+            for _ in range(few):
+                run()
+            return few
+
+        return energy_of_a_pass(launch, self._wait, read, min_run_time)
+
     def _wait(self) -> None:
         kind = torch.device(self.device).type
         if kind == "cuda":
@@ -215,14 +268,89 @@ class TorchRuntime(Runtime):
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
-        """Set torch's number of threads for the time of a block."""
+        """Set torch's number of threads, on a CUDA device also its TF32, for a block's time."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
         _keep_memory()
         try:
-            yield
+            with _tf32(self.tf32) if self._is_cuda else nullcontext():
+                yield
         finally:
             torch.set_num_threads(before)
+
+
+class _Captured:
+    """Replay a forward pass as a CUDA graph; return its outputs, which each replay overwrites.
+
+    Args:
+        run: the pass. Its inputs and weights stay where they are, and the graph reads them there.
+        device: torch's name of the device.
+
+    Raises:
+        SettingsError: if the pass can't be captured.
+    """
+
+    def __init__(self, run: Run, device: str) -> None:
+        self._run = run  # it keeps inputs and weights alive
+        self._graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(device)
+        stream = _side_stream(current.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(_BEFORE_CAPTURE):
+                run()
+            try:
+                with torch.cuda.graph(self._graph, stream=stream):
+                    self._outputs = run()
+            except RuntimeError as error:
+                raise SettingsError(
+                    "graph: expected a pass that a CUDA graph can capture, which never waits for "
+                    f"the device, found another ({first_line(error.__context__ or error)}); "
+                    "leave graph out"
+                ) from None
+
+    def __call__(self) -> Any:
+        self._graph.replay()
+        return self._outputs
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which passes are captured: each stream has a workspace of cuBLAS's."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Allow TF32 in convolutions and matrix products, or forbid it, for a block's time.
+
+    Torch has an older and a newer way to set it, which do not mix. Lightning and the runs of this
+    package use the older one, and so does this function.
+    """
+
+    def allow(convolutions: bool, products: str) -> None:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*new API settings to control TF32.*")
+        before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        try:
+            allow(allowed, "high" if allowed else "highest")
+            yield
+        finally:
+            allow(*before)
+
+
+def hardware(device: str) -> str:
+    """Return the name of the hardware behind a device: the processor's unless it is a CUDA device.
+
+    Args:
+        device: torch's name of the device.
+    """
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    return processor()
 
 
 def _keep_memory() -> bool:

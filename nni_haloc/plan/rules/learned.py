@@ -17,7 +17,9 @@ from nni_haloc.plan.budget import Choice, Limit, check_feasible, choose
 from nni_haloc.plan.rules.problem import Problem, sees_every_rank
 from nni_haloc.space.modules import copy_of
 from nni_haloc.space.tucker import Tucker2, hosvd, reconstruct
+from nni_haloc.training.random_states import isolated_random_states
 from nni_haloc.utils.log import logger
+from nni_haloc.utils.placement import accelerated
 
 ROUNDS, STEPS = 11, 32
 """Alternations, and steps of training in each.
@@ -57,11 +59,11 @@ def learned(problem: Problem) -> Choice:
     weights: dict[str, nn.Parameter] = {
         layer: modules[layer].weight for layer in problem.candidates
     }
-    optimizer = torch.optim.SGD(network.parameters(), LR, MOMENTUM)
     batches = _endless(problem.train)
     least = check_feasible(problem.candidates, problem.limits)
-    with torch.random.fork_rng():
+    with accelerated(network) as device, isolated_random_states():
         torch.manual_seed(problem.seed)  # of the augmentation
+        optimizer = torch.optim.SGD(network.parameters(), LR, MOMENTUM)
         for i in range(ROUNDS):
             logger.info("rule learned: round %d of %d", i + 1, ROUNDS)
             _, targets = _compress(problem, weights, _limits(problem, least, i / ROUNDS))
@@ -69,11 +71,13 @@ def learned(problem: Problem) -> Choice:
                 distance = torch.stack(
                     [(weights[layer] - target).square().sum() for layer, target in targets.items()]
                 ).sum()
-                loss = F.cross_entropy(network(images), labels) + PENALTY * GROWTH**i / 2 * distance
+                logits = network(images.to(device))
+                loss = F.cross_entropy(logits, labels.to(device))
+                loss = loss + PENALTY * GROWTH**i / 2 * distance
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    return _compress(problem, weights, problem.limits)[0]
+        return _compress(problem, weights, problem.limits)[0]
 
 
 def _limits(problem: Problem, least: Choice, share: float) -> list[Limit]:
@@ -89,19 +93,26 @@ def _compress(
     problem: Problem, weights: Mapping[str, Tensor], limits: Sequence[Limit]
 ) -> tuple[Choice, dict[str, Tensor]]:
     """Take the C step: return the choice of the least total ``||W - W'||²``, and every ``W'``."""
+    alike: dict[tuple[int, int, int, int], list[str]] = {}
+    for layer in problem.candidates:
+        spec = problem.specs[layer]
+        shape = spec.out_channels, spec.in_channels, *spec.kernel_size
+        alike.setdefault(shape, []).append(layer)
     scores: dict[str, dict[str, float]] = {}
     whole: dict[str, Tucker2] = {}
-    for layer, row in problem.candidates.items():
-        spec, weight = problem.specs[layer], weights[layer].detach()
-        channels = spec.out_channels, spec.in_channels
+    for shape, layers in alike.items():
+        kernels = torch.stack([weights[layer].detach().reshape(shape) for layer in layers])
         # A matrix's HOSVD is its singular value decomposition.
-        (whole[layer],) = hosvd(weight.reshape(*channels, *spec.kernel_size), [channels])
-        kept = whole[layer].core.square().sum((2, 3)).cumsum(0).cumsum(1)
-        scores[layer] = {
-            name: 0.0 if rank is None else float(kept[rank[0] - 1, rank[-1] - 1] - kept[-1, -1])
-            for name, rank in row.items()
-        }
-    choice = choose(scores, limits)
+        (factors,) = hosvd(kernels, [shape[:2]])
+        energy = factors.core.square().sum((3, 4)).cumsum(1).cumsum(2)
+        gained = (energy - energy[:, -1:, -1:]).cpu().numpy()
+        for i, layer in enumerate(layers):
+            whole[layer] = Tucker2(*(value[i] for value in factors))
+            scores[layer] = {
+                name: 0.0 if rank is None else float(gained[i, rank[0] - 1, rank[-1] - 1])
+                for name, rank in problem.candidates[layer].items()
+            }
+    choice = choose({layer: scores[layer] for layer in problem.candidates}, limits)
     targets = {}
     for layer, (out, core, inn) in whole.items():
         rank, weight = problem.candidates[layer][choice[layer]], weights[layer].detach()

@@ -17,8 +17,9 @@ from nni_haloc.space.candidates import build_candidates, patch_covariances
 from nni_haloc.space.layers import LayerSpec, kernel_factors
 from nni_haloc.space.modules import copy_of, replace_modules
 from nni_haloc.space.names import Rank
-from nni_haloc.space.tucker import LowRank, Tucker2, output_error, reconstruct
+from nni_haloc.space.tucker import LowRank, Tucker2, output_errors, reconstruct
 from nni_haloc.training.finetuning import recalibrate
+from nni_haloc.utils.placement import HostCopy, accelerated, device_of
 
 BATCH = 128
 
@@ -73,11 +74,15 @@ class Problem:
         )
 
     def kernel(self, layer: str, candidate: str) -> Tensor:
-        """Return a candidate's dense kernel, ``(F, C, k1, k2)`` or ``(F, C)``."""
-        factors = kernel_factors(self.modules[layer][candidate])
+        """Return a candidate's dense kernel, ``(F, C, k1, k2)`` or ``(F, C)``.
+
+        It is on the `device_of` the model.
+        """
+        device = device_of(self.model)
+        factors = [f.detach().to(device) for f in kernel_factors(self.modules[layer][candidate])]
         if len(factors) == 1:
-            return factors[0].detach()
-        return reconstruct((LowRank if len(factors) == 2 else Tucker2)(*factors)).detach()
+            return factors[0]
+        return reconstruct((LowRank if len(factors) == 2 else Tucker2)(*factors))
 
     @cached_property
     def errors(self) -> dict[str, dict[str, float]]:
@@ -88,15 +93,17 @@ class Problem:
         weights = dict(self.model.named_modules())
         specs = {name: self.specs[name] for name in self.candidates}
         covariances = patch_covariances(self.model, specs, self.images)
-        errors: dict[str, dict[str, float]] = {}
+        found: dict[str, tuple[list[str], HostCopy]] = {}
         for layer, row in self.candidates.items():
-            (weight,) = kernel_factors(weights[layer])
-            errors[layer] = {
-                name: 0.0
-                if rank is None
-                else output_error(weight, self.kernel(layer, name), covariances[layer])
-                for name, rank in row.items()
-            }
+            names = [name for name, rank in row.items() if rank is not None]
+            if names:
+                kernels = (self.kernel(layer, name) for name in names)
+                (weight,), covariance = kernel_factors(weights[layer]), covariances.pop(layer)
+                relative = output_errors(weight.to(covariance.device), kernels, covariance)
+                found[layer] = names, HostCopy(relative)
+        errors = {layer: dict.fromkeys(row, 0.0) for layer, row in self.candidates.items()}
+        for layer, (names, copied) in found.items():
+            errors[layer].update(zip(names, copied.get().tolist(), strict=True))
         return errors
 
     def network(self, choice: Mapping[str, str]) -> nn.Module:
@@ -120,8 +127,9 @@ class Problem:
         losses of untrained plans say next to nothing of what the networks are worth.
         """
         batches = [(images, None) for images in self.images.split(BATCH)]
-        recalibrate(network, batches, len(self.images))
-        return loss(network, self.images, self.labels, BATCH)
+        with accelerated(network):
+            recalibrate(network, batches, len(self.images))
+            return loss(network, self.images, self.labels, BATCH)
 
 
 RuleFunction = Callable[[Problem], Choice]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from nni_haloc.plan.budget import Choice, check_feasible, choose
 from nni_haloc.plan.rules.problem import Problem, sees_every_rank
@@ -66,8 +65,9 @@ def alds(problem: Problem) -> Choice:
         sides = (
             [weight.flatten(1), weight.transpose(0, 1).flatten(1)] if weight.dim() > 2 else [weight]
         )
+        spectra = [torch.linalg.svdvals(side.detach().double()).tolist() for side in sides]
         errors[layer] = {
-            name: max(_cut(s, r) for s, r in zip(sides, rank, strict=True)) if rank else 0.0
+            name: max(_cut(s, r) for s, r in zip(spectra, rank, strict=True)) if rank else 0.0
             for name, rank in row.items()
         }
     return _threshold(problem, errors, problem.cost)
@@ -154,7 +154,11 @@ def _share(spec: LayerSpec, rank: Rank) -> tuple[float, ...]:
     return (rank[0] / spec.out_channels, rank[1] / spec.in_channels)
 
 
-def _cut(matrix: Tensor, rank: int) -> float:
-    """Return the relative error of the best approximation of a rank, in the spectral norm."""
-    values = torch.linalg.svdvals(matrix.detach().double())
-    return float(values[rank] / values[0]) if rank < len(values) and values[0] else 0.0
+def _cut(values: Sequence[float], rank: int) -> float:
+    """Return the relative error of the best approximation of a rank, in the spectral norm.
+
+    Args:
+        values: the matrix's singular values, falling.
+        rank: of the approximation.
+    """
+    return values[rank] / values[0] if rank < len(values) and values[0] else 0.0

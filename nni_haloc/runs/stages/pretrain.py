@@ -11,6 +11,7 @@ from nni_haloc.inputs import schema
 from nni_haloc.inputs.config import Config
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import Figures, RunFolder, Training
+from nni_haloc.runs.identity import section_identity
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages.stage import Outcome, Report, Stage, ignore
 from nni_haloc.runs.stages.training import recipe_of, trainer_of
@@ -41,7 +42,8 @@ class Pretrain(Stage):
         config, section = job.config, self.settings_of(job.config)
         loader, val = job.loader("train", shuffle=True), job.loader("val")
         facts: dict[str, Any] = {"seed": config.seed}
-        facts |= {key: getattr(config, key).model_dump() for key in ("model", "train", "data")}
+        for key in ("model", "train", "data"):
+            facts[key] = section_identity(getattr(config, key))
         path = self.files(job.folder).checkpoint
         state = EpochCheckpoint(path, {"identity": facts}, loader, val)
         if resume := resume and path.exists():
@@ -57,6 +59,7 @@ class Pretrain(Stage):
             report({"default": top1, "train_loss": metrics["train_loss"]}, epoch)
 
         options = trainer_of(job, section.precision, state, self.training_title)
+        options["compile"] = section.compile
         start = path if resume else None
         try:
             finetune(job.model, loader, recipe_of(section), val, on_epoch, start, **options)

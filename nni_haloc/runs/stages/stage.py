@@ -18,7 +18,7 @@ from nni_haloc.inputs.config import Config, dump_config
 from nni_haloc.inputs.schema import Section
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import Figures, RunFolder, Training
-from nni_haloc.runs.identity import finetuning_identity
+from nni_haloc.runs.identity import finetuning_identity, section_identity
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.saved import load
 from nni_haloc.utils.log import logger
@@ -279,7 +279,7 @@ class NetworkStage(Stage):
             **finetuning_identity(job.config),
             "ranks": before.plan.names,
             "network": f"sha256 {digest.hexdigest()}",
-            self.section: self.settings_of(job.config).model_dump(),
+            self.section: section_identity(self.settings_of(job.config)),
         }
 
     @staticmethod

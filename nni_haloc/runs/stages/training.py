@@ -72,7 +72,8 @@ def train(
     state = EpochCheckpoint(files.checkpoint, {"identity": dict(identity)}, training_loader, val)
     if not (resume and _can_go_on(files, identity, section, title)):
         resume = False
-        recalibrate(network, training_loader, config.recalibration_batches if recalibrated else 0)
+        batches = config.recalibration_batches if recalibrated else 0
+        recalibrate(network, training_loader, batches, compile=section.compile)
         (top1,) = accuracy(network, val)
         logger.info("before %s: top-1 %.2f %% (validation)", title, 100 * top1)
         keep(0, math.nan, top1)
@@ -85,6 +86,7 @@ def train(
         report({"default": top1, "train_loss": metrics["train_loss"]}, 1 + epoch)
 
     options = {**trainer_of(job, section.precision, state, title), **options}
+    options["compile"] = section.compile
     if section.distill:
         options |= {"teacher": job.model, "distill": section.distill}
     path = files.checkpoint if resume else None

@@ -1,0 +1,56 @@
+"""The command: its options, the order of its parts, its end."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from benchmarks.on_cuda.bench import Bench, TimeIsUp
+from benchmarks.on_cuda.speed import speed
+from benchmarks.on_cuda.study import study
+from benchmarks.on_cuda.tables import tables
+from benchmarks.on_cuda.tests import tests
+
+from nni_haloc.utils.log import log_to
+from nni_haloc.utils.placement import working_on
+from nni_haloc.utils.quiet import quiet
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "tests": tests,
+    "speed": speed,
+    "tables": tables,
+    "study": study,
+}
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="folder of the images and weights")],
+    out: Annotated[Path, typer.Option(help="folder of cuda.jsonl, appended to")],
+    minutes: Annotated[float, typer.Option(help="after which the command ends")] = 8.0,
+    device: str = "cuda",
+    scale: Annotated[float, typer.Option(help="share of the work, for a dry run")] = 1.0,
+    part: Annotated[list[str] | None, typer.Option(help=f"some of {', '.join(PARTS)}")] = None,
+    work: Annotated[Path, typer.Option(help="folder for what the runs leave")] = Path("/tmp/haloc"),
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(data, out / "cuda.jsonl", work, device, scale, time.monotonic() + 60 * minutes)
+
+    def stop(*_: Any) -> None:
+        raise TimeIsUp
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        with working_on(device), quiet(), log_to(out / "cuda-log.txt"):
+            for name in part or PARTS:
+                PARTS[name](bench)
+    except TimeIsUp:
+        print("the minutes are over; the same command makes the rows that are missing")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    failed = [row for row in bench.rows() if "error" in row]
+    print(f"{bench.out}: {len(bench.rows())} rows, {len(failed)} of them with an error")
