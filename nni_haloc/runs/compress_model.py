@@ -93,6 +93,7 @@ def compress_model(
     batch_size: int = 1,
     memory_format: str = "contiguous",
     runtime: str = "torch",
+    device: str = "cpu",
     calibration_images: int = 512,
     seed: int = 0,
     verbose: bool = False,
@@ -127,6 +128,8 @@ def compress_model(
         batch_size: images in the batch that latency is measured with.
         memory_format: ``contiguous`` or ``channels_last``, for latency and for the result.
         runtime: what latency is measured with: ``torch``, ``onnxruntime``, ...
+        device: what latency is measured on, by torch's name: ``cpu``, ``cuda``, ... Training takes
+            the CUDA device, if there is one, in any case.
         calibration_images: training images for decomposition and sensitivities.
         seed: of path sampling and shuffling.
         verbose: whether to show progress bars.
@@ -154,14 +157,16 @@ def compress_model(
     with quiet(), isolated_random_states():
         seed_everything(seed, verbose=False)
         images, labels = _calibration(train_loader, calibration_images)
-        images = images.to(next(model.parameters()).device)
+        home = next(model.parameters()).device
+        images = images.to(home)
         if trained and labels is None:
             raise ValueError(f"train_loader: expected images and labels{_OR_WITHOUT}, found images")
         if trained and val_loader is None:
             raise ValueError(f"val_loader: expected images and labels{_OR_WITHOUT}, found None")
         original = model if memory_format == "contiguous" else _channels_last(model)
         example = images[:1].repeat(batch_size, *[1] * (images.dim() - 1))
-        timing = _known(RUNTIMES, "runtime", runtime).from_options(memory_format=memory_format)
+        options = {"device": device, "memory_format": memory_format}
+        timing = _known(RUNTIMES, "runtime", runtime).from_options(**options)
         if costs is None:
             batch = example if metric in MEASURED else images[:1]
             make = _known(PREDICTORS, "metric", metric).table
@@ -173,6 +178,7 @@ def compress_model(
             plan, network = task.search(val_loader, how, verbose, search_options)
         else:
             plan, network = task.apply_rule(rule)
+        network.to(home)  # a search leaves it on the processor
         recalibrate(network, _pairs(train_loader), _RECALIBRATION_BATCHES)
         finetune(network, train_loader, recipe, val_loader, enable_progress_bar=verbose)
         networks = {"original": original, "compressed": network}

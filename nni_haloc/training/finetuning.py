@@ -179,7 +179,9 @@ def finetune(
         task = _Training(model, recipe, len(train), teacher, distill, compared, feature_weight)
         if compile:
             task.compiled = Compiled(model)
+        home = next((p.device for p in model.parameters()), torch.device("cpu"))
         fit.fit(task, train, val, ckpt_path=ckpt_path, weights_only=True)
+        model.to(home)  # Lightning leaves it on the processor
     for name, value in model.state_dict().items():
         if not torch.isfinite(value).all():
             raise Diverged(

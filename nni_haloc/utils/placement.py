@@ -47,16 +47,16 @@ def device_of(model: nn.Module) -> torch.device:
         model: the network.
 
     Returns:
-        The device of its first parameter; `working_device` where that is on the processor, or where
-        there is none.
+        The device of its first parameter; `working_device` where that is on the processor or on
+        a device without float64 (mps), or where there is none.
     """
     home = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return working_device() if home.type == "cpu" else home
+    return working_device() if home.type in ("cpu", "mps") else home
 
 
 @contextmanager
 def accelerated(*models: nn.Module) -> Iterator[torch.device]:
-    """Move networks that are on the processor to `working_device` for a block's time.
+    """Move networks to the device that they work on for a block's time.
 
     Args:
         models: networks; all go to the device of the first one, see `device_of`.
