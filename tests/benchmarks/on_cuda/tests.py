@@ -22,7 +22,7 @@ def run_tests(bench: Bench) -> dict[str, Any]:
     files = [
         str(path)
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
-        if re.search(r"mark\.cuda|[(, ]device[,)]", path.read_text(encoding="utf-8"))
+        if re.search(r"mark\.cuda|\bdevice\b", path.read_text(encoding="utf-8"))
     ]
     chosen = ["-m", "cuda"] if bench.device == "cuda" else ["-k", "[cpu"]
     limit = min(TESTS_S, bench.left)
