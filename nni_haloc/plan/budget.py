@@ -177,8 +177,9 @@ def choose(scores: Scores, limits: Sequence[Limit], use: float = 0.0) -> Choice:
     Args:
         scores: layer to candidate to a finite number; the candidates are those that it names.
         limits: what the whole network may cost; every one holds.
-        use: take the best of the choices that use at least this fraction of one of the budgets, 0
-            to 1; where there are none, twice as much may be left unused, and so on.
+        use: take the best of the choices that use at least this fraction, 0 to 1, of what one of
+            the budgets leaves above its cheapest network; where there are none, twice as much may
+            be left unused, and so on.
 
     Raises:
         InfeasibleBudget: see `check_feasible`.
@@ -241,7 +242,8 @@ def _best(
     Args:
         scores: see `choose`.
         limits: see `choose`.
-        floor: a limit and the fraction of its budget that the choice must use.
+        floor: a limit and the fraction of its slack, above its cheapest network, that the choice
+            must use.
         nodes: of HiGHS's tree; None is `_NODES`.
 
     Raises:
@@ -281,7 +283,7 @@ def _best(
     room, low = np.full(len(limits), _ROOM), np.full(len(limits), -np.inf)
     for k, limit in enumerate(limits):
         if floor and limit is floor[0]:
-            low[k] = _ROOM - (1 - floor[1] + _NEARLY) * limit.budget / scale[k]
+            low[k] = floor[1] * _ROOM - _NEARLY * limit.budget / scale[k]
     attempt = 0
     while True:
         result = milp(

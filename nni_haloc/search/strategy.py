@@ -76,8 +76,9 @@ class Haloc(DARTS):
             CUDA devices. Not by default, and in one process only.
         select: ``knapsack`` (default: best score within the budget) or ``argmax`` (the paper's; may
             exceed the budget).
-        min_use: fraction of a budget that the knapsack's plan uses, where any does, 0.95 by
-            default: scores are noisy, and rank left unused is lost.
+        min_use: fraction of what a budget leaves above the cheapest network that the knapsack's
+            plan uses, where any does, 0.95 by default: scores are noisy, and rank left unused is
+            lost.
 
     Raises:
         ValueError: for an option that does not exist or has a value out of its range, and unless

@@ -126,14 +126,22 @@ def test_a_budget_is_used_wherever_it_can_be(problem, use):
     if not fitting:
         return
     choice = choose(scores, limits, use)
+    least = {id(limit): limit.costs.total(cheapest(scores, limit.costs)) for limit in limits}
+
+    def used(choice, limit):
+        return limit.costs.total(choice) - least[id(limit)]
+
     while use > 0:
         using, nearly = (
             [
                 c
                 for c in fitting
-                if any(limit.costs.total(c) >= share * limit.budget for limit in limits)
+                if any(
+                    used(c, limit) >= use * (limit.budget - least[id(limit)]) - miss * limit.budget
+                    for limit in limits
+                )
             ]
-            for share in (use, use * (1 - 1e-8))
+            for miss in (0, 1.1e-8)
         )
         if nearly:
             break
@@ -143,6 +151,16 @@ def test_a_budget_is_used_wherever_it_can_be(problem, use):
     assert choice in nearly
     if using:
         assert score(scores, choice) >= max(score(scores, c) for c in using) - 1e-4
+
+
+def test_use_is_counted_from_the_cheapest_network():
+    """Where most of the cost is fixed, 95 % of the budget would be used by any network."""
+    table = one({"dense": 10.0, "r4": 8.0, "r2": 2.0}, 990.0)
+    scores = {"a": {"dense": 0.0, "r4": 1.0, "r2": 2.0}}
+    limits = [Limit(table, 1000.0)]
+    assert choose(scores, limits, 0.95) == {"a": "dense"}
+    assert choose(scores, limits, 0.75) == {"a": "r4"}
+    assert choose(scores, limits, 0.0) == {"a": "r2"}
 
 
 @pytest.fixture

@@ -113,10 +113,10 @@ def test_each_plan_is_the_best_of_all_networks_that_use_its_budget(folder, conte
         plan = RankPlan.load(folder / "front" / point["folder"] / "ranks.json")
         plans.append(plan.names)
         within = [c for c in counted if c[0] <= point["fraction"] * ORIGINAL]
-        _, best, names = max(
-            [c for c in within if c[0] >= 0.95 * point["fraction"] * ORIGINAL] or within,
-            key=lambda c: c[1],
-        )
+        least, most, share = min(c[0] for c in counted), point["fraction"] * ORIGINAL, 0.95
+        while not (using := [c for c in within if c[0] >= least + share * (most - least)]):
+            share = 2 * share - 1
+        _, best, names = max(using, key=lambda c: c[1])
         assert sum(rows[layer][name] for layer, name in plan.names.items()) == pytest.approx(best)
         assert plan.names == names
         assert plan.chosen_by["cost"] == point["cost"]

@@ -656,7 +656,9 @@ def test_the_digits_example_ends_at_its_budget_and_uses_it(tmp_path, fraction):
     )
     facts = RankPlan.load(tmp_path / "ranks.json").chosen_by
     assert facts["expected_cost"] == pytest.approx(facts["budget"], rel=0.02)
-    assert 0.95 * facts["budget"] <= facts["cost"] <= facts["budget"]
+    costs = CostTable.load(tmp_path / "costs.json")
+    room = facts["budget"] - costs.total(cheapest(costs.costs, costs))
+    assert 0 <= facts["budget"] - facts["cost"] <= 0.1 * room  # 0.05 has no network at 15 %
 
 
 def test_a_run_may_have_several_budgets(tmp_path):

@@ -9,7 +9,7 @@ from nni_haloc.plan.rules.problem import Problem, sees_every_rank
 from nni_haloc.plan.sensitivity import sensitivities
 
 USE = 0.95
-"""Fraction of a budget that a choice uses, where any does."""
+"""Fraction of what a budget leaves above the cheapest network that a choice uses, if any does."""
 
 
 @sees_every_rank
