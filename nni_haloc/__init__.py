@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from nni_haloc.space.ranks import AllowedRanks
     from nni_haloc.training.finetuning import accuracy, finetune, recalibrate
     from nni_haloc.training.recipe import Recipe
+    from nni_haloc.training.reconstruction import reconstruct_blocks
     from nni_haloc.utils.errors import (
         DataError,
         Diverged,
@@ -104,6 +105,7 @@ _HOMES = {
         "recalibrate",
     ),
     "training.recipe": ("Recipe",),
+    "training.reconstruction": ("reconstruct_blocks",),
     "utils.errors": (
         "DataError",
         "Diverged",

@@ -34,6 +34,7 @@ from nni_haloc.space.summary import why_nothing
 from nni_haloc.training.finetuning import accuracy, finetune, recalibrate
 from nni_haloc.training.random_states import isolated_random_states
 from nni_haloc.training.recipe import Recipe
+from nni_haloc.training.reconstruction import reconstruct_blocks
 from nni_haloc.utils.errors import expected_one_of
 from nni_haloc.utils.quiet import quiet
 from nni_haloc.utils.registry import Registry
@@ -117,8 +118,9 @@ def compress_model(
             to 1.
         metric: the cost: ``latency_ms`` (measured here), ``macs``, ``params``, or another name of
             `nni_haloc.inputs.registries.PREDICTORS`.
-        epochs: epochs of fine-tuning. 0 is the way that takes minutes: no search and no training;
-            ranks by the rule ``sensitivity-knapsack``, weights decomposed for the data.
+        epochs: epochs of fine-tuning. 0 is the way that takes minutes: no search and no labels;
+            ranks by the rule ``sensitivity-knapsack``, weights decomposed for the data, and blocks
+            trained to give the original's outputs (see `nni_haloc.reconstruct_blocks`).
         rule: how ranks are chosen: ``search`` (the default, unless ``epochs`` is 0), or a rule
             of `nni_haloc.inputs.registries.RULES`.
         recipe: how the fine-tuning goes; its epochs take the place of ``epochs``.
@@ -130,7 +132,7 @@ def compress_model(
         runtime: what latency is measured with: ``torch``, ``onnxruntime``, ...
         device: what latency is measured on, by torch's name: ``cpu``, ``cuda``, ... Training takes
             the CUDA device, if there is one, in any case.
-        calibration_images: training images for decomposition and sensitivities.
+        calibration_images: training images for decomposition, sensitivities and blocks.
         seed: of path sampling and shuffling.
         verbose: whether to show progress bars.
         search_options: further options of `nni_haloc.Haloc`.
@@ -179,7 +181,11 @@ def compress_model(
         else:
             plan, network = task.apply_rule(rule)
         network.to(home)  # a search leaves it on the processor
-        recalibrate(network, _pairs(train_loader), _RECALIBRATION_BATCHES)
+        quick = not trained and reconstruct_blocks(
+            network, original, images, list(plan.ranks), seed=seed
+        )
+        if not quick:  # or no module of the network can be a block
+            recalibrate(network, _pairs(train_loader), _RECALIBRATION_BATCHES)
         finetune(network, train_loader, recipe, val_loader, enable_progress_bar=verbose)
         networks = {"original": original, "compressed": network}
         metrics = {name: _measure(net, val_loader, images[:1]) for name, net in networks.items()}

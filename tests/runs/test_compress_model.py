@@ -56,6 +56,23 @@ def test_without_training_images_alone_will_do(net, images):
     assert "top1" not in result.metrics["compressed"]
 
 
+def test_without_training_blocks_learn_from_the_original(net, monkeypatch):
+    """On images that it has not seen, the network is nearer to the original than without."""
+    images = torch.randn(512, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    unseen = torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    loader = DataLoader(images, 64)
+    options = {"budget": 0.5, "metric": "macs", "epochs": 0, "calibration_images": 512}
+
+    def distance():
+        result = compress_model(net, loader, **options).model
+        with torch.no_grad():
+            return float((result(unseen) - net.eval()(unseen)).square().mean())
+
+    learned = distance()
+    monkeypatch.setattr("nni_haloc.runs.compress_model.reconstruct_blocks", lambda *a, **k: [])
+    assert learned < 0.7 * distance()
+
+
 def test_a_seed_gives_the_same_network_and_the_caller_keeps_its_random_state(net, images, labels):
     def compressed():
         loader = DataLoader(TensorDataset(images, labels), 16)
