@@ -181,10 +181,10 @@ def compress_model(
         else:
             plan, network = task.apply_rule(rule)
         network.to(home)  # a search leaves it on the processor
-        quick = not trained and reconstruct_blocks(
+        reconstructed = not trained and reconstruct_blocks(
             network, original, images, list(plan.ranks), seed=seed
         )
-        if not quick:  # or no module of the network can be a block
+        if not reconstructed:
             recalibrate(network, _pairs(train_loader), _RECALIBRATION_BATCHES)
         finetune(network, train_loader, recipe, val_loader, enable_progress_bar=verbose)
         networks = {"original": original, "compressed": network}

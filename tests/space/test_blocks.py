@@ -51,3 +51,44 @@ def test_the_network_itself_is_no_block():
     model = SmallNet()
     found = blocks_of(model, torch.randn(1, 3, 8, 8), convolutions(model), 99)
     assert found == ["stem", "norm", "body", "point", "head"]
+
+
+class Sequences(nn.Module):
+    """The first dimension of what its layers see is not the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.inner = nn.Embedding(6, 4), nn.Linear(4, 4)
+        self.folded, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):  # (N, 6, 4)
+        x = self.inner((x + self.place(torch.arange(6))).transpose(0, 1)).transpose(0, 1)
+        return self.head(self.folded(x.reshape(-1, 4)).reshape(x.shape).mean(1))
+
+
+def test_modules_whose_first_dimension_is_not_the_images_are_no_blocks():
+    assert blocks_of(Sequences(), torch.randn(3, 6, 4), ()) == ["head"]
+
+
+def test_a_module_inside_of_another_by_its_second_name_is_no_block_of_its_own():
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            inner = SmallNet()
+            self.stem = inner.stem
+            self.inner, self.out = inner, nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.out(self.inner(x))
+
+    layers = ["stem", "inner.body.0", "inner.point"]
+    assert blocks_of(Aliased(), torch.randn(3, 3, 8, 8), layers, 3) == ["inner", "out"]
+    assert "inner" not in blocks_of(Aliased(), torch.randn(3, 3, 8, 8), layers, 2)
+
+
+def test_recurrent_hooked_and_scripted_modules_are_no_blocks():
+    model = SmallNet()
+    model.norm.register_forward_hook(lambda *_: None)
+    model.act = torch.jit.script(nn.ReLU())
+    model.late = nn.Sequential(nn.LSTM(4, 4))
+    assert blocks_of(model, torch.randn(3, 3, 8, 8), ()) == ["stem", "body", "point", "head"]

@@ -63,6 +63,7 @@ def test_errors_are_those_of_the_whole_networks(net, images, compressed):
 
     outputs, targets = outputs_of(compressed), outputs_of(net)
     assert [error.block for error in errors] == ["stem", "norm", "body", "point", "head"]
+    assert any(error.before > error.after > 0 for error in errors)
     for error in errors:
         y, t = outputs[error.block], targets[error.block]
         expected = float(F.mse_loss(y[hidden], t[hidden]) / t.square().mean())
@@ -134,7 +135,105 @@ def test_what_stands_between_blocks_is_computed_again(images):
     with torch.no_grad():
         network.eval()(images)
     outputs = [network.get_submodule(name)(seen[name].clone()) for name in names]
-    chain = reconstruction._Chain(network, names, images, 20)
-    for i, name in enumerate(names):
-        torch.testing.assert_close(chain.input_of(i), seen[name])
-        chain.outputs.append(outputs[i].detach())
+    chain = reconstruction._Chain(network, images, 20)
+    for name, output in zip(names, outputs, strict=True):
+        block = network.get_submodule(name)
+        torch.testing.assert_close(chain.input_of(block), seen[name])
+        chain.passed.append((block, output.detach()))
+
+
+class Sometimes(nn.Module):
+    """Calls a layer for some images alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.rare = SmallNet().stem, nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = torch.relu(self.stem(x))
+        chosen = x.mean((1, 2, 3)) > 0
+        if chosen.any():
+            y = torch.where(chosen[:, None, None, None], self.rare(y), y)
+        return self.head(y.mean((2, 3)))
+
+
+class Writes(SmallNet):
+    """Writes into its input."""
+
+    def forward(self, x):
+        x -= 0.5
+        return super().forward(x)
+
+
+class Doubled(SmallNet):
+    """Two blocks share a parameter, one is called twice, and so is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.more = nn.Conv2d(12, 12, 1)
+        self.more.weight = self.point.weight
+
+    def forward(self, x):
+        x = self.body(self.norm(self.stem(x)) + self.norm(self.stem(x.flip(3))))
+        return self.head((x + self.act(self.more(self.point(x)))).mean((2, 3)))
+
+
+def hooked():
+    net = SmallNet()
+    net.norm.register_forward_hook(lambda _, __, y: 2 * y)
+    return net
+
+
+def patched():
+    net = SmallNet()
+    forward = net.stem.forward
+    net.stem.forward = lambda x: 2 * forward(x)
+    return net
+
+
+def scripted():
+    net = SmallNet()
+    net.act = torch.jit.script(nn.ReLU())
+    return net
+
+
+@pytest.mark.parametrize("make", [Sometimes, Writes, Doubled, hooked, patched, scripted])
+def test_odd_networks_come_no_farther_and_stay_what_they_are(make, images):
+    """Each reported error is that of the whole network, on the same held-out images."""
+    torch.manual_seed(0)
+    net = make().eval()
+    net.stem.weight.data *= 3
+    network = copy.deepcopy(net)
+    with torch.no_grad():
+        network.stem.weight[:, :, 0] = 0  # any other weights will do
+    before, given = distance(network, net, images.clone()), images.clone()
+    attributes = {name: set(vars(m)) for name, m in network.named_modules()}
+    errors = reconstruct_blocks(network, net, images, ["stem"], epochs=6, lr=3e-3)
+    assert distance(network, net, images.clone()) <= before
+    assert torch.equal(images, given)
+    assert attributes == {name: set(vars(m)) for name, m in network.named_modules()}
+    for error in errors:
+        seen = []
+        for model in (network, net):
+            hook = model.get_submodule(error.block).register_forward_hook(
+                lambda _, __, y, seen=seen: seen.append(y.clone())
+            )
+            with torch.no_grad():
+                model(images.clone())
+            hook.remove()
+        hidden = torch.randperm(64, generator=torch.Generator().manual_seed(0))[:13]
+        expected = F.mse_loss(seen[0][hidden], seen[1][hidden]) / seen[1].square().mean()
+        assert error.after == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
+
+
+def test_it_works_where_gradients_are_off_and_leaves_half_precision_alone(net, images, compressed):
+    with torch.inference_mode():
+        errors = reconstruct_blocks(compressed, net, images, RANKS, epochs=1)
+    assert errors
+    assert reconstruct_blocks(compressed.half(), net.half(), images.half(), RANKS) == []
+
+
+def test_a_share_that_leaves_nothing_to_learn_from_is_refused(net, images, compressed):
+    with pytest.raises(ValueError, match="^held_out: expected a share from 0 to below 1, found 1"):
+        reconstruct_blocks(compressed, net, images, RANKS, held_out=1)
