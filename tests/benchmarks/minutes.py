@@ -187,7 +187,7 @@ def table(lines: list[dict[str, Any]], network: str) -> str:
     text.append("| --- " * (len(budgets) + 3) + "|")
     for (method, weights), row in found.items():
         cells = [f"{100 * row[b]['top1']:.1f}" if b in row else "" for b in budgets]
-        spent = max(line["choose_s"] + line["fit_s"] for line in row.values())
+        spent = sum(max(line[key] for line in row.values()) for key in ("choose_s", "fit_s"))
         text.append(f"| {method} | {weights} | {' | '.join(cells)} | {spent:.0f} |")
     return "\n".join(text)
 
