@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +37,7 @@ from nni_haloc.costs.table import worthwhile
 from nni_haloc.inputs.data import IMAGENET_MEAN, IMAGENET_STD
 from nni_haloc.inputs.models import build_model
 from nni_haloc.plan.budget import Limit
-from nni_haloc.plan.rules import RULES, Problem, plan, scored
+from nni_haloc.plan.rules import RULES, Problem, plan
 from nni_haloc.space.modules import evaluating
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.training.reconstruction import reconstruct_blocks
@@ -205,7 +206,8 @@ def main(
         print("\n\n".join(f"{name}\n\n{table(known, name)}" for name in BUDGETS))
         return
     torch.set_num_threads(threads)
-    scored.sensitivities = remembered(scored.sensitivities)
+    scored = import_module("nni_haloc.plan.rules.scored")
+    vars(scored)["sensitivities"] = remembered(scored.sensitivities)
     images = Data(network, data)
     for name in method or METHODS:
         for row in rows(network, images, name, known):
