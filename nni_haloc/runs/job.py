@@ -234,6 +234,10 @@ def _device_of(config: Config) -> str | None:
 
 
 def _check_trainer(config: Config) -> None:
+    processes = config.trainer.devices * config.trainer.num_nodes
+    if config.rule == "search" and config.search.compile and processes > 1:
+        expected = "expected false with several processes"
+        raise SettingsError(f"search.compile: {expected}, found true with {processes}")
     try:
         with quiet():
             trainer = Trainer(**trainer_options(config), logger=False, enable_checkpointing=False)

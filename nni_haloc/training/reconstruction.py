@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +48,6 @@ def reconstruct_blocks(
     batch_size: int = 20,
     held_out: float = 0.2,
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[BlockError]:
     """Train a compressed network's blocks, one after another, to give the original's outputs.
 
@@ -70,7 +69,6 @@ def reconstruct_blocks(
         batch_size: images in a step.
         held_out: share of the images that no block is trained on, 0 to below 1; at least one.
         seed: of their draw, and of the order.
-        progress: called with the numbers of finished and of all blocks.
 
     Returns:
         An error for each block that was trained; none if no module can be a block.
@@ -98,8 +96,7 @@ def reconstruct_blocks(
         names = blocks_of(original, images[:3].clone(), layers)
         targets = _outputs(original, names, images, batch_size)
         chain = _Chain(network, images, batch_size)
-        for i, name in enumerate(names):
-            progress(i, len(names))
+        for name in names:
             block, target = network.get_submodule(name), targets.pop(name)
             x = chain.input_of(block)
             if x is None or len(target) != len(images):  # the images decide whether it is called
@@ -109,7 +106,6 @@ def reconstruct_blocks(
             if learning and fit.error() > _EQUAL:
                 errors.append(BlockError(name, *fit.train(learning, epochs, lr, generator)))
             chain.passed.append((block, _run(block, x, batch_size)))
-        progress(len(names), len(names))
     return errors
 
 

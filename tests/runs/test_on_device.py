@@ -16,6 +16,7 @@ from nni_haloc.runs.run import run
 from nni_haloc.space import candidates
 from nni_haloc.training import compiled
 from nni_haloc.training.recipe import Recipe
+from nni_haloc.utils.errors import SettingsError
 from nni_haloc.utils.placement import working_device
 
 
@@ -83,3 +84,10 @@ def test_the_settings_accelerator_is_where_all_work_happens(tmp_path, accelerato
         there = accelerator == "auto" and torch.cuda.is_available()
         assert working_device().type == ("cuda" if there else "cpu")
     assert working_device() == outside
+
+
+def test_a_compiled_search_in_several_processes_is_refused_before_anything_is_paid_for(tmp_path):
+    changes = {**SETTINGS, "search.compile": True, "trainer.devices": 2}
+    with pytest.raises(SettingsError, match="^search.compile: expected false with several"):
+        Job(load_config(DIGITS, changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
