@@ -363,13 +363,16 @@ class SearchOptions(Section):
     compile: bool = False
     select: Literal["knapsack", "argmax"] = "knapsack"
     min_use: Annotated[float, Field(ge=0, le=1)] = 0.95
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    budget_range: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
 
 
 class Search(SearchOptions, Training):
     """The search: the options of `Haloc`, and the training of the weights in it.
 
     ``start`` says what alpha starts from. `Haloc` takes the measured values themselves under that
-    name, and without them all candidates start alike.
+    name, and without them all candidates start alike. ``supernet`` says whether the candidates of a
+    layer have weights of their own or share one set of factors, see `RankSpace`.
     """
 
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
@@ -377,4 +380,5 @@ class Search(SearchOptions, Training):
     lr: Positive = 0.02
     schedule: Schedule = "constant"
     start: Literal["uniform", "sensitivity"] = "sensitivity"
+    supernet: Literal["separate", "nested"] = "separate"
     tensorboard: bool = False

@@ -22,7 +22,10 @@ _ADDED: dict[str, Any] = {
     "cost.graph": False,
     "cost.tf32": True,
     "data.arguments": {},
+    "search.average": 0.0,
+    "search.budget_range": None,
     "search.compile": False,
+    "search.supernet": "separate",
 }
 """Settings that earlier versions did not have, and the values that stand for what they did."""
 

@@ -202,26 +202,36 @@ class _DenseLayer(nn.Module):
             candidate: the one of the last `write`.
         """
         g = cast(Tensor, self.kernel.grad)
-        if self.bias is not None and self.bias.grad is not None:
-            _add_gradient(cast(Tensor, last_bias(candidate)), self.bias.grad)
         if not isinstance(candidate, Factorised):
-            _add_gradient(cast(Tensor, candidate.weight), g)
+            weight = cast(Tensor, candidate.weight)
+            self._hand_on([weight], [g.reshape(weight.shape)], candidate)
             return
-        factors, g = candidate.factors(), _rows(g).reshape(len(g), -1)  # (F, k1 k2 C)
-        weights: list[Any] = [
-            part.weight for part in candidate.children()
-        ]  # from the input to the output
+        with torch.enable_grad():
+            factors = candidate.factors()
+        g = _rows(g).reshape(len(g), -1)  # (F, k1 k2 C)
         if len(factors) == 2:
             left, right = factors
-            _add_gradient(weights[1], g @ right.T)
-            _add_gradient(weights[0], left.T @ g)
+            self._hand_on(factors, [g @ right.T, left.T @ g], candidate)
             return
         out, core, inn = factors
         by_right = (out.T @ g).reshape(self._right.shape)
-        _add_gradient(weights[2], g @ self._right.reshape(len(core), -1).T)
         by_core = (by_right @ inn.T).reshape(len(core), *core.shape[2:], -1)
-        _add_gradient(weights[1], by_core.permute(0, 3, 1, 2))
-        _add_gradient(weights[0], self._core.T @ by_right)
+        gradients = [
+            g @ self._right.reshape(len(core), -1).T,
+            by_core.permute(0, 3, 1, 2),
+            self._core.T @ by_right,
+        ]
+        self._hand_on(factors, gradients, candidate)
+
+    def _hand_on(
+        self, tensors: Sequence[Tensor], gradients: Sequence[Tensor], candidate: nn.Module
+    ) -> None:
+        """Add gradients to those of the parameters that a candidate's tensors are made from."""
+        own, given = list(tensors), list(gradients)
+        if self.bias is not None and self.bias.grad is not None:
+            own.append(cast(Tensor, last_bias(candidate)))
+            given.append(self.bias.grad)
+        torch.autograd.backward(own, given)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.spec.run(x, self.kernel, self.bias)
@@ -287,13 +297,3 @@ def _shared_copy(network: nn.Module, new: dict[Any, Any]) -> nn.Module:
 def _rows(kernel: Tensor) -> Tensor:
     """Return a kernel ``(F, C, k1, k2)`` as ``(F k1 k2, C)``; a matrix is left as it is."""
     return kernel if kernel.dim() == 2 else kernel.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    """Add to a parameter's gradient, in the parameter's own layout."""
-    gradient = gradient.reshape(parameter.shape)
-    if parameter.grad is not None:
-        parameter.grad += gradient
-        return
-    kept = torch.empty_like(parameter)
-    parameter.grad = kept.copy_(gradient) if gradient.stride() != kept.stride() else gradient

@@ -23,6 +23,7 @@ from torch.nn.grad import conv2d_weight
 
 from nni_haloc.search.execution import contracts
 from nni_haloc.space.layers import LayerSpec, kernel_factors, last_bias, rank_of
+from nni_haloc.space.nested import NestedLayer
 from nni_haloc.space.reduced_rank import exact_products
 
 Kernel = tuple[Tensor, ...]
@@ -95,6 +96,35 @@ def contract(weight_gradient: Tensor, kernels: Sequence[Kernel]) -> Tensor:
     return torch.stack(products)
 
 
+def contract_nested(weight_gradient: Tensor, factors: Kernel, corners: Tensor) -> Tensor:
+    """Return ``<G, W_j>`` of kernels that are the products of leading parts of the same factors.
+
+    With ``P = factor_out^T G factor_in^T`` and ``M = sum_k P * core``, the product with the kernel
+    at ranks ``(r1, r2)`` is the sum of M's leading ``r1 x r2`` block: one contraction and a
+    two-dimensional running sum give all of them.
+
+    Args:
+        weight_gradient: ``G``, ``(F, C, k1, k2)`` or ``(F, C)``.
+        factors: at the largest rank.
+        corners: each kernel's ``(r1 - 1, r2 - 1)``, ``(kernels, 2)``.
+
+    Returns:
+        ``(kernels,)``.
+    """
+    dtype = torch.promote_types(weight_gradient.dtype, torch.float32)
+    g, (outer, *rest) = weight_gradient.to(dtype), (t.to(dtype) for t in factors)
+    if len(rest) == 1:
+        blocks = ((outer.T @ g) * rest[0]).sum(1).double().cumsum(0)
+        return blocks[corners[:, 0]].to(dtype)
+    core, inn = rest
+    rows = g.permute(0, 2, 3, 1).reshape(len(g), -1)  # (F, k1 k2 C)
+    projected = (outer.T @ rows).reshape(-1, g.shape[1]) @ inn.T  # (r1 k1 k2, r2)
+    spread = projected.reshape(len(core), -1, len(inn))
+    products = (spread * core.flatten(2).transpose(1, 2)).sum(1)  # (r1, r2)
+    blocks = products.double().cumsum(0).cumsum(1)
+    return blocks[corners[:, 0], corners[:, 1]].to(dtype)
+
+
 def gate_gradients(
     spec: LayerSpec, candidates: Sequence[nn.Module], x: Tensor, grad_y: Tensor
 ) -> Tensor:
@@ -111,7 +141,8 @@ def gate_gradients(
     Returns:
         ``(candidates,)``.
     """
-    if not contracts(spec, map(rank_of, candidates), tuple(x.shape)):
+    nested = isinstance(candidates[-1], NestedLayer)
+    if not nested and not contracts(spec, map(rank_of, candidates), tuple(x.shape)):
         weight = kernel_factors(candidates[0])[0]
         x, grad_y = x.to(weight), grad_y.to(weight)
         return torch.stack([(candidate(x) * grad_y).sum() for candidate in candidates])
@@ -141,7 +172,12 @@ def gates_of(
     """
     if spec.kind != "conv":
         weight_gradient = weight_gradient.flatten(1)
-    g = contract(weight_gradient, [kernel_factors(candidate) for candidate in candidates])
+    apart = [kernel_factors(each) for each in candidates if not isinstance(each, NestedLayer)]
+    parts = [contract(weight_gradient, apart)] if apart else []
+    last = candidates[-1]  # the dense layer is the first
+    if isinstance(last, NestedLayer):
+        parts.append(contract_nested(weight_gradient, last.shared.factors(), last.shared.corners))
+    g = torch.cat(parts)
     if bias_gradient is None:
         return g
     biases = [cast(Tensor, last_bias(candidate)) for candidate in candidates]

@@ -123,7 +123,7 @@ class SearchState:
         for layer in self.mixed_layers.values():
             layer.forget_alpha()
 
-    def settle(self, progress: float = 1.0) -> None:
+    def settle(self, progress: float = 1.0, budget: float | None = None) -> None:
         """Move alpha so that the binding limit's expected cost is at its scheduled value.
 
         Does nothing with ``objective="paper"``. See `objective.settle`.
@@ -132,6 +132,8 @@ class SearchState:
             progress: the share of the search that is over, 0 to 1. Up to `ARRIVAL` the expected
                 cost goes evenly from that of uniform probabilities to the budget; a search that
                 starts from sensitivities is at the budget from the first step on.
+            budget: another budget in the place of the first limit's, as a fraction of the
+                original's cost.
         """
         if self.options.objective != "settle":
             return
@@ -139,7 +141,10 @@ class SearchState:
         layers = list(self.mixed_layers.values())
         start = fixed + costs @ np.repeat(1 / np.array(self._sizes), self._sizes)
         arrived = 1.0 if self.starts_at_budget else min(1.0, progress / ARRIVAL)
-        target = start + arrived * (1 - start)
+        aim = np.ones(len(self.limits))
+        if budget is not None:
+            aim[0] = budget * self.limits[0].costs.original / self.limits[0].budget
+        target = start + arrived * (aim - start)
         settled, prices = settle(
             np.concatenate(self._price_free(costs)),
             self._sizes,

@@ -14,8 +14,9 @@ from torch import nn
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.costs.table import CostTable, worthwhile
 from nni_haloc.inputs.options import Decomposition
-from nni_haloc.space.candidates import build_candidates
+from nni_haloc.space.candidates import build_candidates, build_nested_candidates
 from nni_haloc.space.modules import Example, copy_of, materialised, replace_modules
+from nni_haloc.space.nested import NestedLayer
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.summary import SpaceReport, space_report, why_nothing
 
@@ -38,6 +39,8 @@ class RankSpace(ModelSpace):
         calibration: training images ``(N, ...)`` to decompose for, or a tuple or dict of such
             inputs; without them the decomposition is by the weights.
         decomposition: how candidates are made; ``"hosvd"`` is by the weights, None by the data.
+        nested: let all low-rank candidates of a layer share one set of factors, of which each takes
+            the leading part; ``decomposition`` then has no say.
 
     Raises:
         ValueError: if nothing in the model can be searched, if it is a layer itself, or if it can't
@@ -52,6 +55,7 @@ class RankSpace(ModelSpace):
         allowed: AllowedRanks = AllowedRanks(),
         calibration: Example | None = None,
         decomposition: Decomposition | None = None,
+        nested: bool = False,
     ) -> None:
         super().__init__()
         model = materialised(model, example_input)
@@ -73,8 +77,12 @@ class RankSpace(ModelSpace):
         # Kept out of the module tree: it is neither mutable nor trained, and must not show among
         # the parameters.
         object.__setattr__(self, "original", copy_of(model).eval().requires_grad_(False))
-        built = build_candidates(
-            self.original, layers.specs, self.candidates, calibration, decomposition
+        built = (
+            build_nested_candidates(self.original, layers.specs, self.candidates, calibration)
+            if nested
+            else build_candidates(
+                self.original, layers.specs, self.candidates, calibration, decomposition
+            )
         )
         self.specs = {name: layers.specs[name] for name in self.candidates}
         self.model = copy_of(model)
@@ -111,7 +119,11 @@ class RankSpace(ModelSpace):
         """
         self.validate(dict(sample))
         choices = [module for module in self.model.modules() if isinstance(module, LayerChoice)]
-        copies = {choice.label: copy.deepcopy(choice[sample[choice.label]]) for choice in choices}
+        chosen = {choice.label: choice[sample[choice.label]] for choice in choices}
+        copies = {
+            label: module.alone() if isinstance(module, NestedLayer) else copy.deepcopy(module)
+            for label, module in chosen.items()
+        }
         frozen = copy_of(self.model, {id(choice): copies[choice.label] for choice in choices})
         inplace = {
             name

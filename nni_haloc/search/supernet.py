@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nni_haloc.search.execution import runs_dense
 from nni_haloc.search.gates import RunningMean, gate, gate_gradients, sample
-from nni_haloc.space.layers import LayerSpec, last_bias, layout_of, rank_of
+from nni_haloc.space.layers import LayerSpec, last_bias, rank_of
 from nni_haloc.space.tucker import reconstruct
 from nni_haloc.utils.placement import Mirror
 
@@ -92,8 +92,7 @@ class MixedRankLayer(LayerChoice, BaseSuperNetModule):
         # Without autocast: it would be rounded at each product, and again when it runs. In the
         # factors' memory format: in another one the output would change its own.
         with torch.autocast(self.alpha.device.type, enabled=False):
-            factors = candidate.factors()
-            return reconstruct(factors).contiguous(memory_format=layout_of(factors[1]))
+            return reconstruct(candidate.factors()).contiguous(memory_format=candidate.layout)
 
     def _cheaper_kernel(self, x: Tensor) -> Tensor | None:
         """Return the dense kernel, if running with it costs less than running the factors."""

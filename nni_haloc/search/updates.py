@@ -19,6 +19,7 @@ from nni_haloc.search.dense_path import DensePath
 from nni_haloc.search.objective import schedule, weight_loss
 from nni_haloc.search.probabilities import SearchState
 from nni_haloc.search.supernet import MixedRankLayer
+from nni_haloc.training.averaging import MovingAverage
 from nni_haloc.training.divergence import DivergenceWatch, diverged
 from nni_haloc.utils.errors import Diverged, SettingsError, UnusableCheckpoint
 from nni_haloc.utils.placement import HostCopy, to_device
@@ -78,6 +79,8 @@ class HalocModule(DartsLightningModule):
         self._watch = DivergenceWatch("the search")
         self._approach: FeatureMaps | Kernels | DensePath | None = None
         self._dense: DensePath | None = None
+        self._average: MovingAverage | None = None
+        self._saved_average: Any = None
         self.latest: Tensor | None = None
         """Cross-entropy and Eq. (8)'s distance in the last weight step, ``(2,)``: means over the
         processes."""
@@ -95,6 +98,12 @@ class HalocModule(DartsLightningModule):
             self._approach = self._dense or maps
         elif self.options.lam:
             self._approach = Kernels(self._mixed, supernet.original)
+        if self.options.average:
+            alphas = {id(layer.alpha) for layer in self._mixed}
+            weights = (p for p in supernet.parameters() if id(p) not in alphas)
+            self._average = MovingAverage(weights, self.options.average)
+            if self._saved_average is not None:
+                self._average.load(self._saved_average)
         self.state.refresh()
         resumed = bool(self.state.prices.any())  # it has settled before
         if self.state.starts_at_budget and not resumed:
@@ -113,6 +122,8 @@ class HalocModule(DartsLightningModule):
         path, *next_path = [self._draw() for _ in range(1 + due)]
         moved = self._probability_step(batch["val"], batch_idx, path) if due else None
         self._weight_step(batch["train"], batch_idx, *(next_path or [path]))
+        if self._average is not None:
+            self._average.update()
         if moved is not None:
             self._settle(moved, batch_idx)
         if self.trainer.is_last_batch:
@@ -172,7 +183,8 @@ class HalocModule(DartsLightningModule):
             layer.know_alpha(alpha)
         for layer, gradients in zip(moved.called, gates, strict=True):
             layer.task_gradient.add(gradients, probs[layer])
-        self.state.settle(self._progress(batch_idx + 1, after=self.warmup_epochs))
+        progress = self._progress(batch_idx + 1, after=self.warmup_epochs)
+        self.state.settle(progress, self._drawn_budget())
         cost = to_device(torch.tensor(self.state.known_cost()), self.device)
         self.log("search/expected_cost", cost, **{**_EPOCH, "on_step": True})
 
@@ -283,6 +295,12 @@ class HalocModule(DartsLightningModule):
         """Sample a path, the same in all processes: a candidate's place for each layer."""
         return [layer.draw(self._generator) for layer in self._mixed]
 
+    def _drawn_budget(self) -> float | None:
+        """Draw the budget of the next steps, if the options have a range for it."""
+        if self.options.budget_range is None:
+            return None
+        return float(self._generator.uniform(*self.options.budget_range))
+
     def _take(self, path: Sequence[int], *, searching: bool) -> None:
         """Have the next passes run a path."""
         for layer, sampled in zip(self._mixed, path, strict=True):
@@ -308,6 +326,14 @@ class HalocModule(DartsLightningModule):
         self._watch.finish()
         super().on_train_end()
 
+    def on_fit_end(self) -> None:
+        """End at the budget, with the averages for weights if they were kept."""
+        if self.options.budget_range is not None:
+            self.state.settle()
+        if self._average is not None:
+            self._average.put()
+        super().on_fit_end()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what Lightning does not know of.
 
@@ -316,7 +342,10 @@ class HalocModule(DartsLightningModule):
         means = {name: layer.task_gradient for name, layer in self.state.mixed_layers.items()}
         scores = {name: (mean.total.tolist(), mean.count) for name, mean in means.items()}
         sampling = self._generator.bit_generator.state
-        checkpoint["haloc_search"] = {"sampling": sampling, "scores": scores}
+        state = {"sampling": sampling, "scores": scores}
+        if self._average is not None:
+            state["average"] = self._average.state()
+        checkpoint["haloc_search"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what `on_save_checkpoint` has kept.
@@ -331,6 +360,7 @@ class HalocModule(DartsLightningModule):
         elif checkpoint["epoch"] + 1 < (self.trainer.max_epochs or 0):
             why = "its paths were sampled by other random numbers"
             raise UnusableCheckpoint(f"a search of version 0.1: {why}; start without --resume")
+        self._saved_average = saved.get("average")
         for name, layer in self.state.mixed_layers.items():
             score = saved["scores"][name]
             total, count = score.values() if old else score

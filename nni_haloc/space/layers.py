@@ -15,7 +15,25 @@ from nni_haloc.inputs.options import Kind
 from nni_haloc.space.tucker import LowRank, Tucker2
 
 
-class TuckerConv2d(nn.Sequential):
+class Factorised(nn.Module):
+    """A layer that runs the factors of a kernel, one after another."""
+
+    def factors(self) -> Tucker2 | LowRank:
+        """Return the factors, differentiable in the layer's weights."""
+        raise NotImplementedError
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """The memory format of its output on an input in the same format."""
+        return layout_of(self.factors()[1])
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """The bias of its last part, ``(F,)``."""
+        return cast("Tensor | None", list(self.children())[-1].bias)
+
+
+class TuckerConv2d(nn.Sequential, Factorised):
     """Run a convolution as three smaller ones with nothing between them, Eq. (2)-(4).
 
     ``factor_in`` is 1x1 from C to r2 channels, ``core`` is k1 x k2 from r2 to r1, ``factor_out`` is
@@ -35,7 +53,7 @@ class TuckerConv2d(nn.Sequential):
         )
 
 
-class LowRankConv2d(nn.Sequential):
+class LowRankConv2d(nn.Sequential, Factorised):
     """Run a 1x1 convolution as two smaller ones.
 
     ``right`` goes from C to r channels and has the stride and padding; ``left`` goes from r to F
@@ -51,7 +69,7 @@ class LowRankConv2d(nn.Sequential):
         return LowRank(self.left.weight.flatten(1), self.right.weight.flatten(1))
 
 
-class LowRankLinear(nn.Sequential):
+class LowRankLinear(nn.Sequential, Factorised):
     """Run a linear layer as two smaller ones.
 
     ``right`` goes from C to r features; ``left`` goes from r to F and has the bias.
@@ -64,9 +82,6 @@ class LowRankLinear(nn.Sequential):
 
     def factors(self) -> LowRank:
         return LowRank(self.left.weight, self.right.weight)
-
-
-Factorised = TuckerConv2d | LowRankConv2d | LowRankLinear
 
 
 @dataclass(frozen=True)
@@ -314,10 +329,9 @@ def kernel_factors(module: nn.Module) -> tuple[Tensor, ...]:
 
 def last_bias(module: nn.Module) -> Tensor | None:
     """Return the bias that a dense or factorised layer adds to its output."""
-    return cast(
-        "Tensor | None",
-        (list(module.children())[-1] if isinstance(module, Factorised) else module).bias,
-    )
+    if isinstance(module, Factorised):
+        return module.output_bias
+    return cast("Tensor | None", module.bias)
 
 
 def _rank(factors: Tucker2 | LowRank) -> tuple[int, ...]:

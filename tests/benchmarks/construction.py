@@ -25,7 +25,8 @@ from rich.table import Table
 
 from nni_haloc.inputs.data import image_folder
 from nni_haloc.inputs.models import build_model
-from nni_haloc.space.candidates import build_candidates, patch_covariances
+from nni_haloc.space.candidates import build_candidates
+from nni_haloc.space.covariances import patch_covariances
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.tucker import output_error, reconstruct
 

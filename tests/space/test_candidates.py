@@ -9,8 +9,9 @@ from torch import nn
 
 from nni_haloc.inputs.models import build_model
 from nni_haloc.search.space import RankSpace
-from nni_haloc.space import candidates
-from nni_haloc.space.candidates import _draw_patches, build_candidates, patch_covariances
+from nni_haloc.space import candidates, covariances
+from nni_haloc.space.candidates import build_candidates
+from nni_haloc.space.covariances import _draw_patches, patch_covariances
 from nni_haloc.space.layers import LayerSpec, TuckerConv2d
 from nni_haloc.space.modules import replace_modules
 from nni_haloc.space.ranks import AllowedRanks, find_layers
@@ -94,9 +95,9 @@ def test_drawn_patches_are_rows_of_the_unfolded_input(mode):
 
 def test_only_the_patches_that_are_used_are_unfolded(net, images, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "unfold", None)
-    sizes, add = [], candidates._add_gram
+    sizes, add = [], covariances._add_gram
     monkeypatch.setattr(
-        candidates, "_add_gram", lambda total, rows: (sizes.append(rows.shape), add(total, rows))
+        covariances, "_add_gram", lambda total, rows: (sizes.append(rows.shape), add(total, rows))
     )
     specs = {n: s for n, s in find_layers(net, images).specs.items() if s.kind == "conv"}
     patch_covariances(net, specs, images, max_patches=10**9, max_work=1e6, batch_size=32)
@@ -108,7 +109,7 @@ def test_only_the_patches_that_are_used_are_unfolded(net, images, monkeypatch):
 
 def test_a_gram_matrix_in_blocks_is_exact_above_the_diagonal():
     rows, total = torch.randn(20, 11), torch.zeros(11, 11)
-    candidates._add_gram(total, rows, block=4)
+    covariances._add_gram(total, rows, block=4)
     torch.testing.assert_close(total.triu(), (rows.T @ rows).triu())
 
 

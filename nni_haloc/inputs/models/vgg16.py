@@ -14,12 +14,17 @@ class VGG16(nn.Module):
     """Classify ``(N, 3, 32, 32)`` into ``(N, num_classes)``.
 
     Parameters have the names of torchvision's ``vgg16_bn``, except for ``classifier``.
+
+    Args:
+        num_classes: number of classes.
+        width: factor of every layer's number of channels, rounded down.
     """
 
-    def __init__(self, num_classes: int = 10) -> None:
+    def __init__(self, num_classes: int = 10, width: float = 1.0) -> None:
         super().__init__()
-        self.features = make_layers(cfgs["D"], batch_norm=True)
-        self.classifier = nn.Linear(512, num_classes)
+        channels = [c if isinstance(c, str) else int(c * width) for c in cfgs["D"]]
+        self.features = make_layers(channels, batch_norm=True)
+        self.classifier = nn.Linear(int(512 * width), num_classes)
         for module in self.features:
             if isinstance(module, nn.Conv2d):  # as torchvision does, without which it hardly learns
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

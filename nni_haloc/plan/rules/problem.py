@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from nni_haloc.inputs.options import Decomposition
 from nni_haloc.plan.budget import Choice, Limit, check_feasible
 from nni_haloc.plan.sensitivity import loss
-from nni_haloc.space.candidates import build_candidates, patch_covariances
+from nni_haloc.space.candidates import build_candidates
+from nni_haloc.space.covariances import patch_covariances
 from nni_haloc.space.layers import LayerSpec, kernel_factors
 from nni_haloc.space.modules import copy_of, replace_modules
 from nni_haloc.space.names import Rank

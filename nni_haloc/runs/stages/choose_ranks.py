@@ -153,7 +153,8 @@ def _prepare(job: Job) -> tuple[Haloc, RankSpace]:
     )
     costs = [limit.costs for limit in limits]
     method = None if r.decomposition == "auto" else r.decomposition
-    space = RankSpace(job.model, job.example, costs, allowed, calibration, method)
+    nested = s.supernet == "nested"
+    space = RankSpace(job.model, job.example, costs, allowed, calibration, method, nested)
     check_feasible(space.candidates, limits)
     _log_space(space, limits)
     start = _sensitivities(job, space) if s.start == "sensitivity" else None

@@ -1,0 +1,158 @@
+"""Nested candidates: one set of factors a layer, of which each rank takes the leading part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from nni_haloc.space.layers import Factorised, LayerSpec, layout_of
+from nni_haloc.space.reduced_rank import falling, roots
+from nni_haloc.space.tucker import LowRank, Tucker2, low_rank
+
+
+def nested_factors(
+    weights: Tensor, inputs: Tensor, outputs: Tensor, rank: tuple[int, ...]
+) -> Tucker2 | LowRank:
+    """Compute factors of kernels whose leading parts approximate them well at every smaller rank.
+
+    Let ``M`` be the root of the inputs' moments, ``L`` the eigenvectors, by falling value, of
+    ``M (sum_k W_k^T W_k) M``, and ``U`` those of the outputs' moments. Then ``factor_in`` is
+    ``D^-1 L^T M^-1`` with rows of unit norm, ``factor_out`` is ``U``, and the core at position k is
+    ``U^T W_k M L D``. At full rank their product is the kernel. The coordinates ``factor_in x`` are
+    uncorrelated over the positions, so that cutting the trailing ones leaves the least-squares
+    coefficients of the others as they are.
+
+    Args:
+        weights: L kernels ``(L, F, C, k1, k2)`` or matrices ``(L, F, C)``.
+        inputs: their inputs' moments, summed over the kernel's positions, ``(L, C, C)``.
+        outputs: their outputs' moments, ``(L, F, F)``.
+        rank: the largest, ``(r1, r2)`` or ``(r,)``.
+
+    Returns:
+        The factors of all kernels, float64.
+    """
+    w = weights.detach().double()
+    out = falling(outputs.double())[1][..., : rank[0]]
+    if w.dim() == 3:
+        right = out.mT @ w
+        scales = right.norm(dim=-1, keepdim=True).clamp_min(1e-30).sqrt()
+        return LowRank(out * scales.mT, right / scales)
+    root, inverse_root = roots(inputs.double())
+    by_input = w.transpose(1, 2).flatten(2)
+    leading = falling(root @ (by_input @ by_input.mT) @ root)[1][..., : rank[1]]
+    inn = leading.mT @ inverse_root
+    norms = inn.norm(dim=-1, keepdim=True)
+    right_inverse = root @ leading * norms.mT
+    core = torch.einsum("lfr,lfcij,lcs->lrsij", out, w, right_inverse)
+    return Tucker2(out, core, inn / norms)
+
+
+def leading(factors: Tucker2 | LowRank, rank: Sequence[int]) -> Tucker2 | LowRank:
+    """Return the leading part of factors: views of them at a smaller rank."""
+    if isinstance(factors, LowRank):
+        return LowRank(factors.left[:, : rank[0]], factors.right[: rank[0]])
+    out, core, inn = factors
+    return Tucker2(out[:, : rank[0]], core[: rank[0], : rank[1]], inn[: rank[1]])
+
+
+def balanced(factors: Tucker2 | LowRank) -> Tucker2 | LowRank:
+    """Return factors of the same product that train well on their own.
+
+    The outer factors of a kernel become orthonormal; a matrix's two share its singular values.
+    """
+    if isinstance(factors, LowRank):
+        product = factors.left.detach().double() @ factors.right.detach().double()
+        (even,) = low_rank(product[None], [factors.right.shape[0]])
+        return LowRank(even.left[0], even.right[0])
+    out, core, inn = (factor.detach().double() for factor in factors)
+    q_out, r_out = torch.linalg.qr(out)
+    q_in, r_in = torch.linalg.qr(inn.T)
+    return Tucker2(q_out, torch.einsum("ar,rsij,bs->abij", r_out, core, r_in), q_in.T)
+
+
+class SharedFactors(nn.Module):
+    """Hold a layer's factors at its largest rank, of which all low-rank candidates take a part.
+
+    Args:
+        spec: the layer.
+        factors: at the largest rank.
+        bias: the layer's, ``(F,)``, or None.
+        like: a tensor whose device, precision and memory format the factors get.
+        ranks: those of all low-rank candidates, in their order.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        factors: Tucker2 | LowRank,
+        bias: Tensor | None,
+        like: Tensor,
+        ranks: Sequence[Sequence[int]],
+    ) -> None:
+        super().__init__()
+        self.spec, self.type = spec, type(factors)
+        layout = layout_of(like)
+        for name, value in factors._asdict().items():
+            own = value.to(like).contiguous(
+                memory_format=layout if value.dim() == 4 else torch.contiguous_format
+            )
+            self.register_parameter(name, nn.Parameter(own.clone()))
+        own_bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.register_parameter("bias", own_bias)
+        corners = torch.tensor([[rank[0] - 1, rank[-1] - 1] for rank in ranks], device=like.device)
+        self.register_buffer("corners", corners, persistent=False)
+
+    corners: Tensor
+    """Each candidate's last row and column, ``(candidates, 2)``."""
+
+    def factors(self) -> Tucker2 | LowRank:
+        """Return the factors at the largest rank."""
+        return self.type(*(getattr(self, name) for name in self.type._fields))
+
+
+class NestedLayer(Factorised):
+    """Run the leading part of factors that a layer's candidates share.
+
+    Args:
+        shared: the factors.
+        rank: ``(r1, r2)`` or ``(r,)``.
+    """
+
+    def __init__(self, shared: SharedFactors, rank: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shared, self.rank = shared, rank
+
+    def factors(self) -> Tucker2 | LowRank:
+        return leading(self.shared.factors(), self.rank)
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return layout_of(self.shared.factors()[1])
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        return self.shared.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        spec, rank = self.shared.spec, self.rank
+        if spec.kind == "linear":
+            left, right = self.factors()
+            return nn.functional.linear(x @ right.T, left, self.output_bias)
+        if spec.kind == "pointwise":
+            left, middle = self.factors()
+        else:
+            left, core, inn = self.factors()
+            middle = core.contiguous(memory_format=self.layout)
+            x = nn.functional.conv2d(x, inn[:, :, None, None])
+        inner = replace(spec, in_channels=x.shape[1], out_channels=rank[0])
+        x = inner.run(x, middle, None)
+        return nn.functional.conv2d(x, left[:, :, None, None], self.output_bias)
+
+    def alone(self) -> nn.Module:
+        """Return a plain layer of the same function, with balanced weights of its own."""
+        like = self.shared.factors()[1]
+        layer = self.shared.spec.assemble(balanced(self.factors()), self.output_bias)
+        return layer.to(like).to(memory_format=self.layout)
