@@ -1,12 +1,22 @@
 """The search with nested candidates: exact gates for every pair of ranks, and the whole of it."""
 
+import copy
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from helpers.searches import search
+from nni.nas.nn.pytorch import LayerChoice
 from torch import nn
 
+from nni_haloc.costs.analytic import mac_table
+from nni_haloc.costs.counts import count_macs
+from nni_haloc.plan.sensitivity import sensitivities
 from nni_haloc.search.gates import contract_nested, gate_gradients
+from nni_haloc.search.space import RankSpace
+from nni_haloc.search.supernet import MixedRankLayer
 from nni_haloc.space.candidates import build_nested_candidates
+from nni_haloc.space.nested import NestedLayer, leading
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 
 EVERY = AllowedRanks(step=2, equal=False, kinds=("conv", "pointwise", "linear"))
@@ -47,3 +57,72 @@ def test_one_contraction_gives_every_leading_block():
             "fr,rsij,sc->fcij", out[:, : i + 1], core[: i + 1, : j + 1], inn[: j + 1]
         )
         torch.testing.assert_close(value, (g * kernel).sum(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compile_", [False, True])
+def test_a_nested_search_over_every_pair_gives_a_plan_and_a_plain_network(
+    net, images, loaders, compile_
+):
+    allowed = AllowedRanks(equal=False)
+    costs = mac_table(net, images[:1], allowed)
+    space = RankSpace(net, images[:1], costs, allowed, images, nested=True)
+    strategy = search(net, images, loaders, space=space, allowed=allowed, compile=compile_)
+    plan = strategy.plan()
+    assert plan.chosen_by["cost"] <= plan.chosen_by["budget"]
+    network = strategy.network(plan)
+    assert not any(isinstance(m, LayerChoice | NestedLayer) for m in network.modules())
+    assert count_macs(network, images[:1]) == plan.chosen_by["cost"]
+    supernet = copy.deepcopy(strategy.state.supernet).eval()
+    for layer in supernet.modules():
+        if isinstance(layer, MixedRankLayer):
+            layer.sampled = layer.names.index(plan.names[layer.label])
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(images), supernet(images), rtol=1e-3, atol=1e-3)
+
+
+def test_only_the_leading_part_of_the_shared_factors_gets_a_gradient(net, images):
+    space = RankSpace(net, images[:1], calibration=images, nested=True)
+    for row in space.modules_by_layer.values():
+        *low, module = (module for name, module in row.items() if name != "dense")
+        module(torch.randn(2, module.shared.spec.in_channels, 8, 8)).square().sum().backward()
+        whole = module.shared.factors()
+        for value, part in zip(whole, leading(whole, module.rank), strict=True):
+            inside = torch.zeros_like(value, dtype=torch.bool)
+            inside[tuple(slice(n) for n in part.shape)] = True
+            assert value.grad[inside].abs().min() > 0 or not low
+            assert not value.grad[~inside].any()
+
+
+def test_averaged_weights_are_the_moving_average_of_all_steps(net, images, loaders):
+    class Trace(pl.Callback):
+        def on_fit_start(self, trainer, module):
+            self.tensors = dict(module.state.supernet.named_parameters())
+            self.averages = {k: v.detach().clone() for k, v in self.tensors.items()}
+            self.steps = 0
+
+        def on_train_batch_end(self, *_):
+            self.steps += 1
+            d = min(0.8, (1 + self.steps) / (10 + self.steps))
+            for key, value in self.tensors.items():
+                self.averages[key] = d * self.averages[key] + (1 - d) * value.detach()
+
+    trace = Trace()
+    strategy = search(net, images, loaders, epochs=3, callbacks=[trace], average=0.8)
+    for key, value in strategy.state.supernet.named_parameters():
+        if "alpha" not in key:
+            torch.testing.assert_close(value.detach(), trace.averages[key])
+
+
+def test_drawn_budgets_range_over_their_range_and_end_at_the_budget(net, images, labels, loaders):
+    class Costs(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            seen.append(module.state.known_cost() / module.state.limits[0].costs.original)
+
+    seen: list[float] = []
+    added = sensitivities(net, RankSpace(net, images[:1]).modules_by_layer, images, labels)
+    options = {"budget_range": [0.3, 0.8], "start": added}
+    strategy = search(net, images, loaders, 0.5, epochs=6, callbacks=[Costs()], **options)
+    assert 0.29 < min(seen) < 0.45
+    assert 0.65 < max(seen) < 0.81
+    costs = strategy.costs
+    assert strategy.state.known_cost() == pytest.approx(0.5 * costs.original, rel=1e-3)
