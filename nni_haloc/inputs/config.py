@@ -205,10 +205,10 @@ def _scaled(config: Config) -> Config:
             least = min(images, _FEWEST_IMAGES)
             changes["calibration_images"] = max(least, round(config.scale * images))
         if isinstance(section, Training) and section.epochs:
-            changes["epochs"] = max(1, round(root * section.epochs))
+            changes["epochs"] = min(section.epochs, max(1, round(root * section.epochs)))
         if isinstance(section, Search):
             warmup = math.ceil(root * section.warmup_epochs)
-            changes["warmup_epochs"] = min(warmup, changes["epochs"] - 1)
+            changes["warmup_epochs"] = min(warmup, math.ceil(changes["epochs"]) - 1)
         if changes:
             parts[name] = section.model_copy(update=changes)
     return config.model_copy(update=parts)

@@ -376,7 +376,7 @@ class Search(SearchOptions, Training):
     """
 
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    epochs: Count = 1
+    epochs: Positive = 1  # type: ignore[assignment]
     lr: Positive = 0.02
     schedule: Schedule = "constant"
     start: Literal["uniform", "sensitivity"] = "sensitivity"

@@ -171,8 +171,8 @@ def choose(scores: Scores, limits: Sequence[Limit], use: float = 0.0) -> Choice:
 
     This is a multiple-choice knapsack with one constraint for each limit, solved by HiGHS. Because
     its constraints hold only to a tolerance, costs are recomputed exactly and a choice that does
-    not fit is cut off. When its nodes are used up, the best choice so far is taken; if there is
-    none, that of `check_feasible`.
+    not fit, or uses too little, is cut off. When its nodes are used up, the best choice so far is
+    taken; if there is none, that of `check_feasible`.
 
     Args:
         scores: layer to candidate to a finite number; the candidates are those that it names.
@@ -193,6 +193,11 @@ def choose(scores: Scores, limits: Sequence[Limit], use: float = 0.0) -> Choice:
                     f" expected a finite number, found {score}"
                 )
     fitting = check_feasible(scores, limits)
+    # Where the best of all choices uses enough, no floor is needed, and without a floor nothing
+    # that costs as much as a better candidate is: of every pair of ranks, a few are left.
+    best = _best_if_known(_undominated(scores, limits), limits)
+    if best is not None and (use <= 0 or any(_uses(best, scores, x) >= use for x in limits)):
+        return best
     choices: list[Choice] = []
     while use > 0 and not choices:
         choices = [
@@ -205,6 +210,28 @@ def choose(scores: Scores, limits: Sequence[Limit], use: float = 0.0) -> Choice:
             scores[layer][candidate] for layer, candidate in choice.items()
         ),
     )
+
+
+def _undominated(scores: Scores, limits: Sequence[Limit]) -> dict[str, dict[str, float]]:
+    """Leave out each candidate that another one of its layer is as good as, at no higher cost."""
+    kept: dict[str, dict[str, float]] = {}
+    for layer, row in scores.items():
+        names = list(row)
+        costs = np.array([[limit.costs.costs[layer][name] for name in names] for limit in limits])
+        score = np.array([row[name] for name in names])
+        left: list[int] = []
+        for i in np.lexsort((*costs, -score)):  # the best first, of equals the cheapest
+            if not any((costs[:, j] <= costs[:, i]).all() for j in left):
+                left.append(int(i))
+        kept[layer] = {names[i]: row[names[i]] for i in sorted(left)}
+    return kept
+
+
+def _uses(choice: Choice, candidates: Candidates, limit: Limit) -> float:
+    """Return the fraction of what a budget leaves above its cheapest network that a choice uses."""
+    least = limit.costs.total(cheapest(candidates, limit.costs))
+    room = limit.budget - least
+    return (limit.costs.total(choice) - least) / room if room > 0 else 1.0
 
 
 def _within(scores: Scores, limits: Sequence[Limit]) -> Choice | None:
@@ -280,10 +307,13 @@ def _best(
         ]
     )
     excess /= scale[:, None]
+    budgets = np.array([limit.budget for limit in limits])
     room, low = np.full(len(limits), _ROOM), np.full(len(limits), -np.inf)
+    floors = low.copy()  # the same in each table's unit
     for k, limit in enumerate(limits):
         if floor and limit is floor[0]:
             low[k] = floor[1] * _ROOM - _NEARLY * limit.budget / scale[k]
+            floors[k] = limit.costs.total(least[k]) + low[k] * scale[k]
     attempt = 0
     while True:
         result = milp(
@@ -308,13 +338,15 @@ def _best(
             )
         taken = result.x > 0.5
         choice = dict(flat[i] for i in np.flatnonzero(taken))
-        over = np.array([limit.costs.total(choice) - limit.budget for limit in limits])
-        if (over <= 0).all():
+        costs = np.array([limit.costs.total(choice) for limit in limits])
+        over, short = costs - budgets, floors - costs
+        if (over <= 0).all() and (short <= 0).all():
             return choice
         constraints.append(LinearConstraint(taken[None].astype(float), -np.inf, len(index) - 1))
         attempt += 1
         if attempt > _CUTS:
             room -= np.where(over > 0, np.maximum(over / scale, 1e-9 * _ROOM), 0)
+            low += np.where(short > 0, np.maximum(short / scale, 1e-9 * _ROOM), 0)
 
 
 def _slack(limit: Limit, cheapest_choice: Choice) -> float:

@@ -2,49 +2,83 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from nni_haloc.space.modules import copy_of, evaluating, replace_modules
-from nni_haloc.utils.placement import accelerated, device_of
+from nni_haloc.utils.placement import HostCopy, accelerated, device_of
 
 
 def sensitivities(
     model: nn.Module,
     candidates: Mapping[str, Mapping[str, nn.Module]],
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     batch_size: int = 64,
     *,
     bf16: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, dict[str, float]]:
-    """Measure the mean cross-entropy that each candidate adds, all else left as it was.
+    """Measure the mean loss that each candidate adds, all else left as it was.
 
-    The network is in evaluation mode, on its `device_of`. For each candidate that is not the
-    layer's own copy, it is run from that layer on, if that gives what a whole pass gives (tried on
-    two images first). Outputs of one batch are kept meanwhile: ResNet-18's, for 64 images of
-    224 x 224, take 1.5 GB. So are, on a CUDA device, copies of the candidates, which take no more
-    than the search's space does.
+    See `added_losses`, which this takes the means of.
 
     Args:
         model: the trained network; it is not changed.
         candidates: layer to candidate name to its trained module, see `RankSpace.modules_by_layer`.
         images: ``(N, ...)``.
-        labels: their classes, ``(N,)``.
+        labels: their classes, ``(N,)``; without them the loss is the distance from the original's
+            outputs.
         batch_size: images in one pass.
         bf16: run in mixed precision.
         progress: called with the numbers of finished and of all batches, first with 0 finished.
 
     Returns:
         Layer to candidate to added loss.
+
+    Raises:
+        ValueError: if a loss is not finite; the message names layer and candidate.
+    """
+    added = added_losses(
+        model, candidates, images, labels, batch_size, bf16=bf16, progress=progress
+    )
+    return {
+        layer: {name: float(losses.mean()) for name, losses in row.items()}
+        for layer, row in added.items()
+    }
+
+
+def added_losses(
+    model: nn.Module,
+    candidates: Mapping[str, Mapping[str, nn.Module]],
+    images: Tensor,
+    labels: Tensor | None = None,
+    batch_size: int = 64,
+    *,
+    bf16: bool = False,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Measure the loss that each candidate adds on every image, all else left as it was.
+
+    The loss is the cross-entropy or, without labels, the Kullback-Leibler divergence of the outputs
+    from the original network's. The network is in evaluation mode, on its `device_of`. For each
+    candidate that is not the layer's own copy, it is run from that layer on, if that gives what a
+    whole pass gives (tried on two images first). Outputs of one batch are kept meanwhile:
+    ResNet-18's, for 64 images of 224 x 224, take 1.5 GB. So are, on a CUDA device, copies of the
+    candidates, which take no more than the search's space does.
+
+    Args:
+        model, candidates, images, labels, batch_size, bf16, progress: see `sensitivities`.
+
+    Returns:
+        Layer to candidate to the added loss of each image, ``(N,)``, float64.
 
     Raises:
         ValueError: if a loss is not finite; the message names layer and candidate.
@@ -60,8 +94,7 @@ def sensitivities(
     own = dict(network.named_modules())
     layers = [own[layer] for layer in candidates]
     last = {layer: module for layer, _, module in others}
-    # First the original's loss, then the others', summed over the images.
-    sums = torch.zeros(1 + len(others), dtype=torch.float64, device=device)
+    parts: list[HostCopy] = []  # of each batch, first the original's losses, then the others'
     with (
         evaluating(network),
         torch.inference_mode(),
@@ -70,25 +103,31 @@ def sensitivities(
         resumed = _can_be_resumed(
             network, layers, {own[layer]: m for layer, m in last.items()}, images[:2].to(device)
         )
-        batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+        batches = images.split(batch_size)
+        targets: Sequence[Tensor | None] = (
+            [None] * len(batches) if labels is None else labels.split(batch_size)
+        )
         progress(0, len(batches))
-        for done, (x, y) in enumerate(batches, 1):
-            run, y = _ResumedRun(network, layers, x.to(device)), y.to(device)
-            losses = [_summed_loss(run.result, y)]
+        for done, (x, y) in enumerate(zip(batches, targets, strict=True), 1):
+            run = _ResumedRun(network, layers, x.to(device))
+            target = run.result if y is None else y.to(device)
+            losses = [_losses(run.result, target)]
             for layer, _, module in others:
-                losses.append(_summed_loss(run.replaced(own[layer], module, resumed), y))
+                losses.append(_losses(run.replaced(own[layer], module, resumed), target))
             run.leave()
-            sums += torch.stack(losses)
+            parts.append(HostCopy(torch.stack(losses)))
             progress(done, len(batches))
-    added = {layer: dict.fromkeys(row, 0.0) for layer, row in candidates.items()}
-    differences = ((sums[1:] - sums[0]) / len(labels)).tolist()
-    for (layer, name, _), value in zip(others, differences, strict=True):
-        if not math.isfinite(value):
+    found = np.concatenate([part.get() for part in parts], axis=1)
+    added = {
+        layer: {name: np.zeros(len(images)) for name in row} for layer, row in candidates.items()
+    }
+    for (layer, name, _), values in zip(others, found[1:] - found[0], strict=True):
+        if not np.isfinite(values).all():
             raise ValueError(
                 f"layer {layer!r}, candidate {name!r}:"
-                f" the loss on the calibration images is {value}"
+                f" the loss on the calibration images is {values.mean()}"
             )
-        added[layer][name] = value
+        added[layer][name] = values
     return added
 
 
@@ -141,17 +180,22 @@ def loss(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 1
     Args:
         network: it is left as it was.
         images: ``(N, ...)``.
-        labels: their classes, ``(N,)``.
+        labels: their classes, ``(N,)``, or the original's outputs for a mean divergence from them.
         batch_size: images in one pass.
     """
     with evaluating(network), accelerated(network) as device, torch.inference_mode():
         batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        losses = [_summed_loss(network(x.to(device)), y.to(device)) for x, y in batches]
+        losses = [_losses(network(x.to(device)), y.to(device)).sum() for x, y in batches]
         return float(torch.stack(losses).sum()) / len(labels)
 
 
-def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels, reduction="sum").double()
+def _losses(logits: Tensor, target: Tensor) -> Tensor:
+    """Return each image's loss, float64: against classes, or against another network's logits."""
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    if not target.is_floating_point():
+        return F.cross_entropy(logits, target, reduction="none").double()
+    log_q, log_p = logits.log_softmax(1), target.to(logits).log_softmax(1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1).double()
 
 
 class _ResumedRun:

@@ -48,7 +48,8 @@ class Classification(Lightning):
     Args:
         train_dataloaders: batches ``(images, labels)`` for the weights.
         val_dataloaders: batches for alpha.
-        recipe: how many epochs, and how the weights are trained in them.
+        recipe: how many epochs, and how the weights are trained in them. 1.5 epochs are two rounds
+            over three quarters of the data, drawn anew.
         ckpt_path: a Lightning checkpoint of this search to go on from.
         **trainer_kwargs: options of Lightning's Trainer (devices, precision, callbacks, ...).
 
@@ -64,15 +65,17 @@ class Classification(Lightning):
         ckpt_path: str | Path | None = None,
         **trainer_kwargs: Any,
     ) -> None:
-        defaults = {
+        defaults: dict[str, Any] = {
             "devices": 1,
             "logger": False,
             "enable_checkpointing": False,
             "enable_model_summary": False,
         }
+        if recipe.share < 1:
+            defaults["limit_train_batches"] = recipe.share
         steps = max(len(train_dataloaders), len(val_dataloaders))
         with quiet():
-            trainer = Trainer(max_epochs=recipe.epochs, **{**defaults, **trainer_kwargs})
+            trainer = Trainer(max_epochs=recipe.rounds, **{**defaults, **trainer_kwargs})
             check_startable(trainer)
             super().__init__(
                 _Module(recipe, steps),

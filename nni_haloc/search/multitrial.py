@@ -165,9 +165,12 @@ class _Repair(StrategyMiddleware):
             self.steps[layer] = {name: step for step, name in enumerate(by_price)}
 
     def nearest(self, sample: Mapping[str, str]) -> Choice:
-        """Return the nearest choice within the limits."""
+        """Return the nearest choice within the limits; of equally near ones a dearer."""
         scores = {
-            layer: {name: -float((step - row[sample[layer]]) ** 2) for name, step in row.items()}
+            layer: {
+                name: 1e-6 * step - float((step - row[sample[layer]]) ** 2)
+                for name, step in row.items()
+            }
             for layer, row in self.steps.items()
         }
         return choose(scores, self.limits)

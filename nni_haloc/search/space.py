@@ -16,6 +16,7 @@ from nni_haloc.costs.table import CostTable, worthwhile
 from nni_haloc.inputs.options import Decomposition
 from nni_haloc.space.candidates import build_candidates, build_nested_candidates
 from nni_haloc.space.modules import Example, copy_of, materialised, replace_modules
+from nni_haloc.space.names import Rank
 from nni_haloc.space.nested import NestedLayer
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.summary import SpaceReport, space_report, why_nothing
@@ -77,14 +78,9 @@ class RankSpace(ModelSpace):
         # Kept out of the module tree: it is neither mutable nor trained, and must not show among
         # the parameters.
         object.__setattr__(self, "original", copy_of(model).eval().requires_grad_(False))
-        built = (
-            build_nested_candidates(self.original, layers.specs, self.candidates, calibration)
-            if nested
-            else build_candidates(
-                self.original, layers.specs, self.candidates, calibration, decomposition
-            )
-        )
         self.specs = {name: layers.specs[name] for name in self.candidates}
+        self.nested, self.decomposition = nested, decomposition
+        built = self.build(self.candidates, calibration)
         self.model = copy_of(model)
         replace_modules(
             self.model, {name: LayerChoice(built[name], label=name) for name in self.candidates}
@@ -134,6 +130,24 @@ class RankSpace(ModelSpace):
             if name in inplace:
                 vars(module)["inplace"] = True
         return frozen.requires_grad_(True)
+
+    def build(
+        self, candidates: Mapping[str, Mapping[str, Rank]], calibration: Example | None
+    ) -> dict[str, dict[str, nn.Module]]:
+        """Make candidates of the original network as the space's own are made.
+
+        Args:
+            candidates: layer to candidate name to rank.
+            calibration: the images to fit them to, ``(N, ...)``.
+
+        Returns:
+            Layer to candidate to module.
+        """
+        if self.nested:
+            return build_nested_candidates(self.original, self.specs, candidates, calibration)
+        by_weights = self.decomposition not in (None, "data")
+        images = None if by_weights else calibration
+        return build_candidates(self.original, self.specs, candidates, images, self.decomposition)
 
     @property
     def modules_by_layer(self) -> dict[str, dict[str, nn.Module]]:

@@ -50,6 +50,36 @@ def nested_factors(
     return Tucker2(out, core, inn / norms)
 
 
+def lost_energies(spec: LayerSpec, weight: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Estimate the share of the output's energy that each rank loses, for all ranks at once.
+
+    In the basis of `nested_factors` the input's coordinates are uncorrelated, and each element of
+    the core has an energy of its own: its square times the variance of its coordinate. A rank keeps
+    a leading block of them. (Correlations between the kernel's positions are left out.)
+
+    Args:
+        spec: the layer.
+        weight: its kernel or matrix.
+        inputs, outputs: its moments, see `nni_haloc.space.covariances.channel_moments`.
+
+    Returns:
+        For a convolution ``(F, C)``, at ``[r1 - 1, r2 - 1]`` that of the ranks ``(r1, r2)``; for a
+        matrix ``(F, F)``, the same along the diagonal.
+    """
+    kernel = weight.detach().double().to(inputs.device)
+    if spec.kind == "conv":
+        full = (spec.out_channels, spec.in_channels)
+        factors = nested_factors(kernel[None], inputs[None], outputs[None], full)
+        assert isinstance(factors, Tucker2)
+        _, core, inn = (factor[0] for factor in factors)
+        variances = ((inn @ inputs) * inn).sum(1)
+        energies = core.square().sum((2, 3)) * variances
+    else:
+        energies = torch.diag(falling(outputs)[0].clamp_min(0))
+    kept = energies.cumsum(0).cumsum(1)
+    return (1 - kept / kept[-1, -1].clamp_min(1e-300)).clamp_min(0)
+
+
 def leading(factors: Tucker2 | LowRank, rank: Sequence[int]) -> Tucker2 | LowRank:
     """Return the leading part of factors: views of them at a smaller rank."""
     if isinstance(factors, LowRank):

@@ -30,8 +30,9 @@ class AllowedRanks:
     Patterns are those of `fnmatch`; `find_layers` refuses one that matches no layer.
 
     Attributes:
-        step: distance between candidate ranks. None takes it from the smaller channel count: 2 at
-            16 or fewer, 4 at 32, 8 at 64, 32 below 1024, then 32 for each 512.
+        step: distance between candidate ranks. None takes it from the smaller channel count: the
+            largest power of two that is an eighth of it or less, at least 2 and at most 32; from
+            1024 channels on, 32 for each 512.
         dense: whether the dense layer is a candidate.
         equal: only ranks with r1 = r2 (design principle 2); otherwise every pair of steps.
         kinds: the kinds of layer to search, of ``conv``, ``pointwise`` (1x1 convolutions) and
@@ -76,9 +77,8 @@ class AllowedRanks:
             spec: the layer.
         """
         size = min(spec.in_channels, spec.out_channels)
-        return self.step or (
-            max(32, size // 512 * 32) if size > 64 else 8 if size > 32 else 4 if size > 16 else 2
-        )
+        eighth = 2 ** max(1, (size // 8).bit_length() - 1)
+        return self.step or max(min(32, eighth), size // 512 * 32 if size >= 1024 else 0)
 
     def candidates(self, spec: LayerSpec) -> list[Rank]:
         """List the candidate ranks of one layer, None (dense) first, then falling.

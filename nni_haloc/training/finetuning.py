@@ -174,7 +174,7 @@ def finetune(
     }
     compared = layers if feature_weight else ()
     with quiet():
-        fit = pl.Trainer(max_epochs=recipe.epochs, callbacks=callbacks, **{**defaults, **trainer})
+        fit = pl.Trainer(max_epochs=recipe.rounds, callbacks=callbacks, **{**defaults, **trainer})
         check_startable(fit)
         task = _Training(model, recipe, len(train), teacher, distill, compared, feature_weight)
         if compile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ class Recipe:
     """SGD with Nesterov momentum. The defaults are the paper's, for any number of epochs.
 
     Attributes:
-        epochs: how many.
+        epochs: how many; a search may take a fraction, such as 0.5.
         lr: learning rate.
         momentum: 0 is plain SGD.
         weight_decay: of all weights.
@@ -25,11 +26,21 @@ class Recipe:
             every 55 epochs), ``onecycle`` rises to ``lr`` and falls to nothing, ``constant`` stays.
     """
 
-    epochs: int
+    epochs: float
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: Schedule = "step"
+
+    @property
+    def rounds(self) -> int:
+        """The number of rounds, all of one length, that the epochs are divided into."""
+        return math.ceil(self.epochs)
+
+    @property
+    def share(self) -> float:
+        """The part of the data that each round sees, above 0 to 1."""
+        return self.epochs / self.rounds if self.rounds > 0 else 1.0
 
     def optimizers(
         self, parameters: Iterable[nn.Parameter], steps_per_epoch: int
@@ -47,7 +58,7 @@ class Recipe:
             weight_decay=self.weight_decay,
             nesterov=self.momentum > 0,
         )
-        steps = max(1, self.epochs * steps_per_epoch)
+        steps = max(1, round(self.epochs * steps_per_epoch))
         scheduler: torch.optim.lr_scheduler.LRScheduler
         if self.schedule == "step":
             scheduler = torch.optim.lr_scheduler.StepLR(

@@ -5,12 +5,20 @@ import math
 import random
 import re
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nni_haloc.costs.table import CostTable
-from nni_haloc.plan.budget import Limit, UndecidedBudget, cheapest, check_feasible, choose
+from nni_haloc.plan.budget import (
+    Limit,
+    UndecidedBudget,
+    _undominated,
+    cheapest,
+    check_feasible,
+    choose,
+)
 from nni_haloc.utils.errors import InfeasibleBudget
 
 
@@ -113,8 +121,18 @@ def hardly_anything_to_choose():
     ]
 
 
+def one_unit_short():
+    """Choices whose costs differ by less than the solver's tolerance."""
+    big = 22771606.0
+    first = {"dense": 1.0, "r1": 1.0, "r2": big, "r3": 2.0}
+    costs = {"l0": first, "l1": {"dense": 1.0, "r1": big + 18, "r2": 1.0}}
+    scores = {"l0": {"r1": 0.0, "r2": 1.0, "r3": 1.0}, "l1": dict.fromkeys(costs["l1"], 0.0)}
+    return scores, [Limit(CostTable("macs", costs, 0.0), big + 19)]
+
+
 @settings(max_examples=200, deadline=None)
 @example(hardly_anything_to_choose(), 1.0)
+@example(one_unit_short(), 1.0)
 @given(problems(most_limits=2), st.sampled_from([0.5, 0.9, 0.95, 1.0]))
 def test_a_budget_is_used_wherever_it_can_be(problem, use):
     scores, limits = problem
@@ -315,3 +333,36 @@ def test_scores_that_are_costs_in_disguise_come_to_an_end(monkeypatch):
     choice = choose(tables[0].costs, limits, 0.98)
     assert all(limit.holds(choice) for limit in limits)
     assert tables[0].total(choice) > 0.9999 * limits[0].budget
+
+
+def test_of_every_pair_of_ranks_a_few_are_left_and_the_best_choice_is_among_them():
+    """Against running through every choice."""
+    generator = np.random.default_rng(0)
+    pairs = {f"r{a}x{b}": (a, b) for a in range(1, 7) for b in range(1, 7)}
+    costs = {
+        layer: {name: float(a * b + k * (a + b)) for name, (a, b) in pairs.items()}
+        for k, layer in enumerate(("l0", "l1", "l2"))
+    }
+    scores = {
+        layer: {name: -1 / a - 1 / b + 0.05 * generator.normal() for name, (a, b) in pairs.items()}
+        for layer in costs
+    }
+    for layer, row in costs.items():
+        row["dense"], scores[layer]["dense"] = 99.0, 0.0
+    limits = [Limit(CostTable("macs", costs, 0.0), 60.0)]
+    left = _undominated(scores, limits)
+    assert all(2 < len(row) < 20 for row in left.values())
+    for layer, row in scores.items():
+        for name in row:
+            better = [
+                other
+                for other in left[layer]
+                if row[other] >= row[name] and costs[layer][other] <= costs[layer][name]
+            ]
+            assert better
+    best = max(
+        score(scores, choice)
+        for choice in every(scores)
+        if limits[0].costs.total(choice) <= limits[0].budget
+    )
+    assert score(scores, choose(scores, limits)) == pytest.approx(best, abs=1e-12)

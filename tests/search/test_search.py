@@ -895,7 +895,7 @@ def test_python_and_the_settings_have_the_same_options_and_defaults(net, images)
     options = Haloc(mac_table(net, images[:1]), 0.5).options
     names = set(type(options).model_fields)
     assert Search().model_dump(include=names) == options.model_dump()
-    others = {"start", "tensorboard", *Training.model_fields} - {"compile"}
+    others = {"start", "supernet", "tensorboard", *Training.model_fields} - {"compile"}
     assert names == set(Search.model_fields) - others
     for name in names:
         assert re.search(rf"^        (\w+, )*{name}(, \w+)*: ", Haloc.__doc__, re.M), name

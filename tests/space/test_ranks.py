@@ -37,12 +37,14 @@ def spec(c, f, kind="conv", k=3):
 
 @pytest.mark.parametrize(
     ("channels", "step"),
-    [(4096, 256), (1024, 64), (768, 32), (512, 32), (128, 32), (64, 8), (32, 4), (16, 2), (8, 2)],
+    [(4096, 256), (1024, 64), (768, 32), (512, 32), (256, 32), (192, 16), (128, 16)]
+    + [(112, 8), (64, 8), (40, 4), (32, 4), (24, 2), (16, 2), (8, 2)],
 )
 def test_candidates_are_multiples_of_the_step_and_cheaper_than_dense(channels, step):
     ranks = AllowedRanks().candidates(spec(channels, channels))
     assert ranks[0] is None
     assert all(r1 == r2 and r1 % step == 0 for r1, r2 in ranks[1:])
+    assert ranks[-1] == (step, step)
     costs = [macs(spec(channels, channels), r) for r in ranks]
     assert costs == sorted(costs, reverse=True)
     assert len(set(costs)) == len(costs)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from nni_haloc.inputs.options import Decomposition
 from nni_haloc.plan.budget import Choice, Limit, check_feasible
+from nni_haloc.plan.evidence import Candidates, Evidence, Modules, gather_evidence
 from nni_haloc.plan.sensitivity import loss
 from nni_haloc.space.candidates import build_candidates
 from nni_haloc.space.covariances import patch_covariances
@@ -73,6 +74,17 @@ class Problem:
         return build_candidates(
             self.model, self.specs, self.candidates, self.images, self.decomposition
         )
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        """The loss that each candidate alone adds, on images that it was not fitted to."""
+        return gather_evidence(
+            self.model, self.specs, self.candidates, self.build, self.images, bf16=self.bf16
+        )
+
+    def build(self, candidates: Candidates, images: Tensor) -> Modules:
+        """Make candidates, fitted to some images."""
+        return build_candidates(self.model, self.specs, candidates, images, self.decomposition)
 
     def kernel(self, layer: str, candidate: str) -> Tensor:
         """Return a candidate's dense kernel, ``(F, C, k1, k2)`` or ``(F, C)``.

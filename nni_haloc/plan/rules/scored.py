@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from nni_haloc.plan.budget import Choice, choose
+from nni_haloc.plan.evidence import check_enough_images
 from nni_haloc.plan.rules.problem import Problem, sees_every_rank
-from nni_haloc.plan.sensitivity import sensitivities
 
 USE = 0.95
 """Fraction of what a budget leaves above the cheapest network that a choice uses, if any does."""
@@ -25,20 +25,23 @@ def error_knapsack(problem: Problem) -> Choice:
     )
 
 
+@sees_every_rank
 def sensitivity_knapsack(problem: Problem) -> Choice:
     """Choose the least sum of sensitivities: rule ``sensitivity-knapsack``.
 
-    A candidate's sensitivity is what it alone, all else left as it was, adds to the loss on the
-    images.
+    A candidate's sensitivity is how far it alone, all else left as it was, moves the network's
+    outputs, on images that it was not fitted to (see `nni_haloc.plan.evidence`).
     """
-    losses = sensitivities(
-        problem.model, problem.modules, problem.images, problem.labels, bf16=problem.bf16
-    )
-    return choose(
-        {layer: {name: -loss for name, loss in row.items()} for layer, row in losses.items()},
+    evidence = problem.evidence
+    choice = choose(
+        {layer: {n: -added for n, added in row.items()} for layer, row in evidence.added.items()},
         problem.limits,
         USE,
     )
+    check_enough_images(
+        evidence, problem.model, problem.candidates, choice, problem.build, problem.images
+    )
+    return choice
 
 
 DRAWS = 16

@@ -12,7 +12,7 @@ from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.inputs import schema
 from nni_haloc.inputs.config import Config, dump_config
 from nni_haloc.plan.budget import Limit, Scores, cheapest, check_feasible
-from nni_haloc.plan.sensitivity import sensitivities
+from nni_haloc.plan.evidence import gather_evidence
 from nni_haloc.runs.folder import Figures, RunFolder, Training
 from nni_haloc.runs.identity import search_identity
 from nni_haloc.runs.job import Job, trainer_options
@@ -50,8 +50,8 @@ class ChooseRanks(Stage):
     training_title = "search"
 
     def points(self, config: Config) -> int:
-        """Return one point for each epoch of a search; a rule reports none."""
-        return config.search.epochs if config.rule == "search" else 0
+        """Return one point for each round of a search; a rule reports none."""
+        return recipe_of(config.search).rounds if config.rule == "search" else 0
 
     def run(self, job: Job, before: Outcome | None, report: Report, resume: bool) -> Outcome:
         """Choose the ranks, or read back those that an interrupted run has chosen."""
@@ -116,7 +116,7 @@ def run_or_read_search(job: Job, report: Report, *, resume: bool) -> Haloc:
         saved = checkpoint.read(state)
         checkpoint.check_same(state, saved["identity"], search_identity(config))
         config = with_tables(config, job.folder, saved["costs"])
-        done, epochs = saved["epochs"], config.search.epochs
+        done, epochs = saved["epochs"], recipe_of(config.search).rounds
         logger.info("search: %d of %d epochs are done: %s", done, epochs, state)
     elif resume:
         logger.info("no state of an earlier run in %s: starting from the beginning", job.folder)
@@ -124,7 +124,7 @@ def run_or_read_search(job: Job, report: Report, *, resume: bool) -> Haloc:
         strategy, space = _prepare(job.at(config, job.folder.path))
     if saved is None:
         clear(job.folder)  # only now: the settings have proved good
-    unfinished = saved is None or saved["epochs"] < config.search.epochs
+    unfinished = saved is None or saved["epochs"] < recipe_of(config.search).rounds
     # Each process reads a finished search back for itself.
     options = trainer_options(job.config, searching=True) if unfinished else {}
     logs = _tensorboard(job.folder) if config.search.tensorboard and unfinished else False
@@ -146,7 +146,7 @@ def _prepare(job: Job) -> tuple[Haloc, RankSpace]:
     if r.decomposition in ("auto", "data"):
         calibration = job.splits.images("plain", r.calibration_images, config.seed)
     logger.info(
-        "to come: %d calibration images, search %d epochs, fine-tuning %d epochs",
+        "to come: %d calibration images, search %g epochs, fine-tuning %d epochs",
         0 if calibration is None else len(calibration),
         s.epochs,
         config.finetune.epochs,
@@ -173,14 +173,15 @@ def _log_space(space: RankSpace, limits: list[Limit]) -> None:
 
 def _sensitivities(job: Job, space: RankSpace) -> Scores:
     config = job.config
-    images, labels = job.splits.labelled("plain", config.rank_space.calibration_images, config.seed)
+    images = job.splits.images("plain", config.rank_space.calibration_images, config.seed)
     number = sum(map(len, space.candidates.values()))
-    logger.info("sensitivities: %d candidates on %d images (search.start)", number, len(images))
+    logger.info("sensitivities: %d candidates, %d images (search.start)", number, len(images))
     bf16 = config.search.precision == "bf16-mixed"
     left = TimeLeft("sensitivities")
-    return sensitivities(
-        job.model, space.modules_by_layer, images, labels, bf16=bf16, progress=left
+    evidence = gather_evidence(
+        job.model, space.specs, space.candidates, space.build, images, bf16=bf16, progress=left
     )
+    return evidence.added
 
 
 def _search(
