@@ -93,6 +93,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "rank_space": {"dense": False, "equal": True, "decomposition": "hosvd"},
         "search": {
+            "supernet": "separate",
+            "average": 0.0,
             "objective": "paper",
             "select": "argmax",
             "clip": None,

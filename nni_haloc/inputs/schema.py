@@ -363,7 +363,7 @@ class SearchOptions(Section):
     compile: bool = False
     select: Literal["knapsack", "argmax"] = "knapsack"
     min_use: Annotated[float, Field(ge=0, le=1)] = 0.95
-    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.99
     budget_range: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
 
 
@@ -380,5 +380,5 @@ class Search(SearchOptions, Training):
     lr: Positive = 0.02
     schedule: Schedule = "constant"
     start: Literal["uniform", "sensitivity"] = "sensitivity"
-    supernet: Literal["separate", "nested"] = "separate"
+    supernet: Literal["nested", "separate"] = "nested"
     tensorboard: bool = False

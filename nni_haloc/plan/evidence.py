@@ -30,7 +30,7 @@ BEYOND = 1.5
 ResNet-20 is at 1.05 with 512 images, 1.2 with 128, and 1.7 with 60.
 """
 
-CANDIDATES = 8
+CANDIDATES = 5
 """Low ranks of a layer that are measured; the others are interpolated between them."""
 
 _LEAST = 1e-9

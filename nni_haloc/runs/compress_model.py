@@ -18,7 +18,6 @@ from nni_haloc.costs.latency import measure_latency
 from nni_haloc.costs.table import CostTable, worthwhile
 from nni_haloc.inputs.registries import PREDICTORS, RULES, RUNTIMES
 from nni_haloc.plan.budget import Limit
-from nni_haloc.plan.evidence import gather_evidence
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules import plan as plan_by_rule
 from nni_haloc.plan.rules.problem import Problem
@@ -211,10 +210,8 @@ class _Task:
     ) -> tuple[RankPlan, nn.Module]:
         """Choose ranks by the search; return the plan, and its network with searched weights."""
         space = RankSpace(self.model, self.images[:1], self.limit.costs, self.allowed, self.images)
-        evidence = gather_evidence(
-            self.model, space.specs, space.candidates, space.build, self.images
-        )
-        strategy = Haloc([self.limit], start=evidence.added, seed=self.seed, **options)
+        start = space.sensitivities(self.images)
+        strategy = Haloc([self.limit], start=start, seed=self.seed, **options)
         evaluator = Classification(self.train, val, recipe, enable_progress_bar=verbose)
         run_search(space, evaluator, strategy)
         plan = strategy.plan()

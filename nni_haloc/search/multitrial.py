@@ -66,6 +66,7 @@ def _try_networks(problem: Problem, strategy: MultiTrial) -> Choice:
         _Exactly(candidates_of=problem.candidates),
         problem.images,
         problem.decomposition,
+        nested=False,
     )
     vars(problem)["modules"] = space.modules_by_layer  # its own, decomposed once
     return run_multitrial(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nni.mutable import MutableExpression
 from nni.nas.nn.pytorch import LayerChoice, ModelSpace
 from nni.nas.profiler import ExpressionProfiler
-from torch import nn
+from torch import Tensor, nn
 
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.costs.table import CostTable, worthwhile
 from nni_haloc.inputs.options import Decomposition
+from nni_haloc.plan.evidence import gather_evidence
 from nni_haloc.space.candidates import build_candidates, build_nested_candidates
 from nni_haloc.space.modules import Example, copy_of, materialised, replace_modules
 from nni_haloc.space.names import Rank
@@ -41,7 +42,7 @@ class RankSpace(ModelSpace):
             inputs; without them the decomposition is by the weights.
         decomposition: how candidates are made; ``"hosvd"`` is by the weights, None by the data.
         nested: let all low-rank candidates of a layer share one set of factors, of which each takes
-            the leading part; ``decomposition`` then has no say.
+            the leading part. Otherwise each has weights of its own, as in the paper.
 
     Raises:
         ValueError: if nothing in the model can be searched, if it is a layer itself, or if it can't
@@ -56,7 +57,7 @@ class RankSpace(ModelSpace):
         allowed: AllowedRanks = AllowedRanks(),
         calibration: Example | None = None,
         decomposition: Decomposition | None = None,
-        nested: bool = False,
+        nested: bool = True,
     ) -> None:
         super().__init__()
         model = materialised(model, example_input)
@@ -143,11 +144,42 @@ class RankSpace(ModelSpace):
         Returns:
             Layer to candidate to module.
         """
-        if self.nested:
-            return build_nested_candidates(self.original, self.specs, candidates, calibration)
         by_weights = self.decomposition not in (None, "data")
         images = None if by_weights else calibration
+        if self.nested:
+            return build_nested_candidates(self.original, self.specs, candidates, images)
         return build_candidates(self.original, self.specs, candidates, images, self.decomposition)
+
+    def sensitivities(
+        self,
+        images: Tensor,
+        *,
+        bf16: bool = False,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> dict[str, dict[str, float]]:
+        """Measure what each candidate alone adds to the loss: `Haloc` takes it as its ``start``.
+
+        The loss is the distance from the original's outputs, on images that the candidate was not
+        fitted to, see `nni_haloc.plan.evidence.gather_evidence`.
+
+        Args:
+            images: to fit to and to measure on, ``(N, ...)``.
+            bf16: run in mixed precision.
+            progress: called with the numbers of finished and of all batches.
+
+        Returns:
+            Layer to candidate to added loss.
+        """
+        evidence = gather_evidence(
+            self.original,
+            self.specs,
+            self.candidates,
+            self.build,
+            images,
+            bf16=bf16,
+            progress=progress,
+        )
+        return evidence.added
 
     @property
     def modules_by_layer(self) -> dict[str, dict[str, nn.Module]]:

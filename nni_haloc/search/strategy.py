@@ -79,11 +79,11 @@ class Haloc(DARTS):
         min_use: fraction of what a budget leaves above the cheapest network that the knapsack's
             plan uses, where any does, 0.95 by default: scores are noisy, and rank left unused is
             lost.
-        average: decay of the moving average that the result's weights are, at least 0 and below 1;
-            none by default. See `nni_haloc.training.averaging.MovingAverage`.
-        budget_range: two fractions of the original's cost; each step of alpha draws the budget
-            between them that the next iterations sample their paths for. The search then learns
-            for a range of budgets (`haloc front`), and ends at its own. None by default.
+        average: decay of the moving average that the result's weights are, below 1; 0.99 by
+            default, 0 for none. See `nni_haloc.training.averaging.MovingAverage`.
+        budget_range: two fractions of the original's cost. Each step of alpha draws a budget
+            between them, low ones more often, for which the next iterations sample their paths; so
+            one search learns for many budgets (`haloc front`). It ends at its own. None by default.
 
     Raises:
         ValueError: for an option that does not exist or has a value out of its range, and unless

@@ -296,10 +296,14 @@ class HalocModule(DartsLightningModule):
         return [layer.draw(self._generator) for layer in self._mixed]
 
     def _drawn_budget(self) -> float | None:
-        """Draw the budget of the next steps, if the options have a range for it."""
+        """Draw the budget of the next steps, if the options have a range for it.
+
+        Half of the draws are in the lowest quarter of the range: small ranks have most to learn.
+        """
         if self.options.budget_range is None:
             return None
-        return float(self._generator.uniform(*self.options.budget_range))
+        low, high = self.options.budget_range
+        return float(low + (high - low) * self._generator.random() ** 2)
 
     def _take(self, path: Sequence[int], *, searching: bool) -> None:
         """Have the next passes run a path."""

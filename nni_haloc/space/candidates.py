@@ -16,7 +16,7 @@ from nni_haloc.space.covariances import channel_moments, patch_covariances, patc
 from nni_haloc.space.layers import LayerSpec, last_bias, layout_of
 from nni_haloc.space.modules import Example
 from nni_haloc.space.names import Rank
-from nni_haloc.space.nested import NestedLayer, SharedFactors, nested_factors
+from nni_haloc.space.nested import NestedLayer, SharedFactors, shared_factors
 from nni_haloc.space.tucker import LowRank, Tucker2, decompose_all
 from nni_haloc.utils.errors import first_line
 from nni_haloc.utils.log import logger
@@ -130,7 +130,11 @@ def build_nested_candidates(
     """
     modules = dict(model.named_modules())
     ranks = {name: [r for r in row.values() if r is not None] for name, row in candidates.items()}
-    decomposed = {name: specs[name] for name in candidates if ranks[name]}
+    decomposed = {
+        name: specs[name]
+        for name in candidates
+        if ranks[name] and not cast(Tensor, modules[name].weight).is_meta
+    }
     moments = {} if calibration is None else channel_moments(model, decomposed, calibration)
     built: dict[str, dict[str, nn.Module]] = {}
     for name, row in candidates.items():
@@ -138,21 +142,13 @@ def build_nested_candidates(
         low: dict[Rank, nn.Module] = {}
         if ranks[name]:
             weight = cast(Tensor, original.weight).detach()
-            kernel = weight.double() if spec.kind == "conv" else weight.double().flatten(1)
-            flat = kernel.flatten(1)
-            inputs, outputs = moments.pop(name, (None, flat @ flat.T))
-            if inputs is None:
-                inputs = torch.eye(spec.in_channels, dtype=torch.float64, device=weight.device)
             most = tuple(max(each) for each in zip(*ranks[name], strict=True))
             try:
-                factors = nested_factors(
-                    kernel.to(inputs.device)[None], inputs[None], outputs[None], most
-                )
+                factors = shared_factors(spec, weight, moments.pop(name, None), most)
             except torch.linalg.LinAlgError as error:
                 reason = first_line(error)
                 raise ValueError(f"layer {name!r}: its decomposition failed ({reason})") from None
-            own = type(factors)(*(value[0] for value in factors))
-            shared = SharedFactors(spec, own, last_bias(original), weight, ranks[name])
+            shared = SharedFactors(spec, factors, last_bias(original), weight, ranks[name])
             low = {rank: NestedLayer(shared, rank) for rank in ranks[name]}
         built[name] = {
             candidate: copy.deepcopy(original) if rank is None else low[rank]

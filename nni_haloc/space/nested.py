@@ -50,6 +50,33 @@ def nested_factors(
     return Tucker2(out, core, inn / norms)
 
 
+def shared_factors(
+    spec: LayerSpec, weight: Tensor, moments: tuple[Tensor, Tensor] | None, rank: tuple[int, ...]
+) -> Tucker2 | LowRank:
+    """Compute `nested_factors` of one layer.
+
+    Args:
+        spec: the layer.
+        weight: its kernel or matrix; of one on torch's device ``meta``, the factors have no values.
+        moments: see `nni_haloc.space.covariances.channel_moments`; None takes all directions to be
+            alike, so that the weights alone decide.
+        rank: the largest, ``(r1, r2)`` or ``(r,)``.
+    """
+    kernel = weight if spec.kind == "conv" else weight.flatten(1)
+    if weight.is_meta:
+        f, c = kernel.shape[:2]
+        if len(rank) == 1:
+            return LowRank(kernel.new_empty(f, rank[0]), kernel.new_empty(rank[0], c))
+        core = kernel.new_empty(*rank, *kernel.shape[2:])
+        return Tucker2(kernel.new_empty(f, rank[0]), core, kernel.new_empty(rank[1], c))
+    if moments is None:
+        flat = kernel.double().flatten(1)
+        moments = torch.eye(kernel.shape[1]).to(flat), flat @ flat.T
+    inputs, outputs = moments
+    found = nested_factors(kernel.to(inputs.device)[None], inputs[None], outputs[None], rank)
+    return type(found)(*(value[0] for value in found))
+
+
 def lost_energies(spec: LayerSpec, weight: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
     """Estimate the share of the output's energy that each rank loses, for all ranks at once.
 
@@ -184,5 +211,9 @@ class NestedLayer(Factorised):
     def alone(self) -> nn.Module:
         """Return a plain layer of the same function, with balanced weights of its own."""
         like = self.shared.factors()[1]
-        layer = self.shared.spec.assemble(balanced(self.factors()), self.output_bias)
+        if like.is_meta:
+            with torch.device("meta"):
+                return self.shared.spec.build(self.rank).to(like.dtype)
+        with torch.random.fork_rng(devices=[]):  # a new layer's first weights are random
+            layer = self.shared.spec.assemble(balanced(self.factors()), self.output_bias)
         return layer.to(like).to(memory_format=self.layout)

@@ -2,13 +2,17 @@
 
     python tests/benchmarks/minutes.py lite0 --data FOLDER
     python tests/benchmarks/minutes.py resnet20 --data FOLDER
+    python tests/benchmarks/minutes.py vgg16 --data FOLDER
 
 FOLDER has, for EfficientNet-Lite0 (timm), ``efficientnet-lite0-timm.safetensors`` and
 ``imagenet-500.tar``: the even images calibrate and choose, the odd ones are reported. For ResNet-20
 it has ``resnet20-cifar10-jpeg-45k.pt`` and ``cifar10-jpeg.tar.gz``: 512 training images calibrate,
-the 5,000 validation images are reported. Each method chooses ranks at each budget, and its network
-is decomposed for the data; it is measured so, and again after its blocks were reconstructed. Rows
-are appended; those that are there are not made again. ``--report`` prints tables.
+the 5,000 validation images are reported. VGG-16 of half width has the same images and
+``vgg16-half.safetensors``, which ``haloc train tests/benchmarks/vgg16_half.yml`` makes.
+
+Each method chooses ranks at each budget, and its network is decomposed for the data; it is measured
+so, and again after its blocks were reconstructed. Rows are appended; those that are there are not
+made again. ``--report`` prints tables.
 """
 
 from __future__ import annotations
@@ -18,9 +22,7 @@ import json
 import tarfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +45,7 @@ from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.training.reconstruction import reconstruct_blocks
 
 RAW = Path(__file__).parents[2] / "docs" / "raw" / "minutes.jsonl"
-BUDGETS = {"lite0": (0.9, 0.8, 0.7, 0.6), "resnet20": (0.6, 0.45, 0.28)}
+BUDGETS = {"lite0": (0.9, 0.8, 0.7, 0.6), "resnet20": (0.6, 0.45, 0.28), "vgg16": (0.6, 0.45, 0.28)}
 KEYS = ("network", "method", "budget")
 METHODS = ("sensitivity-knapsack", "uniform", "error-knapsack", "alds", "energy")
 
@@ -68,10 +70,15 @@ class Data:
             images, labels = imagenet(folder / "imagenet-500.tar")
             parts = images[::2], labels[::2], images[1::2], labels[1::2]
         else:
-            model = build_model("resnet20", {})
-            weights = torch.load(folder / "resnet20-cifar10-jpeg-45k.pt", weights_only=True)
+            if network == "vgg16":
+                model = build_model("vgg16", {"width": 0.5})
+                weights = load_file(folder / "vgg16-half.safetensors")
+            else:
+                model = build_model("resnet20", {})
+                weights = torch.load(folder / "resnet20-cifar10-jpeg-45k.pt", weights_only=True)
             model.load_state_dict(weights)
-            self.allowed = AllowedRanks(kinds=("conv",), exclude=("conv1",))
+            first = "features.0" if network == "vgg16" else "conv1"
+            self.allowed = AllowedRanks(kinds=("conv",), exclude=(first,))
             parts = cifar(folder / "cifar10-jpeg.tar.gz")
         self.model = model.eval().to(memory_format=torch.channels_last)
         self.images, self.labels, self.shown, self.truth = parts
@@ -150,13 +157,17 @@ def rows(network: str, data: Data, method: str, known: list[dict[str, Any]]) -> 
     layers = find_layers(data.model, data.images[:1], allowed)
     macs = mac_table(data.model, data.images[:1], allowed, layers)
     candidates, _ = worthwhile(layers.candidates(allowed), [macs])
+    known_facts: dict[str, Any] = {}  # what does not depend on the budget: the first one pays
     for budget in missing:
         limit = Limit(macs, budget * macs.original)
         problem = Problem(data.model, layers.specs, candidates, [limit], data.images, data.labels)
+        vars(problem).update(known_facts)
         started = time.process_time()
         chosen = plan(problem, method)
         row: dict[str, Any] = dict(zip(KEYS, (network, method, budget), strict=True))
         row |= {"choose_s": time.process_time() - started, "ranks": chosen.names}
+        facts = ("evidence", "errors", "modules")
+        known_facts = {key: vars(problem)[key] for key in facts if key in vars(problem)}
         row["macs"] = chosen.chosen_by["cost"] / macs.original
         made = problem.network(chosen.names)
         yield row | {"weights": "decomposed", "fit_s": 0.0, **measured(made, data)}
@@ -164,18 +175,6 @@ def rows(network: str, data: Data, method: str, known: list[dict[str, Any]]) -> 
         reconstruct_blocks(made, data.model, data.images, list(chosen.ranks))
         fit_s = time.process_time() - started
         yield row | {"weights": "reconstructed", "fit_s": fit_s, **measured(made, data)}
-
-
-def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Call a function once: sensitivities do not depend on the budget, and the first pays."""
-    results: list[Any] = []
-
-    def call(*arguments: Any, **options: Any) -> Any:
-        if not results:
-            results.append(function(*arguments, **options))
-        return results[0]
-
-    return call
 
 
 def table(lines: list[dict[str, Any]], network: str) -> str:
@@ -206,8 +205,6 @@ def main(
         print("\n\n".join(f"{name}\n\n{table(known, name)}" for name in BUDGETS))
         return
     torch.set_num_threads(threads)
-    scored = import_module("nni_haloc.plan.rules.scored")
-    vars(scored)["sensitivities"] = remembered(scored.sensitivities)
     images = Data(network, data)
     for name in method or METHODS:
         for row in rows(network, images, name, known):

@@ -39,8 +39,12 @@ def search(
     allowed = options.pop("allowed", AllowedRanks())
     costs = mac_table(net, images[:1], allowed)
     limits = limits or [Limit(costs, fraction * costs.original)]
-    space = space or RankSpace(net, images[:1], [limit.costs for limit in limits], allowed, images)
-    strategy = Haloc(limits, seed=seed, **{"alpha_every": 1, "approach_share": 1.0, **options})
+    nested = options.pop("nested", False)
+    tables = [limit.costs for limit in limits]
+    space = space or RankSpace(net, images[:1], tables, allowed, images, nested=nested)
+    strategy = Haloc(
+        limits, seed=seed, **{"alpha_every": 1, "approach_share": 1.0, "average": 0.0, **options}
+    )
     evaluator = Classification(
         train,
         val,

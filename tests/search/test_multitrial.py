@@ -42,7 +42,7 @@ def problem(net, images, allowed):
         Limit(costs, fraction * costs.original)
         for costs, fraction in zip(tables, (0.45, 0.5), strict=True)
     ]
-    return RankSpace(net, images[:1], tables, allowed, images), limits
+    return RankSpace(net, images[:1], tables, allowed, images, nested=False), limits
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.inputs import schema
 from nni_haloc.inputs.config import Config, dump_config
 from nni_haloc.plan.budget import Limit, Scores, cheapest, check_feasible
-from nni_haloc.plan.evidence import gather_evidence
 from nni_haloc.runs.folder import Figures, RunFolder, Training
 from nni_haloc.runs.identity import search_identity
 from nni_haloc.runs.job import Job, trainer_options
@@ -178,10 +177,7 @@ def _sensitivities(job: Job, space: RankSpace) -> Scores:
     logger.info("sensitivities: %d candidates, %d images (search.start)", number, len(images))
     bf16 = config.search.precision == "bf16-mixed"
     left = TimeLeft("sensitivities")
-    evidence = gather_evidence(
-        job.model, space.specs, space.candidates, space.build, images, bf16=bf16, progress=left
-    )
-    return evidence.added
+    return space.sensitivities(images, bf16=bf16, progress=left)
 
 
 def _search(
