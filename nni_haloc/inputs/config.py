@@ -84,7 +84,7 @@ class Config(Section):
     def _consistent(self) -> Config:
         warmup, epochs = self.search.warmup_epochs, self.search.epochs
         if warmup >= epochs:
-            expected = f"must be below search.epochs ({epochs})"
+            expected = f"must be below search.epochs ({epochs:g})"
             raise ValueError(f"search.warmup_epochs: {expected}, found {warmup}")
         return self
 

@@ -23,6 +23,8 @@ from nni_haloc.utils.log import logger
 
 FRONT_FILE, PLOT_FILE = "front.json", "front.png"
 FRONT_VERSION = 1
+_NEAR = 0.02
+"""What a budget may lie below the searched ones without a warning."""
 _AXES = {
     "macs": ("MACs, millions", 1e6),
     "params": ("parameters, millions", 1e6),
@@ -70,11 +72,28 @@ def pareto_front(
     target = Path(out or job.folder.front)
     with job.active():
         strategy = run_or_read_search(job, ignore, resume=True)
+        _warn_of_untrained(strategy, budgets)
         content = _content(job, strategy, budgets, target)
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / FRONT_FILE, content)
     plot(content, target / PLOT_FILE)
     return content
+
+
+def _warn_of_untrained(strategy: Haloc, budgets: Sequence[float]) -> None:
+    """Warn of budgets below those that the search has sampled its paths for."""
+    searched = strategy.budget / strategy.costs.original
+    least = min(strategy.options.budget_range or [searched])
+    below = sorted(budget for budget in set(budgets) if budget < least - _NEAR)
+    if below:
+        logger.warning(
+            "budgets %s: the search was made for %.3g and more, and has hardly trained smaller"
+            " ranks; set search.budget_range: [%g, %.3g]",
+            ", ".join(f"{budget:g}" for budget in below),
+            least,
+            below[0],
+            max(strategy.options.budget_range or [searched]),
+        )
 
 
 def _content(job: Job, strategy: Haloc, budgets: Sequence[float], out: Path) -> dict[str, Any]:
@@ -145,7 +164,7 @@ def _finished_search(folder: RunFolder, factories: bool) -> Job:
     done, epochs = saved["epochs"], config.search.epochs
     if done < epochs:
         raise SettingsError(
-            f"{path}: the search is not finished ({done} of {epochs} epochs); "
+            f"{path}: the search is not finished ({done} of {epochs:g} epochs); "
             f"continue with haloc run RUN.yml --resume --out {folder}"
         )
     return Job(config, folder.path, factories=factories)

@@ -232,3 +232,17 @@ def test_tensorboard_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
 
 def test_every_cost_has_an_axis():
     assert set(fronts._AXES) == set(UNITS)
+
+
+@pytest.mark.parametrize("range_", [None, [0.2, 0.6]])
+def test_budgets_below_those_searched_for_are_a_warning(folder, tmp_path, range_, caplog):
+    """The fixture's search was made at 0.3 alone."""
+    if range_ is not None:
+        folder = tmp_path / "ranged"
+        search_only(load_config(DIGITS, {**SETTINGS, "search.budget_range": range_}), folder)
+    caplog.clear()
+    pareto_front(folder, [0.25, 0.15, 0.5], tmp_path / "out")
+    lines = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    (line,) = [line for line in lines if line.startswith("budgets ")]
+    assert line.startswith("budgets 0.15: " if range_ else "budgets 0.15, 0.25: ")
+    assert "search.budget_range: [0.15, " in line

@@ -1,6 +1,7 @@
 """The search with nested candidates: exact gates for every pair of ranks, and the whole of it."""
 
 import copy
+import math
 
 import pytest
 import pytorch_lightning as pl
@@ -126,3 +127,17 @@ def test_drawn_budgets_range_over_their_range_and_end_at_the_budget(net, images,
     assert 0.65 < max(seen) < 0.81
     costs = strategy.costs
     assert strategy.state.known_cost() == pytest.approx(0.5 * costs.original, rel=1e-3)
+
+
+@pytest.mark.parametrize(("epochs", "iterations"), [(0.5, 2), (1, 4), (1.5, 6), (2.5, 9)])
+def test_a_fraction_of_an_epoch_is_a_part_of_the_batches(net, images, loaders, epochs, iterations):
+    """Of four batches an epoch; 2.5 epochs are three rounds of three batches."""
+
+    class Count(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            count.append(trainer.current_epoch)
+
+    count: list[int] = []
+    search(net, images, loaders, epochs=epochs, callbacks=[Count()])
+    assert len(count) == iterations
+    assert max(count) == math.ceil(epochs) - 1
