@@ -84,7 +84,7 @@ class Config(Section):
     def _consistent(self) -> Config:
         warmup, epochs = self.search.warmup_epochs, self.search.epochs
         if warmup >= epochs:
-            expected = f"must be below search.epochs ({epochs:g})"
+            expected = f"must be below search.epochs ({epochs})"
             raise ValueError(f"search.warmup_epochs: {expected}, found {warmup}")
         return self
 
@@ -216,10 +216,26 @@ def _scaled(config: Config) -> Config:
     return config.model_copy(update=parts)
 
 
+EARLIER: dict[str, Any] = {
+    "cost.runtime": "torch",
+    "cost.predictor": None,
+    "cost.graph": False,
+    "cost.tf32": True,
+    "data.arguments": {},
+    "search.average": 0.0,
+    "search.budget_range": None,
+    "search.compile": False,
+    "search.supernet": "separate",
+}
+"""Settings that earlier versions did not have, and the values that stand for what they did."""
+
+
 def parse_config(
     content: Mapping[str, Any], source: str | Path, folder: Path = Path(), *, files: bool = True
 ) -> Config:
-    """Validate settings given as a dict.
+    """Validate settings that a run has saved.
+
+    A saved section has every key; one that is missing did not exist, and stands for `EARLIER`.
 
     Args:
         content: keys and values.
@@ -236,6 +252,10 @@ def parse_config(
         if key not in kind.model_fields:
             missing = "no stage has this name; is its package installed?"
             raise SettingsError(f"{source}: {key}: {missing}")
+    for dotted, value in EARLIER.items():
+        section, key = dotted.split(".")
+        if isinstance(known.get(section), Mapping):
+            known[section] = {key: value, **known[section]}
     return _validated(kind, known, source, folder, files=files)
 
 

@@ -103,6 +103,11 @@ def _metric(name: str) -> str:
     return _one_of(*METRICS, *PREDICTORS.foreign())(name)
 
 
+def _whole(value: float) -> float:
+    """Return a whole number as an integer, for messages."""
+    return int(value) if value == int(value) else value
+
+
 WeightsPath = Annotated[str, AfterValidator(_weights)]
 ExistingPath = Annotated[str, AfterValidator(_existing)]
 Pin = Annotated[Any, AfterValidator(_pin)]
@@ -110,6 +115,7 @@ InMemory = Annotated[bool | Literal["device"], BeforeValidator(_in_memory)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Epochs = Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_whole)]
 Share = Annotated[float, Field(gt=0, le=1)]
 METRICS = ("macs", "params", "activation_bytes", "latency_ms", "cycles", "energy_pj", "energy_mj")
 Metric = Annotated[str, AfterValidator(_metric)]
@@ -376,7 +382,7 @@ class Search(SearchOptions, Training):
     """
 
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    epochs: Positive = 1  # type: ignore[assignment]
+    epochs: Epochs = 1  # type: ignore[assignment]
     lr: Positive = 0.02
     schedule: Schedule = "constant"
     start: Literal["uniform", "sensitivity"] = "sensitivity"

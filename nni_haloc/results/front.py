@@ -164,7 +164,7 @@ def _finished_search(folder: RunFolder, factories: bool) -> Job:
     done, epochs = saved["epochs"], config.search.epochs
     if done < epochs:
         raise SettingsError(
-            f"{path}: the search is not finished ({done} of {epochs:g} epochs); "
+            f"{path}: the search is not finished ({done} of {epochs} epochs); "
             f"continue with haloc run RUN.yml --resume --out {folder}"
         )
     return Job(config, folder.path, factories=factories)

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from nni_haloc.inputs.config import Config
+from nni_haloc.inputs.config import EARLIER, Config
 from nni_haloc.inputs.registries import STAGES
 from nni_haloc.inputs.schema import Section
 
@@ -16,18 +16,6 @@ _WHOLE_SECTIONS = ("finetune", "prune", "quantize", "train")
 _SETTINGS = ("scale", "recalibration_batches", "threads")
 _KEYS = {"data": {"workers", "score", "download"}, "search": {"tensorboard"}}
 """Settings that the state of a search does not depend on."""
-_ADDED: dict[str, Any] = {
-    "cost.runtime": "torch",
-    "cost.predictor": None,
-    "cost.graph": False,
-    "cost.tf32": True,
-    "data.arguments": {},
-    "search.average": 0.0,
-    "search.budget_range": None,
-    "search.compile": False,
-    "search.supernet": "separate",
-}
-"""Settings that earlier versions did not have, and the values that stand for what they did."""
 
 
 def search_identity(config: Config) -> dict[str, Any]:
@@ -48,7 +36,7 @@ def search_identity(config: Config) -> dict[str, Any]:
         limit["table"] = _digest(limit["table"])
     if content["data.root"] is not None:
         content["data.root"] = str(Path(content["data.root"]).resolve())
-    return {key: v for key, v in content.items() if not (key in _ADDED and v == _ADDED[key])}
+    return {key: v for key, v in content.items() if not (key in EARLIER and v == EARLIER[key])}
 
 
 def finetuning_identity(config: Config) -> dict[str, Any]:

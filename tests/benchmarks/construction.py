@@ -25,17 +25,18 @@ from rich.table import Table
 
 from nni_haloc.inputs.data import image_folder
 from nni_haloc.inputs.models import build_model
-from nni_haloc.space.candidates import build_candidates
+from nni_haloc.space.candidates import build_candidates, build_nested_candidates
 from nni_haloc.space.covariances import patch_covariances
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.tucker import output_error, reconstruct
 
-OURS = ("hosvd", "warm_hooi", "data")
+OURS = ("hosvd", "warm_hooi", "data", "nested")
 LABELS = {
     "hooi": "tensorly, rank by rank",
     "hosvd": "hosvd",
     "warm_hooi": "warm_hooi",
     "data": "data",
+    "nested": "nested, by the data",
 }
 
 
@@ -86,6 +87,8 @@ class Bench:
     def build(self, method, names):
         """Make the named layers at all their ranks, including the pass for covariances."""
         rows = {n: {str(rank): rank for rank in self.ranks[n]} for n in names}
+        if method == "nested":
+            return build_nested_candidates(self.model, self.specs, rows, self.images)
         images = self.images if method == "data" else None
         return build_candidates(self.model, self.specs, rows, images, method)
 
