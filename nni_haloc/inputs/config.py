@@ -91,7 +91,7 @@ class Config(Section):
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
-        "rank_space": {"dense": False, "equal": True, "decomposition": "hosvd"},
+        "rank_space": {"step": "paper", "dense": False, "equal": True, "decomposition": "hosvd"},
         "search": {
             "supernet": "separate",
             "average": 0.0,
@@ -235,7 +235,8 @@ def parse_config(
 ) -> Config:
     """Validate settings that a run has saved.
 
-    A saved section has every key; one that is missing did not exist, and stands for `EARLIER`.
+    A saved section has every key; one that is missing did not exist, and stands for `EARLIER`. The
+    step between ranks, where it was left open, was the paper's.
 
     Args:
         content: keys and values.
@@ -252,6 +253,9 @@ def parse_config(
         if key not in kind.model_fields:
             missing = "no stage has this name; is its package installed?"
             raise SettingsError(f"{source}: {key}: {missing}")
+    space, search = known.get("rank_space"), known.get("search")
+    if isinstance(space, Mapping) and isinstance(search, Mapping) and "supernet" not in search:
+        known["rank_space"] = {**space, "step": space.get("step") or "paper"}
     for dotted, value in EARLIER.items():
         section, key = dotted.split(".")
         if isinstance(known.get(section), Mapping):

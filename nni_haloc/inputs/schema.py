@@ -188,7 +188,7 @@ class Space(Section):
     ``decomposition: auto`` is ``data``.
     """
 
-    step: Count | Literal["auto"] | None = None
+    step: Count | Literal["auto", "paper"] | None = None
     dense: bool = True
     equal: bool = True
     kinds: list[Kind] = ["conv", "pointwise"]
@@ -371,6 +371,18 @@ class SearchOptions(Section):
     min_use: Annotated[float, Field(ge=0, le=1)] = 0.95
     average: Annotated[float, Field(ge=0, lt=1)] = 0.99
     budget_range: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _range(self) -> SearchOptions:
+        if self.budget_range is not None:
+            low, high = self.budget_range
+            if low >= high:
+                expected = "expected two rising fractions"
+                raise ValueError(f"budget_range: {expected}, found {self.budget_range}")
+            if self.objective == "paper":
+                expected = "expected none with objective 'paper', which settles at no budget"
+                raise ValueError(f"budget_range: {expected}, found {self.budget_range}")
+        return self
 
 
 class Search(SearchOptions, Training):

@@ -219,10 +219,14 @@ def _undominated(scores: Scores, limits: Sequence[Limit]) -> dict[str, dict[str,
         names = list(row)
         costs = np.array([[limit.costs.costs[layer][name] for name in names] for limit in limits])
         score = np.array([row[name] for name in names])
+        order = np.lexsort((*costs, -score))  # the best first, of equals the cheapest
         left: list[int] = []
-        for i in np.lexsort((*costs, -score)):  # the best first, of equals the cheapest
-            if not any((costs[:, j] <= costs[:, i]).all() for j in left):
+        best = np.empty((len(limits), 0))  # the costs of those that are left
+        for i in order:
+            own = costs[:, [i]]
+            if not (best <= own).all(0).any():
                 left.append(int(i))
+                best = np.hstack([best[:, ~(own <= best).all(0)], own])
         kept[layer] = {names[i]: row[names[i]] for i in sorted(left)}
     return kept
 

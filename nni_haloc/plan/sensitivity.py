@@ -100,9 +100,11 @@ def added_losses(
         torch.inference_mode(),
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
     ):
-        resumed = _can_be_resumed(
-            network, layers, {own[layer]: m for layer, m in last.items()}, images[:2].to(device)
-        )
+        some = images[:2].to(device)
+        outputs = network(some.clone())
+        _losses(outputs, outputs)  # other outputs than logits are refused here
+        modules = {own[layer]: module for layer, module in last.items()}
+        resumed = _can_be_resumed(network, layers, modules, some)
         batches = images.split(batch_size)
         targets: Sequence[Tensor | None] = (
             [None] * len(batches) if labels is None else labels.split(batch_size)
@@ -190,12 +192,31 @@ def loss(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 1
 
 
 def _losses(logits: Tensor, target: Tensor) -> Tensor:
-    """Return each image's loss, float64: against classes, or against another network's logits."""
+    """Return each image's loss, float64 ``(N,)``: against classes, or another network's logits.
+
+    Logits are ``(N, classes)``, or ``(N, classes, ...)`` with a place for each pixel; of a single
+    class, they are the logits of its probability.
+
+    Raises:
+        ValueError: for outputs of another form.
+    """
+    if not isinstance(logits, Tensor) or logits.dim() < 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        expected = "expected logits (N, classes) or (N, classes, ...)"
+        raise ValueError(
+            f"the network's output: {expected} to compare candidates by, found {shape}"
+        )
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     if not target.is_floating_point():
-        return F.cross_entropy(logits, target, reduction="none").double()
-    log_q, log_p = logits.log_softmax(1), target.to(logits).log_softmax(1)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1).double()
+        losses = F.cross_entropy(logits, target, reduction="none")
+    elif logits.shape[1] == 1:
+        p = target.to(logits).sigmoid()
+        least = F.binary_cross_entropy_with_logits(target.to(logits), p, reduction="none")
+        losses = F.binary_cross_entropy_with_logits(logits, p, reduction="none") - least
+    else:
+        log_q, log_p = logits.log_softmax(1), target.to(logits).log_softmax(1)
+        losses = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+    return losses.double().reshape(len(losses), -1).mean(1)
 
 
 class _ResumedRun:

@@ -36,6 +36,9 @@ def search_identity(config: Config) -> dict[str, Any]:
         limit["table"] = _digest(limit["table"])
     if content["data.root"] is not None:
         content["data.root"] = str(Path(content["data.root"]).resolve())
+    # Earlier versions wrote null for what is "paper" now.
+    step = content["rank_space.step"]
+    content["rank_space.step"] = {"paper": None, None: "eighth"}.get(step, step)
     return {key: v for key, v in content.items() if not (key in EARLIER and v == EARLIER[key])}
 
 

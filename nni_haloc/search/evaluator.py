@@ -71,11 +71,9 @@ class Classification(Lightning):
             "enable_checkpointing": False,
             "enable_model_summary": False,
         }
-        if recipe.share < 1:
-            defaults["limit_train_batches"] = recipe.share
         steps = max(len(train_dataloaders), len(val_dataloaders))
         with quiet():
-            trainer = Trainer(max_epochs=recipe.rounds, **{**defaults, **trainer_kwargs})
+            trainer = Trainer(**{**defaults, **recipe.trainer(steps), **trainer_kwargs})
             check_startable(trainer)
             super().__init__(
                 _Module(recipe, steps),

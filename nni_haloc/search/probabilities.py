@@ -37,7 +37,7 @@ class SearchState:
         supernet: a rank space whose choices are mixed layers.
         limits: what the whole network may cost; all of them hold.
         options: options of the search.
-        start: layer to candidate to the loss that it adds, see `nni_haloc.sensitivities`. Alpha
+        start: layer to candidate to the loss that it adds, see `RankSpace.sensitivities`. Alpha
             starts from it, at the budget at once; None starts with all candidates alike.
     """
 

@@ -15,7 +15,11 @@ from nni_haloc.costs.analytic import mac_table
 from nni_haloc.costs.table import CostTable, worthwhile
 from nni_haloc.inputs.options import Decomposition
 from nni_haloc.plan.evidence import gather_evidence
-from nni_haloc.space.candidates import build_candidates, build_nested_candidates
+from nni_haloc.space.candidates import (
+    build_candidates,
+    build_nested_candidates,
+    check_decomposition,
+)
 from nni_haloc.space.modules import Example, copy_of, materialised, replace_modules
 from nni_haloc.space.names import Rank
 from nni_haloc.space.nested import NestedLayer
@@ -41,6 +45,7 @@ class RankSpace(ModelSpace):
         calibration: training images ``(N, ...)`` to decompose for, or a tuple or dict of such
             inputs; without them the decomposition is by the weights.
         decomposition: how candidates are made; ``"hosvd"`` is by the weights, None by the data.
+            Nested ones know only these two.
         nested: let all low-rank candidates of a layer share one set of factors, of which each takes
             the leading part. Otherwise each has weights of its own, as in the paper.
 
@@ -144,6 +149,7 @@ class RankSpace(ModelSpace):
         Returns:
             Layer to candidate to module.
         """
+        check_decomposition(self.decomposition, calibration is not None)
         by_weights = self.decomposition not in (None, "data")
         images = None if by_weights else calibration
         if self.nested:

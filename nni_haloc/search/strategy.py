@@ -44,7 +44,7 @@ class Haloc(DARTS):
         budget: epsilon, the limit on the whole network's cost, as a fraction of the original's
             cost, above 0 to 1. For one table only.
         budget_absolute: the same limit as a number in the table's unit; instead of ``budget``.
-        start: `nni_haloc.sensitivities`, layer to candidate to the loss that it adds: alpha starts
+        start: `RankSpace.sensitivities`, layer to candidate to the loss that it adds: alpha starts
             from them, at the budget at once. None: all candidates start alike, and the expected
             cost moves to the budget by and by. (In the settings, ``search.start`` is a word.)
         seed: of the path sampling.
@@ -256,6 +256,9 @@ class Haloc(DARTS):
         if not isinstance(model, RankSpace):
             raise TypeError(f"Haloc searches a RankSpace, found {type(model).__name__}")
         check_feasible(model.candidates, self.limits)
+        if self.options.budget_range is not None:
+            least = Limit.of(self.costs, min(self.options.budget_range))
+            check_feasible(model.candidates, [least, *self.limits[1:]])
         supernet = super().mutate_model(copy_of(model, {id(model.original): model.original}))
         # NNI replaces a module under the first of its names; the others must lead to the same one.
         mixed = {m.label: m for m in supernet.modules() if isinstance(m, MixedRankLayer)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -55,9 +55,8 @@ def build_candidates(
     Raises:
         ValueError: if a decomposition fails; the message names the layer.
     """
+    check_decomposition(method, calibration is not None)
     method = method or ("data" if calibration is not None else "warm_hooi")
-    if method == "data" and calibration is None:
-        raise ValueError("decomposition 'data' needs calibration images")
     modules = dict(model.named_modules())
     ranks = {name: [r for r in row.values() if r is not None] for name, row in candidates.items()}
     weights = {  # those of torch's device `meta` are shapes alone
@@ -103,6 +102,23 @@ def build_candidates(
             ", ".join(kept_plain),
         )
     return {name: built[name] if name in built else row(name, ()) for name in candidates}
+
+
+def check_decomposition(method: str | None, calibrated: bool) -> None:
+    """Check that there is a decomposition of a name, and that it has the images that it needs.
+
+    Args:
+        method: its name; None chooses one.
+        calibrated: whether there are calibration images.
+
+    Raises:
+        ValueError: if it can't be made.
+    """
+    if method is not None and method not in get_args(Decomposition):
+        expected = f"expected one of {', '.join(get_args(Decomposition))}"
+        raise ValueError(f"decomposition: {expected}, found {method!r}")
+    if method == "data" and not calibrated:
+        raise ValueError("decomposition 'data' needs calibration images")
 
 
 def build_nested_candidates(

@@ -88,7 +88,7 @@ def channel_moments(
     max_patches: int = 4096,
     shrinkage: float = 0.3,
     seed: int = 0,
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> dict[str, tuple[Tensor | None, Tensor]]:
     """Compute what `nested_factors` needs of each layer: small matrices, not patch covariances.
 
     They are the sum over the kernel's positions of ``E[x_k x_k^T]``, with ``x_k`` the input
@@ -105,8 +105,8 @@ def channel_moments(
         seed: of the random positions.
 
     Returns:
-        Layer name to the two matrices, ``(C, C)`` and ``(F, F)``, float64, on the device that the
-        model ran on.
+        Layer name to the two matrices, ``(C, C)`` (None for a matrix, which needs none) and
+        ``(F, F)``, float64, on the device that the model ran on.
 
     Raises:
         ValueError: if a layer's inputs are not finite.
@@ -114,6 +114,7 @@ def channel_moments(
     modules = dict(model.named_modules())
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
+    energies: dict[str, Tensor] = {}
     counts = dict.fromkeys(specs, 0)
 
     def most(spec: LayerSpec) -> float:
@@ -125,10 +126,11 @@ def channel_moments(
         return weight.reshape(spec.out_channels, spec.in_channels, -1).transpose(1, 2).flatten(1).T
 
     def collect(name: str, spec: LayerSpec, patches: Tensor) -> None:
-        for sums, rows in (
-            (inputs, patches.reshape(-1, spec.in_channels)),
-            (outputs, patches @ kernel(name, spec)),
-        ):
+        pixels = patches.reshape(-1, spec.in_channels)
+        energies[name] = energies.get(name, 0.0) + pixels.square().sum(dtype=torch.float64)
+        for sums, rows in ((inputs, pixels), (outputs, patches @ kernel(name, spec))):
+            if sums is inputs and spec.kind != "conv":
+                continue
             if name not in sums:
                 size = rows.shape[1]
                 sums[name] = torch.zeros(size, size, dtype=torch.float32, device=rows.device)
@@ -139,11 +141,14 @@ def channel_moments(
     moments, finite = {}, []
     for name, spec in specs.items():
         number, weight = max(1, counts[name]), kernel(name, spec).to(device).double()
-        inner = _mirrored(inputs.pop(name, None), spec.in_channels, device).double() / number
         outer = _mirrored(outputs.pop(name, None), spec.out_channels, device).double() / number
-        finite.append(inner.diagonal().isfinite().all())
-        added = shrinkage * spec.in_channels / number * inner.diagonal().mean()
-        inner.diagonal().add_(added)
+        energy = energies.get(name, outer.new_zeros(()))
+        finite.append(energy.isfinite())
+        added = shrinkage / number * energy / number
+        inner = None
+        if spec.kind == "conv":
+            inner = _mirrored(inputs.pop(name, None), spec.in_channels, device).double() / number
+            inner.diagonal().add_(added)
         positions = patch_size(spec) // spec.in_channels
         moments[name] = inner, outer + added / positions * (weight.T @ weight)
     _check_finite(list(specs), finite)

@@ -18,6 +18,8 @@ from nni_haloc.space.tucker import LowRank, Tucker2
 class Factorised(nn.Module):
     """A layer that runs the factors of a kernel, one after another."""
 
+    __jit_unused_properties__ = ("layout", "output_bias")  # TorchScript would compile them
+
     def factors(self) -> Tucker2 | LowRank:
         """Return the factors, differentiable in the layer's weights."""
         raise NotImplementedError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from nni_haloc.space.tucker import LowRank, Tucker2, low_rank
 
 
 def nested_factors(
-    weights: Tensor, inputs: Tensor, outputs: Tensor, rank: tuple[int, ...]
+    weights: Tensor, inputs: Tensor | None, outputs: Tensor, rank: tuple[int, ...]
 ) -> Tucker2 | LowRank:
     """Compute factors of kernels whose leading parts approximate them well at every smaller rank.
 
@@ -27,7 +28,8 @@ def nested_factors(
 
     Args:
         weights: L kernels ``(L, F, C, k1, k2)`` or matrices ``(L, F, C)``.
-        inputs: their inputs' moments, summed over the kernel's positions, ``(L, C, C)``.
+        inputs: their inputs' moments, summed over the kernel's positions, ``(L, C, C)``; matrices
+            need none.
         outputs: their outputs' moments, ``(L, F, F)``.
         rank: the largest, ``(r1, r2)`` or ``(r,)``.
 
@@ -40,7 +42,7 @@ def nested_factors(
         right = out.mT @ w
         scales = right.norm(dim=-1, keepdim=True).clamp_min(1e-30).sqrt()
         return LowRank(out * scales.mT, right / scales)
-    root, inverse_root = roots(inputs.double())
+    root, inverse_root = roots(cast(Tensor, inputs).double())
     by_input = w.transpose(1, 2).flatten(2)
     leading = falling(root @ (by_input @ by_input.mT) @ root)[1][..., : rank[1]]
     inn = leading.mT @ inverse_root
@@ -51,7 +53,10 @@ def nested_factors(
 
 
 def shared_factors(
-    spec: LayerSpec, weight: Tensor, moments: tuple[Tensor, Tensor] | None, rank: tuple[int, ...]
+    spec: LayerSpec,
+    weight: Tensor,
+    moments: tuple[Tensor | None, Tensor] | None,
+    rank: tuple[int, ...],
 ) -> Tucker2 | LowRank:
     """Compute `nested_factors` of one layer.
 
@@ -73,11 +78,14 @@ def shared_factors(
         flat = kernel.double().flatten(1)
         moments = torch.eye(kernel.shape[1]).to(flat), flat @ flat.T
     inputs, outputs = moments
-    found = nested_factors(kernel.to(inputs.device)[None], inputs[None], outputs[None], rank)
+    some = None if inputs is None else inputs[None]
+    found = nested_factors(kernel.to(outputs.device)[None], some, outputs[None], rank)
     return type(found)(*(value[0] for value in found))
 
 
-def lost_energies(spec: LayerSpec, weight: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+def lost_energies(
+    spec: LayerSpec, weight: Tensor, inputs: Tensor | None, outputs: Tensor
+) -> Tensor:
     """Estimate the share of the output's energy that each rank loses, for all ranks at once.
 
     In the basis of `nested_factors` the input's coordinates are uncorrelated, and each element of
@@ -93,8 +101,8 @@ def lost_energies(spec: LayerSpec, weight: Tensor, inputs: Tensor, outputs: Tens
         For a convolution ``(F, C)``, at ``[r1 - 1, r2 - 1]`` that of the ranks ``(r1, r2)``; for a
         matrix ``(F, F)``, the same along the diagonal.
     """
-    kernel = weight.detach().double().to(inputs.device)
-    if spec.kind == "conv":
+    kernel = weight.detach().double().to(outputs.device)
+    if inputs is not None:
         full = (spec.out_channels, spec.in_channels)
         factors = nested_factors(kernel[None], inputs[None], outputs[None], full)
         assert isinstance(factors, Tucker2)
@@ -150,7 +158,7 @@ class SharedFactors(nn.Module):
         ranks: Sequence[Sequence[int]],
     ) -> None:
         super().__init__()
-        self.spec, self.type = spec, type(factors)
+        self.spec, self.form = spec, type(factors)
         layout = layout_of(like)
         for name, value in factors._asdict().items():
             own = value.to(like).contiguous(
@@ -167,7 +175,7 @@ class SharedFactors(nn.Module):
 
     def factors(self) -> Tucker2 | LowRank:
         """Return the factors at the largest rank."""
-        return self.type(*(getattr(self, name) for name in self.type._fields))
+        return self.form(*(getattr(self, name) for name in self.form._fields))
 
 
 class NestedLayer(Factorised):
@@ -215,5 +223,11 @@ class NestedLayer(Factorised):
             with torch.device("meta"):
                 return self.shared.spec.build(self.rank).to(like.dtype)
         with torch.random.fork_rng(devices=[]):  # a new layer's first weights are random
-            layer = self.shared.spec.assemble(balanced(self.factors()), self.output_bias)
-        return layer.to(like).to(memory_format=self.layout)
+            layer = self.shared.spec.build(self.rank).to(like)
+        assert isinstance(layer, Factorised)
+        with torch.no_grad():
+            for target, value in zip(layer.factors(), balanced(self.factors()), strict=True):
+                target.copy_(value.reshape(target.shape))
+            if self.output_bias is not None:
+                cast(Tensor, layer.output_bias).copy_(self.output_bias)
+        return layer.to(memory_format=self.layout)

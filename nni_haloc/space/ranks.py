@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
@@ -32,7 +33,8 @@ class AllowedRanks:
     Attributes:
         step: distance between candidate ranks. None takes it from the smaller channel count: the
             largest power of two that is an eighth of it or less, at least 2 and at most 32; from
-            1024 channels on, 32 for each 512.
+            1024 channels on, 32 for each 512. "paper" is coarser: 2 at 16 channels or fewer, 4 up
+            to 32, 8 up to 64, then 32, and the same from 1024 on.
         dense: whether the dense layer is a candidate.
         equal: only ranks with r1 = r2 (design principle 2); otherwise every pair of steps.
         kinds: the kinds of layer to search, of ``conv``, ``pointwise`` (1x1 convolutions) and
@@ -44,7 +46,7 @@ class AllowedRanks:
             on only its multiples are candidates.
     """
 
-    step: int | None = None
+    step: int | Literal["paper"] | None = None
     dense: bool = True
     equal: bool = True
     kinds: tuple[Kind, ...] = ("conv", "pointwise")
@@ -77,8 +79,13 @@ class AllowedRanks:
             spec: the layer.
         """
         size = min(spec.in_channels, spec.out_channels)
+        if isinstance(self.step, int):
+            return self.step
+        wide = size // 512 * 32 if size >= 1024 else 0
+        if self.step == "paper":
+            return max(32, wide) if size > 64 else 8 if size > 32 else 4 if size > 16 else 2
         eighth = 2 ** max(1, (size // 8).bit_length() - 1)
-        return self.step or max(min(32, eighth), size // 512 * 32 if size >= 1024 else 0)
+        return max(min(32, eighth), wide)
 
     def candidates(self, spec: LayerSpec) -> list[Rank]:
         """List the candidate ranks of one layer, None (dense) first, then falling.

@@ -12,7 +12,7 @@ class MovingAverage:
     """Hold the exponential moving average of some tensors, ``a <- d a + (1 - d) w``.
 
     While there are few steps, the decay ``d`` is smaller, ``(1 + steps) / (10 + steps)``, so that
-    the first weights are soon forgotten.
+    the first weights are soon forgotten: 0.975 after 350 steps, 0.99 from 890 on.
 
     Args:
         tensors: those that are trained. The averages start at their values, on their devices.

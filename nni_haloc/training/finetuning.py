@@ -164,7 +164,7 @@ def finetune(
     if not recipe.epochs:
         return model.eval()
     callbacks = [*trainer.pop("callbacks", []), *([EpochEnd(on_epoch)] if on_epoch else [])]
-    defaults = {
+    defaults: dict[str, Any] = {
         "devices": 1,
         "logger": False,
         "enable_checkpointing": False,
@@ -174,7 +174,8 @@ def finetune(
     }
     compared = layers if feature_weight else ()
     with quiet():
-        fit = pl.Trainer(max_epochs=recipe.rounds, callbacks=callbacks, **{**defaults, **trainer})
+        defaults |= recipe.trainer(len(train))
+        fit = pl.Trainer(callbacks=callbacks, **{**defaults, **trainer})
         check_startable(fit)
         task = _Training(model, recipe, len(train), teacher, distill, compared, feature_weight)
         if compile:

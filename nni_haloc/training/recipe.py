@@ -37,10 +37,17 @@ class Recipe:
         """The number of rounds, all of one length, that the epochs are divided into."""
         return math.ceil(self.epochs)
 
-    @property
-    def share(self) -> float:
-        """The part of the data that each round sees, above 0 to 1."""
-        return self.epochs / self.rounds if self.rounds > 0 else 1.0
+    def trainer(self, steps_per_epoch: int) -> dict[str, Any]:
+        """Return the options of Lightning's Trainer that say how long it trains.
+
+        Args:
+            steps_per_epoch: batches in an epoch.
+        """
+        options: dict[str, Any] = {"max_epochs": self.rounds}
+        if 0 < self.epochs < self.rounds:
+            batches = int(self.epochs / self.rounds * steps_per_epoch)
+            options["limit_train_batches"] = max(1, batches)
+        return options
 
     def optimizers(
         self, parameters: Iterable[nn.Parameter], steps_per_epoch: int

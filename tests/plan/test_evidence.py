@@ -31,10 +31,8 @@ class Space:
         self.fits.append(images)
         return build_candidates(self.net, self.layers.specs, candidates, images, self.method)
 
-    def gather(self, images, labels=None):
-        return gather_evidence(
-            self.net, self.layers.specs, self.candidates, self.build, images, labels
-        )
+    def gather(self, images):
+        return gather_evidence(self.net, self.layers.specs, self.candidates, self.build, images)
 
 
 def test_without_labels_the_loss_is_the_divergence_from_the_originals_outputs(net, images):
@@ -168,10 +166,11 @@ def test_lost_energy_of_a_matrix_is_the_tail_of_its_spectrum(images):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 8))
     specs = {"1": LayerSpec.of("1", net[1], ((64, 192),))}
-    inputs, outputs = channel_moments(net, specs, images)["1"]
+    inputs, outputs = channel_moments(net, specs, images, shrinkage=0)["1"]
+    assert inputs is None
     found = lost_energies(specs["1"], net[1].weight, inputs, outputs).diagonal()
-    w = net[1].weight.detach().double()
-    values = torch.linalg.eigvalsh(w @ inputs @ w.T).flip(0)
+    x = images.flatten(1).double() @ net[1].weight.detach().double().T
+    values = torch.linalg.svdvals(x).square()
     expected = 1 - values.cumsum(0) / values.sum()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
@@ -217,3 +216,55 @@ def test_too_few_images_to_measure_at_all_are_refused(net, images):
     space = Space(net, images)
     with pytest.raises(ValueError, match="^calibration images: expected at least 4 .*, found 3$"):
         space.gather(images[:3])
+
+
+def test_outputs_with_a_place_for_each_pixel_are_compared_pixel_by_pixel(net, images):
+    """The divergence is the mean over the pixels, in float64, against the definition."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)).double()
+    images = images.double()
+    space = Space(net.eval(), images, AllowedRanks(kinds=("conv", "pointwise")))
+    modules = space.build(space.candidates, images)
+    found = added_losses(net, modules, images)
+    for layer, row in modules.items():
+        for name, module in row.items():
+            network = copy.deepcopy(net)
+            replace_modules(network, {layer: module.double()})
+            with torch.no_grad():
+                p, log_q = net(images).softmax(1), network(images).log_softmax(1)
+            expected = (p * (p.log() - log_q)).sum(1).mean((1, 2))
+            np.testing.assert_allclose(found[layer][name], expected.numpy(), atol=1e-6)
+    assert all(values.shape == (64,) for row in space.gather(images).losses.values()
+               for values in row.values())  # fmt: skip
+
+
+def test_a_single_output_is_the_logit_of_a_probability(images):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 1)).double()
+    space = Space(net.eval(), images.double())
+    modules = space.build(space.candidates, images.double())
+    found = added_losses(net, modules, images.double())["0"]
+    for name, module in modules["0"].items():
+        network = copy.deepcopy(net)
+        replace_modules(network, {"0": module.double()})
+        with torch.no_grad():
+            p, q = net(images.double()).sigmoid()[:, 0], network(images.double()).sigmoid()[:, 0]
+        expected = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        np.testing.assert_allclose(found[name], expected.numpy(), atol=1e-9)
+    assert any(values.mean() > 1e-6 for values in found.values())
+
+
+class Named(nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.conv, self.form = nn.Conv2d(3, 8, 3), form
+
+    def forward(self, x):
+        y = self.conv(x).mean((1, 2, 3))
+        return {"dict": {"logits": y}, "vector": y}[self.form]
+
+
+@pytest.mark.parametrize("form", ["dict", "vector"])
+def test_outputs_that_cannot_be_compared_are_refused(images, form):
+    space = Space(Named(form).eval(), images)
+    with pytest.raises(ValueError, match=r"^the network's output: expected logits .*, found "):
+        space.gather(images)

@@ -9,16 +9,22 @@ import torch
 from helpers.searches import search
 from nni.nas.nn.pytorch import LayerChoice
 from torch import nn
+from torch.utils.data import DataLoader
 
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.costs.counts import count_macs
 from nni_haloc.plan.sensitivity import sensitivities
+from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.gates import contract_nested, gate_gradients
 from nni_haloc.search.space import RankSpace
+from nni_haloc.search.strategy import Haloc, run_search
 from nni_haloc.search.supernet import MixedRankLayer
 from nni_haloc.space.candidates import build_nested_candidates
 from nni_haloc.space.nested import NestedLayer, leading
 from nni_haloc.space.ranks import AllowedRanks, find_layers
+from nni_haloc.training.finetuning import finetune
+from nni_haloc.training.recipe import Recipe
+from nni_haloc.utils.errors import InfeasibleBudget
 
 EVERY = AllowedRanks(step=2, equal=False, kinds=("conv", "pointwise", "linear"))
 
@@ -103,12 +109,12 @@ def test_averaged_weights_are_the_moving_average_of_all_steps(net, images, loade
 
         def on_train_batch_end(self, *_):
             self.steps += 1
-            d = min(0.8, (1 + self.steps) / (10 + self.steps))
+            d = min(0.3, (1 + self.steps) / (10 + self.steps))  # from the third step on 0.3
             for key, value in self.tensors.items():
                 self.averages[key] = d * self.averages[key] + (1 - d) * value.detach()
 
     trace = Trace()
-    strategy = search(net, images, loaders, epochs=3, callbacks=[trace], average=0.8)
+    strategy = search(net, images, loaders, epochs=3, callbacks=[trace], average=0.3)
     for key, value in strategy.state.supernet.named_parameters():
         if "alpha" not in key:
             torch.testing.assert_close(value.detach(), trace.averages[key])
@@ -117,12 +123,17 @@ def test_averaged_weights_are_the_moving_average_of_all_steps(net, images, loade
 def test_drawn_budgets_range_over_their_range_and_end_at_the_budget(net, images, labels, loaders):
     class Costs(pl.Callback):
         def on_train_batch_end(self, trainer, module, *_):
+            self.module = module
             seen.append(module.state.known_cost() / module.state.limits[0].costs.original)
 
     seen: list[float] = []
     added = sensitivities(net, RankSpace(net, images[:1]).modules_by_layer, images, labels)
     options = {"budget_range": [0.3, 0.8], "start": added}
-    strategy = search(net, images, loaders, 0.5, epochs=6, callbacks=[Costs()], **options)
+    costs_seen = Costs()
+    strategy = search(net, images, loaders, 0.5, epochs=6, callbacks=[costs_seen], **options)
+    drawn = [costs_seen.module._drawn_budget() for _ in range(2000)]
+    assert 0.3 <= min(drawn) < max(drawn) <= 0.8
+    assert sum(budget < 0.3 + 0.5 / 4 for budget in drawn) == pytest.approx(1000, abs=100)
     assert 0.29 < min(seen) < 0.45
     assert 0.65 < max(seen) < 0.81
     costs = strategy.costs
@@ -141,3 +152,52 @@ def test_a_fraction_of_an_epoch_is_a_part_of_the_batches(net, images, loaders, e
     search(net, images, loaders, epochs=epochs, callbacks=[Count()])
     assert len(count) == iterations
     assert max(count) == math.ceil(epochs) - 1
+
+
+@pytest.mark.parametrize("range_", [[0.6, 0.2], [0.3, 0.3], [0.0, 0.5]])
+def test_a_range_of_budgets_must_rise(net, images, range_):
+    with pytest.raises(ValueError, match="budget_range"):
+        Haloc(mac_table(net, images[:1]), 0.5, budget_range=range_)
+
+
+def test_a_range_below_the_cheapest_network_is_refused(net, images, loaders):
+    with pytest.raises(InfeasibleBudget, match="is below the cheapest network"):
+        search(net, images, loaders, budget_range=[0.01, 0.5])
+
+
+def test_the_papers_objective_takes_no_range(net, images):
+    with pytest.raises(ValueError, match="budget_range: expected none with objective 'paper'"):
+        Haloc(mac_table(net, images[:1]), 0.5, budget_range=[0.2, 0.5], objective="paper")
+
+
+def test_a_loader_of_one_batch_serves_a_fraction_of_an_epoch(net, images, loaders):
+    one = DataLoader(loaders[1].dataset, 64)
+    evaluator = Classification(loaders[0], one, Recipe(0.5, 0.01), enable_progress_bar=False)
+    space = RankSpace(net, images[:1], calibration=images)
+    run_search(space, evaluator, Haloc(space.costs, 0.5))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "onecycle"])
+@pytest.mark.parametrize(("epochs", "steps"), [(0.5, 2), (1.3, 4), (2.5, 9)])
+def test_fine_tuning_takes_a_fraction_of_an_epoch(net, loaders, schedule, epochs, steps):
+    class Count(pl.Callback):
+        def on_train_batch_end(self, *_):
+            count.append(1)
+
+    count: list[int] = []
+    recipe = Recipe(epochs, 0.01, schedule=schedule)
+    finetune(net, loaders[0], recipe, callbacks=[Count()], enable_progress_bar=False)
+    assert len(count) == steps
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decomposition": "data"}, "^decomposition 'data' needs calibration images$"),
+        ({"decomposition": "dta"}, "^decomposition: expected one of .*, found 'dta'$"),
+    ],
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_decomposition_that_cannot_be_made_is_refused(net, images, nested, options, message):
+    with pytest.raises(ValueError, match=message):
+        RankSpace(net, images[:1], nested=nested, **options)

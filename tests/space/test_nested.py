@@ -187,3 +187,24 @@ def test_data_decides_which_directions_come_first(net):
             ]
         )
     assert sum(errors[1]) < sum(errors[0])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_delivered_network_can_be_scripted(net, nested):
+    """TorchScript compiles the properties of a class, too."""
+    space = RankSpace(net, IMAGES[:2], allowed=EVERY, calibration=IMAGES, nested=nested)
+    frozen = space.freeze({name: list(row)[-1] for name, row in space.candidates.items()}).eval()
+    scripted = torch.jit.script(frozen)
+    with torch.no_grad():
+        torch.testing.assert_close(scripted(IMAGES), frozen(IMAGES))
+
+
+def test_a_network_of_double_precision_keeps_it(net):
+    space = RankSpace(net.double(), IMAGES[:2].double(), allowed=EVERY, nested=True)
+    plan = {name: list(row)[-1] for name, row in space.candidates.items()}
+    frozen, modules = space.freeze(plan).eval(), copy.deepcopy(space.original)
+    for name, candidate in plan.items():
+        modules[int(name)] = space.modules_by_layer[name][candidate]
+    with torch.no_grad():
+        x = IMAGES.double()
+        torch.testing.assert_close(frozen(x), modules(x), rtol=1e-12, atol=1e-12)

@@ -37,6 +37,17 @@ def spec(c, f, kind="conv", k=3):
 
 @pytest.mark.parametrize(
     ("channels", "step"),
+    [(4096, 256), (1024, 64), (512, 32), (128, 32), (96, 32), (64, 8), (40, 8), (32, 4), (24, 4)]
+    + [(16, 2), (8, 2)],
+)
+def test_the_papers_step_is_coarser(channels, step):
+    ranks = AllowedRanks(step="paper").candidates(spec(channels, channels))
+    assert ranks[-1] == (step, step)
+    assert all(r1 == r2 and r1 % step == 0 for r1, r2 in ranks[1:])
+
+
+@pytest.mark.parametrize(
+    ("channels", "step"),
     [(4096, 256), (1024, 64), (768, 32), (512, 32), (256, 32), (192, 16), (128, 16)]
     + [(112, 8), (64, 8), (40, 4), (32, 4), (24, 2), (16, 2), (8, 2)],
 )

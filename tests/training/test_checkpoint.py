@@ -218,7 +218,9 @@ def test_a_state_depends_on_the_settings_of_the_search_and_on_what_its_files_hol
         "rank_space__step": 4,
         "data__batch_size": 32,
     }.items():
-        shown = rf"settings \({key.replace('__', '.')}: .* there, {value}(\.0)? here\); start without"
+        shown = (
+            rf"settings \({key.replace('__', '.')}: .* there, {value}(\.0)? here\); start without"
+        )
         with pytest.raises(UnusableCheckpoint, match=shown):
             checkpoint.check_same(tmp_path, identity(), identity(**{key: value}))
     weights = tmp_path / "copy.safetensors"
