@@ -36,8 +36,8 @@ ROWS = {
 def spaces(kinds):
     """Yield rank spaces with their names, from the default to the largest."""
     for more in ((), ("linear",)):
-        for step in (None, 8, 2, 1):
-            name = f"step {step or 'by layer'}{', the classifier too' if more else ''}"
+        for step in ("paper", 8, 2, 1):
+            name = f"step {'by layer' if step == 'paper' else step}{', the classifier too' if more else ''}"
             yield name, AllowedRanks(step=step, kinds=kinds + more)
 
 
