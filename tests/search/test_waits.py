@@ -47,6 +47,8 @@ class Watched(pl.Callback):
         {"objective": "paper"},
         {"precision": "bf16-mixed"},
         {"compile": True},
+        {"nested": True, "average": 0.99, "budget_range": [0.4, 0.8]},
+        {"nested": True, "average": 0.99, "compile": True},
     ],
 )
 def test_no_iteration_waits_for_the_device(net, images, loaders, monkeypatch, device, options):
