@@ -95,7 +95,7 @@ def test_fvcore_counts_the_same(name):
 
 def test_the_rank_space_has_the_papers_size_before_the_design_principles():
     """Its sixteen 3x3 convolutions: 2.2e71 in the paper."""
-    allowed = AllowedRanks(kinds=("conv",), exclude=("conv1",))
+    allowed = AllowedRanks("paper", kinds=("conv",), exclude=("conv1",))
     layers = find_layers(build_model("torchvision:resnet18"), IMAGE, allowed)
     sizes = space_sizes(layers, allowed)
     assert f"{sizes['all ranks']:.1e}" == "2.2e+71"
