@@ -37,7 +37,8 @@ def spaces(kinds):
     """Yield rank spaces with their names, from the default to the largest."""
     for more in ((), ("linear",)):
         for step in ("paper", 8, 2, 1):
-            name = f"step {'by layer' if step == 'paper' else step}{', the classifier too' if more else ''}"
+            steps = "by layer" if step == "paper" else step
+            name = f"step {steps}{', the classifier too' if more else ''}"
             yield name, AllowedRanks(step=step, kinds=kinds + more)
 
 

@@ -89,7 +89,8 @@ def one_row(
     else:
         plan, chosen = _chosen(job)
     choose_s = time.monotonic() - started
-    row = Row(method, config.cost.metric, config.budget.fraction or 0, seed)
+    fraction = config.budget.fraction or 0
+    row = Row(method, config.cost.metric, fraction, seed, network=network)
     with job.active():
         start_top1 = job.score(job.model)["top1"]
     return vars(row) | {

@@ -44,7 +44,11 @@ METHODS: dict[str, dict[str, Any]] = {  # settings of each; any other name is a 
 }
 MAIN = ["haloc", "uniform", "energy", "alds", "sensitivity-knapsack"]
 BUDGETS = (("macs", 0.28), ("latency_ms", 0.7))
-"""The main budgets, at which the main methods are also compared at equal compute."""
+"""ResNet-20's main budgets, at which the main methods are also compared at equal compute."""
+BUDGETS_OF = {"resnet20": BUDGETS, "vgg16": (("macs", 0.28), ("macs", 0.12), ("latency_ms", 0.5))}
+"""The main budgets of each network."""
+FILES = {"resnet20": "run.yml", "vgg16": "vgg16.yml"}
+"""What the rows of each network share."""
 EQUAL_TUNING, EQUAL_COMPUTE = "equal fine-tuning", "equal compute"
 
 
@@ -60,6 +64,7 @@ class Row:
         decomposition: how candidates are made, as ``rank_space.decomposition``.
         afresh: take the ranks of the row without this flag, made by the default decomposition, and
             decompose the original weights again instead of keeping a search's weights.
+        network: which is compressed.
     """
 
     method: str
@@ -68,12 +73,15 @@ class Row:
     seed: int
     decomposition: str = "auto"
     afresh: bool = False
+    network: str = "resnet20"
 
 
-def tier_a(seeds: int) -> list[Row]:
-    cells = [(seed, metric, fraction) for seed in range(seeds) for metric, fraction in BUDGETS]
+def tier_a(seeds: int, network: str = "resnet20") -> list[Row]:
+    cells = [(seed, *budget) for seed in range(seeds) for budget in BUDGETS_OF[network]]
     return [
-        Row(method, metric, fraction, seed) for seed, metric, fraction in cells for method in MAIN
+        Row(method, metric, fraction, seed, network=network)
+        for seed, metric, fraction in cells
+        for method in MAIN
     ]
 
 
@@ -113,6 +121,7 @@ def main(
     work: Annotated[Path, typer.Option(help="folder for the runs")] = Path("quality-runs"),
     tier: Annotated[str, typer.Option(help=", ".join(TIERS))] = "A",
     seeds: int = 3,
+    network: Annotated[str, typer.Option(help="resnet20, or vgg16 (tier A)")] = "resnet20",
     part: Annotated[str, typer.Option(help="which rows, 0/4 to 3/4 in four processes")] = "0/1",
     method: Annotated[list[str] | None, typer.Option(help="these alone")] = None,
     set_: Annotated[
@@ -126,7 +135,7 @@ def main(
     }
     if tier not in TIERS or any(line["score"] != score for line in read(out)):
         sys.exit(f"--tier: expected one of {', '.join(TIERS)}; --score: that of the rows in {out}")
-    rows = TIERS[tier](seeds)
+    rows = tier_a(seeds, network) if tier == "A" else TIERS[tier](seeds)
     first, of = map(int, part.split("/"))
     with log_to(work / f"log-{first}.txt"):
         for index, row in enumerate(rows):
@@ -150,8 +159,10 @@ def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) 
     )
     changes |= METHODS.get(row.method, {"rule": row.method})
     if row.metric == "latency_ms":
-        changes["cost.table"] = str(HERE / "costs.json")
-    config = load_config(HERE / "run.yml", changes)
+        name = "costs" if row.network == "resnet20" else f"costs-{row.network}"
+        changes["cost.table"] = str(HERE / f"{name}.json")
+    file = HERE / FILES[row.network]
+    config = load_config(file, changes)
     job = Job(config, work / "-".join(str(value) for value in asdict(row).values()))
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE
@@ -180,7 +191,7 @@ def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) 
         lines.append(first)
     fewer = _epochs_left(first)
     if fewer is not None:
-        config = load_config(HERE / "run.yml", changes | {"finetune.epochs": fewer})
+        config = load_config(file, changes | {"finetune.epochs": fewer})
         job = job.at(config, job.folder.path)
         lines.append(first | {"table": EQUAL_COMPUTE} | _trained(job, chosen))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +206,7 @@ def _epochs_left(line: dict[str, Any]) -> int | None:
     """
     compared = (
         line["method"] in MAIN
-        and (line["metric"], line["fraction"]) in BUDGETS
+        and (line["metric"], line["fraction"]) in BUDGETS_OF[line.get("network", "resnet20")]
         and not line.get("afresh")
     )
     left = line["epochs"] - epochs_of_choice(line)
@@ -273,7 +284,8 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 def _key(line: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that tell rows apart."""
-    return {key: line.get(key, False) for key in Row.__dataclass_fields__}
+    earlier = {"network": "resnet20", "afresh": False}  # what rows without these keys mean
+    return {key: line.get(key, earlier.get(key)) for key in Row.__dataclass_fields__}
 
 
 def _pair(text: str) -> tuple[str, Any]:
