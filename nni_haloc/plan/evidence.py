@@ -119,13 +119,17 @@ def gather_evidence(
     found = []
     for i, half in enumerate(halves):
         seen = half[: IMAGES // 2]
+
+        def told(done: int, of: int, before: int = i) -> None:
+            progress(before * of + done, 2 * of)
+
         found.append(
             added_losses(
                 model,
                 build(some, images[halves[1 - i]]),
                 images[seen],
                 bf16=bf16,
-                progress=lambda done, of, i=i: progress(i * of + done, 2 * of),
+                progress=told,
             )
         )
     losses = {}

@@ -346,7 +346,7 @@ class HalocModule(DartsLightningModule):
         means = {name: layer.task_gradient for name, layer in self.state.mixed_layers.items()}
         scores = {name: (mean.total.tolist(), mean.count) for name, mean in means.items()}
         sampling = self._generator.bit_generator.state
-        state = {"sampling": sampling, "scores": scores}
+        state: dict[str, Any] = {"sampling": sampling, "scores": scores}
         if self._average is not None:
             state["average"] = self._average.state()
         checkpoint["haloc_search"] = state

@@ -170,6 +170,7 @@ class SharedFactors(nn.Module):
         corners = torch.tensor([[rank[0] - 1, rank[-1] - 1] for rank in ranks], device=like.device)
         self.register_buffer("corners", corners, persistent=False)
 
+    bias: nn.Parameter | None
     corners: Tensor
     """Each candidate's last row and column, ``(candidates, 2)``."""
 
@@ -202,16 +203,13 @@ class NestedLayer(Factorised):
         return self.shared.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        spec, rank = self.shared.spec, self.rank
+        spec, rank, factors = self.shared.spec, self.rank, self.factors()
+        left, middle = factors[0], factors[1]
         if spec.kind == "linear":
-            left, right = self.factors()
-            return nn.functional.linear(x @ right.T, left, self.output_bias)
-        if spec.kind == "pointwise":
-            left, middle = self.factors()
-        else:
-            left, core, inn = self.factors()
-            middle = core.contiguous(memory_format=self.layout)
-            x = nn.functional.conv2d(x, inn[:, :, None, None])
+            return nn.functional.linear(x @ middle.T, left, self.output_bias)
+        if isinstance(factors, Tucker2):
+            middle = middle.contiguous(memory_format=self.layout)
+            x = nn.functional.conv2d(x, factors.factor_in[:, :, None, None])
         inner = replace(spec, in_channels=x.shape[1], out_channels=rank[0])
         x = inner.run(x, middle, None)
         return nn.functional.conv2d(x, left[:, :, None, None], self.output_bias)
