@@ -83,6 +83,12 @@ def _in_memory(value: Any) -> Any:
     return value
 
 
+def _step(value: Any) -> Any:
+    if value not in (None, "auto", "paper") and not (type(value) is int and value > 0):
+        raise ValueError(f"expected a positive integer, 'auto' or 'paper', found {value!r}")
+    return value
+
+
 def _one_of(*names: str | Registry[Any]) -> Callable[[str], str]:
     """Return a check that a value is one of some names.
 
@@ -112,6 +118,7 @@ WeightsPath = Annotated[str, AfterValidator(_weights)]
 ExistingPath = Annotated[str, AfterValidator(_existing)]
 Pin = Annotated[Any, AfterValidator(_pin)]
 InMemory = Annotated[bool | Literal["device"], BeforeValidator(_in_memory)]
+Step = Annotated[int | Literal["auto", "paper"] | None, BeforeValidator(_step)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -188,7 +195,7 @@ class Space(Section):
     ``decomposition: auto`` is ``data``.
     """
 
-    step: Count | Literal["auto", "paper"] | None = None
+    step: Step = None
     dense: bool = True
     equal: bool = True
     kinds: list[Kind] = ["conv", "pointwise"]
@@ -394,7 +401,7 @@ class Search(SearchOptions, Training):
     """
 
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    epochs: Epochs = 1  # type: ignore[assignment]
+    epochs: Epochs = 1  # type: ignore[assignment]  # a fraction, unlike other trainings
     lr: Positive = 0.02
     schedule: Schedule = "constant"
     start: Literal["uniform", "sensitivity"] = "sensitivity"

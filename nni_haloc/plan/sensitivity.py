@@ -72,7 +72,7 @@ def added_losses(
     candidate that is not the layer's own copy, it is run from that layer on, if that gives what a
     whole pass gives (tried on two images first). Outputs of one batch are kept meanwhile:
     ResNet-18's, for 64 images of 224 x 224, take 1.5 GB. So are, on a CUDA device, copies of the
-    candidates, which take no more than the search's space does.
+    candidates that are elsewhere.
 
     Args:
         model, candidates, images, labels, batch_size, bf16, progress: see `sensitivities`.

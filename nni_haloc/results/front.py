@@ -24,7 +24,7 @@ from nni_haloc.utils.log import logger
 FRONT_FILE, PLOT_FILE = "front.json", "front.png"
 FRONT_VERSION = 1
 _NEAR = 0.02
-"""What a budget may lie below the searched ones without a warning."""
+"""A budget that is no further below the searched ones is no cause for a warning."""
 _AXES = {
     "macs": ("MACs, millions", 1e6),
     "params": ("parameters, millions", 1e6),

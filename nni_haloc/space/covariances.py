@@ -1,4 +1,4 @@
-"""What the trained network's layers see: second moments of their inputs and outputs."""
+"""Measure second moments of the inputs and outputs of the trained network's layers."""
 
 from __future__ import annotations
 

@@ -79,8 +79,10 @@ class AllowedRanks:
             spec: the layer.
         """
         size = min(spec.in_channels, spec.out_channels)
-        if isinstance(self.step, int):
+        if isinstance(self.step, int) and self.step > 0:
             return self.step
+        if self.step not in (None, "paper"):
+            raise ValueError(f"step: expected a number, 'paper' or None, found {self.step!r}")
         wide = size // 512 * 32 if size >= 1024 else 0
         if self.step == "paper":
             return max(32, wide) if size > 64 else 8 if size > 32 else 4 if size > 16 else 2

@@ -383,3 +383,9 @@ class Unbatched(nn.Module):
 def test_what_cannot_be_another_layer_has_its_reason(model, x, reasons):
     layers = find_layers(model, x, AllowedRanks(kinds=("conv", "linear")))
     assert (layers.specs, layers.left_alone) == ({}, reasons)
+
+
+@pytest.mark.parametrize("step", ["papper", 0, -2, 2.5])
+def test_a_step_that_is_none_is_refused(step):
+    with pytest.raises(ValueError, match="^step: expected a number, 'paper' or None, found"):
+        AllowedRanks(step=step).candidates(spec(64, 64))

@@ -18,10 +18,15 @@ class VGG16(nn.Module):
     Args:
         num_classes: number of classes.
         width: factor of every layer's number of channels, rounded down.
+
+    Raises:
+        ValueError: if no channel is left.
     """
 
     def __init__(self, num_classes: int = 10, width: float = 1.0) -> None:
         super().__init__()
+        if not 64 * width >= 1:
+            raise ValueError(f"width: expected at least 1/64, found {width}")
         channels = [c if isinstance(c, str) else int(c * width) for c in cfgs["D"]]
         self.features = make_layers(channels, batch_norm=True)
         self.classifier = nn.Linear(int(512 * width), num_classes)
