@@ -57,7 +57,7 @@ def test_defaults_are_filled_in_and_paths_are_relative_to_the_file(write, tmp_pa
         (merged("search.epochs", "ten"), "search.epochs: .*valid number, found 'ten'"),
         (merged("search.epochs", 0), "search.epochs: .*greater than 0, found 0"),
         (
-            merged("search.epochs", 0),
+            merged("rank_space.step", "papper"),
             "rank_space.step: expected a positive integer, 'auto' or 'paper', found 'papper'",
         ),
         (merged("search.lam", -1), "search.lam: .*found -1"),
