@@ -33,6 +33,7 @@ class Bench:
         device: ``cuda`` or ``cpu``.
         scale: share of the work; below 1 for a dry run.
         end: the time, by `time.monotonic`, at which the minutes are over.
+        jobs: processes that share the device in the short study.
     """
 
     data: Path
@@ -41,6 +42,7 @@ class Bench:
     device: str
     scale: float
     end: float
+    jobs: int = 1
 
     @property
     def left(self) -> float:
@@ -63,25 +65,36 @@ class Bench:
         Times are of this card; accuracies may be of any.
         """
         wanted = {**key, "scale": self.scale}
-        if key["part"] != "study":
+        if key["part"] not in ("study", "short", "fold"):
             wanted["device"] = card(self.device)
         return any(wanted.items() <= row.items() and "error" not in row for row in self.rows())
 
     def add(self, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> None:
         """Make a row that is missing, and append it; one that fails is a row with its error."""
-        if self.has(key):
-            return
-        started = time.monotonic()
+        if not self.has(key):
+            started = time.monotonic()
+            facts = self.facts(make)
+            self.append(key, facts, time.monotonic() - started)
+
+    @staticmethod
+    def facts(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what a row says, or why it failed: the other rows are worth having."""
         try:
-            facts = make()
-        except Exception as error:  # the other rows are worth having
+            return make()
+        except Exception as error:
             traceback.print_exc()
-            facts = {"error": f"{type(error).__name__}: {error}"[:500]}
-        seconds = round(time.monotonic() - started, 2)
-        row = {**key, **facts, "seconds": seconds, "scale": self.scale, **where(self.device)}
+            return {"error": f"{type(error).__name__}: {error}"[:500]}
+
+    def append(self, key: dict[str, Any], facts: dict[str, Any], seconds: float) -> None:
+        """Append a row."""
+        row = {**key, **facts, "seconds": round(seconds, 2), "scale": self.scale}
         with self.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row | where(self.device)) + "\n")
         print(f"{seconds:7.1f} s  {key}  {facts.get('error', '')}", flush=True)
+
+    def has_file(self, name: str) -> bool:
+        """Tell whether the data have a file."""
+        return (self.data / name).exists()
 
 
 def card(device: str) -> str:

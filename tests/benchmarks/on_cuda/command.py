@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from benchmarks.on_cuda.bench import Bench, TimeIsUp
+from benchmarks.on_cuda.short import short
 from benchmarks.on_cuda.speed import speed
 from benchmarks.on_cuda.study import study
 from benchmarks.on_cuda.tables import tables
@@ -23,6 +24,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "tests": tests,
     "speed": speed,
     "tables": tables,
+    "short": short,
     "study": study,
 }
 
@@ -34,10 +36,14 @@ def main(
     device: str = "cuda",
     scale: Annotated[float, typer.Option(help="share of the work, for a dry run")] = 1.0,
     part: Annotated[list[str] | None, typer.Option(help=f"some of {', '.join(PARTS)}")] = None,
+    jobs: Annotated[int, typer.Option(help="processes that share the device, in ``short``")] = 6,
     work: Annotated[Path, typer.Option(help="folder for what the runs leave")] = Path("/tmp/haloc"),
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(data, out / "cuda.jsonl", work, device, scale, time.monotonic() + 60 * minutes)
+    data, work = data.absolute(), work.absolute()
+    bench = Bench(
+        data, out / "cuda.jsonl", work, device, scale, time.monotonic() + 60 * minutes, jobs
+    )
 
     def stop(*_: Any) -> None:
         raise TimeIsUp

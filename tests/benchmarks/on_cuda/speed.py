@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Iterator
 from functools import cache
-from itertools import chain, count, islice
+from itertools import chain, count, islice, product
 from statistics import quantiles
 from typing import Any
 
@@ -56,11 +56,12 @@ class Windows(pl.Callback):
 
 
 def speed(bench: Bench) -> None:
-    for network in SPEED:
-        for mode in ("eager", "compiled"):
-            for candidates in (0, 2, 8, 16):
+    for numbers in ((0, 8), (2, 16)):
+        for network in SPEED:
+            for mode, candidates in product(("compiled", "eager"), numbers):
                 key = {"part": "speed", "network": network, "mode": mode, "candidates": candidates}
                 bench.add(key, lambda k=key: one_speed(bench, **k))
+    for network in SPEED:
         bench.add({"part": "limit", "network": network}, lambda n=network: limit(bench, n))
 
 

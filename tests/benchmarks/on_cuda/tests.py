@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.on_cuda.bench import ROOT, Bench
 
-TESTS_S = 120
+TESTS_S = 240
 """Seconds that the tests may take."""
 
 
@@ -27,7 +27,7 @@ def run_tests(bench: Bench) -> dict[str, Any]:
     chosen = ["-m", "cuda"] if bench.device == "cuda" else ["-k", "[cpu"]
     limit = min(TESTS_S, bench.left)
     command = [sys.executable, "-m", "pytest", *chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["--continue-on-collection-errors", "-rfE", "--tb=short", *files]
+    command += ["--continue-on-collection-errors", "-v", "-rfE", "--tb=short", *files]
     log = bench.out.with_name("cuda-tests.txt")
     with log.open("w", encoding="utf-8") as file:
         try:

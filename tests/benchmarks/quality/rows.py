@@ -159,8 +159,7 @@ def _make(row: Row, changes: dict[str, Any], out: Path, work: Path, score: str) 
     )
     changes |= METHODS.get(row.method, {"rule": row.method})
     if row.metric == "latency_ms":
-        name = "costs" if row.network == "resnet20" else f"costs-{row.network}"
-        changes["cost.table"] = str(HERE / f"{name}.json")
+        changes["cost.table"] = str(HERE / f"costs-{row.network}.json")
     file = HERE / FILES[row.network]
     config = load_config(file, changes)
     job = Job(config, work / "-".join(str(value) for value in asdict(row).values()))
