@@ -59,9 +59,10 @@ def random_search(problem: Problem) -> Choice:
 
 def _try_networks(problem: Problem, strategy: MultiTrial) -> Choice:
     """Return the choice of a strategy of NNI's from the problem's own candidates."""
+    home = next(p.device for p in problem.model.parameters())
     space = RankSpace(
         problem.model,
-        problem.images[:1],
+        problem.images[:1].to(home),
         [limit.costs for limit in problem.limits],
         _Exactly(candidates_of=problem.candidates),
         problem.images,

@@ -111,7 +111,30 @@ def study(rows: Rows) -> str:
     return table([*columns, "parameters, %", "epochs", "minutes"], cells)
 
 
-PARTS = {"tests": tests, "speed": speed, "table": tables, "study": study}
+def short(rows: Rows) -> str:
+    """Show the means over the seeds."""
+    found: dict[tuple[str, str, float, str], Rows] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row["network"], row["metric"], row["fraction"])):
+        found[row["network"], row["metric"], row["fraction"], row["method"]].append(row)
+    cells = [
+        [
+            network,
+            f"{100 * fraction:g} % of {metric}",
+            method,
+            len(lines),
+            *(
+                f"{100 * mean(row[key] for row in lines):.2f}" if key in lines[0] else ""
+                for key in ("val_top1", "test_top1")
+            ),
+            f"{lines[0].get('epochs', 40):g}",
+        ]
+        for (network, metric, fraction, method), lines in found.items()
+    ]
+    columns = ["network", "budget", "method", "seeds", "validation, %", "test, %", "epochs"]
+    return table(columns, cells)
+
+
+PARTS = {"tests": tests, "speed": speed, "table": tables, "short": short, "study": study}
 
 
 def main(raw: Annotated[Path, typer.Argument(help="the rows")]) -> None:

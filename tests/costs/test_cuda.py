@@ -246,10 +246,11 @@ def test_a_replayed_pass_computes_what_the_network_computes(dtype, tolerance, me
 
 @pytest.mark.cuda
 def test_a_replayed_pass_keeps_its_weights_and_inputs():
-    torch.manual_seed(1)
-    runtime = TorchRuntime("cuda", graph=True, tf32=False)
+    runtime, network = TorchRuntime("cuda", graph=True, tf32=False), block()
+    torch.manual_seed(1)  # of the inputs, see `exact`
     with runtime.pinned():
-        run = runtime.ready(block(), SHAPE)
+        run = runtime.ready(network, SHAPE)
+    del network
     gc.collect()
     torch.cuda.empty_cache()
     others = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(64)]

@@ -186,13 +186,13 @@ def random_like_torch(f, c, seed=0):
 )
 def test_warm_hooi_is_within_half_a_percent_of_tensorly_at_every_rank(f, c, step, device):
     """On random kernels, the worst case: their spectra are flat."""
-    w = random_like_torch(f, c)
+    w = random_like_torch(f, c).double()  # at full rank float32 is off by 2e-5 on a device
     ranks = [(r, r) for r in range(step, min(f, c) + 1, step)]
     found = warm_hooi(w.to(device), ranks)
     for rank, ours, theirs in zip(ranks, found, hooi(w, ranks), strict=True):
         assert (
             output_error(w, reconstruct(ours).cpu())
-            <= 1.005 * output_error(w, reconstruct(theirs)) + 1e-5
+            <= 1.005 * output_error(w, reconstruct(theirs)) + 1e-9
         ), rank
 
 
@@ -478,13 +478,13 @@ def three_layers():
 @pytest.mark.parametrize("ranks", [[(3, 4), (4, 1)], [(2, 2), (6, 5)]])
 @pytest.mark.parametrize("method", ["hosvd", "warm_hooi", "hooi", "data"])
 def test_kernels_decomposed_together_are_what_each_is_alone(method, ranks, device):
-    weights, covariances = three_layers()
-    found, plain = decompose_all(weights.to(device), ranks, method, covariances.to(device))
+    weights, covariances = (x.to(device) for x in three_layers())
+    found, plain = decompose_all(weights, ranks, method, covariances)
     # At full rank HOSVD is exact.
     assert plain.tolist() == [[method == "data" and rank == (6, 5) for rank in ranks]] * 3
     for i, (w, s) in enumerate(zip(weights, covariances, strict=True)):
         for together, alone in zip(found, decompose(w, ranks, method, s), strict=True):
-            ours = reconstruct(Tucker2(*(value[i].cpu() for value in together)))
+            ours = reconstruct(Tucker2(*(value[i] for value in together)))
             torch.testing.assert_close(ours, reconstruct(alone))
 
 
