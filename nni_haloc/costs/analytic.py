@@ -19,6 +19,8 @@ from nni_haloc.space.names import Rank
 from nni_haloc.space.ranks import AllowedRanks, Layers, find_layers, macs, params
 
 FLOAT_BYTES = 4
+COUNTED = ("macs", "params", "activation_bytes")
+"""Metrics that are counted in no time, however many candidates there are."""
 
 
 def mac_table(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nni_haloc.costs.analytic import COUNTED
 from nni_haloc.costs.device.costs_file import MEASURED
 from nni_haloc.costs.device.runtime import Runtime, make_runtime
 from nni_haloc.costs.device.torch_runtime import hardware
@@ -32,17 +33,25 @@ _DOING = {
 """The log's word for what these predictors do."""
 
 
-def allowed_ranks_of(config: Config, step: int | None = None) -> AllowedRanks:
+def allowed_ranks_of(
+    config: Config, *, every_rank: bool = False, pairs: bool = False
+) -> AllowedRanks:
     """Return which layers and ranks a run's rank space allows.
 
     Args:
         config: the settings; ``rank_space.step: auto`` takes the stairs of their cost table.
-        step: distance between ranks, for settings that leave it open.
+        every_rank: allow every rank, if the settings leave the step between them open.
+        pairs: let r1 and r2 differ, if the settings leave it open and every cost is counted: each
+            pair that is measured takes its time. Their steps are the search's.
 
     Raises:
         SettingsError: if the step is ``auto`` and there is no cost table.
     """
     space = config.rank_space
+    if space.equal is None:
+        metrics = {config.cost.metric, *(also.metric for also in config.budget.also)}
+        space = space.model_copy(update={"equal": not (pairs and metrics <= set(COUNTED))})
+    step = 1 if every_rank and space.equal else None
     if space.step != "auto":
         return allowed_ranks(space, step)
     if config.cost.table is None:
@@ -62,7 +71,7 @@ def allowed_ranks(space: Space, step: int | None = None) -> AllowedRanks:
     return AllowedRanks(
         space.step or step,
         space.dense,
-        space.equal,
+        space.equal is not False,
         tuple(space.kinds),
         tuple(space.exclude),
         space.pin,

@@ -236,7 +236,7 @@ def parse_config(
     """Validate settings that a run has saved.
 
     A saved section has every key; one that is missing did not exist, and stands for `EARLIER`. The
-    step between ranks, where it was left open, was the paper's.
+    step between ranks, where it was left open, was the paper's. (Ranks were equal: that was saved.)
 
     Args:
         content: keys and values.

@@ -192,12 +192,13 @@ class Data(Section):
 class Space(Section):
     """The rank space (see `nni_haloc.AllowedRanks`), and how its candidates are made.
 
-    ``decomposition: auto`` is ``data``.
+    ``decomposition: auto`` is ``data``. ``equal`` left open lets the rule ``sensitivity-knapsack``
+    choose r1 and r2 apart, where costs are counted.
     """
 
     step: Step = None
     dense: bool = True
-    equal: bool = True
+    equal: bool | None = None
     kinds: list[Kind] = ["conv", "pointwise"]
     exclude: list[str] = []
     pin: dict[str, Pin] = {}

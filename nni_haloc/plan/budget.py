@@ -12,6 +12,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from nni_haloc.costs.table import CostTable
 from nni_haloc.utils.errors import InfeasibleBudget
+from nni_haloc.utils.quiet import without_prints
 
 _ROOM = 1e4
 """Each limit's slack is rescaled to this, and the scores' spread likewise.
@@ -320,18 +321,19 @@ def _best(
             floors[k] = limit.costs.total(least[k]) + low[k] * scale[k]
     attempt = 0
     while True:
-        result = milp(
-            -(score - score.min()) / (float(np.ptp(score)) or 1.0) * _ROOM,
-            constraints=[*constraints, LinearConstraint(excess, low, room)],
-            integrality=np.ones(len(flat)),
-            bounds=Bounds(0, 1),
-            # With presolve, scipy 1.17 has called a choice optimal that was not.
-            options={
-                "mip_rel_gap": 0,
-                "presolve": False,
-                "node_limit": _NODES if nodes is None else nodes,
-            },
-        )
+        with without_prints():
+            result = milp(
+                -(score - score.min()) / (float(np.ptp(score)) or 1.0) * _ROOM,
+                constraints=[*constraints, LinearConstraint(excess, low, room)],
+                integrality=np.ones(len(flat)),
+                bounds=Bounds(0, 1),
+                # With presolve, scipy 1.17 has called a choice optimal that was not.
+                options={
+                    "mip_rel_gap": 0,
+                    "presolve": False,
+                    "node_limit": _NODES if nodes is None else nodes,
+                },
+            )
         if result.x is None:
             # After more cuts it may be for the slack that was taken away.
             if result.status == _INFEASIBLE and attempt <= _CUTS:

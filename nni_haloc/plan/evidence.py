@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from nni_haloc.plan.sensitivity import added_losses, loss
 from nni_haloc.space.covariances import channel_moments
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import copy_of, evaluating, replace_modules
-from nni_haloc.space.names import DENSE, Rank
+from nni_haloc.space.names import Rank, rank_name
 from nni_haloc.space.nested import lost_energies
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.placement import accelerated
@@ -31,12 +31,16 @@ ResNet-20 is at 1.04 with 512 images, 1.2 with 128, and 1.75 with 60.
 """
 
 CANDIDATES = 5
-"""Low ranks of a layer that are measured; the others are interpolated between them."""
+"""Low ranks of a layer, or of each of its two sides, that are measured; between them losses are
+interpolated."""
 
 _LEAST = 1e-9
 _FEWEST = 4
 """Two for each half of the images."""
 
+Low = tuple[int, ...]
+Lost = Callable[[Low], float]
+Groups = list[dict[Low, np.ndarray]]
 Candidates = Mapping[str, Mapping[str, Rank]]
 Modules = Mapping[str, Mapping[str, nn.Module]]
 Build = Callable[[Candidates, Tensor], Modules]
@@ -49,7 +53,8 @@ class Evidence:
 
     Attributes:
         losses: layer to candidate to the added loss of each image, ``(N,)``.
-        measured: layer to the candidates whose losses were measured, not interpolated.
+        measured: layer to the names of the ranks whose losses were measured, not interpolated.
+            They need not be candidates.
     """
 
     losses: Mapping[str, Mapping[str, np.ndarray]]
@@ -91,7 +96,9 @@ def gather_evidence(
     Those that are fitted to one half of the images are measured on the other, both ways round: on
     the images of the fit, if they are few, most candidates seem to do no harm. `IMAGES` images are
     measured on, and `CANDIDATES` low ranks of a layer; the loss of the others is interpolated along
-    the energy that they lose, see `lost_energies`.
+    the energy that they lose, see `lost_energies`. Of many pairs ``(r1, r2)`` none is measured: the
+    loss is taken for the sum of what ``r1`` outputs lose with all inputs, and ``r2`` inputs with
+    all outputs.
 
     Args:
         model: the trained network; it is not changed.
@@ -113,8 +120,13 @@ def gather_evidence(
         expected = f"expected at least {_FEWEST} to measure candidates on"
         raise ValueError(f"calibration images: {expected}, found {len(images)}")
     lost = _lost(model, specs, candidates, images)
-    measured = {layer: _spread(row, lost[layer]) for layer, row in candidates.items()}
-    some = {layer: {n: candidates[layer][n] for n in row} for layer, row in measured.items()}
+    sides = {layer: _sides(specs[layer], row) for layer, row in candidates.items()}
+    groups = {layer: _spread(part.values(), lost[layer]) for layer, part in sides.items()}
+    measured = {
+        layer: {rank_name(rank): rank for group in row for rank in group}
+        | {name: rank for name, rank in candidates[layer].items() if rank is None}
+        for layer, row in groups.items()
+    }
     halves = [torch.arange(start, len(images), 2) for start in (0, 1)]
     found = []
     for i, half in enumerate(halves):
@@ -126,17 +138,29 @@ def gather_evidence(
         found.append(
             added_losses(
                 model,
-                build(some, images[halves[1 - i]]),
+                build(measured, images[halves[1 - i]]),
                 images[seen],
                 bf16=bf16,
                 progress=told,
             )
         )
-    losses = {}
+    losses: dict[str, dict[str, np.ndarray]] = {}
     for layer, row in candidates.items():
         known = {n: np.concatenate([part[layer][n] for part in found]) for n in measured[layer]}
-        losses[layer] = {name: _interpolated(name, known, lost[layer]) for name in row}
-    return Evidence(losses, measured)
+        by_rank = [{rank: known[rank_name(rank)] for rank in group} for group in groups[layer]]
+
+        def added(
+            rank: tuple[int, ...], layer: str = layer, by_rank: Groups = by_rank
+        ) -> np.ndarray:
+            pairs = zip(sides[layer][rank], by_rank, strict=True)
+            parts = [_interpolated(side, group, lost[layer]) for side, group in pairs if side]
+            return np.sum(parts, axis=0)
+
+        losses[layer] = {
+            name: known[name] if rank is None or name in known else added(rank)
+            for name, rank in row.items()
+        }
+    return Evidence(losses, {layer: list(row) for layer, row in measured.items()})
 
 
 def divergence_within_and_beyond(
@@ -207,47 +231,54 @@ def _outputs(model: nn.Module, images: Tensor) -> Tensor:
 
 def _lost(
     model: nn.Module, specs: Mapping[str, LayerSpec], candidates: Candidates, images: Tensor
-) -> dict[str, dict[str, float]]:
-    """Return the share of its output's energy that each candidate loses, about; 0 for dense."""
+) -> dict[str, Lost]:
+    """Return, by layer, what tells the share of its output's energy that a rank loses, about."""
     modules = dict(model.named_modules())
     moments = channel_moments(model, {name: specs[name] for name in candidates}, images)
-    lost: dict[str, dict[str, float]] = {}
-    for layer, row in candidates.items():
-        table = lost_energies(specs[layer], modules[layer].weight, *moments.pop(layer)).cpu()
-        lost[layer] = {
-            name: 0.0 if rank is None else float(table[rank[0] - 1, rank[-1] - 1])
-            for name, rank in row.items()
-        }
-    return lost
+
+    def told(layer: str) -> Lost:
+        energies = lost_energies(specs[layer], modules[layer].weight, *moments.pop(layer)).cpu()
+        return lambda rank: float(energies[rank[0] - 1, rank[-1] - 1])
+
+    return {layer: told(layer) for layer in candidates}
 
 
-def _spread(row: Mapping[str, Rank], lost: Mapping[str, float]) -> list[str]:
-    """Choose the candidates of a layer that are measured: dense, and ranks spread evenly.
+def _sides(spec: LayerSpec, row: Mapping[str, Rank]) -> dict[Low, tuple[Low, ...]]:
+    """Return the ranks whose losses add up to that of each low rank.
 
-    Where there are pairs, ranks with r1 = r2 stand for all.
+    Where a layer has more pairs ``(r1, r2)`` than are measured, they are two: ``r1`` with all
+    inputs, and all outputs with ``r2``; the empty rank stands for all of both, which lose nothing.
+    Elsewhere it is the rank itself.
     """
-    low = [name for name, rank in row.items() if rank is not None]
-    equal = [name for name in low if len(set(row[name] or ())) == 1] or low
-    # The extremes are always among them.
-    ordered = sorted(equal, key=lost.__getitem__)
-    places = np.linspace(0, len(ordered) - 1, min(CANDIDATES, len(ordered)))
-    chosen = {ordered[round(place)] for place in places}
-    return [name for name in row if name in chosen or row[name] is None]
+    low = [rank for rank in row.values() if rank is not None]
+    if len(low) <= 2 * CANDIDATES or all(len(set(rank)) == 1 for rank in low):
+        return {rank: (rank,) for rank in low}
+    f, c = spec.out_channels, spec.in_channels
+    return {(r1, r2): ((r1, c) if r1 < f else (), (f, r2) if r2 < c else ()) for r1, r2 in low}
 
 
-def _interpolated(
-    name: str, known: Mapping[str, np.ndarray], lost: Mapping[str, float]
-) -> np.ndarray:
-    """Return a candidate's losses: its own, or those of its neighbours at a mean between theirs.
+def _spread(sides: Collection[tuple[Low, ...]], lost: Lost) -> list[list[Low]]:
+    """Choose the ranks that are measured, spread evenly: on either side, or of all."""
+    groups = []
+    for group in zip(*sides, strict=True):
+        # The extremes are always among them.
+        ordered = sorted(set(filter(None, group)), key=lambda rank: (lost(rank), rank))
+        places = np.linspace(0, len(ordered) - 1, min(CANDIDATES, len(ordered)))
+        groups.append([ordered[round(place)] for place in places])
+    return groups
+
+
+def _interpolated(rank: Low, known: Mapping[Low, np.ndarray], lost: Lost) -> np.ndarray:
+    """Return a rank's losses: its own, or those of its neighbours at a mean between theirs.
 
     Logarithms are interpolated. Towards the dense layer the loss falls in proportion to the energy.
     """
-    if name in known:
-        return known[name]
-    low = sorted((other for other in known if other != DENSE), key=lost.__getitem__)
-    x = np.log([max(lost[other], _LEAST) for other in low])
-    y = np.log([max(float(known[other].mean()), _LEAST) for other in low])
-    at = np.log(max(lost[name], _LEAST))
+    if rank in known:
+        return known[rank]
+    near = sorted(known, key=lost)
+    x = np.log([max(lost(other), _LEAST) for other in near])
+    y = np.log([max(float(known[other].mean()), _LEAST) for other in near])
+    at = np.log(max(lost(rank), _LEAST))
     mean = np.exp(np.interp(at, x, y) + min(0.0, at - x[0]))
-    nearest = known[low[int(np.abs(x - at).argmin())]]
+    nearest = known[near[int(np.abs(x - at).argmin())]]
     return nearest * (mean / max(float(nearest.mean()), _LEAST))

@@ -12,6 +12,7 @@ from pytorch_lightning import seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nni_haloc.costs.analytic import COUNTED
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.device.costs_file import MEASURED
 from nni_haloc.costs.latency import measure_latency
@@ -88,7 +89,7 @@ def compress_model(
     rule: str | None = None,
     recipe: Recipe | None = None,
     search_recipe: Recipe | None = None,
-    allowed: AllowedRanks = AllowedRanks(),
+    allowed: AllowedRanks | None = None,
     costs: CostTable | None = None,
     batch_size: int = 1,
     memory_format: str = "contiguous",
@@ -124,7 +125,8 @@ def compress_model(
             of `nni_haloc.inputs.registries.RULES`.
         recipe: how the fine-tuning goes; its epochs take the place of ``epochs``.
         search_recipe: how the weights are trained in the search (default: one epoch at 0.02).
-        allowed: which layers and ranks are searched.
+        allowed: which layers and ranks are searched. By default r1 = r2, but for the rule
+            ``sensitivity-knapsack`` where the cost is counted.
         costs: a cost table that is at hand, in the place of one that is made here.
         batch_size: images in the batch that latency is measured with.
         memory_format: ``contiguous`` or ``channels_last``, for latency and for the result.
@@ -155,6 +157,7 @@ def compress_model(
         name = next(iter(search_options))
         raise ValueError(f"{name}: an option of the search, and the rule is {rule!r}")
     trained = recipe.epochs > 0 or rule == "search"
+    allowed = allowed or _ranks_for(rule, costs is None and metric in COUNTED)
     with quiet(), isolated_random_states():
         seed_everything(seed, verbose=False)
         images, labels = _calibration(train_loader, calibration_images)
@@ -191,6 +194,12 @@ def compress_model(
         for name, latency in measure_latency(networks, example, timing).items():
             metrics[name]["latency_ms"] = latency
     return Compressed(network, plan, costs, metrics)
+
+
+def _ranks_for(rule: str, counted: bool) -> AllowedRanks:
+    """Return the rank space of a rule: with r1 and r2 apart if it can, and costs are counted."""
+    pairs = counted and rule != "search" and getattr(RULES[rule], "pairs", False)
+    return AllowedRanks(equal=not pairs)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ Everything that is silenced is listed here. Progress bars, our own log and every
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -81,3 +83,24 @@ def errors_alone(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def without_prints() -> Iterator[None]:
+    """Drop what compiled code prints to the standard output while the block runs.
+
+    HiGHS prints a line of its own debugging now and then, whatever its options say.
+    """
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+    except (AttributeError, OSError):  # there is no standard output
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

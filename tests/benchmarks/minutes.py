@@ -152,8 +152,8 @@ def rows(network: str, data: Data, method: str, known: list[dict[str, Any]]) -> 
         for budget in BUDGETS[network]
         if not any((network, method, budget) == tuple(map(row.get, KEYS)) for row in known)
     ]
-    every_rank = getattr(RULES[method], "every_rank", False)
-    allowed = replace(data.allowed, step=1) if every_rank else data.allowed
+    pairs, every_rank = (getattr(RULES[method], mark, False) for mark in ("pairs", "every_rank"))
+    allowed = replace(data.allowed, equal=not pairs, step=1 if every_rank and not pairs else None)
     layers = find_layers(data.model, data.images[:1], allowed)
     macs = mac_table(data.model, data.images[:1], allowed, layers)
     candidates, _ = worthwhile(layers.candidates(allowed), [macs])

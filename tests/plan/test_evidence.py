@@ -96,8 +96,8 @@ def test_a_gain_counts_as_nothing_and_errors_are_those_of_a_sum():
     assert error == pytest.approx(np.sqrt(((total - 2.5) ** 2).sum() / 3 / 4))
 
 
-def test_few_candidates_are_measured_and_the_others_lie_between_them(monkeypatch):
-    """Every rank of a wide layer: against measuring all of them."""
+def decaying():
+    """Return a network whose second layer has 24 channels of falling weight, and images."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1), nn.ReLU(),
@@ -106,8 +106,13 @@ def test_few_candidates_are_measured_and_the_others_lie_between_them(monkeypatch
     decay = torch.diag(0.8 ** torch.arange(24.0))
     with torch.no_grad():
         net[2].weight.copy_(torch.einsum("fg,gcij,cd->fdij", decay, net[2].weight, decay) * 4)
-    images = torch.randn(128, 3, 6, 6, generator=torch.Generator().manual_seed(1))
-    space = Space(net.eval(), images, AllowedRanks(step=1, exclude=("0",), kinds=("conv",)))
+    return net.eval(), torch.randn(128, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_few_candidates_are_measured_and_the_others_lie_between_them(monkeypatch):
+    """Every rank of a wide layer: against measuring all of them."""
+    net, images = decaying()
+    space = Space(net, images, AllowedRanks(step=1, exclude=("0",), kinds=("conv",)))
     some = space.gather(images)
     built = sum(map(len, some.measured.values()))
     assert built == evidence_module.CANDIDATES + 1
@@ -120,16 +125,29 @@ def test_few_candidates_are_measured_and_the_others_lie_between_them(monkeypatch
             assert value == pytest.approx(every[name], rel=1e-6)
 
 
-def test_with_pairs_of_ranks_the_equal_ones_are_measured(net, images):
+def test_a_pair_of_ranks_loses_what_its_two_sides_lose_alone(monkeypatch):
+    """Against measuring every pair: within half, where the equal ranks differ tenfold."""
+    net, images = decaying()
+    space = Space(net, images, AllowedRanks(step=3, equal=False, exclude=("0",), kinds=("conv",)))
+    found = space.gather(images)
+    probes = {name for name in found.measured["2"] if name != "dense"}
+    assert len(probes) <= 2 * evidence_module.CANDIDATES
+    assert {24} <= {int(n) for name in probes for n in name[1:].split("x")}
+    monkeypatch.setattr(evidence_module, "CANDIDATES", 99)  # so that none is interpolated
+    every = space.gather(images).added["2"]
+    assert len(every) > 3 * len(probes)
+    for name, rank in space.candidates["2"].items():
+        if rank is not None:
+            assert found.added["2"][name] == pytest.approx(every[name], rel=0.5, abs=1e-5), name
+
+
+def test_more_rank_on_one_side_is_never_taken_for_worse(net, images):
     space = Space(net, images, AllowedRanks(step=1, equal=False))
     found = space.gather(images)
-    for row in found.measured.values():
-        assert not any("x" in name for name in row)
-        assert len(row) <= evidence_module.CANDIDATES + 1
     for layer, row in space.candidates.items():
         assert list(found.losses[layer]) == list(row)
         assert all(np.isfinite(values).all() for values in found.losses[layer].values())
-    added = found.added["body.0"]  # more rank on one side cannot be taken for worse
+    added = found.added["body.0"]
     assert added["r4x3"] <= added["r3"] + 1e-9
     assert added["r3"] <= added["r3x2"] + 1e-9
 

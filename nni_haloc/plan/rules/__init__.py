@@ -2,7 +2,8 @@
 
 A new rule is a function of a `Problem` that returns a `Choice`, in a file of its own, and a line in
 `nni_haloc.inputs.registries.RULES`. One that runs no candidate may be marked with
-`nni_haloc.plan.rules.problem.sees_every_rank`.
+`nni_haloc.plan.rules.problem.sees_every_rank`, one that can choose r1 and r2 apart with
+`nni_haloc.plan.rules.problem.sees_pairs`.
 """
 
 from nni_haloc.inputs.registries import RULES

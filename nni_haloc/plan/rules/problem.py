@@ -156,3 +156,13 @@ def sees_every_rank(rule: RuleFunction) -> RuleFunction:
     """
     vars(rule)["every_rank"] = True
     return rule
+
+
+def sees_pairs(rule: RuleFunction) -> RuleFunction:
+    """Mark a rule that may choose r1 and r2 apart, as a decorator.
+
+    It does where the settings leave ``rank_space.equal`` open and every cost is counted; it then
+    has the search's steps of either rank.
+    """
+    vars(rule)["pairs"] = True
+    return rule

@@ -6,7 +6,7 @@ import numpy as np
 
 from nni_haloc.plan.budget import Choice, choose
 from nni_haloc.plan.evidence import check_enough_images
-from nni_haloc.plan.rules.problem import Problem, sees_every_rank
+from nni_haloc.plan.rules.problem import Problem, sees_every_rank, sees_pairs
 
 USE = 0.95
 """Fraction of what a budget leaves above the cheapest network that a choice uses, if any does."""
@@ -26,6 +26,7 @@ def error_knapsack(problem: Problem) -> Choice:
 
 
 @sees_every_rank
+@sees_pairs
 def sensitivity_knapsack(problem: Problem) -> Choice:
     """Choose the least sum of sensitivities: rule ``sensitivity-knapsack``.
 

@@ -76,8 +76,8 @@ def _read_back(job: Job) -> tuple[RankPlan, nn.Module]:
 def _problem(job: Job) -> Problem:
     """Return what the rule chooses from: candidates, limits and calibration images."""
     config, r = job.config, job.config.rank_space
-    every_rank = getattr(RULES[config.rule], "every_rank", False)
-    allowed = allowed_ranks_of(config, 1 if every_rank else None)
+    marks = {mark: getattr(RULES[config.rule], mark, False) for mark in ("every_rank", "pairs")}
+    allowed = allowed_ranks_of(config, **marks)
     limits = limits_of(config, job.model, job.example, allowed, job.folder)
     layers = find_layers(job.model, job.example, allowed)
     every = layers.candidates(allowed)
