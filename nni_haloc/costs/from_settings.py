@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -40,9 +40,10 @@ def allowed_ranks_of(
 
     Args:
         config: the settings; ``rank_space.step: auto`` takes the stairs of their cost table.
-        every_rank: allow every rank, if the settings leave the step between them open.
+        every_rank: allow every rank, if the settings leave the step between them open; not every
+            pair.
         pairs: let r1 and r2 differ, if the settings leave it open and every cost is counted: each
-            pair that is measured takes its time. Their steps are the search's.
+            pair that is measured takes its time.
 
     Raises:
         SettingsError: if the step is ``auto`` and there is no cost table.
@@ -51,7 +52,7 @@ def allowed_ranks_of(
     if space.equal is None:
         metrics = {config.cost.metric, *(also.metric for also in config.budget.also)}
         space = space.model_copy(update={"equal": not (pairs and metrics <= set(COUNTED))})
-    step = 1 if every_rank and space.equal else None
+    step: Literal["every"] | None = "every" if every_rank else None
     if space.step != "auto":
         return allowed_ranks(space, step)
     if config.cost.table is None:
@@ -63,7 +64,7 @@ def allowed_ranks_of(
     return replace(allowed_ranks(space.model_copy(update={"step": None}), step), stairs=widths)
 
 
-def allowed_ranks(space: Space, step: int | None = None) -> AllowedRanks:
+def allowed_ranks(space: Space, step: Literal["every"] | None = None) -> AllowedRanks:
     """Return what a rank space allows; ``step`` is for one that leaves it open."""
     if space.step == "auto":
         needed = "cost.table, which only a run has; expected a number"

@@ -34,7 +34,8 @@ class AllowedRanks:
         step: distance between candidate ranks. None takes it from the smaller channel count: the
             largest power of two that is an eighth of it or less, at least 2 and at most 32; from
             1024 channels on, 32 for each 512. "paper" is coarser: 2 at 16 channels or fewer, 4 up
-            to 32, 8 up to 64, then 32, and the same from 1024 on.
+            to 32, 8 up to 64, then 32, and the same from 1024 on. "every" is 1, but for pairs,
+            which would be too many; theirs is None's.
         dense: whether the dense layer is a candidate.
         equal: only ranks with r1 = r2 (design principle 2); otherwise every pair of steps.
         kinds: the kinds of layer to search, of ``conv``, ``pointwise`` (1x1 convolutions) and
@@ -46,7 +47,7 @@ class AllowedRanks:
             on only its multiples are candidates.
     """
 
-    step: int | Literal["paper"] | None = None
+    step: int | Literal["paper", "every"] | None = None
     dense: bool = True
     equal: bool = True
     kinds: tuple[Kind, ...] = ("conv", "pointwise")
@@ -81,8 +82,11 @@ class AllowedRanks:
         size = min(spec.in_channels, spec.out_channels)
         if isinstance(self.step, int) and self.step > 0:
             return self.step
-        if self.step not in (None, "paper"):
-            raise ValueError(f"step: expected a number, 'paper' or None, found {self.step!r}")
+        if self.step not in (None, "paper", "every"):
+            expected = "expected a number, 'paper', 'every' or None"
+            raise ValueError(f"step: {expected}, found {self.step!r}")
+        if self.step == "every" and (self.equal or spec.kind != "conv"):
+            return 1
         wide = size // 512 * 32 if size >= 1024 else 0
         if self.step == "paper":
             return max(32, wide) if size > 64 else 8 if size > 32 else 4 if size > 16 else 2

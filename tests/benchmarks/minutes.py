@@ -153,7 +153,7 @@ def rows(network: str, data: Data, method: str, known: list[dict[str, Any]]) -> 
         if not any((network, method, budget) == tuple(map(row.get, KEYS)) for row in known)
     ]
     pairs, every_rank = (getattr(RULES[method], mark, False) for mark in ("pairs", "every_rank"))
-    allowed = replace(data.allowed, equal=not pairs, step=1 if every_rank and not pairs else None)
+    allowed = replace(data.allowed, equal=not pairs, step="every" if every_rank else None)
     layers = find_layers(data.model, data.images[:1], allowed)
     macs = mac_table(data.model, data.images[:1], allowed, layers)
     candidates, _ = worthwhile(layers.candidates(allowed), [macs])

@@ -180,3 +180,32 @@ def test_a_wrong_rule_is_one_line_and_exit_status_2(tmp_path, command):
     assert done.stderr.count("\n") == 1
     assert re.search("--rule: expected one of (search, )?uniform, ", done.stderr)
     assert done.stderr.endswith("found 'best'\n")
+
+
+def ranks_of(tmp_path, **changes):
+    settings = {"rule": "sensitivity-knapsack", "budget.fraction": 0.3, **changes}
+    job = Job(load_config(DIGITS, settings), tmp_path)
+    with job.active():
+        plan, _ = by_rule(job)
+    return [rank for rank in plan.ranks.values() if rank is not None]
+
+
+def test_the_knapsack_chooses_both_ranks_where_costs_are_counted(tmp_path):
+    assert any(r1 != r2 for r1, r2 in ranks_of(tmp_path / "open"))
+    closed = ranks_of(tmp_path / "equal", **{"rank_space.equal": True})
+    assert all(r1 == r2 for r1, r2 in closed)
+    # Each pair that is measured takes its time.
+    measured = {"cost.metric": "latency_ms", "budget.fraction": 0.9}
+    table = CostTable.load(tmp_path / "open" / "costs.json")
+    equal = {
+        layer: {n: ms for n, ms in row.items() if "x" not in n}
+        for layer, row in table.costs.items()
+    }
+    CostTable("latency_ms", equal, table.fixed, {}).save(tmp_path / "measured.json")
+    found = ranks_of(tmp_path / "ms", **measured, **{"cost.table": str(tmp_path / "measured.json")})
+    assert all(r1 == r2 for r1, r2 in found)
+
+
+@pytest.mark.parametrize("rule", ["uniform", "energy", "alds", "error-knapsack"])
+def test_other_rules_keep_the_ranks_equal(rule, tmp_path):
+    assert all(r1 == r2 for r1, r2 in ranks_of(tmp_path, rule=rule))

@@ -387,5 +387,14 @@ def test_what_cannot_be_another_layer_has_its_reason(model, x, reasons):
 
 @pytest.mark.parametrize("step", ["papper", 0, -2, 2.5])
 def test_a_step_that_is_none_is_refused(step):
-    with pytest.raises(ValueError, match="^step: expected a number, 'paper' or None, found"):
+    with pytest.raises(ValueError, match="^step: expected a number, 'paper', 'every' or None, found"):
         AllowedRanks(step=step).candidates(spec(64, 64))
+
+
+def test_every_rank_leaves_pairs_at_the_default_steps():
+    every = AllowedRanks(step="every", equal=False)
+    assert every.candidates(spec(64, 64)) == AllowedRanks(equal=False).candidates(spec(64, 64))
+    for kind in ("pointwise", "linear"):
+        assert [r for (r,) in every.candidates(spec(64, 64, kind))[1:]] == list(range(31, 0, -1))
+    equal = AllowedRanks(step="every").candidates(spec(16, 16))
+    assert equal == AllowedRanks(step=1).candidates(spec(16, 16))
