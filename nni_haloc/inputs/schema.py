@@ -363,14 +363,14 @@ class SearchOptions(Section):
     lam: NonNegative = 1.0
     lam_schedule: LamSchedule = "constant"
     approach: Literal["features", "weights"] = "features"
-    approach_share: Share = 0.25
+    approach_share: Share = 0.125
     clip: Positive | None = 10.0
     objective: Literal["settle", "paper"] = "settle"
     eta: Positive = 1.0
     theta: NonNegative = 1.0
     alpha_lr: Positive = 0.03
     alpha_optimizer: Literal["adam", "sgd"] = "adam"
-    alpha_every: Count = 4
+    alpha_every: Count = 8
     start_scale: Positive = 0.005
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
     temperature: Positive = 1.0

@@ -56,8 +56,8 @@ class Haloc(DARTS):
             search.
         approach: what lambda weighs, ``features`` (Eq. 8, default) or ``weights`` (the paper's
             rejected alternative).
-        approach_share: the part of each batch that Eq. (8) is taken over, above 0 to 1; a quarter,
-            the default, does as well as all.
+        approach_share: the part of each batch that Eq. (8) is taken over, above 0 to 1; an
+            eighth, the default, does as well as all.
         clip: the norm that the weights' gradients are cut to, 10 by default (None: not); small
             ranks that are rarely sampled would diverge now and then.
         objective: ``settle`` (default: after each step on the cross-entropy the expected cost is
@@ -66,7 +66,7 @@ class Haloc(DARTS):
         eta, theta: see `objective.probability_loss_paper`; both 1 by default.
         alpha_lr: learning rate of alpha, 0.03 by default.
         alpha_optimizer: ``adam`` (default) or ``sgd``. ``eta`` matters under SGD alone.
-        alpha_every: iterations from one of alpha's updates to the next, 4 by default; the weights
+        alpha_every: iterations from one of alpha's updates to the next, 8 by default; the weights
             are updated in each.
         start_scale: the loss that makes a candidate 1/e as probable, 0.005 by default.
         warmup_epochs: epochs in which the weights alone are trained; none by default.

@@ -79,17 +79,17 @@ def tables(rows: Rows) -> str:
     return table(columns, cells)
 
 
-def study(rows: Rows) -> str:
+def long(rows: Rows) -> str:
     found: dict[tuple[str, str], Rows] = defaultdict(list)
     for row in rows:
         found[row["network"], row["method"]].append(row)
     cells = []
     for (network, method), lines in list(found.items()):
         originals = {
-            (row["seed"], row["original"]): row["top1"] for row in found[network, "original"]
+            (row["seed"], row["original"]): row["test_top1"] for row in found[network, "original"]
         }
         differences = [
-            100 * (row["top1"] - originals[row["seed"], row["original"]])
+            100 * (row["test_top1"] - originals[row["seed"], row["original"]])
             for row in lines
             if (row["seed"], row["original"]) in originals and method != "original"
         ]
@@ -134,7 +134,7 @@ def short(rows: Rows) -> str:
     return table(columns, cells)
 
 
-PARTS = {"tests": tests, "speed": speed, "table": tables, "short": short, "study": study}
+PARTS = {"tests": tests, "speed": speed, "table": tables, "short": short, "long": long}
 
 
 def main(raw: Annotated[Path, typer.Argument(help="the rows")]) -> None:

@@ -3,8 +3,8 @@
     python tests/benchmarks/search_iteration.py --network resnet20 --batch 128 \\
         --candidates 2 --candidates 4 --candidates 8 --out raw.jsonl
 
-The search is that of the defaults, from a start that is at the budget: alpha moves in every fourth
-iteration, so times are sums of four. Each contender runs in its own Lightning trainer, in a thread
+The search is that of the defaults, from a start that is at the budget: alpha moves in every eighth
+iteration, so times are sums of eight. Each contender runs in its own Lightning trainer, in a thread
 of its own. They take turns at every batch, so that a disturbance of the machine affects all of them
 alike and their ratios hold; on one processor thread it is that thread's time that counts. The
 images are random: only time is measured here. ``--candidates 0`` is every pair of ranks.
@@ -295,7 +295,7 @@ def _row(record: dict) -> list[str]:
     times, peaks = record["seconds"], record["peak_mib"]
 
     times = {
-        name: [sum(seconds[i : i + 4]) / 4 for i in range(0, len(seconds), 4)]
+        name: [sum(seconds[i : i + 8]) / 8 for i in range(0, len(seconds), 8)]
         for name, seconds in times.items()
     }
 

@@ -21,7 +21,7 @@ from nni_haloc.space.names import DENSE
 from nni_haloc.space.ranks import AllowedRanks
 
 MEASURED = (
-    ROOT / "tests" / "benchmarks" / "quality" / "costs.json"
+    ROOT / "tests" / "benchmarks" / "study" / "costs-resnet20.json"
 )  # 575 candidates at batch 128, every entry the median of five
 
 RAW = ROOT / "docs" / "raw"

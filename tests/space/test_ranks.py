@@ -387,7 +387,9 @@ def test_what_cannot_be_another_layer_has_its_reason(model, x, reasons):
 
 @pytest.mark.parametrize("step", ["papper", 0, -2, 2.5])
 def test_a_step_that_is_none_is_refused(step):
-    with pytest.raises(ValueError, match="^step: expected a number, 'paper', 'every' or None, found"):
+    with pytest.raises(
+        ValueError, match="^step: expected a number, 'paper', 'every' or None, found"
+    ):
         AllowedRanks(step=step).candidates(spec(64, 64))
 
 

@@ -65,7 +65,7 @@ class Bench:
         Times are of this card; accuracies may be of any.
         """
         wanted = {**key, "scale": self.scale}
-        if key["part"] not in ("study", "short", "fold"):
+        if key["part"] not in ("long", "short", "fold"):
             wanted["device"] = card(self.device)
         return any(wanted.items() <= row.items() and "error" not in row for row in self.rows())
 

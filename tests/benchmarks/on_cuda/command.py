@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import typer
 from benchmarks.on_cuda.bench import Bench, TimeIsUp
-from benchmarks.on_cuda.short import short
 from benchmarks.on_cuda.speed import speed
-from benchmarks.on_cuda.study import study
 from benchmarks.on_cuda.tables import tables
 from benchmarks.on_cuda.tests import tests
+from benchmarks.study.long import long
+from benchmarks.study.short import short
 
 from nni_haloc.utils.log import log_to
 from nni_haloc.utils.placement import working_on
@@ -25,7 +25,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "speed": speed,
     "tables": tables,
     "short": short,
-    "study": study,
+    "long": long,
 }
 
 

@@ -1,7 +1,8 @@
-"""Train the original and compressed networks at length, as rows of the quality benchmark."""
+"""Train the original and compressed networks at length."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import re
@@ -13,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.on_cuda.bench import ROOT, Bench
-from benchmarks.quality.rows import EQUAL_TUNING, METHODS, Row, _chosen, _trained
+from benchmarks.on_cuda.bench import Bench
+from benchmarks.study.rows import HERE, chosen, trained
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -50,14 +51,20 @@ EPOCHS = 100
 SEEDS = 3
 
 
-def study(bench: Bench) -> None:
+METHODS: dict[str, dict[str, Any]] = {  # settings of each; any other name is a rule's
+    "haloc": {},
+    "paper": {"preset": "paper", "search.epochs": 3},  # from uniform probabilities one is too few
+}
+
+
+def long(bench: Bench) -> None:
     """Make the study's rows: seed by seed, some methods of each network in turn."""
     images = packed(bench)
     DATA.register("benchmark")(lambda settings: images)
     jobs: dict[str, Job] = {}
     for seed, methods, network in product(range(SEEDS), IN_TURN, STUDY):
         for method in methods:
-            key = {"part": "study", "network": network, "method": method, "seed": seed}
+            key = {"part": "long", "network": network, "method": method, "seed": seed}
             if not bench.has(key) and bench.left > expected(bench, key):
                 bench.add(key, lambda k=key: one_row(bench, jobs, **k))
 
@@ -85,25 +92,23 @@ def one_row(
     job = jobs[network].at(config, bench.work / f"{network}-{method}-{seed}")
     started = time.monotonic()
     if method == ORIGINAL:
-        plan, chosen = RankPlan({}, {"cost": 1.0, "original_cost": 1.0}), job.model
+        plan = RankPlan({}, {"cost": 1.0, "original_cost": 1.0})
+        compressed = copy.deepcopy(job.model)
     else:
-        plan, chosen = _chosen(job)
+        plan, compressed = chosen(job)
     choose_s = time.monotonic() - started
-    fraction = config.budget.fraction or 0
-    row = Row(method, config.cost.metric, fraction, seed, network=network)
     with job.active():
         start_top1 = job.score(job.model)["top1"]
-    return vars(row) | {
+    return {
+        "fraction": config.budget.fraction,
         "original": digest(job.model),
         "original_top1": start_top1,
         "choose_s": choose_s,
         "cost_fraction": plan.chosen_by["cost"] / plan.chosen_by["original_cost"],
-        "macs_fraction": count_macs(chosen, job.example) / count_macs(job.model, job.example),
-        "params_fraction": count_params(chosen) / count_params(job.model),
+        "macs_fraction": count_macs(compressed, job.example) / count_macs(job.model, job.example),
+        "params_fraction": count_params(compressed) / count_params(job.model),
         "ranks": plan.names,
-        "table": EQUAL_TUNING,
-        "score": config.data.score,
-        **_trained(job, chosen),
+        **trained(job, compressed),
     }
 
 
@@ -127,7 +132,7 @@ def study_config(bench: Bench, network: str, method: str, seed: int) -> Config:
         changes[f"{section}.compile"] = bench.device == "cuda"
         changes[f"{section}.precision"] = "bf16-mixed"
     changes |= METHODS.get(method, {} if method == ORIGINAL else {"rule": method})
-    return load_config(ROOT / "tests/benchmarks/quality/run.yml", changes)
+    return load_config(HERE / "run.yml", changes)
 
 
 def original_of(bench: Bench, network: str) -> Job:

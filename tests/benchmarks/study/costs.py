@@ -1,7 +1,7 @@
 """Measure the latency table that all rows share, on an otherwise idle machine.
 
-    python tests/benchmarks/quality/costs.py
-    python tests/benchmarks/quality/costs.py --network vgg16 --processes 3
+    python tests/benchmarks/study/costs.py
+    python tests/benchmarks/study/costs.py --network vgg16 --processes 3
 
 Where a process puts its tensors can slow an entry down by half for as long as the process lives, so
 each entry is the median of several processes.
@@ -9,19 +9,21 @@ each entry is the median of several processes.
 
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import torch
 import typer
-from rows import HERE, RUNTIME
 
 from nni_haloc.costs.device.runtime import Timing
+from nni_haloc.costs.device.torch_runtime import TorchRuntime
 from nni_haloc.costs.latency import latency_table
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.models import build_model
 from nni_haloc.space.ranks import AllowedRanks
 
+RUNTIME = TorchRuntime(memory_format="channels_last", threads=1)
 NETWORKS: dict[str, tuple[dict[str, Any], str, Timing]] = {
     "resnet20": ({}, "conv1", Timing(rounds=2)),
     "vgg16": ({"width": 0.5}, "features.0", Timing(rounds=3, min_run_time=0.03)),
@@ -49,7 +51,7 @@ def main(
     }
     identity = {**first.identity, "processes": processes}
     table = CostTable("latency_ms", costs, median(t.fixed for t in tables), identity)
-    table.save(HERE / f"costs-{network}.json")
+    table.save(Path(__file__).parent / f"costs-{network}.json")
     spread = sorted(
         max(t.costs[a][b] for t in tables) / min(t.costs[a][b] for t in tables)
         for a, row in costs.items()

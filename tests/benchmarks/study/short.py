@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from benchmarks.minutes import Data, logits
 from benchmarks.on_cuda.bench import ROOT, Bench
-from benchmarks.on_cuda.study import WEIGHTS, packed
-from benchmarks.quality.rows import FILES, HERE, _chosen
+from benchmarks.study.long import WEIGHTS, packed
+from benchmarks.study.rows import FILES, HERE, chosen, trained
 from torch import Tensor, nn
 
 from nni_haloc.costs.counts import count_macs, count_params
@@ -29,10 +29,9 @@ from nni_haloc.inputs.tensor_images import TensorImages
 from nni_haloc.plan.compression import compress
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.job import Job
-from nni_haloc.runs.stages.training import train
 from nni_haloc.space.names import parse_rank
 from nni_haloc.space.ranks import find_layers
-from nni_haloc.training.finetuning import accuracy, finetune, recalibrate
+from nni_haloc.training.finetuning import finetune, recalibrate
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.training.reconstruction import reconstruct_blocks
 from nni_haloc.utils.log import log_to
@@ -190,7 +189,7 @@ def config_of(bench: Bench, row: Row) -> Config:
         changes["rule"] = method
     if row.method in TAUGHT:
         changes["finetune.distill"] = 0.9
-    return load_config(ROOT / "tests/benchmarks/quality" / FILES[row.network], changes)
+    return load_config(HERE / FILES[row.network], changes)
 
 
 def epochs_left(row: Row) -> float:
@@ -216,34 +215,17 @@ def one_row(bench: Bench, key: dict[str, Any], best: dict[str, Any] | None) -> d
 def one_cifar(bench: Bench, row: Row, name: str) -> dict[str, Any]:
     config = config_of(bench, row)
     left = epochs_left(row) * min(1.0, 10 * bench.scale)
-    trained = config.finetune.model_copy(update={"epochs": left})
-    job = Job(config, bench.work / name)
+    tuning = config.finetune.model_copy(update={"epochs": left})
+    job = Job(config.model_copy(update={"finetune": tuning}), bench.work / name)
     started = time.monotonic()
-    plan, network = _chosen(job)
-    choose_s = time.monotonic() - started
-    curve: list[float] = []
-    with job.active():
-        train(
-            job,
-            network,
-            trained,
-            job.folder.finetuning,
-            {},
-            lambda metrics, place: curve.append(metrics["default"]),
-            title="fine-tuning",
-        )
-        val, test = (accuracy(network, job.loader(split))[0] for split in ("val", "test"))
+    plan, network = chosen(job)
     return {
-        "val_top1": val,
-        "test_top1": test,
-        "val": curve,
-        "epochs": left,
-        "choose_s": choose_s,
-        "train_s": time.monotonic() - started - choose_s,
+        "choose_s": time.monotonic() - started,
         "cost_fraction": plan.chosen_by["cost"] / plan.chosen_by["original_cost"],
         "macs_fraction": count_macs(network, job.example) / count_macs(job.model, job.example),
         "params_fraction": count_params(network) / count_params(job.model),
         "ranks": plan.names,
+        **trained(job, network),
     }
 
 

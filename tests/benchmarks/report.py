@@ -1,0 +1,225 @@
+"""Write the tables and pictures of docs/results.md from the raw rows.
+
+    python tests/benchmarks/report.py
+
+Each table stands between two comments of the page that name it. The rows are those of
+``minutes.py``, and of ``cuda.py --part short``.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from matplotlib.figure import Figure
+from scipy import stats
+
+DOCS = Path(__file__).parents[2] / "docs"
+OURS = ("haloc", "sensitivity-knapsack")
+RULES = ("uniform", "energy", "alds", "error-knapsack")
+NAMES = {
+    "haloc": "the search",
+    "sensitivity-knapsack": "sensitivity knapsack",
+    "alds": "ALDS",
+    "error-knapsack": "error knapsack",
+    "lite0": "EfficientNet-Lite0",
+    "resnet20": "ResNet-20",
+    "vgg16": "VGG-16, half width",
+    "macs": "MACs",
+    "latency_ms": "latency",
+}
+COLORS = {
+    "haloc": "C3",
+    "sensitivity-knapsack": "C0",
+    "uniform": "0.55",
+    "energy": "C1",
+    "alds": "C2",
+    "error-knapsack": "C4",
+}
+Row = Mapping[str, Any]
+
+
+def lead(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Return the mean difference in points, with Student's 95 % interval from three pairs on.
+
+    Args:
+        ours, theirs: accuracies from 0 to 1, in the same order of seeds.
+    """
+    differences = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
+    if len(differences) < 3:
+        return f"{mean(differences):+.2f}" if differences else ""
+    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
+    return f"{mean(differences):+.2f} ± {half:.2f}"
+
+
+def table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def minutes(rows: Sequence[Row], network: str) -> str:
+    """Show top-1 and divergence of each rule at each budget, decomposed and reconstructed."""
+    mine = [row for row in rows if row["network"] == network]
+    budgets = sorted({row["budget"] for row in mine}, reverse=True)
+    cells = []
+    for method in (OURS[1], *RULES):
+        for weights in ("decomposed", "reconstructed"):
+            found = {
+                row["budget"]: row
+                for row in mine
+                if (row["method"], row["weights"]) == (method, weights)
+            }
+            if not found:
+                continue
+            spent = sum(max(row[key] for row in found.values()) for key in ("choose_s", "fit_s"))
+            shown = [
+                f"{100 * found[b]['top1']:.1f} ({found[b]['divergence']:.2f})" if b in found else ""
+                for b in budgets
+            ]
+            named = NAMES.get(method, method) if weights == "decomposed" else ""
+            cells.append([named, weights, *shown, f"{spent:.0f}"])
+    return table(["ranks by", "weights", *(f"{100 * b:g} %" for b in budgets), "s"], cells)
+
+
+def by_case(rows: Sequence[Row]) -> dict[tuple[str, str, float], dict[str, dict[int, Row]]]:
+    """Group rows by network and budget, then by method and seed; the last of equals counts."""
+    found: dict[Any, Any] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        case = row["network"], row["metric"], row["fraction"]
+        found[case][row["method"]][row["seed"]] = row
+    return found
+
+
+def short(rows: Sequence[Row]) -> str:
+    """Show test accuracies and both of our methods' leads over every other one."""
+    cells = []
+    for case, methods in sorted(by_case(rows).items()):
+        network, metric, fraction = case
+        named = f"{NAMES[network]}, {100 * fraction:g} % of the {NAMES[metric]}"
+        for method in sorted(methods, key=place):
+            found = methods[method]
+            leads = []
+            for own in OURS:
+                seeds = sorted(found.keys() & methods.get(own, {}).keys())
+                pairs = [[m[s]["test_top1"] for s in seeds] for m in (methods.get(own, {}), found)]
+                leads.append("" if own == method else lead(*pairs))
+            epochs = {f"{row['epochs']:g}" for row in found.values() if "epochs" in row}
+            top1 = mean(row["test_top1"] for row in found.values())
+            shown = f"{100 * top1:.2f} ({len(found)})"
+            cells.append(
+                [named, NAMES.get(method, method), shown, *leads, "/".join(sorted(epochs))]
+            )
+            named = ""
+    columns = ["network, budget", "ranks by", "top-1, % (seeds)", "the search's lead"]
+    return table([*columns, "the knapsack's lead", "epochs of tuning"], cells)
+
+
+def place(method: str) -> tuple[int, str]:
+    """Return the key that sorts methods: ours, the rules, what else was tried."""
+    known = (*OURS, *RULES)
+    return (known.index(method) if method in known else len(known), method)
+
+
+def plot_minutes(rows: Sequence[Row], path: Path) -> None:
+    """Draw top-1 over the share of the MACs, reconstructed (lines) and decomposed (dots)."""
+    networks = [n for n in ("lite0", "resnet20", "vgg16") if any(r["network"] == n for r in rows)]
+    figure = Figure(figsize=(4 * len(networks), 3.6), layout="constrained")
+    for axes, network in zip(
+        figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True
+    ):
+        for method in (*RULES, OURS[1]):
+            for weights, style in (("reconstructed", "o-"), ("decomposed", ".:")):
+                points = sorted(
+                    (100 * row["macs"], 100 * row["top1"])
+                    for row in rows
+                    if (row["network"], row["method"], row["weights"]) == (network, method, weights)
+                )
+                label = NAMES.get(method, method) if weights == "reconstructed" else None
+                width = 2.2 if method in OURS else 1.2
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True),
+                        style,
+                        color=COLORS[method],
+                        label=label,
+                        lw=width,
+                    )
+        axes.set_title(NAMES[network], fontsize=10)
+        axes.set_xlabel("MACs, % of the original's")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("top-1, %")
+    figure.axes[0].legend(fontsize=8, title="— reconstructed  ··· decomposed", title_fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def plot_short(rows: Sequence[Row], path: Path) -> None:
+    """Draw the means of each network and budget, with the range of the seeds."""
+    cases = sorted(by_case(rows).items())
+    figure = Figure(figsize=(2.6 * len(cases), 3.4), layout="constrained")
+    for axes, (case, methods) in zip(
+        figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True
+    ):
+        network, metric, fraction = case
+        names = [m for m in sorted(methods, key=place) if m in COLORS]
+        for x, method in enumerate(names):
+            values = [100 * row["test_top1"] for row in methods[method].values()]
+            axes.plot([x] * len(values), values, ".", color=COLORS[method], alpha=0.5)
+            axes.plot(x, np.mean(values), "_", color=COLORS[method], ms=16, mew=2.5)
+        axes.set_xticks(
+            range(len(names)), [NAMES.get(m, m) for m in names], rotation=60, ha="right"
+        )
+        axes.tick_params(labelsize=8)
+        axes.set_title(f"{NAMES[network]}\n{100 * fraction:g} % of the {NAMES[metric]}", fontsize=9)
+        axes.grid(axis="y", alpha=0.3)
+        axes.margins(x=0.15)
+    figure.axes[0].set_ylabel("top-1 on the test images, %")
+    figure.savefig(path, dpi=130)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file that have no error."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [row for row in map(json.loads, lines) if "error" not in row]
+
+
+def put(page: str, name: str, text: str) -> str:
+    """Return a page with the text between its two comments of a name."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    found, number = pattern.subn(lambda m: f"{m[1]}{text}\n{m[2]}", page)
+    if number != 1:
+        raise ValueError(f"{name}: expected the page to have its two comments once")
+    return found
+
+
+def tables(raw: Path) -> dict[str, str]:
+    """Return each table of the page by its name."""
+    quick = read(raw / "minutes.jsonl")
+    found = {f"minutes, {name}": minutes(quick, name) for name in ("lite0", "resnet20", "vgg16")}
+    return found | {"short": short(few_epochs(raw))}
+
+
+def few_epochs(raw: Path) -> list[dict[str, Any]]:
+    """Return the rows of the short study."""
+    return [row for row in read(raw / "short.jsonl") if row["part"] == "short"]
+
+
+def main(
+    docs: Annotated[Path, typer.Option(help="folder of results.md, raw and images")] = DOCS,
+) -> None:
+    page = docs / "results.md"
+    text = page.read_text(encoding="utf-8")
+    for name, content in tables(docs / "raw").items():
+        text = put(text, name, content)
+    page.write_text(text, encoding="utf-8")
+    plot_minutes(read(docs / "raw" / "minutes.jsonl"), docs / "images" / "minutes.png")
+    plot_short(few_epochs(docs / "raw"), docs / "images" / "short.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)

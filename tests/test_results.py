@@ -1,0 +1,68 @@
+"""The arithmetic of docs/results.md, and that its tables are those of the published rows."""
+
+import json
+
+import pytest
+from benchmarks import report
+from helpers.paths import ROOT
+from scipy import stats
+
+DOCS = ROOT / "docs"
+
+
+def row(method, top1, seed=0, **changes):
+    facts = {"part": "short", "network": "vgg16", "metric": "macs", "fraction": 0.12}
+    return facts | {"method": method, "seed": seed, "test_top1": top1, "epochs": 4.0} | changes
+
+
+def cells(table, method):
+    (line,) = [text for text in table.splitlines() if f"| {method} |" in text]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_lead_is_the_mean_of_differences_seed_by_seed_with_students_interval():
+    _, high = stats.ttest_rel([84, 85, 86], [83, 83, 86]).confidence_interval(0.95)
+    ours, theirs = (0.84, 0.85, 0.86), (0.83, 0.83, 0.86)
+    assert report.lead(ours, theirs) == f"+1.00 ± {high - 1:.2f}"
+    assert report.lead(ours[:2], theirs[:2]) == "+1.50"
+    assert report.lead([], []) == ""
+
+
+def test_only_seeds_that_both_have_are_compared():
+    rows = [row("haloc", 0.84, 1), row("uniform", 0.80, 0), row("uniform", 0.83, 1)]
+    found = cells(report.short(rows), "uniform")
+    assert found[2:5] == ["81.50 (2)", "+1.00", ""]
+
+
+def test_a_row_that_was_made_again_takes_the_place_of_the_first():
+    rows = [row("haloc", 0.5), row("haloc", 0.84)]
+    assert cells(report.short(rows), "the search")[2] == "84.00 (1)"
+
+
+def test_a_page_without_the_place_for_a_table_is_refused():
+    page = "<!-- short -->\nold\n<!-- end of short -->\n"
+    assert report.put(page, "short", "new") == page.replace("old", "new")
+    with pytest.raises(ValueError, match="short: expected the page to have its two comments once"):
+        report.put(page + page, "short", "new")
+
+
+def test_the_published_tables_are_those_of_the_published_rows():
+    page = (DOCS / "results.md").read_text()
+    for name, table in report.tables(DOCS / "raw").items():
+        assert report.put(page, name, table) == page, name
+
+
+@pytest.mark.parametrize(
+    ("file", "keys"),
+    [
+        ("minutes.jsonl", ("network", "method", "budget", "weights")),
+        (
+            "short.jsonl",
+            ("part", "network", "metric", "fraction", "method", "seed", "rate", "start"),
+        ),
+    ],
+)
+def test_the_published_rows_are_each_there_once(file, keys):
+    rows = [json.loads(line) for line in (DOCS / "raw" / file).read_text().splitlines()]
+    named = [tuple(row.get(key) for key in keys) for row in rows]
+    assert len(named) == len(set(named)) > 10
