@@ -40,18 +40,15 @@ def allowed_ranks_of(
 
     Args:
         config: the settings; ``rank_space.step: auto`` takes the stairs of their cost table.
-        every_rank: allow every rank, if the settings leave the step between them open; not every
-            pair.
-        pairs: let r1 and r2 differ, if the settings leave it open and every cost is counted: each
-            pair that is measured takes its time.
+        every_rank: allow every rank, if the settings leave the step between them open.
+        pairs: let r1 and r2 differ, as far as `may_differ` says so.
 
     Raises:
         SettingsError: if the step is ``auto`` and there is no cost table.
     """
     space = config.rank_space
     if space.equal is None:
-        metrics = {config.cost.metric, *(also.metric for also in config.budget.also)}
-        space = space.model_copy(update={"equal": not (pairs and metrics <= set(COUNTED))})
+        space = space.model_copy(update={"equal": not (pairs and may_differ(config))})
     step: Literal["every"] | None = "every" if every_rank else None
     if space.step != "auto":
         return allowed_ranks(space, step)
@@ -62,6 +59,16 @@ def allowed_ranks_of(
     widths = {layer: stair.width for layer, stair in stairs.items() if stair.width > 1}
     logger.info("stairs of the cost table: %s", widths or "none")
     return replace(allowed_ranks(space.model_copy(update={"step": None}), step), stairs=widths)
+
+
+def may_differ(config: Config) -> bool:
+    """Tell whether r1 and r2 may differ where the settings leave it to the rule.
+
+    They may where every cost is counted, because each pair that is measured takes its time; not
+    where the settings set the step between ranks, which is then one for few candidates.
+    """
+    metrics = {config.cost.metric, *(also.metric for also in config.budget.also)}
+    return config.rank_space.step is None and metrics <= set(COUNTED)
 
 
 def allowed_ranks(space: Space, step: Literal["every"] | None = None) -> AllowedRanks:

@@ -40,7 +40,6 @@ _FEWEST = 4
 
 Low = tuple[int, ...]
 Lost = Callable[[Low], float]
-Groups = list[dict[Low, np.ndarray]]
 Candidates = Mapping[str, Mapping[str, Rank]]
 Modules = Mapping[str, Mapping[str, nn.Module]]
 Build = Callable[[Candidates, Tensor], Modules]
@@ -96,9 +95,9 @@ def gather_evidence(
     Those that are fitted to one half of the images are measured on the other, both ways round: on
     the images of the fit, if they are few, most candidates seem to do no harm. `IMAGES` images are
     measured on, and `CANDIDATES` low ranks of a layer; the loss of the others is interpolated along
-    the energy that they lose, see `lost_energies`. Of many pairs ``(r1, r2)`` none is measured: the
-    loss is taken for the sum of what ``r1`` outputs lose with all inputs, and ``r2`` inputs with
-    all outputs.
+    the energy that they lose, see `lost_energies`. Of a layer with many
+    pairs ``(r1, r2)`` its two sides are measured, ``r1`` with all inputs and ``r2`` with all
+    outputs: a pair's loss is taken for the sum of both.
 
     Args:
         model: the trained network; it is not changed.
@@ -144,22 +143,10 @@ def gather_evidence(
                 progress=told,
             )
         )
-    losses: dict[str, dict[str, np.ndarray]] = {}
+    losses = {}
     for layer, row in candidates.items():
         known = {n: np.concatenate([part[layer][n] for part in found]) for n in measured[layer]}
-        by_rank = [{rank: known[rank_name(rank)] for rank in group} for group in groups[layer]]
-
-        def added(
-            rank: tuple[int, ...], layer: str = layer, by_rank: Groups = by_rank
-        ) -> np.ndarray:
-            pairs = zip(sides[layer][rank], by_rank, strict=True)
-            parts = [_interpolated(side, group, lost[layer]) for side, group in pairs if side]
-            return np.sum(parts, axis=0)
-
-        losses[layer] = {
-            name: known[name] if rank is None or name in known else added(rank)
-            for name, rank in row.items()
-        }
+        losses[layer] = _added(row, known, sides[layer], groups[layer], lost[layer])
     return Evidence(losses, {layer: list(row) for layer, row in measured.items()})
 
 
@@ -246,9 +233,9 @@ def _lost(
 def _sides(spec: LayerSpec, row: Mapping[str, Rank]) -> dict[Low, tuple[Low, ...]]:
     """Return the ranks whose losses add up to that of each low rank.
 
-    Where a layer has more pairs ``(r1, r2)`` than are measured, they are two: ``r1`` with all
-    inputs, and all outputs with ``r2``; the empty rank stands for all of both, which lose nothing.
-    Elsewhere it is the rank itself.
+    Where a layer has more ranks than the sides' that would be measured, and pairs ``(r1, r2)``
+    among them, they are two: ``r1`` with all inputs, and all outputs with ``r2``; the empty rank
+    stands for all of both, which lose nothing. Elsewhere it is the rank itself.
     """
     low = [rank for rank in row.values() if rank is not None]
     if len(low) <= 2 * CANDIDATES or all(len(set(rank)) == 1 for rank in low):
@@ -266,6 +253,26 @@ def _spread(sides: Collection[tuple[Low, ...]], lost: Lost) -> list[list[Low]]:
         places = np.linspace(0, len(ordered) - 1, min(CANDIDATES, len(ordered)))
         groups.append([ordered[round(place)] for place in places])
     return groups
+
+
+def _added(
+    row: Mapping[str, Rank],
+    known: Mapping[str, np.ndarray],
+    sides: Mapping[Low, tuple[Low, ...]],
+    groups: Sequence[Sequence[Low]],
+    lost: Lost,
+) -> dict[str, np.ndarray]:
+    """Return the losses of a layer's candidates: their own, or the sum of their sides'."""
+    of_side: dict[Low, np.ndarray] = {}
+    for group, mine in zip(groups, zip(*sides.values(), strict=True), strict=True):
+        measured = {rank: known[rank_name(rank)] for rank in group}
+        of_side |= {side: _interpolated(side, measured, lost) for side in set(filter(None, mine))}
+    return {
+        name: known[name]
+        if rank is None or name in known
+        else np.sum([of_side[side] for side in sides[rank] if side], axis=0)
+        for name, rank in row.items()
+    }
 
 
 def _interpolated(rank: Low, known: Mapping[Low, np.ndarray], lost: Lost) -> np.ndarray:

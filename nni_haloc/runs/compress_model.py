@@ -126,7 +126,7 @@ def compress_model(
         recipe: how the fine-tuning goes; its epochs take the place of ``epochs``.
         search_recipe: how the weights are trained in the search (default: one epoch at 0.02).
         allowed: which layers and ranks are searched. By default r1 = r2, but for the rule
-            ``sensitivity-knapsack`` where the cost is counted.
+            ``sensitivity-knapsack`` where the cost is counted here.
         costs: a cost table that is at hand, in the place of one that is made here.
         batch_size: images in the batch that latency is measured with.
         memory_format: ``contiguous`` or ``channels_last``, for latency and for the result.

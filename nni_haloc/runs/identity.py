@@ -6,8 +6,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from nni_haloc.costs.from_settings import may_differ
 from nni_haloc.inputs.config import EARLIER, Config
-from nni_haloc.inputs.registries import STAGES
+from nni_haloc.inputs.registries import RULES, STAGES
 from nni_haloc.inputs.schema import Section
 
 VERSION = 2
@@ -37,6 +38,9 @@ def search_identity(config: Config) -> dict[str, Any]:
     if content["data.root"] is not None:
         content["data.root"] = str(Path(content["data.root"]).resolve())
     # Earlier versions wrote null for what is "paper" now.
+    if config.rank_space.equal is None:
+        pairs = config.rule != "search" and getattr(RULES[config.rule], "pairs", False)
+        content["rank_space.equal"] = not (pairs and may_differ(config))
     step = content["rank_space.step"]
     content["rank_space.step"] = {"paper": None, None: "eighth"}.get(step, step)
     return {key: v for key, v in content.items() if not (key in EARLIER and v == EARLIER[key])}

@@ -6,7 +6,8 @@ import fnmatch
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Literal
 
 from torch import nn
@@ -34,8 +35,8 @@ class AllowedRanks:
         step: distance between candidate ranks. None takes it from the smaller channel count: the
             largest power of two that is an eighth of it or less, at least 2 and at most 32; from
             1024 channels on, 32 for each 512. "paper" is coarser: 2 at 16 channels or fewer, 4 up
-            to 32, 8 up to 64, then 32, and the same from 1024 on. "every" is 1, but for pairs,
-            which would be too many; theirs is None's.
+            to 32, 8 up to 64, then 32, and the same from 1024 on. "every" is 1; of pairs, which
+            would be too many, those at None's step and every one with r1 = r2.
         dense: whether the dense layer is a candidate.
         equal: only ranks with r1 = r2 (design principle 2); otherwise every pair of steps.
         kinds: the kinds of layer to search, of ``conv``, ``pointwise`` (1x1 convolutions) and
@@ -85,7 +86,7 @@ class AllowedRanks:
         if self.step not in (None, "paper", "every"):
             expected = "expected a number, 'paper', 'every' or None"
             raise ValueError(f"step: {expected}, found {self.step!r}")
-        if self.step == "every" and (self.equal or spec.kind != "conv"):
+        if self.step == "every":
             return 1
         wide = size // 512 * 32 if size >= 1024 else 0
         if self.step == "paper":
@@ -122,22 +123,29 @@ class AllowedRanks:
                 raise ValueError(f"pin: {error}") from None
             return [rank]
         size = min(spec.in_channels, spec.out_channels)
-        step = self.step_of(spec)
-        width = self.stairs.get(spec.name, 1)
-
-        def grid(channels: int) -> list[int]:
-            return [
-                r
-                for r in range(1, channels + 1)
-                if (r % step == 0 and r < width) or r % (step if width == 1 else width) == 0
-            ]
-
-        ranks: list[Rank] = [(r, r) if spec.kind == "conv" else (r,) for r in grid(size)]
-        if spec.kind == "conv" and not self.equal:
-            ranks = [(r1, r2) for r1 in grid(spec.out_channels) for r2 in grid(spec.in_channels)]
+        step, pairs = self.step_of(spec), spec.kind == "conv" and not self.equal
+        ranks: set[tuple[int, ...]] = set()
+        if not pairs or self.step == "every":
+            single = [(r, r) if spec.kind == "conv" else (r,) for r in self._grid(spec, size, step)]
+            ranks.update(single)
+        if pairs:
+            step = replace(self, step=None).step_of(spec) if self.step == "every" else step
+            sides = (self._grid(spec, n, step) for n in (spec.out_channels, spec.in_channels))
+            ranks.update(product(*sides))
         dense = macs(spec, None)
-        cheaper = sorted((r for r in ranks if macs(spec, r) < dense), key=lambda r: -macs(spec, r))
-        return [None, *cheaper] if self.dense else cheaper
+        costs = {rank: macs(spec, rank) for rank in ranks}
+        cheaper = (rank for rank, cost in costs.items() if cost < dense)
+        falling = sorted(cheaper, key=lambda rank: (-costs[rank], rank))
+        return [None, *falling] if self.dense else [*falling]
+
+    def _grid(self, spec: LayerSpec, channels: int, step: int) -> list[int]:
+        """List the ranks of one side: multiples of the step, and of the stairs from theirs on."""
+        width = self.stairs.get(spec.name, 1)
+        return [
+            r
+            for r in range(1, channels + 1)
+            if (r % step == 0 and r < width) or r % (step if width == 1 else width) == 0
+        ]
 
 
 def macs(spec: LayerSpec, rank: Rank) -> int:

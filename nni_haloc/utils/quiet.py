@@ -5,10 +5,12 @@ Everything that is silenced is listed here. Progress bars, our own log and every
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -89,18 +91,47 @@ def errors_alone(name: str) -> Iterator[None]:
 def without_prints() -> Iterator[None]:
     """Drop what compiled code prints to the standard output while the block runs.
 
-    HiGHS prints a line of its own debugging now and then, whatever its options say.
+    HiGHS prints a line of its own debugging now and then, whatever its options say. Blocks of
+    several threads may overlap: the last one that ends gives the output back.
     """
+    with _LOCK:
+        if not _KEPT:
+            _KEPT.append(_leave_output())
+        _KEPT.append(None)
     try:
-        sys.stdout.flush()
-        kept = os.dup(1)
-    except (AttributeError, OSError):  # there is no standard output
-        yield
-        return
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
         yield
     finally:
+        with _LOCK:
+            _KEPT.pop()
+            if len(_KEPT) == 1:
+                _take_back(_KEPT.pop())
+
+
+_LOCK = threading.Lock()
+_KEPT: list[int | None] = []
+"""A copy of the standard output's descriptor, and None for each block that runs."""
+
+
+def _leave_output() -> int | None:
+    """Point the standard output to nowhere; return a copy of it, None if there is none."""
+    try:
+        sys.stdout.flush()
+        _flush()
+        kept = os.dup(1)
+    except (AttributeError, OSError, ValueError):
+        return None
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    return kept
+
+
+def _take_back(kept: int | None) -> None:
+    if kept is not None:
+        _flush()  # what C has buffered belongs to the block
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def _flush() -> None:
+    """Write out what C's own output has buffered."""
+    ctypes.CDLL(None).fflush(None)

@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 
 from nni_haloc.cli.main import app
 from nni_haloc.costs.analytic import mac_table
+from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
+from nni_haloc.runs.identity import search_identity
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages import by_rule as module
 from nni_haloc.runs.stages.by_rule import by_rule
@@ -194,16 +196,53 @@ def test_the_knapsack_chooses_both_ranks_where_costs_are_counted(tmp_path):
     assert any(r1 != r2 for r1, r2 in ranks_of(tmp_path / "open"))
     closed = ranks_of(tmp_path / "equal", **{"rank_space.equal": True})
     assert all(r1 == r2 for r1, r2 in closed)
-    # Each pair that is measured takes its time.
-    measured = {"cost.metric": "latency_ms", "budget.fraction": 0.9}
-    table = CostTable.load(tmp_path / "open" / "costs.json")
-    equal = {
-        layer: {n: ms for n, ms in row.items() if "x" not in n}
-        for layer, row in table.costs.items()
-    }
-    CostTable("latency_ms", equal, table.fixed, {}).save(tmp_path / "measured.json")
-    found = ranks_of(tmp_path / "ms", **measured, **{"cost.table": str(tmp_path / "measured.json")})
-    assert all(r1 == r2 for r1, r2 in found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "equal"),
+    [
+        ({}, False),
+        ({"cost.metric": "params"}, False),
+        ({"cost.metric": "latency_ms"}, True),  # each pair that is measured takes its time
+        ({"budget.also": [{"metric": "latency_ms", "fraction": 0.5}]}, True),
+        ({"rank_space.step": 4}, True),  # set for few candidates
+        ({"rank_space.step": 4, "rank_space.equal": False}, False),
+        ({"rank_space.equal": True}, True),
+    ],
+)
+def test_ranks_may_differ_where_all_costs_are_counted_and_nothing_else_is_said(changes, equal):
+    config = load_config(DIGITS, {"rule": "sensitivity-knapsack", **changes})
+    assert allowed_ranks_of(config, every_rank=True, pairs=True).equal is equal
+    assert allowed_ranks_of(config).equal is (changes.get("rank_space.equal") is not False)
+
+
+def test_small_budgets_have_the_smallest_ranks(tmp_path):
+    assert (1, 1) in ranks_of(tmp_path, **{"budget.fraction": 0.02})
+
+
+def test_a_table_without_pairs_still_has_every_rank(tmp_path):
+    space = {"rank_space.equal": True}
+    fine = ranks_of(tmp_path / "equal", **space)
+    table = CostTable.load(tmp_path / "equal" / "costs.json")
+    table.save(tmp_path / "macs.json")
+    given = {"cost.table": str(tmp_path / "macs.json")}
+    assert ranks_of(tmp_path / "given", **given) == fine
+    assert any(r1 % 2 for r1, _ in fine)
+
+
+def test_a_state_of_equal_ranks_is_one_of_ranks_left_open_where_they_are_equal():
+    """Earlier versions wrote true, where today the settings leave it open."""
+    for changes, same in (
+        ({"rule": "search"}, True),
+        ({"rule": "uniform"}, True),
+        ({"rule": "sensitivity-knapsack"}, False),
+        ({"rule": "sensitivity-knapsack", "cost.metric": "latency_ms"}, True),
+    ):
+        left_open, saved = (
+            search_identity(load_config(DIGITS, changes | more))
+            for more in ({}, {"rank_space.equal": True})
+        )
+        assert (left_open == saved) is same, changes
 
 
 @pytest.mark.parametrize("rule", ["uniform", "energy", "alds", "error-knapsack"])

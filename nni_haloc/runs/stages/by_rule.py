@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from nni_haloc.costs.from_settings import allowed_ranks_of
-from nni_haloc.costs.table import worthwhile
+from nni_haloc.costs.table import CostTable, worthwhile
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules import RULES, Problem, plan
@@ -15,7 +17,8 @@ from nni_haloc.runs.job import Job
 from nni_haloc.runs.limits import limits_of
 from nni_haloc.runs.stages import clear
 from nni_haloc.runs.summary import cost_line
-from nni_haloc.space.ranks import find_layers
+from nni_haloc.space.names import Rank
+from nni_haloc.space.ranks import AllowedRanks, Layers, find_layers
 from nni_haloc.space.summary import why_nothing
 from nni_haloc.training import checkpoint
 from nni_haloc.utils.errors import SettingsError, as_one_line, first_line
@@ -73,24 +76,30 @@ def _read_back(job: Job) -> tuple[RankPlan, nn.Module]:
         ) from None
 
 
+def _known(
+    layers: Layers, spaces: Sequence[AllowedRanks], tables: Sequence[CostTable]
+) -> dict[str, dict[str, Rank]]:
+    """Return the candidates of the first rank space that all tables know; else of the last one."""
+    for allowed in spaces:
+        candidates = layers.candidates(allowed)
+        names = [(layer, name) for layer, row in candidates.items() for name in row]
+        if all(name in table.costs.get(layer, {}) for table in tables for layer, name in names):
+            break
+        if allowed is not spaces[-1]:
+            logger.info("not every rank is in the cost table: the rule has fewer to choose from")
+    return candidates
+
+
 def _problem(job: Job) -> Problem:
     """Return what the rule chooses from: candidates, limits and calibration images."""
     config, r = job.config, job.config.rank_space
-    marks = {mark: getattr(RULES[config.rule], mark, False) for mark in ("every_rank", "pairs")}
-    allowed = allowed_ranks_of(config, **marks)
+    every_rank, pairs = (getattr(RULES[config.rule], x, False) for x in ("every_rank", "pairs"))
+    allowed = allowed_ranks_of(config, every_rank=every_rank, pairs=pairs)
     limits = limits_of(config, job.model, job.example, allowed, job.folder)
     layers = find_layers(job.model, job.example, allowed)
-    every = layers.candidates(allowed)
     costs = [limit.costs for limit in limits]
-    unknown = (
-        name not in table.costs.get(layer, {})
-        for table in costs
-        for layer, row in every.items()
-        for name in row
-    )
-    if any(unknown):
-        logger.info("not every rank is in the cost table: the rule has the search's to choose from")
-        every = layers.candidates(allowed_ranks_of(config))
+    fewer = (allowed_ranks_of(config, every_rank=every_rank), allowed_ranks_of(config))
+    every = _known(layers, (allowed, *fewer), costs)
     pinned = [name for name in every if allowed.pins(name)]
     candidates, dropped = worthwhile(every, costs, pinned)
     if not candidates:

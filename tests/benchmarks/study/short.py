@@ -1,4 +1,8 @@
-"""Compare choices of ranks after short trainings at equal compute, several networks at a time."""
+"""Compare choices of ranks after short trainings at equal compute, several networks at a time.
+
+The rows are part ``short`` of ``cuda.py``, on a processor too; those that are published are in
+docs/raw/short.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +56,17 @@ SEEDS = 3
 EPOCHS = {"resnet20": 6.0, "vgg16": 4.0, "lite0": 40.0}
 """Epochs in all, for choosing ranks and for training."""
 CHOICE = {"resnet20": 0.1, "vgg16": 0.4}
-"""Epochs that the choice by sensitivity costs on a processor (docs/raw/minutes.jsonl)."""
-SEARCH, TEACHER = 1.4, 4 / 3
+"""Epochs that the choice by sensitivity costs on a processor, with r1 = r2.
+
+Of pairs, once and a half as many (docs/raw/minutes.jsonl).
+"""
+SEARCH, TEACHER = 1.2, 4 / 3
 """What an iteration of the search costs, and one with a teacher, in ordinary steps."""
 SEARCHES = {"haloc": 1.0, "haloc, half an epoch": 0.5, "haloc, taught": 1.0, "haloc, 2 epochs": 2.0}
 """Methods that search, and their epochs of search."""
 TAUGHT = ("haloc, taught", "sensitivity-knapsack, taught")
-VARIANTS = ("haloc, half an epoch", "haloc, 2 epochs", *TAUGHT)
+EQUAL = "sensitivity-knapsack, r1 = r2"
+VARIANTS = (EQUAL, "haloc, half an epoch", "haloc, 2 epochs", *TAUGHT)
 RATES, STARTS = (0.005, 0.02, 0.05), ("decomposed", "reconstructed")
 """Of EfficientNet-Lite0, chosen by halves of the images that calibrate."""
 
@@ -168,7 +176,7 @@ def cached(bench: Bench) -> Splits:
 
 def config_of(bench: Bench, row: Row) -> Config:
     """Return the settings of a row."""
-    method = row.method.removesuffix(", taught")
+    method, *_ = row.method.split(", ")
     weights = WEIGHTS if row.network == "resnet20" else "vgg16-half.safetensors"
     changes: dict[str, Any] = {
         "data": {"name": "benchmark", "batch_size": 128, "score": "val"},
@@ -189,13 +197,19 @@ def config_of(bench: Bench, row: Row) -> Config:
         changes["rule"] = method
     if row.method in TAUGHT:
         changes["finetune.distill"] = 0.9
+    if row.method == EQUAL:
+        changes["rank_space.equal"] = True
     return load_config(HERE / FILES[row.network], changes)
 
 
 def epochs_left(row: Row) -> float:
     """Return the epochs of training that the choice of ranks leaves."""
-    ours = row.method in SEARCHES or row.method.startswith("sensitivity")
-    spent = ours * CHOICE[row.network] + SEARCH * SEARCHES.get(row.method, 0)
+    spent = SEARCH * SEARCHES.get(row.method, 0)
+    if row.method in SEARCHES or row.method.startswith("sensitivity"):
+        pairs = (
+            row.metric == "macs" and row.method.startswith("sensitivity") and row.method != EQUAL
+        )
+        spent += (1.5 if pairs else 1.0) * CHOICE[row.network]
     left = EPOCHS[row.network] - spent
     return left / TEACHER if row.method in TAUGHT else left
 
