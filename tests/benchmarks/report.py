@@ -24,6 +24,8 @@ OURS = ("haloc", "sensitivity-knapsack")
 RULES = ("uniform", "energy", "alds", "error-knapsack")
 NAMES = {
     "haloc": "the search",
+    "haloc, alpha every 4th": "the search, α every 4th iteration",
+    "sensitivity-knapsack, r1 = r2": "sensitivity knapsack, r1 = r2",
     "sensitivity-knapsack": "sensitivity knapsack",
     "alds": "ALDS",
     "error-knapsack": "error knapsack",
