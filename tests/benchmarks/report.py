@@ -24,7 +24,7 @@ OURS = ("haloc", "sensitivity-knapsack")
 RULES = ("uniform", "energy", "alds", "error-knapsack")
 NAMES = {
     "haloc": "the search",
-    "haloc, alpha every 4th": "the search, α every 4th iteration",
+    "haloc, alpha every 4th": "the search, alpha every 4th iteration",
     "sensitivity-knapsack, r1 = r2": "sensitivity knapsack, r1 = r2",
     "sensitivity-knapsack": "sensitivity knapsack",
     "alds": "ALDS",
@@ -131,10 +131,10 @@ def place(method: str) -> tuple[int, str]:
 def plot_minutes(rows: Sequence[Row], path: Path) -> None:
     """Draw top-1 over the share of the MACs, reconstructed (lines) and decomposed (dots)."""
     networks = [n for n in ("lite0", "resnet20", "vgg16") if any(r["network"] == n for r in rows)]
-    figure = Figure(figsize=(4 * len(networks), 3.6), layout="constrained")
-    for axes, network in zip(
-        figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True
-    ):
+    figure = Figure(figsize=(4 * len(networks), 4), layout="constrained")
+    panels = figure.subplots(1, len(networks), squeeze=False)[0]
+    lines = {}
+    for axes, network in zip(panels, networks, strict=True):
         for method in (*RULES, OURS[1]):
             for weights, style in (("reconstructed", "o-"), ("decomposed", ".:")):
                 points = sorted(
@@ -142,46 +142,49 @@ def plot_minutes(rows: Sequence[Row], path: Path) -> None:
                     for row in rows
                     if (row["network"], row["method"], row["weights"]) == (network, method, weights)
                 )
-                label = NAMES.get(method, method) if weights == "reconstructed" else None
-                width = 2.2 if method in OURS else 1.2
                 if points:
-                    axes.plot(
-                        *zip(*points, strict=True),
-                        style,
-                        color=COLORS[method],
-                        label=label,
-                        lw=width,
-                    )
+                    width = 2.2 if method in OURS else 1.2
+                    pairs = zip(*points, strict=True)
+                    (line,) = axes.plot(*pairs, style, color=COLORS[method], lw=width)
+                    lines.setdefault(f"{NAMES.get(method, method)}, {weights}", line)
         axes.set_title(NAMES[network], fontsize=10)
         axes.set_xlabel("MACs, % of the original's")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("top-1, %")
-    figure.axes[0].legend(fontsize=8, title="— reconstructed  ··· decomposed", title_fontsize=8)
-    figure.savefig(path, dpi=130)
+    panels[0].set_ylabel("top-1, %")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def plot_short(rows: Sequence[Row], path: Path) -> None:
-    """Draw the means of each network and budget, with the range of the seeds."""
-    cases = sorted(by_case(rows).items())
-    figure = Figure(figsize=(2.6 * len(cases), 3.4), layout="constrained")
-    for axes, (case, methods) in zip(
-        figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True
-    ):
+    """Draw the seeds of each method and their mean, where three methods or more were run."""
+    shown = {
+        case: [method for method in sorted(methods, key=place) if method in COLORS]
+        for case, methods in sorted(by_case(rows).items())
+    }
+    shown = {case: names for case, names in shown.items() if len(names) > 2}
+    if not shown:
+        return
+    figure = Figure(figsize=(2.1 * len(shown) + 0.6, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (case, names) in zip(panels, shown.items(), strict=True):
         network, metric, fraction = case
-        names = [m for m in sorted(methods, key=place) if m in COLORS]
         for x, method in enumerate(names):
-            values = [100 * row["test_top1"] for row in methods[method].values()]
-            axes.plot([x] * len(values), values, ".", color=COLORS[method], alpha=0.5)
+            found = by_case(rows)[case][method].values()
+            values = [100 * row["test_top1"] for row in found]
+            axes.plot([x] * len(values), values, ".", color=COLORS[method], alpha=0.6)
             axes.plot(x, np.mean(values), "_", color=COLORS[method], ms=16, mew=2.5)
-        axes.set_xticks(
-            range(len(names)), [NAMES.get(m, m) for m in names], rotation=60, ha="right"
-        )
+        labels = [NAMES.get(method, method).replace("sensitivity ", "") for method in names]
+        axes.set_xticks(range(len(names)), labels, rotation=60, ha="right")
         axes.tick_params(labelsize=8)
-        axes.set_title(f"{NAMES[network]}\n{100 * fraction:g} % of the {NAMES[metric]}", fontsize=9)
+        budget = f"{100 * fraction:g} % of the {NAMES[metric]}"
+        axes.set_title(f"{NAMES[network]}\n{budget}", fontsize=8)
         axes.grid(axis="y", alpha=0.3)
-        axes.margins(x=0.15)
-    figure.axes[0].set_ylabel("top-1 on the test images, %")
-    figure.savefig(path, dpi=130)
+        low, high = axes.get_ylim()
+        if high - low < 2:  # one scale for the networks whose methods lie close together
+            axes.set_ylim((low + high) / 2 - 1, (low + high) / 2 + 1)
+        axes.set_xlim(-0.6, len(names) - 0.4)
+    panels[0].set_ylabel("top-1 on the test images, %")
+    figure.savefig(path, dpi=110)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
