@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,7 +120,7 @@ def gather_evidence(
         raise ValueError(f"calibration images: {expected}, found {len(images)}")
     lost = _lost(model, specs, candidates, images)
     sides = {layer: _sides(specs[layer], row) for layer, row in candidates.items()}
-    groups = {layer: _spread(part.values(), lost[layer]) for layer, part in sides.items()}
+    groups = {layer: _spread(part, lost[layer]) for layer, part in sides.items()}
     measured = {
         layer: {rank_name(rank): rank for group in row for rank in group}
         | {name: rank for name, rank in candidates[layer].items() if rank is None}
@@ -244,14 +244,23 @@ def _sides(spec: LayerSpec, row: Mapping[str, Rank]) -> dict[Low, tuple[Low, ...
     return {(r1, r2): ((r1, c) if r1 < f else (), (f, r2) if r2 < c else ()) for r1, r2 in low}
 
 
-def _spread(sides: Collection[tuple[Low, ...]], lost: Lost) -> list[list[Low]]:
-    """Choose the ranks that are measured, spread evenly: on either side, or of all."""
+def _spread(sides: Mapping[Low, tuple[Low, ...]], lost: Lost) -> list[list[Low]]:
+    """Choose the ranks that are measured, spread evenly: on either side, or of all.
+
+    Where r1 and r2 differ they are spread over the sides of such pairs; the lowest rank is measured
+    beside them.
+    """
+    pairs = [part for rank, part in sides.items() if len(set(rank)) > 1] or [*sides.values()]
     groups = []
-    for group in zip(*sides, strict=True):
+    for group, every in zip(
+        zip(*pairs, strict=True), zip(*sides.values(), strict=True), strict=True
+    ):
         # The extremes are always among them.
         ordered = sorted(set(filter(None, group)), key=lambda rank: (lost(rank), rank))
         places = np.linspace(0, len(ordered) - 1, min(CANDIDATES, len(ordered)))
-        groups.append([ordered[round(place)] for place in places])
+        lowest = max(filter(None, every), key=lambda rank: (lost(rank), rank), default=())
+        chosen = {ordered[round(place)] for place in places} | ({lowest} if lowest else set())
+        groups.append(sorted(chosen))
     return groups
 
 
