@@ -80,12 +80,13 @@ def search_command(
     scale: Scale = None,
     resume: Resume = False,
 ) -> None:
-    """Search for ranks only; haloc run --resume goes on from there."""
+    """Search for ranks only; haloc run --rule search --resume goes on."""
     config, _ = _settings(run_file, set_, scale)
-    if config.rule != SEARCH:
+    if config.rule != SEARCH and "rule" in config.model_fields_set:
         raise SettingsError(
             f"rule: haloc search needs {SEARCH!r}, found {config.rule!r}; haloc run takes any rule"
         )
+    config = config.model_copy(update={"rule": SEARCH})
     from nni_haloc.cli.summary import print_next
     from nni_haloc.runs.folder import RunFolder
     from nni_haloc.runs.job import logged
@@ -96,7 +97,7 @@ def search_command(
         search_only(config, out, resume=resume)
     if is_first():
         following = {
-            f"haloc run {run_file} --out {out} --resume": "fine-tune, with the same --set",
+            f"haloc run {run_file} --rule {SEARCH} --out {out} --resume": "fine-tune, same --set",
             f"haloc front {out} --budgets 0.6,0.5,0.4": "plans for other budgets",
         }
         print_next(out, following)

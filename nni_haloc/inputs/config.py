@@ -44,7 +44,8 @@ _FEWEST_IMAGES = 64
 class Config(Section):
     """The settings of a whole run.
 
-    ``preset: paper`` sets what the paper fixes; naming one of those keys beside it is an error.
+    ``preset: paper`` sets what the paper fixes; naming one of those keys beside it is an error. Its
+    rule is the search, unless another one is named.
     A stage that another package adds has a section of its own, under the stage's name.
     """
 
@@ -54,7 +55,7 @@ class Config(Section):
     rank_space: Space = Space()
     cost: Cost = Cost()
     budget: Budget
-    rule: Rule = "search"
+    rule: Rule = "sensitivity-knapsack"
     search: Search = Search()
     finetune: Finetune = Finetune()
     prune: Prune | None = None
@@ -168,6 +169,8 @@ def dump_config(config: Config) -> dict[str, Any]:
 def _apply_preset(content: dict[str, Any], path: Path) -> None:
     """Set what the settings' ``preset`` fixes; refuse a setting that says otherwise."""
     preset = content.get("preset")
+    if preset == "paper":
+        content.setdefault("rule", "search")
     for section, fixed in PRESETS.get(preset if isinstance(preset, str) else "", {}).items():
         values = content.setdefault(section, {})
         if not isinstance(values, dict):

@@ -118,11 +118,12 @@ def compress_model(
             to 1.
         metric: the cost: ``latency_ms`` (measured here), ``macs``, ``params``, or another name of
             `nni_haloc.inputs.registries.PREDICTORS`.
-        epochs: epochs of fine-tuning. 0 is the way that takes minutes: no search and no labels;
-            ranks by the rule ``sensitivity-knapsack``, weights decomposed for the data, and blocks
-            trained to give the original's outputs (see `nni_haloc.reconstruct_blocks`).
-        rule: how ranks are chosen: ``search`` (the default, unless ``epochs`` is 0), or a rule
-            of `nni_haloc.inputs.registries.RULES`.
+        epochs: epochs of fine-tuning. 0 is the way that takes minutes and needs no labels:
+            weights are decomposed for the data, and blocks trained to give the original's outputs
+            (see `nni_haloc.reconstruct_blocks`).
+        rule: how ranks are chosen: ``search``, or a rule of
+            `nni_haloc.inputs.registries.RULES`. By default ``sensitivity-knapsack``, and the search
+            where ``search_recipe`` or one of its options is given.
         recipe: how the fine-tuning goes; its epochs take the place of ``epochs``.
         search_recipe: how the weights are trained in the search (default: one epoch at 0.02).
         allowed: which layers and ranks are searched. By default r1 = r2, but for the rule
@@ -150,7 +151,8 @@ def compress_model(
         expected = "expected a share of the original's cost, above 0 to 1"
         raise ValueError(f"budget: {expected}, found {budget}")
     recipe = recipe or Recipe(epochs=epochs, lr=0.02, schedule="onecycle")
-    rule = rule or ("search" if recipe.epochs else "sensitivity-knapsack")
+    asked = bool(search_options) or search_recipe is not None
+    rule = rule or ("search" if asked else "sensitivity-knapsack")
     if rule not in ("search", *RULES):
         raise ValueError(f"rule: {expected_one_of(['search', *RULES], rule)}")
     if search_options and rule != "search":

@@ -38,9 +38,9 @@ RAW = Path(__file__).parents[2] / "docs" / "raw" / "latency_accuracy.jsonl"
 NEAR = 0.98
 ROWS = {
     "uniform": {"rule": "uniform"},
-    "search": {},
+    "search": {"rule": "search"},
     "fastest": {},
-    "search within the fastest's latency": {},
+    "search within the fastest's latency": {"rule": "search"},
 }
 
 

@@ -100,6 +100,24 @@ def test_a_search_of_a_model_that_does_not_take_the_images_is_one_line(tmp_path)
     assert "Traceback" not in done.stderr
 
 
+def test_a_search_needs_no_rule_in_the_file_and_a_run_by_the_default_rule_does_not_replace_it(
+    tmp_path,
+):
+    settings = DIGITS.read_text().replace("rule: search\n", "")
+    weights = str(DIGITS.with_name("digits.safetensors"))
+    (tmp_path / "run.yml").write_text(settings.replace("digits.safetensors", weights))
+    short = ["--out", tmp_path / "out", "--set", "search.epochs=1"]
+    done = haloc("search", tmp_path / "run.yml", *short)
+    assert done.returncode == 0, done.stderr
+    assert "--rule search" in done.stdout
+    plan = (tmp_path / "out" / "ranks.json").read_bytes()
+    done = haloc("run", tmp_path / "run.yml", *short, "--resume")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    last = done.stderr.splitlines()[-1]
+    assert "holds a search, and the rule is 'sensitivity-knapsack'; go on with 'rule: s" in last
+    assert (tmp_path / "out" / "ranks.json").read_bytes() == plan
+
+
 def test_settings_that_do_not_fit_lose_nothing_of_an_earlier_run(finished):
     def left():
         return {

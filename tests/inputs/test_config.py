@@ -47,6 +47,7 @@ def test_defaults_are_filled_in_and_paths_are_relative_to_the_file(write, tmp_pa
         "step",
     )
     assert config.budget.of(200.0) == 60.0
+    assert config.rule == "sensitivity-knapsack"
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,8 @@ def test_the_papers_preset_is_the_paper_and_nothing_else(write):
     )
     assert config.search.clip is None
     assert (config.search.objective, config.search.select) == ("paper", "argmax")
+    assert config.rule == "search"
+    assert load_config(write({**merged("preset", "paper"), "rule": "uniform"})).rule == "uniform"
     assert (config.search.start, config.search.alpha_every, config.search.approach_share) == (
         "uniform",
         1,

@@ -18,6 +18,7 @@ from nni_haloc.runs.identity import search_identity
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages import by_rule as module
 from nni_haloc.runs.stages.by_rule import by_rule
+from nni_haloc.runs.stages.choose_ranks import ChooseRanks
 from nni_haloc.utils.errors import HalocError, UnusableCheckpoint
 
 LEARNED = (
@@ -126,6 +127,20 @@ def test_a_rule_where_none_fits_is_one_line(arguments, message):
     done = haloc(*arguments)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert re.search(message, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({"rule": "uniform"}, "search.alpha_lr, search.epochs, search.lr: not used by"),
+        ({"rule": "uniform", "scale": 0.5}, "search.alpha_lr, search.lr: not used"),
+        ({"rule": "search"}, None),
+    ],
+)
+def test_settings_of_a_search_that_does_not_run_are_a_warning(tmp_path, caplog, changes, warned):
+    ChooseRanks().check(Job(load_config(DIGITS, changes), tmp_path))
+    assert bool(warned) == bool(caplog.messages)
+    assert not warned or re.match(warned, caplog.messages[0])
 
 
 def test_an_impossible_budget_is_one_line_and_leaves_no_plan(tmp_path):

@@ -112,7 +112,7 @@ def test_the_report_is_a_table_of_original_compressed_and_change(net, data):
         ({"budget": 50}, "budget: expected a share of the original's cost, above 0 to 1, found 50"),
         ({"budget": 0.001}, "budget: .* is below the cheapest network"),
         ({"rule": "none"}, "rule: expected one of search, uniform, .*, found 'none'"),
-        ({"epochs": 0, "lam": 0.0}, "lam: an option of the search, and the rule is 'sens"),
+        ({"rule": "uniform", "lam": 0.0}, "lam: an option of the search, and the rule is 'unif"),
         ({"lamb": 0.0}, "lamb: "),
         ({"metric": "flops"}, "metric: expected one of macs, .*, found 'flops'"),
         ({"runtime": "tpu"}, "runtime: expected one of torch, .*, found 'tpu'"),

@@ -21,7 +21,7 @@ from nni_haloc.space.names import Rank
 from nni_haloc.space.ranks import AllowedRanks, Layers, find_layers
 from nni_haloc.space.summary import why_nothing
 from nni_haloc.training import checkpoint
-from nni_haloc.utils.errors import SettingsError, as_one_line, first_line
+from nni_haloc.utils.errors import SettingsError, UnusableCheckpoint, as_one_line, first_line
 from nni_haloc.utils.log import logger
 
 
@@ -44,6 +44,12 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
     """
     if resume and job.folder.finetuning.checkpoint.exists():
         return _read_back(job)
+    searched = job.folder.searching.checkpoint
+    if resume and searched.exists():
+        found = f"the folder holds a search, and the rule is {job.config.rule!r}"
+        raise UnusableCheckpoint(
+            f"{searched}: {found}; go on with 'rule: search' (--rule search), or use another --out"
+        )
     rule = job.config.rule
     try:
         with as_one_line():

@@ -48,6 +48,12 @@ class ChooseRanks(Stage):
     title = "searched"
     training_title = "search"
 
+    def check(self, job: Job) -> None:
+        """Warn of settings of the search that a rule does not use."""
+        if unused := _unused(job.config):
+            keys, rule = ", ".join(f"search.{key}" for key in unused), job.config.rule
+            logger.warning("%s: not used by the rule %r; 'rule: search' searches", keys, rule)
+
     def points(self, config: Config) -> int:
         """Return one point for each round of a search; a rule reports none."""
         return recipe_of(config.search).rounds if config.rule == "search" else 0
@@ -78,6 +84,15 @@ class ChooseRanks(Stage):
     def flatten(self, figures: Figures) -> Figures:
         """Return nothing: NNI gets the figures of the fine-tuned network."""
         return {}
+
+
+def _unused(config: Config) -> list[str]:
+    """List what is set of the search where the ranks are chosen by a rule."""
+    if config.rule == "search":
+        return []
+    used = {"precision", "compile"}
+    scaled = set() if config.scale == 1 else {"epochs", "warmup_epochs"}  # set by ``scale``
+    return sorted(config.search.model_fields_set - used - scaled)
 
 
 def search(job: Job, report: Report, *, resume: bool = False) -> Haloc:

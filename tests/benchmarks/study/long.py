@@ -52,7 +52,7 @@ SEEDS = 3
 
 
 METHODS: dict[str, dict[str, Any]] = {  # settings of each; any other name is a rule's
-    "haloc": {},
+    "haloc": {"rule": "search"},
     "paper": {"preset": "paper", "search.epochs": 3},  # from uniform probabilities one is too few
 }
 

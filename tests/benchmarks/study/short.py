@@ -192,7 +192,7 @@ def config_of(bench: Bench, row: Row) -> Config:
     for section in ("search", "finetune"):
         changes[f"{section}.compile"] = bench.device == "cuda"
     if row.method in SEARCHES:
-        changes["search.epochs"] = SEARCHES[row.method]
+        changes |= {"rule": "search", "search.epochs": SEARCHES[row.method]}
     else:
         changes["rule"] = method
     if row.method in TAUGHT:
