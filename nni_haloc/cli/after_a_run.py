@@ -193,7 +193,7 @@ def report_command(
 ) -> None:
     """Write one HTML page: figures, ranks, curves, settings."""
     from nni_haloc.runs.folder import RunFolder
-    from nni_haloc.utils.files import whole
+    from nni_haloc.utils.files import make_folder, whole
 
     with needs_plots("report"):
         from nni_haloc.results.html_report import html_report
@@ -202,7 +202,7 @@ def report_command(
         page = html_report(folder)
     out = out or RunFolder(folder).report
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         with whole(out) as part:
             part.write_text(page, encoding="utf-8")
     except OSError as error:

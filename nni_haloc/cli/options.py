@@ -90,17 +90,12 @@ def assignment(text: str) -> tuple[str, Any]:
     Raises:
         SettingsError: if it is not of this form.
     """
-    import yaml
-
     from nni_haloc.inputs.yaml_files import parse_yaml
 
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise SettingsError(f"--set: expected KEY=VALUE, found {text!r}")
-    try:
-        return key, parse_yaml(value)
-    except yaml.YAMLError:
-        raise SettingsError(f"--set {key}: not a YAML value: {value!r}") from None
+    return key, parse_yaml(value, f"--set {key}")
 
 
 def comma_separated(option: str, text: str, number: Callable[[str], T], what: str) -> list[T]:

@@ -18,7 +18,7 @@ from nni_haloc.search.strategy import Haloc
 from nni_haloc.training import checkpoint
 from nni_haloc.training.finetuning import recalibrate
 from nni_haloc.utils.errors import InfeasibleBudget, SettingsError
-from nni_haloc.utils.files import whole, write_json
+from nni_haloc.utils.files import make_folder, whole, write_json
 from nni_haloc.utils.log import logger
 
 FRONT_FILE, PLOT_FILE = "front.json", "front.png"
@@ -74,7 +74,7 @@ def pareto_front(
         strategy = run_or_read_search(job, ignore, resume=True)
         _warn_of_untrained(strategy, budgets)
         content = _content(job, strategy, budgets, target)
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     write_json(target / FRONT_FILE, content)
     plot(content, target / PLOT_FILE)
     return content

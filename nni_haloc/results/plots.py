@@ -16,7 +16,7 @@ from nni_haloc.results.figures import MARKS, discrepancy, losses, parameters, ra
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.training import curves
-from nni_haloc.utils.files import whole
+from nni_haloc.utils.files import make_folder, whole
 
 
 def draw_searches(folders: Sequence[Path], out: Path) -> None:
@@ -98,7 +98,7 @@ def _names(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     for kind in ("png", "svg"):
         with whole(path.with_suffix(f".{kind}")) as part:
             figure.savefig(part, dpi=150, format=kind)

@@ -21,7 +21,7 @@ from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import run_job
 from nni_haloc.runs.stages import further_stages
 from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line
-from nni_haloc.utils.files import read_json, write_json
+from nni_haloc.utils.files import make_folder, read_json, write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.printing import percent, print_table
 from nni_haloc.utils.progress import progress
@@ -128,7 +128,7 @@ def _keep(file: Path, rows: Sequence[dict[str, Any]]) -> None:
         before = known.get(row["device"], row)
         if "reason" not in row or "reason" in before:
             known[row["device"]] = row
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     write_json(file, {"version": THROUGHPUT_VERSION, "rows": list(known.values())})
 
 
@@ -196,7 +196,7 @@ def _row(job: Job, device: str, resume: bool) -> dict[str, Any]:
 def _with_measured_table(job: Job) -> Job:
     """Measure the device's cost table, or what is missing of it; return a job that uses it."""
     file, config = job.folder.measured_table, job.config
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     with as_one_line():
         batch, runtime = latency_input(config, job.example), runtime_of(config)
         name = config.model.name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, TypeGuard
 
 from nni_haloc.inputs.registries import STAGES
 from nni_haloc.utils.errors import SettingsError
-from nni_haloc.utils.files import write_json
+from nni_haloc.utils.files import read_json, write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
 
@@ -186,13 +185,7 @@ class RunFolder:
     def _read_json(self) -> dict[str, Any]:
         if not self.metrics_file.is_file():
             return {}
-        try:
-            content = json.loads(self.metrics_file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise SettingsError(f"{self.metrics_file}: not a JSON file ({error})") from None
-        if not isinstance(content, dict):
-            kind = type(content).__name__
-            raise SettingsError(f"{self.metrics_file}: expected keys and values, found {kind}")
+        content = read_json(self.metrics_file, finite=False)  # version 1 may hold NaN
         version = content.get("version", 1)
         if version not in (1, METRICS_VERSION):
             expected = f"metrics of version {METRICS_VERSION}"

@@ -34,6 +34,7 @@ from nni_haloc.training.random_states import (
     set_random_states,
 )
 from nni_haloc.utils.errors import DataError, SettingsError, as_one_line, first_line
+from nni_haloc.utils.files import make_folder
 from nni_haloc.utils.interruption import stoppable
 from nni_haloc.utils.log import log_to, logger
 from nni_haloc.utils.placement import working_on
@@ -98,7 +99,7 @@ class Job:
         The random states are those after the network was made from the settings' seed; of a job
         that `at` has returned, those of the seed.
         """
-        self.folder.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder.path)
         threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
         environment = {key: os.environ.get(key) for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
         with quiet(), working_on(_device_of(self.config)), isolated_random_states():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.space.modules import replace_modules
 from nni_haloc.utils.errors import first_line
-from nni_haloc.utils.files import whole, write_json
+from nni_haloc.utils.files import make_folder, read_json, whole, write_json
 
 
 def save(
@@ -41,7 +40,7 @@ def save(
     from safetensors.torch import save_model
 
     files = RunFolder(folder)
-    files.path.mkdir(parents=True, exist_ok=True)
+    make_folder(files.path)
     with whole(files.weights) as part:
         save_model(network, str(part))
         if model is not None:
@@ -92,14 +91,7 @@ def _read_facts(files: RunFolder) -> dict[str, Any]:
     """Return what ``model.json`` says; empty where there is none."""
     if not files.model.is_file():
         return {}
-    try:
-        facts = json.loads(files.model.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{files.model}: {first_line(error)}") from None
-    if not isinstance(facts, dict):
-        kind = type(facts).__name__
-        raise ValueError(f"{files.model}: expected keys and values, found {kind}")
-    return facts
+    return read_json(files.model)
 
 
 def shrink(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:

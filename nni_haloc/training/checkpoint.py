@@ -5,7 +5,6 @@ A training that goes on is the same as one that has never stopped.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from nni_haloc.training.random_states import random_states, set_random_states
 from nni_haloc.utils.errors import UnusableCheckpoint, first_sentence
-from nni_haloc.utils.files import whole
+from nni_haloc.utils.files import make_folder, whole
 
 _KEY = "nni_haloc"
 REMEDY = "; start without --resume or use another --out"
@@ -124,8 +123,6 @@ class _WholeFiles(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with whole(path) as part, part.open("wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from nni_haloc.costs.device.costs_file import MEASURED, costs_content, read_costs, unit_of
+from nni_haloc.costs.device.costs_file import MEASURED, MOST_BYTES, costs_content, read_costs, unit_of
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.space.names import DENSE
-from nni_haloc.utils.files import is_number
+from nni_haloc.utils.files import is_number, read_json
 
 NETWORK = "network"
 _LEAST = 0.01
@@ -91,8 +90,8 @@ def refuse_to_overwrite(path: str | Path) -> None:
         ValueError: if the file holds any.
     """
     try:
-        has_times = "runs" in json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        has_times = "runs" in read_json(path, most=MOST_BYTES)
+    except (OSError, ValueError):
         return
     if has_times:
         raise ValueError(f"{path}: already holds measurements; choose another --out")

@@ -17,7 +17,7 @@ from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages.stage import NetworkStage, Outcome, Report
 from nni_haloc.runs.stages.training import train
 from nni_haloc.utils.errors import SettingsError, as_one_line
-from nni_haloc.utils.files import write_json
+from nni_haloc.utils.files import make_folder, write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
 
@@ -74,7 +74,7 @@ class Quantize(NetworkStage):
         if not is_first():
             return simulated.unwrapped(), {}
         figures = job.score(simulated.network)
-        folder.path.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.path)
         scales = {"version": 1, "quantizer": section.quantizer, "layers": simulated.calibration()}
         write_json(folder.calibration, scales)
         network = simulated.unwrapped()

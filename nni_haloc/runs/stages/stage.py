@@ -21,6 +21,7 @@ from nni_haloc.runs.folder import Figures, RunFolder, Training
 from nni_haloc.runs.identity import finetuning_identity, section_identity
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.saved import load
+from nni_haloc.utils.files import make_folder
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first, wait_for_all
 
@@ -240,7 +241,7 @@ class NetworkStage(Stage):
         figures |= self.measure(job, network) if is_first() else {}
         wait_for_all()
         if is_first():
-            folder.path.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.path)
             job.save(network, before.plan, folder)
             figures["bytes"] = folder.weights.stat().st_size
             same = self._what_figures_depend_on(job.config, same)
