@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -192,7 +192,7 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one HTML page: figures, ranks, curves, settings."""
-    from nni_haloc.runs.folder import RunFolder
+    from nni_haloc.runs.folder import RunFolder, hold
     from nni_haloc.utils.files import make_folder, whole
 
     with needs_plots("report"):
@@ -200,10 +200,12 @@ def report_command(
 
     with as_one_line():
         page = html_report(folder)
-    out = out or RunFolder(folder).report
+    run = RunFolder(folder)
+    out = out or run.report
+    inside = out.resolve().is_relative_to(run.path.resolve())
     try:
         make_folder(out.parent)
-        with whole(out) as part:
+        with hold(run) if inside else nullcontext(), whole(out) as part:
             part.write_text(page, encoding="utf-8")
     except OSError as error:
         raise SettingsError(

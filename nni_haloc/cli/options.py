@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -128,7 +127,9 @@ def some_of(option: str, text: str, names: list[str]) -> list[str]:
 def trust(code: Path | None) -> bool:
     """Make the modules in ``code`` importable; return whether a model's own factory may run."""
     if code is not None:
-        sys.path.insert(0, str(code.absolute()))
+        from nni_haloc.inputs.models import add_code
+
+        add_code(code)
     return code is not None
 
 

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from nni_haloc.inputs.options import (
+    MOST_PROCESSES,
     Decomposition,
     Kind,
     LamSchedule,
@@ -171,8 +172,7 @@ Amount = Annotated[float, Field(gt=0, le=1e18)]
 """A cost, in any unit."""
 Count = Annotated[int, Field(ge=1, le=MOST)]
 CountOrNone = Annotated[int, Field(ge=0, le=MOST)]
-Processes = Annotated[int, Field(ge=1, le=1024)]
-"""Processes, or threads of one; torch ends the program where the system refuses them."""
+Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 Epochs = Annotated[float, Field(gt=0, le=MOST), AfterValidator(_whole)]
 Share = Annotated[float, Field(gt=0, le=1)]
 METRICS = ("macs", "params", "activation_bytes", "latency_ms", "cycles", "energy_pj", "energy_mj")
@@ -217,7 +217,7 @@ class Data(Section):
     std: list[Positive] | None = None
     batch_size: Count = 128
     share: Share = 1.0
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    workers: Annotated[int, Field(ge=0, le=MOST_PROCESSES)] = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from nni_haloc.chain.exporting import export_onnx, export_program, quantize_onnx
 from nni_haloc.runs.finished import Finished
+from nni_haloc.runs.folder import hold
 from nni_haloc.utils.errors import SettingsError, as_one_line
 from nni_haloc.utils.files import make_folder, whole
 
@@ -55,6 +56,7 @@ def export(
         raise SettingsError(f"--out: expected another folder than the run's, found {target}")
     with as_one_line():
         network = run.network()
+    with hold(run.folder, out), as_one_line():
         make_folder(target)
         return [(name, *FORMATS[name](run, network, target)) for name in names]
 

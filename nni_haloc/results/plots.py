@@ -13,7 +13,7 @@ from nni_haloc.costs.measure import named_model
 from nni_haloc.inputs.weights import load_weights
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results.figures import MARKS, discrepancy, losses, parameters, rank_bars
-from nni_haloc.runs.folder import RunFolder
+from nni_haloc.runs.folder import RunFolder, hold
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.training import curves
 from nni_haloc.utils.files import make_folder, whole
@@ -35,9 +35,10 @@ def draw_searches(folders: Sequence[Path], out: Path) -> None:
         name: curves.read(RunFolder(folder).searching.history) for name, folder in names.items()
     }
     plans = {name: RankPlan.load(RunFolder(folder).ranks) for name, folder in names.items()}
-    _save(losses(histories), out / "loss")
-    _save(parameters(histories), out / "parameters")
-    _save(rank_bars({name: plan.ranks for name, plan in plans.items()}), out / "ranks")
+    with hold(RunFolder(out)):
+        _save(losses(histories), out / "loss")
+        _save(parameters(histories), out / "parameters")
+        _save(rank_bars({name: plan.ranks for name, plan in plans.items()}), out / "ranks")
 
 
 def draw_layer(model: str, weights: Path, layer: str, out: Path) -> None:

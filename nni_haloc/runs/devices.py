@@ -16,7 +16,7 @@ from nni_haloc.costs.specify import specify
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.registries import RUNTIMES
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.runs.folder import THROUGHPUT_VERSION
+from nni_haloc.runs.folder import THROUGHPUT_VERSION, hold
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import run_job
 from nni_haloc.runs.stages import further_stages
@@ -90,13 +90,20 @@ def throughput(
     if processes > 1:
         why = "because devices are tried one after another"
         raise SettingsError(f"trainer: expected one process, {why}; found {processes}")
-    job, rows = Job(config, folder), []
-    file = job.folder.throughput
-    earlier = _read(file)
+    job = Job(config, folder)
+    with hold(job.folder):
+        earlier = _read(job.folder.throughput)
+        rows = _rows(job, devices, resume)
+    return [*(row for device, row in earlier.items() if device not in devices), *rows]
+
+
+def _rows(job: Job, devices: Sequence[str], resume: bool) -> list[dict[str, Any]]:
+    """Run the job on each device; return a row for each, and keep them in the folder's file."""
+    rows, file = [], job.folder.throughput
     for device in devices:
         logger.info("%s:", device)
         try:
-            own = job.at(_config_for(config, device), job.folder.path / device)
+            own = job.at(_config_for(job.config, device), job.folder.path / device)
             rows.append({"device": device, **_row(own, device, resume)})
             _keep(file, rows[-1:])
         except HalocError as error:
@@ -105,7 +112,7 @@ def throughput(
     if all("reason" in row for row in rows):
         raise SettingsError("; ".join(f"{row['device']}: {row['reason']}" for row in rows))
     _keep(file, [row for row in rows if "reason" in row])
-    return [*(row for device, row in earlier.items() if device not in devices), *rows]
+    return rows
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from torch import nn
 from nni_haloc.inputs.models import build_model
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.runs.folder import RunFolder
+from nni_haloc.runs.folder import RunFolder, hold, tensor_shapes
 from nni_haloc.space.modules import replace_modules
 from nni_haloc.utils.errors import first_line
 from nni_haloc.utils.files import make_folder, read_json, whole, write_json
@@ -36,17 +36,19 @@ def save(
 
     Raises:
         OSError: names the file that can't be written; the old weights then stay.
+        HalocError: if another process works in the folder.
     """
     from safetensors.torch import save_model
 
     files = RunFolder(folder)
-    make_folder(files.path)
-    with whole(files.weights) as part:
-        save_model(network, str(part))
-        if model is not None:
-            write_json(files.model, model)
-        plan.save(files.ranks)
-        files.metrics_file.unlink(missing_ok=True)
+    with hold(files):
+        make_folder(files.path)
+        with whole(files.weights) as part:
+            save_model(network, str(part))
+            if model is not None:
+                write_json(files.model, model)
+            plan.save(files.ranks)
+            files.metrics_file.unlink(missing_ok=True)
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -80,7 +82,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     network = restructure(model, RankPlan.load(files.ranks))
     try:
         if facts.get("pruned") is True:
-            shrink(network, _shapes(files.weights))
+            shrink(network, tensor_shapes(files.weights))
         load_model(network, str(files.weights))
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{files.weights}: {first_line(error)}") from None
@@ -151,12 +153,3 @@ def _smaller(module: nn.Module, shape: tuple[int, ...]) -> nn.Module | None:
         bias=module.bias is not None,
         **geometry,
     )
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in a safetensors file."""
-    from safetensors import safe_open
-
-    with safe_open(str(path), "pt") as file:
-        names = file.keys()  # it is no mapping
-        return {name: tuple(file.get_slice(name).get_shape()) for name in names}

@@ -24,18 +24,26 @@ REMEDY = "; start without --resume or use another --out"
 """The end of `check_same`'s message."""
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, **kinds: type) -> dict[str, Any]:
     """Read the facts that `EpochCheckpoint` has put into a file.
+
+    Args:
+        path: the file.
+        kinds: facts that must be there, beside ``identity``, and their types.
 
     Returns:
         The facts, and under ``epochs`` the number of finished epochs.
 
     Raises:
-        UnusableCheckpoint: if the file can't be read.
+        UnusableCheckpoint: if the file can't be read, or has other facts.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {**content[_KEY]["facts"], "epochs": content["epoch"] + 1}
+        facts = {**content[_KEY]["facts"], "epochs": content["epoch"] + 1}
+        for name, kind in {"identity": dict, **kinds}.items():
+            if not isinstance(facts.get(name), kind):
+                raise ValueError(f"{name}: expected a {kind.__name__}")
+        return facts
     except Exception as error:  # torch, pickle and zip each have their own for a bad file
         raise UnusableCheckpoint(
             f"{path}: not a checkpoint that can be read ({first_sentence(error)})"

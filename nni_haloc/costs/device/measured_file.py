@@ -8,7 +8,13 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from nni_haloc.costs.device.costs_file import MEASURED, MOST_BYTES, costs_content, read_costs, unit_of
+from nni_haloc.costs.device.costs_file import (
+    MEASURED,
+    MOST_BYTES,
+    costs_content,
+    read_costs,
+    unit_of,
+)
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.space.names import DENSE
 from nni_haloc.utils.files import is_number, read_json
