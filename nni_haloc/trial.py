@@ -32,7 +32,14 @@ from typing import Any
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.models import add_code, is_factory
 from nni_haloc.runs.folder import RunFolder
-from nni_haloc.utils.errors import HalocError, UnusableCheckpoint, as_one_line, printable, reason_of
+from nni_haloc.utils.errors import (
+    HalocError,
+    UnusableCheckpoint,
+    as_one_line,
+    out_of_memory,
+    printable,
+    reason_of,
+)
 from nni_haloc.utils.files import read_json, write_json
 from nni_haloc.utils.locks import hold_folder
 from nni_haloc.utils.log import log_to, logger
@@ -132,6 +139,11 @@ def main(run_file: str, parameters: dict, folder: RunFolder) -> int:
     except (HalocError, OSError) as error:
         logger.error("%s", reason_of(error))
         return 2
+    except Exception as error:
+        if line := out_of_memory(error):
+            logger.error("%s", line)
+            return 2
+        raise
     return 0
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from nni_haloc.costs.device.costs_file import MEASURED
 from nni_haloc.costs.device.measure import measure
 from nni_haloc.costs.device.measured_file import merge, refuse_to_overwrite
-from nni_haloc.costs.device.runtime import Runtime, Timing, make_runtime
+from nni_haloc.costs.device.runtime import Runtime, Timing, check_threads, make_runtime
 from nni_haloc.costs.device.spec import Specification, draw, share
 from nni_haloc.utils.errors import first_line, printable, reason_of
 from nni_haloc.utils.files import write_json
@@ -355,6 +355,7 @@ def named_model(name: str) -> nn.Module:
 
 def _runtime(options: argparse.Namespace) -> Runtime:
     """Make the runtime that the options name."""
+    check_threads(options.threads, "--threads")
     return make_runtime(
         options.runtime,
         device=options.device,

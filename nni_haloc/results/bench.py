@@ -73,8 +73,11 @@ def bench(
     cost, split = run.config.cost, split or run.config.data.score
     sizes = list(batch_sizes or [cost.batch_size])
     threads = cost.threads if threads is None else threads
-    if not all(0 < size <= MOST for size in sizes):
-        raise SettingsError(f"batch sizes: expected numbers above 0, found {brief(sizes)}")
+    if min([*sizes, threads or 1]) < 1 or threads == 0:
+        expected = "batch sizes, threads: expected numbers above 0"
+        raise SettingsError(f"{expected}, found {sizes}, {threads}")
+    if max(sizes) > MOST:
+        raise SettingsError(f"batch sizes: expected at most {MOST:,}, found {brief(max(sizes))}")
     with as_one_line():
         check_threads(threads)
     if split not in SPLITS:

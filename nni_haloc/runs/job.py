@@ -210,7 +210,7 @@ def logged(folder: RunFolder, stage: RunFolder | None = None) -> Iterator[None]:
             return "no epoch is done"
         return f"{stage or folder} keeps the checkpoint; --resume goes on from it"
 
-    with hold_folder(folder.path), log_to(folder.log), stoppable("haloc", kept):
+    with log_to(folder.log), hold_folder(folder.path), stoppable("haloc", kept):
         yield
 
 

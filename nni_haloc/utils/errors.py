@@ -95,6 +95,16 @@ def printable(message: str, most: int = 1000) -> str:
     return line if len(line) <= most else f"{line[: most - 4]} ..."
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """Return a line with the remedy if a library has run out of memory; None for other errors."""
+    text = first_line(error)
+    signs = ("can't allocate memory", "out of memory", "Unable to allocate")
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
+        remedy = "set data.batch_size, cost.batch_size or data.size lower, or --batch and --input"
+        return printable(f"not enough memory ({text}); {remedy}")
+    return None
+
+
 def brief(value: Any, most: int = 80) -> str:
     """Write a value for a message: as Python does, cut off after ``most`` characters."""
     try:

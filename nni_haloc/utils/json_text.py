@@ -1,17 +1,15 @@
-"""Parse JSON text strictly: each key once, and numbers that a float can hold."""
+"""Parse JSON text strictly: each key once, no NaN, no numbers without end."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from functools import partial
 from typing import Any
 
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],]|[^\s{}\[\]:,"]+', re.DOTALL)
-_MOST_DIGITS = {True: 310, False: 4000}
-"""Digits that an integer may have, if it must be one that a float holds, and if not: long ones take
-time that grows with the square."""
+_MOST_DIGITS = 4000
+"""Digits that an integer may have: long ones take time that grows with the square."""
 
 
 class _Refused(Exception):
@@ -23,17 +21,17 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
 
     Args:
         text: the text.
-        finite: whether NaN, infinity and numbers beyond a float's range are refused.
+        finite: whether NaN, infinity and 1e999 are refused.
 
     Raises:
-        ValueError: if it is no JSON, has a key twice in one object, or numbers out of range; the
+        ValueError: if it is no JSON, has a key twice in one object, or such numbers; the
             message names the line: ``line 7: costs.conv1: given twice``.
     """
     try:
         return json.loads(
             text,
             object_pairs_hook=_object,
-            parse_int=partial(_integer, _MOST_DIGITS[finite]),
+            parse_int=_integer,
             parse_float=_float if finite else float,
             parse_constant=_constant if finite else float,
         )
@@ -52,8 +50,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _integer(most: int, text: str) -> int:
-    if len(text) > most:
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
         raise _Refused
     return int(text)
 
@@ -113,8 +111,8 @@ def _is_value(text: str, start: int) -> bool:
 def _why_refused(token: str, finite: bool) -> str:
     """Return why a number is refused; an empty text if it is not."""
     if token.lstrip("-").isdigit():
-        digits, most = len(token), _MOST_DIGITS[finite]
-        return "" if digits <= most else f"expected a number, found one of {digits} digits"
+        digits = len(token)
+        return "" if digits <= _MOST_DIGITS else f"expected a number, found one of {digits} digits"
     if token in ("true", "false", "null") or not finite:
         return ""
-    return "" if math.isfinite(float(token)) else f"expected a finite number, found {token}"
+    return "" if math.isfinite(float(token)) else f"expected a finite number, found {token.lower()}"

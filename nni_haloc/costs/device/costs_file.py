@@ -14,6 +14,8 @@ from nni_haloc.utils.files import read_json
 COSTS_VERSION = 1
 MOST_BYTES = 256 << 20
 """Bytes that a cost table may have: some million costs, each with the times it is the median of."""
+LARGEST = 1e18
+"""The largest cost that a table may have, in any unit; its inverse is the smallest."""
 UNITS = {
     "macs": "multiply-accumulates",
     "params": "parameters",

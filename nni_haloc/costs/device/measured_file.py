@@ -9,6 +9,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from nni_haloc.costs.device.costs_file import (
+    LARGEST,
     MEASURED,
     MOST_BYTES,
     costs_content,
@@ -17,6 +18,7 @@ from nni_haloc.costs.device.costs_file import (
 )
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.space.names import DENSE
+from nni_haloc.utils.errors import brief
 from nni_haloc.utils.files import is_number, read_json
 
 NETWORK = "network"
@@ -221,11 +223,11 @@ def _check_values(content: Mapping[str, Any]) -> None:
         ((NETWORK, ""), content[NETWORK]),
     ]:
         if not isinstance(values, list) or not all(
-            is_number(v) and (v > 0 or signed) for v in values
+            is_number(v) and (v > 0 or signed) and abs(v) <= LARGEST for v in values
         ):
             raise ValueError(
                 f"runs: layer {layer!r}, candidate {candidate!r}: "
-                f"expected numbers above 0, found {values!r}"
+                f"expected numbers above 0, found {brief(values)}"
             )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Run = Callable[[], Any]
 """A forward pass, ready to be timed."""
 Where = Literal["alone", "in-place"]
-_MOST_ROUNDS = 10_000
+_MOST_ROUNDS = 100_000
 _LONGEST = 3600
 """Seconds that an entry may run for in a round."""
 
@@ -112,15 +112,19 @@ class Runtime(Protocol):
         return nullcontext()
 
 
-def check_threads(threads: int | None) -> None:
+def check_threads(threads: int | None, name: str = "threads") -> None:
     """Check a number of processor threads, before a library that would end the program gets it.
+
+    Args:
+        threads: the number; None leaves it to the library.
+        name: what messages call it.
 
     Raises:
         ValueError: unless it is None, or 1 to `MOST_PROCESSES`.
     """
     if threads is not None and not 1 <= threads <= MOST_PROCESSES:
-        expected = f"expected a number above 0, at most {MOST_PROCESSES}"
-        raise ValueError(f"threads: {expected}, found {brief(threads)}")
+        expected = "a number above 0" if threads < 1 else f"at most {MOST_PROCESSES}"
+        raise ValueError(f"{name}: expected {expected}, found {brief(threads)}")
 
 
 def make_runtime(name: str, *, graph: bool = False, tf32: bool = True, **options: Any) -> Runtime:
@@ -165,8 +169,8 @@ class Timing:
 
     def __post_init__(self) -> None:
         if not 1 <= self.rounds <= _MOST_ROUNDS:
-            expected = f"expected 1 or more, at most {_MOST_ROUNDS:,}"
-            raise ValueError(f"rounds: {expected}, found {brief(self.rounds)}")
+            expected = "1 or more" if self.rounds < 1 else f"at most {_MOST_ROUNDS:,}"
+            raise ValueError(f"rounds: expected {expected}, found {brief(self.rounds)}")
         if not 0 <= self.min_run_time <= _LONGEST:
-            expected = f"expected 0 or more, at most {_LONGEST:,} seconds"
-            raise ValueError(f"min_run_time: {expected}, found {brief(self.min_run_time)}")
+            expected = "0 or more" if self.min_run_time < 0 else f"at most {_LONGEST:,} seconds"
+            raise ValueError(f"min_run_time: expected {expected}, found {self.min_run_time}")

@@ -22,7 +22,7 @@ from nni_haloc.runs.identity import finetuning_identity, section_identity
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.saved import load
 from nni_haloc.utils.errors import reason_of
-from nni_haloc.utils.files import make_folder
+from nni_haloc.utils.files import is_number, make_folder
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first, wait_for_all
 
@@ -312,9 +312,12 @@ class NetworkStage(Stage):
             content = folder.read_metrics()
             if content["identity"] != same or self.name not in content["stages"]:
                 return None
+            figures = content["stages"][self.name]
+            if bad := [key for key, value in figures.items() if not is_number(value)]:
+                raise ValueError(f"{folder.metrics_file}: {bad[0]}: expected a number")
             network = job.laid_out(load(folder.path, job.model))
             self.check_files(job, folder)
         except (OSError, ValueError) as error:
             logger.warning("%s; the stage %s is run again", reason_of(error), self.name)
             return None
-        return Outcome(before.plan, network, content["stages"][self.name])
+        return Outcome(before.plan, network, figures)
