@@ -6,6 +6,15 @@ quick, and loading a compressed network needs neither NNI nor Lightning.
 
 from __future__ import annotations
 
+import os
+import sys
+
+_runs_a_module = sys.argv[:1] == ["-m"] and any("nni_haloc." in word for word in sys.orig_argv)
+if _runs_a_module and sys.path[:1] == [os.path.abspath(".")]:
+    # Of ``python -m nni_haloc.trial`` the current folder is the first place where Python looks for
+    # modules. Make it the last one: a random.py there is not meant for all packages.
+    sys.path.append(sys.path.pop(0))
+
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any

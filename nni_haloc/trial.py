@@ -21,19 +21,27 @@ if __name__ == "__main__":
     PARAMETERS = json.loads(handed_on) if handed_on else nni.get_next_parameter() or {}
     os.environ["NNI_HALOC_PARAMETERS"] = json.dumps(PARAMETERS)
 
-import fcntl
 import hashlib
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from nni_haloc.inputs.config import load_config
+from nni_haloc.inputs.models import add_code, is_factory
 from nni_haloc.runs.folder import RunFolder
-from nni_haloc.utils.errors import HalocError, UnusableCheckpoint, as_one_line, reason_of
-from nni_haloc.utils.files import write_json
+from nni_haloc.utils.errors import (
+    HalocError,
+    UnusableCheckpoint,
+    as_one_line,
+    out_of_memory,
+    printable,
+    reason_of,
+)
+from nni_haloc.utils.files import read_json, write_json
+from nni_haloc.utils.locks import hold_folder
 from nni_haloc.utils.log import log_to, logger
 from nni_haloc.utils.processes import is_first
 
@@ -57,7 +65,7 @@ class Reports:
         )
         self.intermediate, self.final_sent = 0, False
         try:
-            noted = json.loads(path.read_text(encoding="utf-8"))
+            noted = read_json(path)
             if noted["identity"] == self.identity:
                 self.intermediate, self.final_sent = (
                     int(noted["intermediate"]),
@@ -112,6 +120,8 @@ def main(run_file: str, parameters: dict, folder: RunFolder) -> int:
     """
     try:
         config = load_config(run_file, parameters)
+        if is_factory(config.model.name):  # it may lie beside the file
+            add_code(Path(run_file).parent)
         reports = Reports(folder.reported, config.model_dump(mode="json"))
         from nni_haloc.runs.run import run
 
@@ -129,6 +139,11 @@ def main(run_file: str, parameters: dict, folder: RunFolder) -> int:
     except (HalocError, OSError) as error:
         logger.error("%s", reason_of(error))
         return 2
+    except Exception as error:
+        if line := out_of_memory(error):
+            logger.error("%s", line)
+            return 2
+        raise
     return 0
 
 
@@ -169,23 +184,6 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _hold_alone(folder: RunFolder) -> IO[str]:
-    """Wait until no other process works in the trial's folder, then hold its lock.
-
-    A process that a shell keeps alive does not see its manager die.
-
-    Returns:
-        The open lock file; the lock is held until it is closed or the process ends.
-    """
-    lock = folder.lock.open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        logger.info("%s: waiting for this trial's earlier process to end", folder)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock
-
-
 if __name__ == "__main__":
     if "NNI_PLATFORM" in os.environ:
         _end_with(PARENT)
@@ -196,9 +194,11 @@ if __name__ == "__main__":
     with ExitStack() as LOG:  # the log is closed before Python takes `logging` apart
         try:
             LOG.enter_context(log_to(FOLDER.log))
-            HELD = _hold_alone(FOLDER) if is_first() else None
+            # A shell may keep this trial's earlier process alive, which does not see its manager
+            # die then.
+            LOG.enter_context(hold_folder(FOLDER.path, wait=True))
         except (HalocError, OSError) as error:
-            sys.exit(str(error))
+            sys.exit(printable(reason_of(error)))
         if sys.argv[1] == "measure":
             sys.exit(measure_share(sys.argv[2:], PARAMETERS, FOLDER))
         sys.exit(main(sys.argv[1], PARAMETERS, FOLDER))

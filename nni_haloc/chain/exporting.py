@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from nni_haloc.costs.device.onnx_runtime import clear_errors, open_session
 from nni_haloc.space.modules import copy_of
 from nni_haloc.utils.errors import first_line, needs
-from nni_haloc.utils.files import whole
+from nni_haloc.utils.files import scratch, whole
 from nni_haloc.utils.log import logger
 
 _OPSET = 20
@@ -90,7 +90,7 @@ def export_onnx(
         ValueError: if the network can't be exported, or an output differs by more.
         MissingPackage: if one of ONNX's packages is not installed.
     """
-    with needed("export to ONNX"), whole(file, shared=True) as part:
+    with needed("export to ONNX"), whole(file) as part:
         program, dynamic = _traced(network, example)
         if sum(p.nbytes for p in program.state_dict.values()) > _LARGEST:
             raise ValueError(
@@ -120,7 +120,7 @@ def export_program(
 
     For arguments, result and errors see `export_onnx`.
     """
-    with whole(file, shared=True) as part:
+    with whole(file) as part:
         program, dynamic = _traced(network, example)
         with _quietly():
             torch.export.save(program, part)
@@ -145,7 +145,8 @@ def quantize_onnx(source: str | Path, images: Tensor, file: str | Path, **option
     """
     if not len(images):
         raise ValueError("quantization: expected training images to calibrate on, found none")
-    with needed("quantization"), whole(file, shared=True) as part, _quietly():
+    file = Path(file)
+    with needed("quantization"), whole(file) as part, scratch(file) as folder, _quietly():
         from onnxruntime.quantization import (
             CalibrationMethod,
             QuantFormat,
@@ -165,7 +166,7 @@ def quantize_onnx(source: str | Path, images: Tensor, file: str | Path, **option
             "reduce_range": True,
             "calibrate_method": CalibrationMethod.MinMax,
         }
-        prepared = part.with_name(f"prepared-{part.name}")
+        prepared = folder / "prepared.onnx"
         try:
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
             with clear_errors():
@@ -173,8 +174,6 @@ def quantize_onnx(source: str | Path, images: Tensor, file: str | Path, **option
             outputs = OnnxNetwork(part)(images[: network.batch or 1])
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
             raise ValueError(f"{source}: can't be quantized: {first_line(error)}") from None
-        finally:
-            prepared.unlink(missing_ok=True)
         if not all(y.isfinite().all() for y in pytree.tree_leaves(outputs)):
             raise ValueError(f"{source}: quantized, it computes numbers that are not finite")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -192,18 +192,20 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one HTML page: figures, ranks, curves, settings."""
-    from nni_haloc.runs.folder import RunFolder
-    from nni_haloc.utils.files import whole
+    from nni_haloc.runs.folder import RunFolder, hold
+    from nni_haloc.utils.files import make_folder, whole
 
     with needs_plots("report"):
         from nni_haloc.results.html_report import html_report
 
     with as_one_line():
         page = html_report(folder)
-    out = out or RunFolder(folder).report
+    run = RunFolder(folder)
+    out = out or run.report
+    inside = out.resolve().is_relative_to(run.path.resolve())
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with whole(out) as part:
+        make_folder(out.parent)
+        with hold(run) if inside else nullcontext(), whole(out) as part:
             part.write_text(page, encoding="utf-8")
     except OSError as error:
         raise SettingsError(

@@ -249,11 +249,12 @@ def _settings(
     """Read a run's file; return its settings and what the command line changes in them."""
     from nni_haloc.cli.experiment import refuse_experiment
     from nni_haloc.inputs.config import load_config
+    from nni_haloc.inputs.models import add_code, is_factory
 
     changes = dict(assignment(text) for text in assignments or [])
     changes |= {} if scale is None else {"scale": scale}
     refuse_experiment(run_file)
     config = load_config(run_file, changes, training=training)
-    # for a model's factory beside the file, as in a trial
-    sys.path.insert(0, str(run_file.parent.absolute()))
+    if is_factory(config.model.name):  # it may lie beside the file
+        add_code(run_file.parent)
     return config, changes

@@ -157,11 +157,11 @@ def _platforms(path: Path, service: Any) -> list[str]:
 
 def _space(path: Path, content: Mapping[str, Any]) -> Content:
     """Return the search space, from the file itself or the one that it names."""
-    from nni_haloc.inputs.yaml_files import read_yaml
+    from nni_haloc.inputs.yaml_files import read_search_space
 
     space = content.get("searchSpace")
     if space is None and "searchSpaceFile" in content:
-        space = read_yaml(path.parent / str(content["searchSpaceFile"]))
+        space = read_search_space(path.parent / str(content["searchSpaceFile"]))
     if not isinstance(space, dict):
         raise SettingsError(
             f"{path}: searchSpace: expected keys with _type and _value, "

@@ -14,7 +14,7 @@ from nni_haloc.cli.experiment import experiments
 from nni_haloc.cli.heatmap import heatmap
 from nni_haloc.cli.plot import plot
 from nni_haloc.cli.table import table
-from nni_haloc.utils.errors import HalocError, reason_of
+from nni_haloc.utils.errors import HalocError, out_of_memory, printable, reason_of
 from nni_haloc.utils.interruption import stoppable
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -58,8 +58,10 @@ def main() -> None:
     except HalocError as error:
         _leave(str(error))
     except OSError as error:  # a full disk, a read-only folder: the files there are unharmed
-        _leave(reason_of(error))
+        _leave(printable(reason_of(error)))
     except Exception as error:
+        if line := out_of_memory(error):
+            _leave(line)
         # click's errors; which module they are in depends on typer's version
         if not hasattr(error, "format_message"):
             raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -90,17 +89,12 @@ def assignment(text: str) -> tuple[str, Any]:
     Raises:
         SettingsError: if it is not of this form.
     """
-    import yaml
-
     from nni_haloc.inputs.yaml_files import parse_yaml
 
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise SettingsError(f"--set: expected KEY=VALUE, found {text!r}")
-    try:
-        return key, parse_yaml(value)
-    except yaml.YAMLError:
-        raise SettingsError(f"--set {key}: not a YAML value: {value!r}") from None
+    return key, parse_yaml(value, f"--set {key}")
 
 
 def comma_separated(option: str, text: str, number: Callable[[str], T], what: str) -> list[T]:
@@ -133,7 +127,9 @@ def some_of(option: str, text: str, names: list[str]) -> list[str]:
 def trust(code: Path | None) -> bool:
     """Make the modules in ``code`` importable; return whether a model's own factory may run."""
     if code is not None:
-        sys.path.insert(0, str(code.absolute()))
+        from nni_haloc.inputs.models import add_code
+
+        add_code(code)
     return code is not None
 
 

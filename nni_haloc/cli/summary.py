@@ -9,6 +9,7 @@ import typer
 
 from nni_haloc.runs.stages import all_stages
 from nni_haloc.runs.summary import summary
+from nni_haloc.utils.files import is_number
 from nni_haloc.utils.printing import print_table
 
 
@@ -21,7 +22,10 @@ def print_summary(folder: Path, stages: Mapping[str, Mapping[str, float]]) -> No
             `nni_haloc.runs.folder.RunFolder.metrics` returns them.
     """
     titles = {stage.name: stage.title for stage in all_stages()}
-    networks = {titles.get(name) or name: dict(figures) for name, figures in stages.items()}
+    networks = {
+        titles.get(name) or name: {key: v for key, v in figures.items() if is_number(v)}
+        for name, figures in stages.items()
+    }
     columns, rows = summary(networks)
     if rows:
         print_table("", columns, rows, text={columns[0]})

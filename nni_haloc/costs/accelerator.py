@@ -5,7 +5,6 @@ The model is ZigZag's (the package ``zigzag-dse``).
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -25,7 +24,7 @@ from nni_haloc.space.modules import Example, input_shape
 from nni_haloc.space.names import DENSE, Rank
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.utils.errors import needs
-from nni_haloc.utils.files import write_json
+from nni_haloc.utils.files import make_folder, read_json, write_json
 from nni_haloc.utils.progress import Progress
 
 ROWS, COLUMNS = 14, 12
@@ -119,7 +118,7 @@ class _Modelled:
         self.known: dict[Part, dict[str, float]] = {}
         if path is not None and Path(path).exists():
             try:
-                content = json.loads(Path(path).read_text(encoding="utf-8"))
+                content = read_json(path)
                 if content["zigzag"] == self.version:
                     self.known = {
                         tuple(part): {k: float(v) for k, v in costs.items()}
@@ -133,7 +132,7 @@ class _Modelled:
     def add(self, part: Part) -> None:
         self.known[part] = _model(part)
         if self.path is not None:
-            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            make_folder(Path(self.path).parent)
             write_json(
                 self.path,
                 {

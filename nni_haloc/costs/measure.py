@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from nni_haloc.costs.device.costs_file import MEASURED
 from nni_haloc.costs.device.measure import measure
 from nni_haloc.costs.device.measured_file import merge, refuse_to_overwrite
-from nni_haloc.costs.device.runtime import Runtime, Timing, make_runtime
+from nni_haloc.costs.device.runtime import Runtime, Timing, check_threads, make_runtime
 from nni_haloc.costs.device.spec import Specification, draw, share
-from nni_haloc.utils.errors import first_line, reason_of
+from nni_haloc.utils.errors import first_line, printable, reason_of
 from nni_haloc.utils.files import write_json
 from nni_haloc.utils.interruption import stoppable
 from nni_haloc.utils.progress import progress
@@ -346,16 +346,16 @@ def named_model(name: str) -> nn.Module:
 
     If the name is a factory, it may lie in the current folder.
     """
-    from nni_haloc.inputs.models import build_model
+    from nni_haloc.inputs.models import add_code, build_model, is_factory
 
-    sys.path.insert(0, "")
+    if is_factory(name):
+        add_code(Path())
     return build_model(name).eval()
 
 
 def _runtime(options: argparse.Namespace) -> Runtime:
     """Make the runtime that the options name."""
-    if options.threads is not None and options.threads < 1:
-        raise ValueError(f"--threads: expected a number above 0, found {options.threads}")
+    check_threads(options.threads, "--threads")
     return make_runtime(
         options.runtime,
         device=options.device,
@@ -401,7 +401,7 @@ def main() -> None:
     try:
         measure_main()
     except (ValueError, OSError) as error:
-        print(f"haloc measure: {reason_of(error)}", file=sys.stderr)
+        print(f"haloc measure: {printable(reason_of(error))}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
         print(

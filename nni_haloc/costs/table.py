@@ -10,9 +10,16 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from nni_haloc.costs.device.costs_file import costs_content, read_costs, unit_of
+from nni_haloc.costs.device.costs_file import (
+    LARGEST,
+    MOST_BYTES,
+    costs_content,
+    read_costs,
+    unit_of,
+)
 from nni_haloc.space.names import DENSE, Rank
-from nni_haloc.utils.files import is_number, write_json
+from nni_haloc.utils.errors import brief
+from nni_haloc.utils.files import is_number, read_text, write_json
 
 
 @dataclass(frozen=True)
@@ -45,13 +52,21 @@ class CostTable:
             if DENSE not in row:
                 raise ValueError(f"layer {layer!r}: the table has no {DENSE!r} entry")
             for candidate, cost in row.items():
-                if not (is_number(cost) and cost > 0):
+                if not (is_number(cost) and 1 / LARGEST <= cost <= LARGEST):
                     raise ValueError(
                         f"layer {layer!r}, candidate {candidate!r}: "
-                        f"expected a positive cost, found {cost!r}"
+                        f"expected {_range(cost, 'a positive cost')}, found {brief(cost)}"
                     )
-        if not (is_number(self.fixed) and self.fixed >= 0):
-            raise ValueError(f"fixed cost: expected a number >= 0, found {self.fixed!r}")
+        if not (is_number(self.fixed) and 0 <= self.fixed <= LARGEST):
+            expected = f"expected {_range(self.fixed, 'a number >= 0')}"
+            raise ValueError(f"fixed cost: {expected}, found {brief(self.fixed)}")
+        for layer, row in self.spread.items():
+            for candidate, share in row.items():
+                if not (is_number(share) and share >= 0):
+                    raise ValueError(
+                        f"spread: layer {layer!r}, candidate {candidate!r}: "
+                        f"expected a number >= 0, found {brief(share)}"
+                    )
 
     @property
     def original(self) -> float:
@@ -171,6 +186,13 @@ class CostTable:
             raise ValueError(f"{path}: {error}") from None
 
 
+def _range(cost: Any, kind: str) -> str:
+    """Say what was expected in the place of a cost: its kind or, of one out of range, the range."""
+    if isinstance(cost, (int, float)) and not isinstance(cost, bool) and 0 < cost < math.inf:
+        return f"a cost from {1 / LARGEST:g} to {LARGEST:g}"
+    return kind
+
+
 def _read_csv(path: Path) -> dict[str, Any]:
     """Read a CSV file of measurements.
 
@@ -178,9 +200,9 @@ def _read_csv(path: Path) -> dict[str, Any]:
     searched layers (``fixed``).
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
+        text = read_text(path, MOST_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     with StringIO(text, newline="") as file:
         csv.field_size_limit(len(text) + 1)
         reader = csv.reader(file)

@@ -6,18 +6,19 @@ import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, create_model, model_validator
+from pydantic import ValidationError, create_model, model_validator
 
 from nni_haloc.inputs.registries import STAGES
 from nni_haloc.inputs.schema import (
     Budget,
     Cost,
-    Count,
+    CountOrNone,
     Data,
     Finetune,
     Model,
+    Processes,
     Prune,
     Quantize,
     Rule,
@@ -31,9 +32,10 @@ from nni_haloc.inputs.schema import (
     Training,
     WeightsPath,
     check_uploaded,
+    expanded,
 )
 from nni_haloc.inputs.yaml_files import read_yaml
-from nni_haloc.utils.errors import SettingsError, explain
+from nni_haloc.utils.errors import SettingsError, brief, explain
 
 Validated = TypeVar("Validated", bound=Section)
 
@@ -63,8 +65,8 @@ class Config(Section):
     train: Train = Train()
     trainer: Trainer = Trainer()
     scale: Share = 1.0
-    recalibration_batches: Annotated[int, Field(ge=0)] = 50
-    threads: Count | None = None
+    recalibration_batches: CountOrNone = 50
+    threads: Processes | None = None
     seed: Seed = 0
     preset: Literal["paper"] | None = None
 
@@ -76,9 +78,10 @@ class Config(Section):
             return content
         fraction = content["budget"]
         if not 0 < fraction <= 1:
-            absolute = f"write budget: {{absolute: {fraction}}} for a number in the metric's unit"
+            found = brief(fraction)
+            absolute = f"write budget: {{absolute: {found}}} for a number in the metric's unit"
             expected = "expected a fraction of the original's cost, above 0 to 1"
-            raise ValueError(f"budget: {expected}, found {fraction}; {absolute}")
+            raise ValueError(f"budget: {expected}, found {found}; {absolute}")
         return {**content, "budget": {"fraction": fraction}}
 
     @model_validator(mode="after")
@@ -178,19 +181,20 @@ def _apply_preset(content: dict[str, Any], path: Path) -> None:
         for key, value in fixed.items():
             if values.setdefault(key, value) != value:
                 sets = f"preset {preset!r} sets it to {value!r}"
-                raise SettingsError(f"{path}: {section}.{key}: {sets}, found {values[key]!r}")
+                raise SettingsError(f"{path}: {section}.{key}: {sets}, found {brief(values[key])}")
 
 
 def _space_file(path: Path, name: str, uploaded: Path | None) -> Any:
     """Read the rank space's own file; it is empty here if it is another machine's."""
-    if uploaded is not None and Path(name).expanduser().is_absolute():
-        return {}
     try:
+        file = path.parent / expanded(name)
         if uploaded is not None:
-            check_uploaded(path.parent / name, uploaded)
+            if file == expanded(name):
+                return {}
+            check_uploaded(file, uploaded)
     except ValueError as error:
         raise SettingsError(f"{path}: rank_space: {error}") from None
-    return read_yaml(path.parent / name, key="rank_space")
+    return read_yaml(file, key="rank_space")
 
 
 def _scaled(config: Config) -> Config:
@@ -286,6 +290,8 @@ def _validated(
         return section.model_validate(content, context={"folder": folder, **context})
     except ValidationError as error:
         raise SettingsError(f"{source}: {explain(error, section)}") from None
+    except ValueError as error:  # text that is none: pydantic has no message then
+        raise SettingsError(f"{source}: {error}") from None
 
 
 def set_dotted(content: dict[str, Any], dotted: str, value: Any) -> None:

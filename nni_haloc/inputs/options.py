@@ -18,3 +18,6 @@ MemoryFormat = Literal["contiguous", "channels_last"]
 """How torch lays tensors out in memory."""
 LamSchedule = Literal["constant", "linear", "cosine"]
 """How Eq. (9)'s lambda falls over the search; see `nni_haloc.search.objective.schedule`."""
+
+MOST_PROCESSES = 1024
+"""The most processes, or threads of one; torch ends the program where the system refuses them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +19,7 @@ from pydantic import (
 )
 
 from nni_haloc.inputs.options import (
+    MOST_PROCESSES,
     Decomposition,
     Kind,
     LamSchedule,
@@ -26,7 +29,7 @@ from nni_haloc.inputs.options import (
     Schedule,
 )
 from nni_haloc.inputs.registries import DATA, PREDICTORS, RULES, RUNTIMES
-from nni_haloc.utils.errors import expected_one_of
+from nni_haloc.utils.errors import brief, expected_one_of
 from nni_haloc.utils.registry import Registry
 
 
@@ -42,21 +45,41 @@ def check_uploaded(path: Path, uploaded: Path) -> None:
     Raises:
         ValueError: names both.
     """
-    if not path.resolve().is_relative_to(uploaded.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(uploaded.resolve())
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise ValueError(f"{path}: {error}") from None
+    if not inside:
         raise ValueError(
             f"{path} is outside {uploaded}, the folder that is sent to the other machine"
         )
 
 
+def expanded(path: str) -> Path:
+    """Return a path with ``~`` written out.
+
+    Raises:
+        ValueError: if there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _existing(path: str, info: ValidationInfo) -> str:
     folder: Path = (info.context or {}).get("folder", Path())
-    found = folder / Path(path).expanduser()
+    found = folder / expanded(path)
     uploaded: Path | None = (info.context or {}).get("uploaded")
     if uploaded is not None:
-        if found == Path(path).expanduser():  # absolute: the other machine's
+        if found == expanded(path):  # absolute: the other machine's
             return path
         check_uploaded(found, uploaded)
-    if (info.context or {}).get("files", True) and not found.exists():
+    try:
+        missing = (info.context or {}).get("files", True) and not found.exists()
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"{brief(path)}: {error.strerror}") from None
+    if missing:
         raise ValueError(f"no such file or folder: {found}")
     return str(found.absolute())
 
@@ -67,25 +90,46 @@ def _weights(path: str, info: ValidationInfo) -> str:
     if not context.get("training"):
         return _existing(path, info)
     folder: Path = context.get("folder", Path())
-    return str((folder / Path(path).expanduser()).absolute())
+    return str((folder / expanded(path)).absolute())
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MOST
 
 
 def _pin(value: Any) -> Any:
     pair = value if isinstance(value, list) and len(value) == 2 else [value]
-    if value != "dense" and not all(type(r) is int and r > 0 for r in pair):
-        raise ValueError(f"expected a rank, [r1, r2] or 'dense', found {value!r}")
+    if value != "dense" and not all(map(_is_rank, pair)):
+        raise ValueError(f"expected a rank, [r1, r2] or 'dense', found {brief(value)}")
     return tuple(value) if isinstance(value, list) else value
 
 
 def _in_memory(value: Any) -> Any:
     if not isinstance(value, bool) and value != "device":
-        raise ValueError(f"expected false, true or 'device', found {value!r}")
+        raise ValueError(f"expected false, true or 'device', found {brief(value)}")
     return value
 
 
 def _step(value: Any) -> Any:
-    if value not in (None, "auto", "paper") and not (type(value) is int and value > 0):
-        raise ValueError(f"expected a positive integer, 'auto' or 'paper', found {value!r}")
+    if value not in (None, "auto", "paper") and not _is_rank(value):
+        raise ValueError(f"expected a positive integer, 'auto' or 'paper', found {brief(value)}")
+    return value
+
+
+def _device(value: str) -> str:
+    """Check the form of a device's name; whether this machine has it is the runtime's to say."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}(:[0-9]{1,4})?", value):
+        expected = "expected the name of a device, such as cpu, cuda or cuda:1"
+        raise ValueError(f"{expected}, found {brief(value)}")
+    return value
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """Check that JSON can hold what a run keeps of its settings."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"expected plain values that JSON can hold ({error})") from None
     return value
 
 
@@ -119,23 +163,32 @@ ExistingPath = Annotated[str, AfterValidator(_existing)]
 Pin = Annotated[Any, AfterValidator(_pin)]
 InMemory = Annotated[bool | Literal["device"], BeforeValidator(_in_memory)]
 Step = Annotated[int | Literal["auto", "paper"] | None, BeforeValidator(_step)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Epochs = Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_whole)]
+MOST = 1_000_000
+"""The most epochs, images of a batch, channels and so on."""
+Positive = Annotated[float, Field(ge=1e-12, le=1e12)]
+"""A rate or a factor: float32 holds it, and its products with others."""
+NonNegative = Annotated[float, Field(ge=0, le=1e12)]
+Amount = Annotated[float, Field(gt=0, le=1e18)]
+"""A cost, in any unit."""
+Count = Annotated[int, Field(ge=1, le=MOST)]
+CountOrNone = Annotated[int, Field(ge=0, le=MOST)]
+Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
+Epochs = Annotated[float, Field(gt=0, le=MOST), AfterValidator(_whole)]
 Share = Annotated[float, Field(gt=0, le=1)]
 METRICS = ("macs", "params", "activation_bytes", "latency_ms", "cycles", "energy_pj", "energy_mj")
 Metric = Annotated[str, AfterValidator(_metric)]
 Rule = Annotated[str, AfterValidator(_one_of("search", RULES))]
 DataName = Annotated[str, AfterValidator(_one_of(DATA))]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Device = Annotated[str, AfterValidator(_device)]
+Arguments = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
 class Model(Section):
     """The original network: a name (see `nni_haloc.inputs.models.build_model`) and arguments."""
 
     name: str
-    arguments: dict[str, Any] = {}
+    arguments: Arguments = {}
 
 
 class Data(Section):
@@ -150,9 +203,9 @@ class Data(Section):
     """
 
     name: DataName
-    arguments: dict[str, Any] = {}
+    arguments: Arguments = {}
     root: ExistingPath | None = None
-    size: Count | None = None
+    size: Annotated[int, Field(ge=1, le=1 << 14)] | None = None
     test: str = "test"
     score: Literal["test", "val"] = "test"
     in_memory: InMemory = False
@@ -164,7 +217,7 @@ class Data(Section):
     std: list[Positive] | None = None
     batch_size: Count = 128
     share: Share = 1.0
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=MOST_PROCESSES)] = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -220,8 +273,8 @@ class Cost(Section):
     runtime: Annotated[str, AfterValidator(_one_of(RUNTIMES))] = "torch"
     batch_size: Count = 1
     memory_format: MemoryFormat = "contiguous"
-    device: str = "cpu"
-    threads: Count | None = None
+    device: Device = "cpu"
+    threads: Processes | None = None
     graph: bool = False
     tf32: bool = True
 
@@ -233,7 +286,7 @@ class Limit(Section):
     """
 
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    absolute: Positive | None = None
+    absolute: Amount | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Limit:
@@ -266,7 +319,7 @@ class Training(Section):
     runs the passes as a captured graph (CUDA) or a compiled program (processor).
     """
 
-    epochs: Annotated[int, Field(ge=0)]
+    epochs: CountOrNone
     lr: Positive = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegative = 1e-4
@@ -292,7 +345,7 @@ class Finetune(Distilled):
     outputs and the original's.
     """
 
-    epochs: Annotated[int, Field(ge=0)] = 10
+    epochs: CountOrNone = 10
     distill_features: NonNegative = 0.0
 
     @model_validator(mode="after")
@@ -309,7 +362,7 @@ class Prune(Distilled):
     ``batches`` of training images are what ``taylor`` takes its gradients from.
     """
 
-    epochs: Annotated[int, Field(ge=0)] = 10
+    epochs: CountOrNone = 10
     lr: Positive = 0.02
     pruner: Pruner = "l1"
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.3
@@ -323,7 +376,7 @@ class Quantize(Distilled):
     ``calibration_images`` training images.
     """
 
-    epochs: Annotated[int, Field(ge=0)] = 2
+    epochs: CountOrNone = 2
     lr: Positive = 0.001
     schedule: Schedule = "constant"
     quantizer: Quantizer = "ptq"
@@ -351,9 +404,9 @@ class Trainer(Section):
     With several processes ``data.batch_size`` is that of each.
     """
 
-    accelerator: str = "auto"
-    devices: Count = 1
-    num_nodes: Count = 1
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    devices: Processes = 1
+    num_nodes: Processes = 1
     strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"] = "auto"
 
 
@@ -372,7 +425,7 @@ class SearchOptions(Section):
     alpha_optimizer: Literal["adam", "sgd"] = "adam"
     alpha_every: Count = 8
     start_scale: Positive = 0.005
-    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    warmup_epochs: CountOrNone = 0
     temperature: Positive = 1.0
     compile: bool = False
     select: Literal["knapsack", "argmax"] = "knapsack"

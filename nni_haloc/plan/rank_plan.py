@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nni_haloc.space.names import DENSE, Rank, is_rank, rank_name
-from nni_haloc.utils.files import why_unreadable, write_json
+from nni_haloc.utils.files import read_json, why_unreadable, write_json
 
 PLAN_VERSION = 1
 
@@ -59,16 +58,12 @@ class RankPlan:
             ValueError: if it holds something else; the message names file and layer.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(path, "rank plan", PLAN_VERSION)
         except OSError as error:
             raise type(error)(f"{path}: {why_unreadable(error)}") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from None
-        version = content.get("version") if isinstance(content, dict) else None
-        if version != PLAN_VERSION or not isinstance(content.get("ranks"), dict):
-            raise ValueError(
-                f"{path}: expected a rank plan of version {PLAN_VERSION}, found version {version!r}"
-            )
+        if not isinstance(content.get("ranks"), dict):
+            kind = type(content.get("ranks")).__name__
+            raise ValueError(f"{path}: ranks: expected layers and their ranks, found {kind}")
         ranks: dict[str, Rank] = {}
         for layer, value in content["ranks"].items():
             if value != DENSE and not is_rank(value):

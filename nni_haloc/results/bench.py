@@ -18,10 +18,12 @@ from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.device.measure import time_together
 from nni_haloc.costs.device.measured_file import spread
 from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
-from nni_haloc.costs.device.runtime import Run, Runtime
+from nni_haloc.costs.device.runtime import Run, Runtime, check_threads
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
+from nni_haloc.inputs.schema import MOST
 from nni_haloc.runs.finished import Finished
-from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line
+from nni_haloc.runs.folder import hold
+from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line, brief
 from nni_haloc.utils.files import read_json, write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.printing import percent, print_table
@@ -74,6 +76,10 @@ def bench(
     if min([*sizes, threads or 1]) < 1 or threads == 0:
         expected = "batch sizes, threads: expected numbers above 0"
         raise SettingsError(f"{expected}, found {sizes}, {threads}")
+    if max(sizes) > MOST:
+        raise SettingsError(f"batch sizes: expected at most {MOST:,}, found {brief(max(sizes))}")
+    with as_one_line():
+        check_threads(threads)
     if split not in SPLITS:
         raise SettingsError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
     networks = run.networks()
@@ -87,7 +93,7 @@ def bench(
         )
     onnx, rows = OnnxRuntime(threads), []
     surroundings = run.job.active() if data else quiet()  # data: as in the run itself
-    with surroundings, TemporaryDirectory() as scratch, runtime.pinned():
+    with hold(run.folder), surroundings, TemporaryDirectory() as scratch, runtime.pinned():
         forms = [
             form
             for stage, network in networks.items()
@@ -108,14 +114,14 @@ def bench(
             "torch": runtime.identity(),
             "onnxruntime": onnx.identity() if find_spec("onnxruntime") else None,
         }
-    content = {
-        "version": VERSION,
-        **identities,
-        "split": split if data else None,
-        "rounds": rounds,
-        "rows": rows,
-    }
-    write_json(run.folder.bench, content)
+        content = {
+            "version": VERSION,
+            **identities,
+            "split": split if data else None,
+            "rounds": rounds,
+            "rows": rows,
+        }
+        write_json(run.folder.bench, content)
     return content
 
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from nni_haloc.chain.exporting import export_onnx, export_program, quantize_onnx
 from nni_haloc.runs.finished import Finished
+from nni_haloc.runs.folder import hold
 from nni_haloc.utils.errors import SettingsError, as_one_line
-from nni_haloc.utils.files import whole
+from nni_haloc.utils.files import make_folder, whole
 
 ONNX_FILE, PROGRAM_FILE, INT8_FILE = "model.onnx", "model.pt2", "model-int8.onnx"
 
@@ -55,7 +56,8 @@ def export(
         raise SettingsError(f"--out: expected another folder than the run's, found {target}")
     with as_one_line():
         network = run.network()
-        target.mkdir(parents=True, exist_ok=True)
+    with hold(run.folder, out), as_one_line():
+        make_folder(target)
         return [(name, *FORMATS[name](run, network, target)) for name in names]
 
 

@@ -10,7 +10,7 @@ from pytorch_lightning import seed_everything
 from torch import nn
 
 from nni_haloc.inputs.config import parse_config
-from nni_haloc.runs.folder import RunFolder
+from nni_haloc.runs.folder import RunFolder, hold
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages.choose_ranks import run_or_read_search
 from nni_haloc.runs.stages.stage import ignore
@@ -18,7 +18,7 @@ from nni_haloc.search.strategy import Haloc
 from nni_haloc.training import checkpoint
 from nni_haloc.training.finetuning import recalibrate
 from nni_haloc.utils.errors import InfeasibleBudget, SettingsError
-from nni_haloc.utils.files import whole, write_json
+from nni_haloc.utils.files import make_folder, whole, write_json
 from nni_haloc.utils.log import logger
 
 FRONT_FILE, PLOT_FILE = "front.json", "front.png"
@@ -70,13 +70,13 @@ def pareto_front(
             expected = "expected fractions of the original's cost, above 0 to 1"
             raise SettingsError(f"budgets: {expected}, found {fraction}")
     target = Path(out or job.folder.front)
-    with job.active():
+    with hold(job.folder, out), job.active():
         strategy = run_or_read_search(job, ignore, resume=True)
         _warn_of_untrained(strategy, budgets)
         content = _content(job, strategy, budgets, target)
-    target.mkdir(parents=True, exist_ok=True)
-    write_json(target / FRONT_FILE, content)
-    plot(content, target / PLOT_FILE)
+        make_folder(target)
+        write_json(target / FRONT_FILE, content)
+        plot(content, target / PLOT_FILE)
     return content
 
 
@@ -159,7 +159,7 @@ def _finished_search(folder: RunFolder, factories: bool) -> Job:
     if not path.is_file():
         expected = "expected the folder of a search (haloc search, haloc run)"
         raise SettingsError(f"{path}: no such file; {expected}")
-    saved = checkpoint.read(path)
+    saved = checkpoint.read(path, config=dict, costs=list)
     config = parse_config(saved["config"], path)
     done, epochs = saved["epochs"], config.search.epochs
     if done < epochs:

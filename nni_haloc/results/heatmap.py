@@ -21,7 +21,7 @@ from nni_haloc.costs.table import CostTable
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.names import DENSE, rank_name
 from nni_haloc.space.ranks import AllowedRanks, find_layers
-from nni_haloc.utils.files import whole
+from nni_haloc.utils.files import make_folder, whole
 from nni_haloc.utils.progress import progress
 
 UNITS = {"latency_ms": "ms", "cycles": "cycles", "energy_pj": "pJ"}
@@ -65,7 +65,7 @@ def write_heatmap(
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--out: expected a picture, .png, .pdf or .svg, found {out}")
     numbers = out.with_suffix(".json")
-    numbers.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(numbers.parent)
     pairs = [
         (r1, r2) for r1 in _ranks(spec.out_channels, step) for r2 in _ranks(spec.in_channels, step)
     ]

@@ -13,10 +13,10 @@ from nni_haloc.costs.measure import named_model
 from nni_haloc.inputs.weights import load_weights
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results.figures import MARKS, discrepancy, losses, parameters, rank_bars
-from nni_haloc.runs.folder import RunFolder
+from nni_haloc.runs.folder import RunFolder, hold
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.training import curves
-from nni_haloc.utils.files import whole
+from nni_haloc.utils.files import make_folder, whole
 
 
 def draw_searches(folders: Sequence[Path], out: Path) -> None:
@@ -35,9 +35,10 @@ def draw_searches(folders: Sequence[Path], out: Path) -> None:
         name: curves.read(RunFolder(folder).searching.history) for name, folder in names.items()
     }
     plans = {name: RankPlan.load(RunFolder(folder).ranks) for name, folder in names.items()}
-    _save(losses(histories), out / "loss")
-    _save(parameters(histories), out / "parameters")
-    _save(rank_bars({name: plan.ranks for name, plan in plans.items()}), out / "ranks")
+    with hold(RunFolder(out)):
+        _save(losses(histories), out / "loss")
+        _save(parameters(histories), out / "parameters")
+        _save(rank_bars({name: plan.ranks for name, plan in plans.items()}), out / "ranks")
 
 
 def draw_layer(model: str, weights: Path, layer: str, out: Path) -> None:
@@ -98,7 +99,7 @@ def _names(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     for kind in ("png", "svg"):
         with whole(path.with_suffix(f".{kind}")) as part:
             figure.savefig(part, dpi=150, format=kind)

@@ -22,7 +22,7 @@ from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules import plan as plan_by_rule
 from nni_haloc.plan.rules.problem import Problem
-from nni_haloc.runs.folder import Figures, RunFolder
+from nni_haloc.runs.folder import Figures, RunFolder, hold
 from nni_haloc.runs.saved import save
 from nni_haloc.runs.summary import summary_text
 from nni_haloc.search.evaluator import Classification
@@ -71,11 +71,12 @@ class Compressed:
         original one.
         """
         files = RunFolder(folder)
-        save(folder, self.model, self.plan)
-        self.costs.save(files.costs)
-        original, compressed = (dict(self.metrics[key]) for key in ("original", "compressed"))
-        compressed["bytes"] = files.weights.stat().st_size
-        files.write_metrics({"original": original, "finetune": compressed})
+        with hold(files):
+            save(folder, self.model, self.plan)
+            self.costs.save(files.costs)
+            original, compressed = (dict(self.metrics[key]) for key in ("original", "compressed"))
+            compressed["bytes"] = files.weights.stat().st_size
+            files.write_metrics({"original": original, "finetune": compressed})
 
 
 def compress_model(

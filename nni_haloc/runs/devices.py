@@ -16,12 +16,12 @@ from nni_haloc.costs.specify import specify
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.registries import RUNTIMES
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.runs.folder import THROUGHPUT_VERSION
+from nni_haloc.runs.folder import THROUGHPUT_VERSION, hold
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import run_job
 from nni_haloc.runs.stages import further_stages
 from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line
-from nni_haloc.utils.files import read_json, write_json
+from nni_haloc.utils.files import make_folder, read_json, write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.printing import percent, print_table
 from nni_haloc.utils.progress import progress
@@ -90,13 +90,20 @@ def throughput(
     if processes > 1:
         why = "because devices are tried one after another"
         raise SettingsError(f"trainer: expected one process, {why}; found {processes}")
-    job, rows = Job(config, folder), []
-    file = job.folder.throughput
-    earlier = _read(file)
+    job = Job(config, folder)
+    with hold(job.folder):
+        earlier = _read(job.folder.throughput)
+        rows = _rows(job, devices, resume)
+    return [*(row for device, row in earlier.items() if device not in devices), *rows]
+
+
+def _rows(job: Job, devices: Sequence[str], resume: bool) -> list[dict[str, Any]]:
+    """Run the job on each device; return a row for each, and keep them in the folder's file."""
+    rows, file = [], job.folder.throughput
     for device in devices:
         logger.info("%s:", device)
         try:
-            own = job.at(_config_for(config, device), job.folder.path / device)
+            own = job.at(_config_for(job.config, device), job.folder.path / device)
             rows.append({"device": device, **_row(own, device, resume)})
             _keep(file, rows[-1:])
         except HalocError as error:
@@ -105,7 +112,7 @@ def throughput(
     if all("reason" in row for row in rows):
         raise SettingsError("; ".join(f"{row['device']}: {row['reason']}" for row in rows))
     _keep(file, [row for row in rows if "reason" in row])
-    return [*(row for device, row in earlier.items() if device not in devices), *rows]
+    return rows
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:
@@ -128,7 +135,7 @@ def _keep(file: Path, rows: Sequence[dict[str, Any]]) -> None:
         before = known.get(row["device"], row)
         if "reason" not in row or "reason" in before:
             known[row["device"]] = row
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     write_json(file, {"version": THROUGHPUT_VERSION, "rows": list(known.values())})
 
 
@@ -196,7 +203,7 @@ def _row(job: Job, device: str, resume: bool) -> dict[str, Any]:
 def _with_measured_table(job: Job) -> Job:
     """Measure the device's cost table, or what is missing of it; return a job that uses it."""
     file, config = job.folder.measured_table, job.config
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     with as_one_line():
         batch, runtime = latency_input(config, job.example), runtime_of(config)
         name = config.model.name

@@ -15,7 +15,7 @@ from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.registries import DATA
 from nni_haloc.inputs.weights import load_weights
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.runs.folder import Figures, RunFolder
+from nni_haloc.runs.folder import Figures, RunFolder, hold
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.saved import load
 from nni_haloc.runs.stages import further_stage
@@ -132,7 +132,7 @@ def apply_stage(
     finished = Finished(folder, factories=factories, stage=stage, changes=changes)
     job = finished.job
     stage.check(job)
-    with job.active():
+    with hold(finished.folder, out), job.active():
         with as_one_line(SettingsError, str(folder)):
             network = job.laid_out(finished.network())
         before = Outcome(RankPlan.load(finished.folder.ranks), network)

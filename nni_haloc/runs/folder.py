@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from nni_haloc.inputs.registries import STAGES
-from nni_haloc.utils.errors import SettingsError
-from nni_haloc.utils.files import write_json
+from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.utils.errors import SettingsError, first_line
+from nni_haloc.utils.files import read_json, write_json
+from nni_haloc.utils.locks import LOCK_FILE, hold_folder
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
 
@@ -63,7 +66,7 @@ class RunFolder:
         self.throughput = self.path / "throughput.json"
         self.calibration = self.path / "quantization.json"
         self.measured_table = self.path / "table.json"
-        self.lock = self.path / "trial.lock"
+        self.lock = self.path / LOCK_FILE
         self.reported = self.path / "reported.json"
         self.searching = Training(self.path / "search")
         self.finetuning = Training(self.path / "finetuning")
@@ -82,8 +85,13 @@ class RunFolder:
 
     @property
     def holds_network(self) -> bool:
-        """Whether a compressed network is in the folder."""
-        return self.ranks.is_file() and self.weights.is_file()
+        """Whether a compressed network is in the folder, in files that can be read."""
+        try:
+            RankPlan.load(self.ranks)
+            tensor_shapes(self.weights)
+        except (OSError, ValueError):
+            return False
+        return True
 
     def check_holds_network(self) -> None:
         """Check that a compressed network is in the folder.
@@ -99,10 +107,11 @@ class RunFolder:
         """Return the further stages' folders by their names, in the order of the pipeline.
 
         A folder without figures comes last; folders of one stage are in the order of their names.
+        Whoever reads a network says what is wrong with its files.
         """
         others = {self.export.name, self.front.name}
         folders = [RunFolder(path) for path in self.path.iterdir() if path.name not in others]
-        folders = [folder for folder in folders if folder.holds_network]
+        folders = [f for f in folders if f.ranks.is_file() and f.weights.is_file()]
         folders.sort(key=lambda folder: (folder._place(), folder.path.name))
         return {folder.path.name: folder for folder in folders}
 
@@ -118,6 +127,8 @@ class RunFolder:
     def clear(self, *stages: str) -> None:
         """Remove what an earlier run left here; files that are not a run's stay.
 
+        Of a link in the place of a folder, the link is removed, not what it leads to.
+
         Args:
             stages: names of the further stages' folders.
         """
@@ -130,10 +141,13 @@ class RunFolder:
         for file in files:
             file.unlink(missing_ok=True)
         folders = [self.searching.path, self.finetuning.path, self.front, self.export]
-        own = self.path.resolve()
-        inside = [self.path / name for name in stages if (own / name).resolve().parent == own]
+        own = Path(os.path.abspath(self.path))
+        inside = [own / name for name in stages if Path(os.path.abspath(own / name)).parent == own]
         for folder in (*folders, *inside):
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.is_symlink():
+                folder.unlink()
+            elif folder.exists():
+                shutil.rmtree(folder)
 
     def write_metrics(self, stages: Mapping[str, Figures], **facts: Any) -> None:
         """Write ``metrics.json``.
@@ -186,18 +200,48 @@ class RunFolder:
     def _read_json(self) -> dict[str, Any]:
         if not self.metrics_file.is_file():
             return {}
-        try:
-            content = json.loads(self.metrics_file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise SettingsError(f"{self.metrics_file}: not a JSON file ({error})") from None
-        if not isinstance(content, dict):
-            kind = type(content).__name__
-            raise SettingsError(f"{self.metrics_file}: expected keys and values, found {kind}")
+        content = read_json(self.metrics_file, finite=False)  # version 1 may hold NaN
         version = content.get("version", 1)
         if version not in (1, METRICS_VERSION):
             expected = f"metrics of version {METRICS_VERSION}"
             raise SettingsError(f"{self.metrics_file}: expected {expected}, found {version!r}")
         return content
+
+
+def hold(folder: RunFolder, out: str | Path | None = None) -> AbstractContextManager[None]:
+    """Hold the folder that a command on a run writes to, so that no other process works there.
+
+    Args:
+        folder: the folder of a run, or of one of its stages.
+        out: where the results go; None is into ``folder``.
+
+    Returns:
+        A context, see `nni_haloc.utils.locks.hold_folder`. What it holds is ``out`` or, where that
+        is inside, the run's folder.
+    """
+    if out is not None and not Path(out).resolve().is_relative_to(folder.path.resolve()):
+        return hold_folder(out)
+    own = folder.path
+    while RunFolder(own.absolute().parent).ranks.is_file():  # a stage's folder
+        own = own.absolute().parent
+    return hold_folder(own)
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in a safetensors file; no tensor is read.
+
+    Raises:
+        OSError: if the file can't be read.
+        ValueError: names a file that is damaged, such as one that was cut off.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "np") as file:
+            names = file.keys()  # it is no mapping
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {first_line(error)}") from None
 
 
 class Training:

@@ -25,7 +25,7 @@ from nni_haloc.inputs.weights import load_weights
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import Figures, RunFolder
-from nni_haloc.runs.saved import save
+from nni_haloc.runs.saved import load, save
 from nni_haloc.training.finetuning import accuracy
 from nni_haloc.training.random_states import (
     isolated_random_states,
@@ -34,7 +34,9 @@ from nni_haloc.training.random_states import (
     set_random_states,
 )
 from nni_haloc.utils.errors import DataError, SettingsError, as_one_line, first_line
+from nni_haloc.utils.files import make_folder
 from nni_haloc.utils.interruption import stoppable
+from nni_haloc.utils.locks import hold_folder
 from nni_haloc.utils.log import log_to, logger
 from nni_haloc.utils.placement import working_on
 from nni_haloc.utils.processes import check_startable, is_first
@@ -98,7 +100,7 @@ class Job:
         The random states are those after the network was made from the settings' seed; of a job
         that `at` has returned, those of the seed.
         """
-        self.folder.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder.path)
         threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
         environment = {key: os.environ.get(key) for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
         with quiet(), working_on(_device_of(self.config)), isolated_random_states():
@@ -163,10 +165,10 @@ class Job:
     def holds(self, plan: RankPlan) -> bool:
         """Tell whether an earlier start left the network of this plan in the folder."""
         try:
-            there = RankPlan.load(self.folder.ranks)
+            load(self.folder.path, self.model)  # what is there may be cut off, or of another plan
+            return RankPlan.load(self.folder.ranks).ranks == plan.ranks
         except (OSError, ValueError):
             return False
-        return there.ranks == plan.ranks and self.folder.weights.exists()
 
     def save(self, network: nn.Module, plan: RankPlan, folder: RunFolder | None = None) -> None:
         """Leave a compressed network and its plan in ``folder`` (None: the job's).
@@ -188,11 +190,15 @@ class Job:
 
 @contextmanager
 def logged(folder: RunFolder, stage: RunFolder | None = None) -> Iterator[None]:
-    """Log a block to the folder's ``log.txt``, too; end it with one line on a signal.
+    """Hold a folder for a block; log to its ``log.txt``, too; end with one line on a signal.
 
     Args:
         folder: the folder that receives the log.
         stage: folder of the one stage that is run; the line on a signal speaks of it.
+
+    Raises:
+        HalocError: if another process works in the folder.
+        SettingsError: if nothing can be written there.
     """
 
     def kept() -> str:
@@ -204,7 +210,7 @@ def logged(folder: RunFolder, stage: RunFolder | None = None) -> Iterator[None]:
             return "no epoch is done"
         return f"{stage or folder} keeps the checkpoint; --resume goes on from it"
 
-    with log_to(folder.log), stoppable("haloc", kept):
+    with log_to(folder.log), hold_folder(folder.path), stoppable("haloc", kept):
         yield
 
 

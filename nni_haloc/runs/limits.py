@@ -12,6 +12,7 @@ from nni_haloc.inputs.config import Config
 from nni_haloc.plan.budget import Limit
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.space.ranks import AllowedRanks
+from nni_haloc.utils.errors import UnusableCheckpoint
 from nni_haloc.utils.files import whole
 from nni_haloc.utils.processes import is_first
 
@@ -49,12 +50,15 @@ def with_tables(config: Config, folder: RunFolder, tables: list[str]) -> Config:
     A latency that is measured again is never quite the same.
     """
     files = table_files(folder, config)
+    if len(files) != len(tables):
+        state, expected = folder.searching.checkpoint, f"expected {len(files)} cost tables"
+        raise UnusableCheckpoint(f"{state}: {expected}, found {len(tables)}")
     if is_first():
         for path, content in zip(files, tables, strict=True):
             # Written only if it differs: the folder of a finished search may be read-only.
-            if not path.exists() or path.read_text(encoding="utf-8") != content:
+            if not _holds(path, str(content)):
                 with whole(path) as part:
-                    part.write_text(content, encoding="utf-8")
+                    part.write_text(str(content), encoding="utf-8")
     cost = config.cost.model_copy(update={"table": str(files[0])})
     also = [
         limit.model_copy(update={"table": str(path)})
@@ -62,3 +66,11 @@ def with_tables(config: Config, folder: RunFolder, tables: list[str]) -> Config:
     ]
     budget = config.budget.model_copy(update={"also": also})
     return config.model_copy(update={"cost": cost, "budget": budget})
+
+
+def _holds(path: Path, content: str) -> bool:
+    """Tell whether a file holds a text."""
+    try:
+        return path.read_text(encoding="utf-8") == content
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nni_haloc.inputs.config import Config, dump_config
-from nni_haloc.runs.folder import Figures
+from nni_haloc.runs.folder import Figures, hold
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages import all_stages, stages_of
 from nni_haloc.runs.stages.choose_ranks import search
@@ -50,6 +50,7 @@ def run(
         InfeasibleBudget: if no network of the rank space fits the budget.
         UnusableCheckpoint: if ``folder`` holds the state of other settings.
         Diverged: if the search or a training diverges.
+        HalocError: if another process works in ``folder``.
     """
     return run_job(Job(config, folder), report, parameters, resume=resume)
 
@@ -69,7 +70,7 @@ def run_job(
         "versions": versions(),
     }
     stages = stages_of(job.config)
-    with job.active():
+    with hold(job.folder), job.active():
         for stage in stages:
             stage.check(job)
         original = {**job.score(job.model), **job.count(job.model)}
@@ -102,7 +103,7 @@ def search_only(config: Config, folder: str | Path, *, resume: bool = False) -> 
         resume: whether to go on from the state in ``folder``.
     """
     job = Job(config, folder)
-    with job.active():
+    with hold(job.folder), job.active():
         top1 = job.accuracy(job.model, job.loader("val"))["top1"]
         logger.info("original: %.2f %% top-1 (validation)", 100 * top1)
         return search(job, ignore, resume=resume)

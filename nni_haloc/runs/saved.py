@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from torch import nn
 from nni_haloc.inputs.models import build_model
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.runs.folder import RunFolder
+from nni_haloc.runs.folder import RunFolder, hold, tensor_shapes
 from nni_haloc.space.modules import replace_modules
 from nni_haloc.utils.errors import first_line
-from nni_haloc.utils.files import whole, write_json
+from nni_haloc.utils.files import make_folder, read_json, whole, write_json
 
 
 def save(
@@ -37,17 +36,19 @@ def save(
 
     Raises:
         OSError: names the file that can't be written; the old weights then stay.
+        HalocError: if another process works in the folder.
     """
     from safetensors.torch import save_model
 
     files = RunFolder(folder)
-    files.path.mkdir(parents=True, exist_ok=True)
-    with whole(files.weights) as part:
-        save_model(network, str(part))
-        if model is not None:
-            write_json(files.model, model)
-        plan.save(files.ranks)
-        files.metrics_file.unlink(missing_ok=True)
+    with hold(files):
+        make_folder(files.path)
+        with whole(files.weights) as part:
+            save_model(network, str(part))
+            if model is not None:
+                write_json(files.model, model)
+            plan.save(files.ranks)
+            files.metrics_file.unlink(missing_ok=True)
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -81,7 +82,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     network = restructure(model, RankPlan.load(files.ranks))
     try:
         if facts.get("pruned") is True:
-            shrink(network, _shapes(files.weights))
+            shrink(network, tensor_shapes(files.weights))
         load_model(network, str(files.weights))
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{files.weights}: {first_line(error)}") from None
@@ -92,14 +93,7 @@ def _read_facts(files: RunFolder) -> dict[str, Any]:
     """Return what ``model.json`` says; empty where there is none."""
     if not files.model.is_file():
         return {}
-    try:
-        facts = json.loads(files.model.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{files.model}: {first_line(error)}") from None
-    if not isinstance(facts, dict):
-        kind = type(facts).__name__
-        raise ValueError(f"{files.model}: expected keys and values, found {kind}")
-    return facts
+    return read_json(files.model)
 
 
 def shrink(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -159,12 +153,3 @@ def _smaller(module: nn.Module, shape: tuple[int, ...]) -> nn.Module | None:
         bias=module.bias is not None,
         **geometry,
     )
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in a safetensors file."""
-    from safetensors import safe_open
-
-    with safe_open(str(path), "pt") as file:
-        names = file.keys()  # it is no mapping
-        return {name: tuple(file.get_slice(name).get_shape()) for name in names}

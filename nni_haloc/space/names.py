@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from nni_haloc.inputs.options import Kind
+from nni_haloc.utils.errors import brief
 
 DENSE = "dense"
 
@@ -33,10 +34,10 @@ def parse_rank(name: str, kind: Kind) -> Rank:
     """
     if name == DENSE:
         return None
-    match = re.fullmatch(r"r([1-9]\d*)(?:x([1-9]\d*))?", name)
+    match = re.fullmatch(r"r([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?", name)
     if not match or (match[2] and kind != "conv"):
         raise ValueError(
-            f"expected {DENSE!r}, 'r16'{' or r16x8' if kind == 'conv' else ''}, found {name!r}"
+            f"expected {DENSE!r}, 'r16'{' or r16x8' if kind == 'conv' else ''}, found {brief(name)}"
         )
     first = int(match[1])
     return (first, int(match[2] or first)) if kind == "conv" else (first,)

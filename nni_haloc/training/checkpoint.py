@@ -5,7 +5,6 @@ A training that goes on is the same as one that has never stopped.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,25 +17,33 @@ from torch.utils.data import DataLoader
 
 from nni_haloc.training.random_states import random_states, set_random_states
 from nni_haloc.utils.errors import UnusableCheckpoint, first_sentence
-from nni_haloc.utils.files import whole
+from nni_haloc.utils.files import make_folder, whole
 
 _KEY = "nni_haloc"
 REMEDY = "; start without --resume or use another --out"
 """The end of `check_same`'s message."""
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, **kinds: type) -> dict[str, Any]:
     """Read the facts that `EpochCheckpoint` has put into a file.
+
+    Args:
+        path: the file.
+        kinds: facts that must be there, beside ``identity``, and their types.
 
     Returns:
         The facts, and under ``epochs`` the number of finished epochs.
 
     Raises:
-        UnusableCheckpoint: if the file can't be read.
+        UnusableCheckpoint: if the file can't be read, or has other facts.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {**content[_KEY]["facts"], "epochs": content["epoch"] + 1}
+        facts = {**content[_KEY]["facts"], "epochs": content["epoch"] + 1}
+        for name, kind in {"identity": dict, **kinds}.items():
+            if not isinstance(facts.get(name), kind):
+                raise ValueError(f"{name}: expected a {kind.__name__}")
+        return facts
     except Exception as error:  # torch, pickle and zip each have their own for a bad file
         raise UnusableCheckpoint(
             f"{path}: not a checkpoint that can be read ({first_sentence(error)})"
@@ -124,8 +131,6 @@ class _WholeFiles(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with whole(path) as part, part.open("wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())

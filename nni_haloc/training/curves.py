@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nni_haloc.utils.errors import HalocError, SettingsError
-from nni_haloc.utils.files import whole
+from nni_haloc.utils.files import make_folder, whole
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
 
@@ -58,7 +58,7 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[float
         columns: their names.
         rows: numbers, the first of each a whole one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
             [columns, *([int(row[0]), *(f"{value:.6g}" for value in row[1:])] for row in rows)]

@@ -95,6 +95,25 @@ def printable(message: str, most: int = 1000) -> str:
     return line if len(line) <= most else f"{line[: most - 4]} ..."
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """Return a line with the remedy if a library has run out of memory; None for other errors."""
+    text = first_line(error)
+    signs = ("can't allocate memory", "out of memory", "Unable to allocate")
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
+        remedy = "set data.batch_size, cost.batch_size or data.size lower, or --batch and --input"
+        return printable(f"not enough memory ({text}); {remedy}")
+    return None
+
+
+def brief(value: Any, most: int = 80) -> str:
+    """Write a value for a message: as Python does, cut off after ``most`` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of more digits than Python writes"
+    return text if len(text) <= most else f"{text[: most - 4]} ... ({len(text):,} characters)"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's message, or the error's class if it has none."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
@@ -115,7 +134,7 @@ def reason_of(error: Exception) -> str:
 def expected_one_of(names: Iterable[str], found: str) -> str:
     """Say which names were expected instead of ``found``, and which of them is like it."""
     known = list(names)
-    return f"expected one of {', '.join(known)}, found {found!r}{_suggestion(found, known)}"
+    return f"expected one of {', '.join(known)}, found {brief(found)}{_suggestion(found, known)}"
 
 
 def explain(error: ValidationError, section: type[BaseModel] | None = None) -> str:
@@ -137,14 +156,14 @@ def explain(error: ValidationError, section: type[BaseModel] | None = None) -> s
     else:
         found = first.get("input")
         plain = isinstance(found, (str, int, float, bool, type(None)))
-        shown = repr(found) if plain else type(found).__name__
+        shown = brief(found) if plain else type(found).__name__
         message = f"{first['msg'][:1].lower()}{first['msg'][1:]}, found {shown}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return (f"{'.'.join(path)}: " if path else "") + message + more
 
 
 def _suggestion(found: str, known: list[str]) -> str:
-    close = get_close_matches(found, known, 1)
+    close = get_close_matches(found[:100], known, 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -1,41 +1,95 @@
-"""Write files whole, and read JSON files of a known version."""
+"""Write files whole and never through a link; read text and JSON files of a bounded size."""
 
 from __future__ import annotations
 
+import codecs
+import errno
 import json
-import math
 import os
 import re
+import shutil
+import stat
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.json_text import parse_json
+
+MOST_BYTES = 64 << 20
+"""Bytes that a JSON file may have, unless its reader says otherwise."""
 _ABANDONED = 3600.0
 """Age in seconds at which a partly written file is taken to be abandoned."""
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+
+own_folders: dict[Path, bool] = {}
+"""Folders that this process works in, where no link is followed, and whether it is sure to be alone
+there (see `nni_haloc.utils.locks`)."""
 
 
-def read_json(path: str | Path, what: str, version: int) -> dict[str, Any]:
-    """Read a JSON file of a known version.
+def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
+    """Read a text file in UTF-8; a byte order mark before it is dropped.
+
+    Args:
+        path: the file.
+        most: the most bytes that it may have.
+
+    Raises:
+        OSError: if it can't be read.
+        ValueError: if it is larger, or in another encoding; the message does not name the file.
+    """
+    with open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"expected at most {most:,} bytes, found more")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("expected text in UTF-8, found UTF-16; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{data[error.start]:02x}"
+        raise ValueError(f"line {line}: expected text in UTF-8, found {found}") from None
+
+
+def read_json(
+    path: str | Path,
+    what: str = "",
+    version: int | None = None,
+    *,
+    finite: bool = True,
+    most: int = MOST_BYTES,
+) -> dict[str, Any]:
+    """Read a JSON file of keys and values.
 
     Args:
         path: the file.
         what: what the file is, for messages.
-        version: the expected ``version`` in it.
+        version: the expected ``version`` in it (None: any, or none).
+        finite: whether NaN and infinity are refused.
+        most: the most bytes that it may have.
 
     Raises:
-        ValueError: if it is no JSON file, or of another version; the message names it.
+        OSError: if it can't be read.
+        SettingsError: if it is no such file, is of another version, or has a key twice; the
+            message names the file and, where it is known, line and key.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from None
-    its_version = content.get("version") if isinstance(content, dict) else None
-    if isinstance(its_version, bool) or its_version != version:
-        raise ValueError(
-            f"{path}: expected a {what} of version {version}, found version {its_version!r}"
-        )
+        content = parse_json(read_text(path, most), finite=finite)
+    except ValueError as error:
+        raise SettingsError(f"{path}: {error}") from None
+    if version is None:
+        if not isinstance(content, dict):
+            kind = type(content).__name__
+            raise SettingsError(f"{path}: expected keys and values, found {kind}")
+        return content
+    found = content.get("version") if isinstance(content, dict) else None
+    if isinstance(found, bool) or found != version:
+        expected = f"expected a {what} of version {version}"
+        raise SettingsError(f"{path}: {expected}, found version {found!r}")
     return content
 
 
@@ -50,34 +104,39 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         OSError: if it can't be written; the error names it.
     """
-    with whole(path, shared=True) as part:
+    with whole(path) as part:
         part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def whole(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
-    """Write a file in one step: it is never seen half written.
+def whole(path: str | Path) -> Iterator[Path]:
+    """Write a file in one step: it is never seen half written, after a power cut neither.
 
-    The block writes to a file beside it, which takes its place at the end. If the block fails, the
-    old file stays.
+    The block writes to a new file beside it, which no other process knows. At the end it is synced
+    to the disk and takes the place of ``path``; a link there is replaced, not followed. If the
+    block fails, the old file stays.
 
     Args:
         path: the file.
-        shared: whether other processes may write the same file meanwhile.
 
     Yields:
-        The file to write to.
+        The file to write to, empty at first.
 
     Raises:
         OSError: if the system refuses (a full disk, a read-only folder); the error names ``path``.
+        SettingsError: if a link in a run's folder leads out of it.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part" if shared else f"{path.name}.part")
+    check_no_link(path.parent)
+    part = _unique(path)
     try:
-        if shared:
-            _remove_left(path)
+        _remove_left(path)
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666))
         yield part
+        _sync(part, os.O_RDWR | _NO_LINK)
         os.replace(part, path)
+        with suppress(OSError):  # not every system can sync a folder
+            _sync(path.parent, os.O_RDONLY)
     except BaseException as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -87,15 +146,119 @@ def whole(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
         raise OSError(refused.errno, refused.strerror, str(path)) from None
 
 
-def _remove_left(path: Path) -> None:
-    """Remove files of processes that were killed while they wrote.
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Make a folder for a block's time, beside the file that the block makes.
 
-    Such a file is named after its process, so no other process replaces it.
+    Args:
+        path: the file.
+
+    Yields:
+        The folder, which no other user can look into.
     """
+    folder = _unique(path)
+    folder.mkdir(0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_folder(path: str | Path) -> None:
+    """Make a folder, and those above it, where they are not there yet.
+
+    Raises:
+        OSError: if the system refuses.
+        SettingsError: if a link in a run's folder leads out of it.
+    """
+    check_no_link(Path(path))
+    Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def check_no_link(folder: Path) -> None:
+    """Check that a folder is reached without a link, from the one that this process works in on.
+
+    The folder that a user names may be a link; what lies in it is the run's own, and a link there
+    would have files replaced that are somewhere else.
+
+    Raises:
+        SettingsError: names the link.
+    """
+    place = Path(os.path.abspath(folder))
+    for own in own_folders:
+        if not place.is_relative_to(own):
+            continue
+        for part in (place, *place.parents):
+            if part == own:
+                break
+            if part.is_symlink():
+                refused = f"expected a folder of its own, found a link to {os.readlink(part)}"
+                raise SettingsError(f"{part}: {refused}; delete it")
+
+
+def open_to_append(path: str | Path) -> int:
+    """Open a file to read it and to append to it; make it if it is not there.
+
+    Returns:
+        A file descriptor.
+
+    Raises:
+        OSError: if the system refuses.
+        SettingsError: if it is a link, of either kind, or no file: what is appended would end up
+            somewhere else.
+    """
+    path = Path(path)
+    check_no_link(path.parent)
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | _NO_LINK
+    try:
+        number = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno != errno.ENOENT and path.is_symlink():
+            raise SettingsError(f"{path}: expected a file, found a link; delete it") from None
+        raise
+    found = os.fstat(number)
+    if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+        why = "found one that has another name elsewhere, too"
+    elif not stat.S_ISREG(found.st_mode) and not stat.S_ISCHR(found.st_mode):
+        why = "found something else"
+    else:
+        return number
+    os.close(number)
+    raise SettingsError(f"{path}: expected a file of its own, {why}; delete it")
+
+
+def _unique(path: Path) -> Path:
+    """Return a name beside a file that nothing has: of this process, and drawn by chance."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
+
+
+def _sync(path: Path, flags: int) -> None:
+    """Wait until a file or a folder is on the disk."""
+    number = os.open(path, flags)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _remove_left(path: Path) -> None:
+    """Remove files of processes that were killed while they wrote, also earlier versions'.
+
+    Where this process works alone they are removed at once, elsewhere when they are old: another
+    process may be writing.
+    """
+    place = Path(os.path.abspath(path))
+    alone = any(alone and place.is_relative_to(own) for own, alone in own_folders.items())
+    age = 0.0 if alone else _ABANDONED
+    left = re.compile(re.escape(path.name) + r"(\.\d+(-[0-9a-f]+)?)?\.part")
     for part in path.parent.iterdir():
-        if re.fullmatch(re.escape(path.name) + r"\.\d+\.part", part.name):
+        if left.fullmatch(part.name) and f".{os.getpid()}-" not in part.name:
             with suppress(OSError):
-                if time.time() - part.stat().st_mtime > _ABANDONED:
+                if time.time() - part.lstat().st_mtime < age:
+                    continue
+                if part.is_dir() and not part.is_symlink():
+                    shutil.rmtree(part)
+                else:
                     part.unlink()
 
 
@@ -114,5 +277,9 @@ def _refused(error: BaseException | None) -> OSError | None:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    """Tell whether a value is a finite number, and no larger than a float can be."""
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+    )

@@ -6,21 +6,44 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 
-from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.errors import SettingsError, printable
+from nni_haloc.utils.files import make_folder, open_to_append
 from nni_haloc.utils.processes import is_first
 
 logger = logging.getLogger("nni_haloc")
+
+_LONGEST = 10_000
+"""Characters of a line of the log; what is beyond is cut off."""
+
+
+class OneLine(logging.Formatter):
+    """Write each record on one line: time, level, message.
+
+    Line breaks and control characters in a message, such as a class's name or another library's
+    error, are escaped, so that they neither look like another line nor reach the terminal.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return printable(super().format(record), _LONGEST)
 
 
 class _File(logging.FileHandler):
     """A log file that says once if it can no longer be written, and lets the run go on.
 
-    `logging` itself would print a traceback for each line.
+    `logging` itself would print a traceback for each line. Nothing is written through a link.
     """
 
     refused = False
+
+    def _open(self) -> TextIOWrapper:
+        return open(open_to_append(self.baseFilename), "a", encoding=self.encoding)
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.refused:
@@ -46,7 +69,7 @@ def log_to(path: Path) -> Iterator[None]:
     logger.propagate = False
     logger.setLevel(logging.INFO)
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(OneLine())
         logger.addHandler(handler)
     try:
         yield
@@ -61,7 +84,7 @@ def log_to(path: Path) -> Iterator[None]:
 
 def _handlers(path: Path) -> list[logging.Handler]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         return [_File(path, encoding="utf-8"), logging.StreamHandler()]
     except OSError as error:
         raise SettingsError(

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from nni_haloc.utils.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -126,8 +128,9 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a cell's text: a float with four digits, nothing for None, else ``str``."""
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    """Return a cell on one line: a float with four digits, nothing for None, else ``str``."""
+    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return printable(text)
 
 
 def percent(share: float | None, digits: int = 1) -> str:

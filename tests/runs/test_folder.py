@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from nni_haloc.inputs.registries import STAGES
 from nni_haloc.plan.rank_plan import RankPlan
@@ -17,7 +19,7 @@ def network_in(path, **stages):
     """Make a folder that holds a network, as far as can be seen from outside."""
     path.mkdir(parents=True, exist_ok=True)
     RankPlan({"a": (2, 2)}).save(path / "ranks.json")
-    (path / "weights.safetensors").write_bytes(b"weights")
+    (path / "weights.safetensors").write_bytes(save({"a.weight": torch.zeros(2, 2)}))
     folder = RunFolder(path)
     if stages:
         folder.write_metrics(stages)

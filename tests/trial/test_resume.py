@@ -127,10 +127,10 @@ def test_a_manager_that_does_not_answer_is_one_line_and_the_result_is_not_noted(
 def test_a_second_process_in_a_trials_folder_waits_for_the_first(tmp_path):
     program = (
         "import sys; from nni_haloc.runs.folder import RunFolder\n"
-        "from nni_haloc.utils.log import log_to; from nni_haloc.trial import _hold_alone\n"
+        "from nni_haloc.utils.log import log_to; from nni_haloc.utils.locks import hold_folder\n"
         "folder = RunFolder(sys.argv[1])\n"
-        "with log_to(folder.log):\n"
-        "    held = _hold_alone(folder); print('in', flush=True); sys.stdin.read()"
+        "with log_to(folder.log), hold_folder(folder.path, wait=True):\n"
+        "    print('in', flush=True); sys.stdin.read()"
     )
     words = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
@@ -138,7 +138,7 @@ def test_a_second_process_in_a_trials_folder_waits_for_the_first(tmp_path):
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as second:
             wait_for(
                 lambda: (
-                    "waiting for this trial's earlier process to end"
+                    f"waiting for the process that works here (pid {first.pid} on"
                     in (tmp_path / "log.txt").read_text()
                 ),
                 60,

@@ -12,6 +12,10 @@ from nni_haloc.space.names import DENSE
 from nni_haloc.utils.files import read_json
 
 COSTS_VERSION = 1
+MOST_BYTES = 256 << 20
+"""Bytes that a cost table may have: some million costs, each with the times it is the median of."""
+LARGEST = 1e18
+"""The largest cost that a table may have, in any unit; its inverse is the smallest."""
 UNITS = {
     "macs": "multiply-accumulates",
     "params": "parameters",
@@ -66,7 +70,7 @@ def read_costs(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is damaged, or has another unit than its metric; the message names it.
     """
-    content = read_json(path, "cost table", COSTS_VERSION)
+    content = read_json(path, "cost table", COSTS_VERSION, most=MOST_BYTES)
     try:
         unit = unit_of(content.get("metric"))
     except ValueError as error:

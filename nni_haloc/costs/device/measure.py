@@ -1,11 +1,12 @@
-"""Measure every entry of a specification; keep each value in ``costs.json`` once it is known."""
+"""Measure every entry of a specification; keep its values in ``costs.json`` as they come."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,10 +25,13 @@ from nni_haloc.costs.device.spec import Specification
 from nni_haloc.space.names import DENSE
 from nni_haloc.utils.errors import first_line
 from nni_haloc.utils.files import write_json
+from nni_haloc.utils.locks import hold_file
 from nni_haloc.utils.progress import Progress
 
 _FEWEST = 5
 """Passes that are timed at least, however long each takes."""
+_BETWEEN_WRITES = 1.0
+"""Seconds between two writings of what is measured."""
 _VISITS = 8
 """How often per round the whole network is timed: an error in `fixed` shifts every prediction."""
 
@@ -57,7 +61,7 @@ def measure(
     indices: Collection[int] | None = None,
     metric: str = "latency_ms",
 ) -> dict[str, Any]:
-    """Measure the entries that ``out`` does not have yet, and write it after each of them.
+    """Measure the entries that ``out`` does not have yet, and write it every second.
 
     Args:
         spec: what to measure.
@@ -75,10 +79,25 @@ def measure(
     Raises:
         ValueError: if ``out`` holds measurements of something else, an entry can't be run, or the
             runtime does not measure the metric.
+        HalocError: if another process measures into ``out``.
         MissingPackage: if a package that the metric needs is not installed.
     """
     if not spec.layers:
         raise ValueError(f"{spec.model}: expected layers to measure, found none in its rank space")
+    with hold_file(out) if out is not None else nullcontext():
+        return _measure(spec, runtime, out, timing, progress, indices, metric)
+
+
+def _measure(
+    spec: Specification,
+    runtime: Runtime,
+    out: str | Path | None,
+    timing: Timing,
+    progress: Progress,
+    indices: Collection[int] | None,
+    metric: str,
+) -> dict[str, Any]:
+    """Measure what is missing in ``out``; see `measure`."""
     identity = {**subject(spec), **runtime.identity(), "where": timing.where}
     users = spec.first_users()
     mine = [index for index in users if indices is None or index in indices]
@@ -90,7 +109,7 @@ def measure(
         if seen[index] >= len(_kept(runs, whole, users, index)):
             missing.append(index)
         seen[index] += 1
-    with runtime.pinned():
+    with runtime.pinned(), _kept_on_disk(out, state) as keep:
         for done, index in enumerate(missing):
             progress(done, len(missing))
             kept = _kept(runs, whole, users, index)
@@ -107,13 +126,36 @@ def measure(
                     f"{what}: {_reason(error)}; what was measured until then {where}"
                 ) from None
             state["identity"] |= {"date": time.strftime("%Y-%m-%d"), "runs": timing.rounds}
-            if out is not None and done + 1 < len(missing):
-                write_json(out, state)
+            keep()
     progress(len(missing), len(missing))
     state |= {} if unmeasured(spec, state) else finished(spec, state)
     if out is not None:
         write_json(out, state)
     return state
+
+
+@contextmanager
+def _kept_on_disk(out: str | Path | None, state: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
+    """Yield a function that writes the state to a file, and write it once more if the block fails.
+
+    It writes once a second at most: a slow card would take longer for it than an entry takes, and
+    disturb the next one.
+    """
+    last, changed = time.monotonic(), False
+
+    def keep() -> None:
+        nonlocal last, changed
+        changed = True
+        if out is not None and time.monotonic() - last >= _BETWEEN_WRITES:
+            write_json(out, state)
+            last, changed = time.monotonic(), False
+
+    try:
+        yield keep
+    except BaseException:
+        if out is not None and changed:
+            write_json(out, state)
+        raise
 
 
 def _state_to_go_on_with(

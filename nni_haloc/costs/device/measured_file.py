@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from nni_haloc.costs.device.costs_file import MEASURED, costs_content, read_costs, unit_of
+from nni_haloc.costs.device.costs_file import (
+    LARGEST,
+    MEASURED,
+    MOST_BYTES,
+    costs_content,
+    read_costs,
+    unit_of,
+)
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.space.names import DENSE
-from nni_haloc.utils.files import is_number
+from nni_haloc.utils.errors import brief
+from nni_haloc.utils.files import is_number, read_json
 
 NETWORK = "network"
 _LEAST = 0.01
@@ -91,8 +98,8 @@ def refuse_to_overwrite(path: str | Path) -> None:
         ValueError: if the file holds any.
     """
     try:
-        has_times = "runs" in json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        has_times = "runs" in read_json(path, most=MOST_BYTES)
+    except (OSError, ValueError):
         return
     if has_times:
         raise ValueError(f"{path}: already holds measurements; choose another --out")
@@ -216,11 +223,11 @@ def _check_values(content: Mapping[str, Any]) -> None:
         ((NETWORK, ""), content[NETWORK]),
     ]:
         if not isinstance(values, list) or not all(
-            is_number(v) and (v > 0 or signed) for v in values
+            is_number(v) and (v > 0 or signed) and abs(v) <= LARGEST for v in values
         ):
             raise ValueError(
                 f"runs: layer {layer!r}, candidate {candidate!r}: "
-                f"expected numbers above 0, found {values!r}"
+                f"expected numbers above 0, found {brief(values)}"
             )
 
 

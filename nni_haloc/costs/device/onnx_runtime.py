@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nni_haloc.costs.device.runtime import Run, Runtime
+from nni_haloc.costs.device.runtime import Run, Runtime, check_threads
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.space.names import DENSE
 from nni_haloc.utils.errors import needs
@@ -102,8 +102,7 @@ class OnnxRuntime(Runtime):
                 raise ValueError(
                     f"runtime onnxruntime: {option}: expected {only!r}, found {value!r}"
                 )
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads: expected a number above 0, found {threads}")
+        check_threads(threads)
         _onnxruntime()
         return cls(threads)
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nni_haloc.costs.device.spec import Specification
+from nni_haloc.inputs.options import MOST_PROCESSES
 from nni_haloc.inputs.registries import RUNTIMES
+from nni_haloc.utils.errors import brief
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 Run = Callable[[], Any]
 """A forward pass, ready to be timed."""
 Where = Literal["alone", "in-place"]
+_MOST_ROUNDS = 100_000
+_LONGEST = 3600
+"""Seconds that an entry may run for in a round."""
 
 
 class Runtime(Protocol):
@@ -107,6 +112,21 @@ class Runtime(Protocol):
         return nullcontext()
 
 
+def check_threads(threads: int | None, name: str = "threads") -> None:
+    """Check a number of processor threads, before a library that would end the program gets it.
+
+    Args:
+        threads: the number; None leaves it to the library.
+        name: what messages call it.
+
+    Raises:
+        ValueError: unless it is None, or 1 to `MOST_PROCESSES`.
+    """
+    if threads is not None and not 1 <= threads <= MOST_PROCESSES:
+        expected = "a number above 0" if threads < 1 else f"at most {MOST_PROCESSES}"
+        raise ValueError(f"{name}: expected {expected}, found {brief(threads)}")
+
+
 def make_runtime(name: str, *, graph: bool = False, tf32: bool = True, **options: Any) -> Runtime:
     """Make the runtime of a name.
 
@@ -148,7 +168,9 @@ class Timing:
     min_run_time: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"rounds: expected 1 or more, found {self.rounds}")
-        if self.min_run_time < 0:
-            raise ValueError(f"min_run_time: expected 0 or more, found {self.min_run_time}")
+        if not 1 <= self.rounds <= _MOST_ROUNDS:
+            expected = "1 or more" if self.rounds < 1 else f"at most {_MOST_ROUNDS:,}"
+            raise ValueError(f"rounds: expected {expected}, found {brief(self.rounds)}")
+        if not 0 <= self.min_run_time <= _LONGEST:
+            expected = "0 or more" if self.min_run_time < 0 else f"at most {_LONGEST:,} seconds"
+            raise ValueError(f"min_run_time: expected {expected}, found {self.min_run_time}")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 SPEC_VERSION = 1
+_MOST_BYTES = 1 << 30
+"""Bytes that a specification may have; one may carry an ONNX model for each entry."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Specification:
         Raises:
             ValueError: if the file is damaged; the message names it and what is wrong.
         """
-        content = read_json(path, "layer specification", SPEC_VERSION)
+        content = read_json(path, "layer specification", SPEC_VERSION, most=_MOST_BYTES)
         try:
             entries = tuple(map(_entry, content["entries"]))
             layers = {

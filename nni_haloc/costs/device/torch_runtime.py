@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nni_haloc.costs.device.energy import BETWEEN_READINGS, energy_counter, energy_of_a_pass
 from nni_haloc.costs.device.replay import Replay
-from nni_haloc.costs.device.runtime import Run, Runtime
+from nni_haloc.costs.device.runtime import Run, Runtime, check_threads
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.inputs.options import Kind, MemoryFormat
 from nni_haloc.space.layers import LayerSpec
@@ -89,8 +89,7 @@ class TorchRuntime(Runtime):
                 f"memory_format: expected one of {', '.join(get_args(MemoryFormat))}, "
                 f"found {self.memory_format!r}"
             )
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads: expected a number above 0, found {self.threads}")
+        check_threads(self.threads)
         if self.graph and not self._is_cuda:
             raise ValueError(
                 f"graph: expected a CUDA device, such as cuda, found {self.device!r}; "

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -30,7 +33,7 @@ def build_model(
             fails.
     """
     module_name, _, attribute = name.rpartition(":")
-    if not factories and module_name not in ("", "torchvision"):
+    if not factories and is_factory(name):
         refused = "its factory is called for folders that you trust alone (--code FOLDER)"
         raise ValueError(f"model {name!r}: {refused}; or pass the original network")
     try:
@@ -45,6 +48,24 @@ def build_model(
     return model
 
 
+def is_factory(name: str) -> bool:
+    """Tell whether a network's name is ``package.module:factory``, of which the code is run."""
+    return name.rpartition(":")[0] not in ("", "torchvision")
+
+
+def add_code(folder: str | Path) -> None:
+    """Make the modules in a folder importable.
+
+    The folder comes last: no file in it takes the place of an installed package.
+
+    Args:
+        folder: the folder of a factory of the user's own.
+    """
+    path = os.path.abspath(folder)
+    if path not in sys.path:
+        sys.path.append(path)
+
+
 def _factory(module_name: str, attribute: str) -> Callable[..., Any]:
     if not module_name:
         if attribute not in MODELS:
@@ -52,7 +73,11 @@ def _factory(module_name: str, attribute: str) -> Callable[..., Any]:
             raise ValueError(f"expected one of {', '.join(MODELS)}, {others}")
         return MODELS[attribute]
     if module_name != "torchvision":
-        return getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
+        if not hasattr(module, attribute):
+            file = getattr(module, "__file__", None) or "a module of Python's own"
+            raise AttributeError(f"{module_name} has no {attribute!r}: it is {file}")
+        return getattr(module, attribute)
     from torchvision.models import get_model_builder
 
     builder = get_model_builder(attribute)

@@ -12,7 +12,7 @@ from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.inputs import schema
 from nni_haloc.inputs.config import Config, dump_config
 from nni_haloc.plan.budget import Limit, Scores, cheapest, check_feasible
-from nni_haloc.runs.folder import Figures, RunFolder, Training
+from nni_haloc.runs.folder import SEARCH_VERSION, Figures, RunFolder, Training
 from nni_haloc.runs.identity import search_identity
 from nni_haloc.runs.job import Job, trainer_options
 from nni_haloc.runs.limits import limits_of, table_files, with_tables
@@ -31,7 +31,7 @@ from nni_haloc.training import checkpoint
 from nni_haloc.training.checkpoint import EpochCheckpoint
 from nni_haloc.training.finetuning import EpochEnd, Forecast
 from nni_haloc.utils.errors import Diverged, MissingPackage, as_one_line
-from nni_haloc.utils.files import write_json
+from nni_haloc.utils.files import make_folder, read_json, write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
 from nni_haloc.utils.progress import TimeLeft
@@ -111,9 +111,18 @@ def search(job: Job, report: Report, *, resume: bool = False) -> Haloc:
         logger.info("plan: %s", cost_line(fact))
     if not (resume and job.holds(plan)):  # the network there may be fine-tuned already
         job.save(strategy.network(plan), plan)
-    if is_first() and not (resume and job.folder.search_file.exists()):
+    if is_first() and not (resume and _is_described(job.folder)):
         write_json(job.folder.search_file, describe_search(strategy))
     return strategy
+
+
+def _is_described(folder: RunFolder) -> bool:
+    """Tell whether an earlier start left a ``search.json`` that can be read."""
+    try:
+        read_json(folder.search_file, "search", SEARCH_VERSION)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def run_or_read_search(job: Job, report: Report, *, resume: bool) -> Haloc:
@@ -127,7 +136,7 @@ def run_or_read_search(job: Job, report: Report, *, resume: bool) -> Haloc:
     """
     config, state, saved = job.config, job.folder.searching.checkpoint, None
     if resume and state.exists():
-        saved = checkpoint.read(state)
+        saved = checkpoint.read(state, costs=list)
         checkpoint.check_same(state, saved["identity"], search_identity(config))
         config = with_tables(config, job.folder, saved["costs"])
         done, epochs = saved["epochs"], recipe_of(config.search).rounds
@@ -252,6 +261,7 @@ def _search(
 def _tensorboard(folder: RunFolder) -> Any:
     from pytorch_lightning.loggers import TensorBoardLogger
 
+    make_folder(folder.searching.path)
     try:
         return TensorBoardLogger(folder.path, name=folder.searching.path.name, version="")
     except ModuleNotFoundError:

@@ -10,7 +10,7 @@ from safetensors.torch import save_model
 from nni_haloc.inputs import schema
 from nni_haloc.inputs.config import Config
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.runs.folder import Figures, RunFolder, Training
+from nni_haloc.runs.folder import Figures, RunFolder, Training, hold
 from nni_haloc.runs.identity import section_identity
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages.stage import Outcome, Report, Stage, ignore
@@ -102,12 +102,12 @@ def train_original(config: Config, *, resume: bool = False) -> Figures:
     if out.exists():
         raise SettingsError(f"weights: {out} already exists; delete it or name another file")
     job = Job(config, training_folder(config), trained=False)
-    with job.active():
+    with hold(job.folder), job.active():
         outcome = Pretrain().run(job, None, ignore, resume)
-    if not is_first():
-        return {}
-    with whole(out) as part:
-        save_model(outcome.network, str(part))
+        if not is_first():
+            return {}
+        with whole(out) as part:
+            save_model(outcome.network, str(part))
     shown = ", ".join(f"{name} {100 * value:.2f} %" for name, value in outcome.figures.items())
     logger.info("%s: %s", out, shown)
     return outcome.figures

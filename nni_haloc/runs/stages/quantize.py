@@ -17,7 +17,7 @@ from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages.stage import NetworkStage, Outcome, Report
 from nni_haloc.runs.stages.training import train
 from nni_haloc.utils.errors import SettingsError, as_one_line
-from nni_haloc.utils.files import write_json
+from nni_haloc.utils.files import make_folder, read_json, write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
 
@@ -74,7 +74,7 @@ class Quantize(NetworkStage):
         if not is_first():
             return simulated.unwrapped(), {}
         figures = job.score(simulated.network)
-        folder.path.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.path)
         scales = {"version": 1, "quantizer": section.quantizer, "layers": simulated.calibration()}
         write_json(folder.calibration, scales)
         network = simulated.unwrapped()
@@ -82,6 +82,14 @@ class Quantize(NetworkStage):
             with as_one_line(SettingsError, "quantize.int8"):
                 figures |= _int8(job, network, images, folder.path)
         return network, figures
+
+    def check_files(self, job: Job, folder: RunFolder) -> None:
+        """Open the file of scales, and the ONNX files where the settings ask for them."""
+        from nni_haloc.chain.exporting import OnnxNetwork
+
+        read_json(folder.calibration)
+        for name in (FLOAT32_FILE, INT8_FILE) if self.settings_of(job.config).int8 else ():
+            OnnxNetwork(folder.path / name)
 
     def measure(self, job: Job, network: nn.Module) -> Figures:
         """Measure nothing more: in float32 the network is not what the stage is for."""

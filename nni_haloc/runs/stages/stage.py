@@ -21,6 +21,8 @@ from nni_haloc.runs.folder import Figures, RunFolder, Training
 from nni_haloc.runs.identity import finetuning_identity, section_identity
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.saved import load
+from nni_haloc.utils.errors import reason_of
+from nni_haloc.utils.files import is_number, make_folder
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first, wait_for_all
 
@@ -230,9 +232,9 @@ class NetworkStage(Stage):
             The plan, the new network and its figures.
         """
         same = self.identity(job, before)
-        if resume and (figures := self._finished(job, folder, same)) is not None:
+        if resume and (done := self._finished(job, before, folder, same)) is not None:
             logger.info("%s: done: %s", self.name, folder)
-            return Outcome(before.plan, job.laid_out(load(folder.path, job.model)), figures)
+            return done
         if is_first():  # what is there is of other settings, and its files are replaced one by one
             folder.metrics_file.unlink(missing_ok=True)
         seed_everything(job.config.seed, verbose=False)
@@ -240,7 +242,7 @@ class NetworkStage(Stage):
         figures |= self.measure(job, network) if is_first() else {}
         wait_for_all()
         if is_first():
-            folder.path.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.path)
             job.save(network, before.plan, folder)
             figures["bytes"] = folder.weights.stat().st_size
             same = self._what_figures_depend_on(job.config, same)
@@ -260,6 +262,18 @@ class NetworkStage(Stage):
         """
         latency = job.time(network=network)["network"]
         return {**job.score(network), **job.count(network), "latency_ms": latency}
+
+    def check_files(self, job: Job, folder: RunFolder) -> None:
+        """Check the files that a finished stage has left beside its network and its figures.
+
+        Args:
+            job: the run's settings, data, network and folder.
+            folder: the stage's results.
+
+        Raises:
+            OSError: if a file is missing.
+            ValueError: if one is damaged: the stage is then run again.
+        """
 
     def identity(self, job: Job, before: Outcome) -> dict[str, Any]:
         """Return what the state of the stage's training depends on, its own section included.
@@ -286,13 +300,24 @@ class NetworkStage(Stage):
     def _what_figures_depend_on(config: Config, same: Mapping[str, Any]) -> dict[str, Any]:
         return {**same, "data.score": config.data.score, "threads": config.threads}
 
-    def _finished(self, job: Job, folder: RunFolder, same: Mapping[str, Any]) -> Figures | None:
-        """Return the figures of a stage that is finished in ``folder`` with the same settings."""
+    def _finished(
+        self, job: Job, before: Outcome, folder: RunFolder, same: Mapping[str, Any]
+    ) -> Outcome | None:
+        """Read back a stage that is finished in ``folder`` with the same settings.
+
+        What is there counts if all of it can be read: a power cut may have left empty files.
+        """
+        same = json.loads(json.dumps(self._what_figures_depend_on(job.config, same)))
         try:
             content = folder.read_metrics()
-        except ValueError:
+            if content["identity"] != same or self.name not in content["stages"]:
+                return None
+            figures = content["stages"][self.name]
+            if bad := [key for key, value in figures.items() if not is_number(value)]:
+                raise ValueError(f"{folder.metrics_file}: {bad[0]}: expected a number")
+            network = job.laid_out(load(folder.path, job.model))
+            self.check_files(job, folder)
+        except (OSError, ValueError) as error:
+            logger.warning("%s; the stage %s is run again", reason_of(error), self.name)
             return None
-        same = self._what_figures_depend_on(job.config, same)
-        if not folder.holds_network or content["identity"] != json.loads(json.dumps(same)):
-            return None
-        return content["stages"].get(self.name)
+        return Outcome(before.plan, network, figures)
