@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from nni_haloc.inputs.classes import class_names, what_is_wrong
+from nni_haloc.inputs.normalisation import check_normalisation
 from nni_haloc.inputs.options import (
     MOST_PROCESSES,
     Decomposition,
@@ -29,7 +31,7 @@ from nni_haloc.inputs.options import (
     Schedule,
 )
 from nni_haloc.inputs.registries import DATA, PREDICTORS, RULES, RUNTIMES
-from nni_haloc.utils.errors import brief, expected_one_of
+from nni_haloc.utils.errors import brief, expected_one_of, reason_of
 from nni_haloc.utils.registry import Registry
 
 
@@ -110,6 +112,31 @@ def _in_memory(value: Any) -> Any:
     return value
 
 
+def _size(value: Any) -> Any:
+    both = value if isinstance(value, list) and len(value) == 2 else [value]
+    if not all(type(n) is int and 1 <= n <= _LARGEST for n in both):
+        expected = f"expected pixels, 1 to {_LARGEST}, or [height, width]"
+        raise ValueError(f"{expected}, found {value!r}")
+    return value
+
+
+def _classes(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, list):
+        if wrong := what_is_wrong(value):
+            raise ValueError(wrong)
+        return value
+    if not isinstance(value, str):
+        expected = "expected the class of each output, or a file with one in each line"
+        raise ValueError(f"{expected}, found {value!r}")
+    path = _existing(value, info)
+    if Path(path).exists():  # it may be another machine's
+        try:
+            class_names(path)
+        except OSError as error:
+            raise ValueError(reason_of(error)) from None
+    return path
+
+
 def _step(value: Any) -> Any:
     if value not in (None, "auto", "paper") and not _is_rank(value):
         raise ValueError(f"expected a positive integer, 'auto' or 'paper', found {brief(value)}")
@@ -175,6 +202,11 @@ CountOrNone = Annotated[int, Field(ge=0, le=MOST)]
 Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 Epochs = Annotated[float, Field(gt=0, le=MOST), AfterValidator(_whole)]
 Share = Annotated[float, Field(gt=0, le=1)]
+_LARGEST = 16384
+"""Height and width of an image."""
+Size = Annotated[int | list[int], BeforeValidator(_size)]
+Classes = Annotated[list[str] | str, BeforeValidator(_classes)]
+PerChannel = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1)]
 METRICS = ("macs", "params", "activation_bytes", "latency_ms", "cycles", "energy_pj", "energy_mj")
 Metric = Annotated[str, AfterValidator(_metric)]
 Rule = Annotated[str, AfterValidator(_one_of("search", RULES))]
@@ -191,6 +223,10 @@ class Model(Section):
     arguments: Arguments = {}
 
 
+_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}
+"""Shapes of the images of data sets that have one alone."""
+
+
 class Data(Section):
     """The data set, and how it is split and read.
 
@@ -198,14 +234,17 @@ class Data(Section):
     names. ``score`` says which images the final accuracies are of: a tuner that maximises them must
     have ``val``. ``in_memory: device`` makes batches there, see `nni_haloc.inputs.data.Splits`.
     ``share`` of all images are used, drawn by ``seed``. ``mean`` and ``std``, per channel, are
-    those that the network was trained with. ``arguments`` are for data sets that other packages
-    add.
+    those that the network was trained with. ``classes`` are those of the network's outputs, see
+    `nni_haloc.inputs.classes.class_names`. ``arguments`` are for data sets that other packages add.
     """
 
     name: DataName
     arguments: Arguments = {}
     root: ExistingPath | None = None
-    size: Annotated[int, Field(ge=1, le=1 << 14)] | None = None
+    size: Size | None = None
+    channels: Literal[1, 3] | None = None
+    exif: bool = False
+    classes: Classes | None = None
     test: str = "test"
     score: Literal["test", "val"] = "test"
     in_memory: InMemory = False
@@ -213,8 +252,8 @@ class Data(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     val_list: ExistingPath | None = None
     seed: Seed = 0
-    mean: list[float] | None = None
-    std: list[Positive] | None = None
+    mean: PerChannel | None = None
+    std: PerChannel | None = None
     batch_size: Count = 128
     share: Share = 1.0
     workers: Annotated[int, Field(ge=0, le=MOST_PROCESSES)] = 0
@@ -222,7 +261,11 @@ class Data(Section):
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of an image, ``(C, H, W)``."""
-        return (1, 8, 8) if self.name == "digits" else (3, self.size or 32, self.size or 32)
+        if self.name in _SHAPES:
+            return _SHAPES[self.name]
+        size = self.size or 32
+        height, width = size if isinstance(size, list) else (size, size)
+        return self.channels or 3, height, width
 
     @model_validator(mode="after")
     def _complete(self) -> Data:
@@ -232,14 +275,22 @@ class Data(Section):
             raise ValueError(f"root: data {self.name!r} needs a folder")
         if self.name == "folder" and self.size is None:
             raise ValueError("size: data 'folder' needs the image size in pixels")
-        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
-            expected = f"expected as many numbers as mean has, {len(self.mean)}"
-            raise ValueError(f"std: {expected}, found {len(self.std)}")
+        self._check_pixels()
         if self.workers and self.in_memory == "device":
             expected = "expected 0 with in_memory 'device', whose batches can't leave a process"
             remedy = "set workers: 0, or in_memory: true"
             raise ValueError(f"workers: {expected}, found {self.workers}; {remedy}")
         return self
+
+    def _check_pixels(self) -> None:
+        """Check what is said of the images against what the data set has."""
+        channels, *_ = self.shape
+        if self.name in _SHAPES and self.channels not in (None, channels):
+            raise ValueError(f"channels: data {self.name!r} has {channels}, found {self.channels}")
+        if self.name in _SHAPES and self.exif:
+            raise ValueError(f"exif: data {self.name!r} has no image files, expected false")
+        known = self.name not in DATA.foreign() or self.channels is not None
+        check_normalisation(self.mean, self.std, channels if known else None)
 
 
 class Space(Section):

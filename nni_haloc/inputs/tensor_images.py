@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nni_haloc.inputs.normalisation import check_normalisation
 from nni_haloc.utils.placement import to_device, working_device
 
 
@@ -28,6 +29,9 @@ class TensorImages(Dataset):
 
     Attributes:
         follows_device: whether batches are made on `working_device`, see `on_device`.
+
+    Raises:
+        ValueError: if images would not normalise to numbers.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class TensorImages(Dataset):
         pad: int = 0,
         mirror: bool = False,
     ) -> None:
+        check_normalisation(mean, std)
         self.images, self.labels, self.pad, self.mirror = images, labels, pad, mirror
         self.mean, self.std = (torch.tensor(v).reshape(-1, 1, 1) for v in (mean, std))
         self.follows_device = False
@@ -48,6 +53,14 @@ class TensorImages(Dataset):
     def part(self, index: Tensor) -> TensorImages:
         """Return the images of an index alone, augmented alike."""
         return self._with(images=self.images[index], labels=self.labels[index])
+
+    def augmented(self, pad: int, mirror: bool) -> TensorImages:
+        """Return the same images, shifted by up to ``pad`` pixels and mirrored at random."""
+        return self._with(pad=pad, mirror=mirror)
+
+    def relabelled(self, labels: Tensor) -> TensorImages:
+        """Return the same images with other labels, ``(N,)``."""
+        return self._with(labels=labels)
 
     def to(self, device: torch.device) -> TensorImages:
         """Return the same images held on a device, where their batches are made."""
@@ -63,7 +76,7 @@ class TensorImages(Dataset):
         """
         return self._with(follows_device=True)
 
-    def _with(self, **changes: Tensor | bool) -> TensorImages:
+    def _with(self, **changes: Tensor | bool | int) -> TensorImages:
         """Return the same images with other attributes, and no copy yet."""
         result = copy.copy(self)
         result.__dict__.update(changes, _there=None)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from nni_haloc.inputs.labels import check_labels
 from nni_haloc.space.modules import copy_of, evaluating, replace_modules
 from nni_haloc.utils.placement import HostCopy, accelerated, device_of
 
@@ -44,6 +45,7 @@ def sensitivities(
         Layer to candidate to added loss.
 
     Raises:
+        DataError: if the labels are not classes of the network's outputs, one for each image.
         ValueError: if a loss is not finite; the message names layer and candidate.
     """
     added = added_losses(
@@ -81,6 +83,7 @@ def added_losses(
         Layer to candidate to the added loss of each image, ``(N,)``, float64.
 
     Raises:
+        DataError: if the labels are not classes of the network's outputs, one for each image.
         ValueError: if a loss is not finite; the message names layer and candidate.
     """
     device, originals = device_of(model), dict(model.named_modules())
@@ -103,6 +106,8 @@ def added_losses(
         some = images[:2].to(device)
         outputs = network(some.clone())
         _losses(outputs, outputs)  # other outputs than logits are refused here
+        if labels is not None:
+            labels = check_labels(labels, (len(images), *outputs.shape[1:]))
         modules = {own[layer]: module for layer, module in last.items()}
         resumed = _can_be_resumed(network, layers, modules, some)
         batches = images.split(batch_size)

@@ -21,6 +21,7 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results import figures
 from nni_haloc.results.bench import TEXT, bench_table
 from nni_haloc.runs.folder import Figures, RunFolder
+from nni_haloc.runs.plausibility import doubts
 from nni_haloc.runs.run import RESULT, flatten, gains
 from nni_haloc.runs.stages import all_stages
 from nni_haloc.space.names import rank_name
@@ -78,6 +79,7 @@ def html_report(path: str | Path) -> str:
         model=_flat(config.get("model", {})).get("name", ""),
         facts={key: _shown(v) for key, v in _flat(plan.chosen_by).items() if v is not None},
         headline=_headline(stages, rows),
+        doubts=doubts(stages),
         stages=_table(rows),
         batch=_flat(config.get("cost", {})).get("batch_size", ""),
         texts=TEXT,

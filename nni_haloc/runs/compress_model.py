@@ -17,12 +17,14 @@ from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.device.costs_file import MEASURED
 from nni_haloc.costs.latency import measure_latency
 from nni_haloc.costs.table import CostTable, worthwhile
+from nni_haloc.inputs.labels import check_labels, outputs_shape
 from nni_haloc.inputs.registries import PREDICTORS, RULES, RUNTIMES
 from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules import plan as plan_by_rule
 from nni_haloc.plan.rules.problem import Problem
 from nni_haloc.runs.folder import Figures, RunFolder, hold
+from nni_haloc.runs.plausibility import guessing, warn_of_doubts
 from nni_haloc.runs.saved import save
 from nni_haloc.runs.summary import summary_text
 from nni_haloc.search.evaluator import Classification
@@ -31,11 +33,12 @@ from nni_haloc.search.strategy import Haloc, run_search
 from nni_haloc.space.modules import copy_of, evaluating
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.summary import why_nothing
-from nni_haloc.training.finetuning import accuracy, finetune, recalibrate
+from nni_haloc.training.finetuning import accuracy, finetune, predict, recalibrate, top_accuracy
 from nni_haloc.training.random_states import isolated_random_states
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.training.reconstruction import reconstruct_blocks
-from nni_haloc.utils.errors import expected_one_of
+from nni_haloc.utils.errors import DataError, expected_one_of
+from nni_haloc.utils.log import logger
 from nni_haloc.utils.quiet import quiet
 from nni_haloc.utils.registry import Registry
 
@@ -52,7 +55,8 @@ class Compressed:
         plan: the chosen rank of every layer.
         costs: what every candidate costs.
         metrics: figures of ``original`` and ``compressed``: ``macs`` (for one image), ``params``,
-            ``latency_ms`` and, where labels are at hand, ``top1`` on the validation loader.
+            ``latency_ms`` and, where labels are at hand, ``top1`` on the validation loader. Of the
+            original also what that is judged by: ``images``, and ``chance``, the top-1 of guesses.
     """
 
     model: nn.Module
@@ -144,6 +148,7 @@ def compress_model(
         The network with its plan, its cost table and its figures.
 
     Raises:
+        DataError: if labels are not classes of the network's outputs.
         InfeasibleBudget: if no network of the rank space fits the budget; names the cheapest cost.
         ValueError: if nothing in the model can be searched, or labels are missing to train with.
         Diverged: if the search or the fine-tuning diverges.
@@ -170,7 +175,10 @@ def compress_model(
             raise ValueError(f"train_loader: expected images and labels{_OR_WITHOUT}, found images")
         if trained and val_loader is None:
             raise ValueError(f"val_loader: expected images and labels{_OR_WITHOUT}, found None")
+        labels = _classes(model, images, labels, needed=trained)
         original = model if memory_format == "contiguous" else _channels_last(model)
+        before = _judged(original, val_loader)
+        told = warn_of_doubts({"original": before})
         example = images[:1].repeat(batch_size, *[1] * (images.dim() - 1))
         options = {"device": device, "memory_format": memory_format}
         timing = _known(RUNTIMES, "runtime", runtime).from_options(**options)
@@ -178,7 +186,6 @@ def compress_model(
             batch = example if metric in MEASURED else images[:1]
             make = _known(PREDICTORS, "metric", metric).table
             costs = make(original, batch, allowed, timing, lambda done, of: None)
-        labels = _predictions(original, images) if labels is None else labels
         task = _Task(original, images, labels, train_loader, Limit.of(costs, budget), allowed, seed)
         if rule == "search":
             how = search_recipe or Recipe(epochs=1, lr=0.02, schedule="constant")
@@ -193,7 +200,12 @@ def compress_model(
             recalibrate(network, _pairs(train_loader), _RECALIBRATION_BATCHES)
         finetune(network, train_loader, recipe, val_loader, enable_progress_bar=verbose)
         networks = {"original": original, "compressed": network}
-        metrics = {name: _measure(net, val_loader, images[:1]) for name, net in networks.items()}
+        top1 = {} if val_loader is None else {"top1": accuracy(network, val_loader)[0]}
+        metrics = {
+            "original": {**before, **_count(original, images[:1])},
+            "compressed": {**top1, **_count(network, images[:1])},
+        }
+        warn_of_doubts(metrics, told)
         for name, latency in measure_latency(networks, example, timing).items():
             metrics[name]["latency_ms"] = latency
     return Compressed(network, plan, costs, metrics)
@@ -265,7 +277,7 @@ def _calibration(loader: Iterable[Any], number: int) -> tuple[Tensor, Tensor | N
     for batch in loader:
         parts = batch if isinstance(batch, Sequence) else [batch]
         images.append(parts[0])
-        labels += parts[1:2]
+        labels += [part for part in parts[1:2] if isinstance(part, Tensor)]
         if sum(map(len, images)) >= number:
             break
     if not images:
@@ -279,10 +291,33 @@ def _pairs(loader: Iterable[Any]) -> Iterable[tuple[Tensor, Any]]:
         yield (batch[0], None) if isinstance(batch, Sequence) else (batch, None)
 
 
-def _predictions(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the classes that the original network sees, which stand in for labels."""
+def _classes(model: nn.Module, images: Tensor, labels: Tensor | None, needed: bool) -> Tensor:
+    """Return the labels of images, or the classes that the original sees, which stand in for them.
+
+    Raises:
+        DataError: if labels that are needed are no classes of its outputs.
+    """
     with evaluating(model), torch.no_grad():
+        shape = outputs_shape(model(images[:2]))
+        if labels is not None and shape is not None:
+            try:
+                return check_labels(labels, (len(images), *shape[1:]), "train_loader: labels")
+            except DataError as error:
+                if needed:
+                    raise
+                logger.info("%s: without training, the network's predictions will do", error)
+        elif labels is not None:
+            return labels
         return torch.cat([model(part).argmax(1) for part in images.split(64)])
+
+
+def _judged(network: nn.Module, val_loader: DataLoader | None) -> Figures:
+    """Return a network's top-1 and what it is judged by, where a validation loader is at hand."""
+    if val_loader is None:
+        return {}
+    with isolated_random_states():
+        logits, labels = predict(network, val_loader)
+    return {"top1": top_accuracy(logits, labels), **guessing(labels)}
 
 
 def _channels_last(model: nn.Module) -> nn.Module:
@@ -290,9 +325,5 @@ def _channels_last(model: nn.Module) -> nn.Module:
     return copy_of(model).to(memory_format=torch.channels_last)
 
 
-def _measure(network: nn.Module, val_loader: DataLoader | None, example: Tensor) -> Figures:
-    """Count a network, and take its accuracy where a validation loader is at hand."""
-    figures: Figures = {}
-    if val_loader is not None:
-        figures["top1"] = accuracy(network, val_loader)[0]
-    return {**figures, "macs": count_macs(network, example), "params": count_params(network)}
+def _count(network: nn.Module, example: Tensor) -> Figures:
+    return {"macs": count_macs(network, example), "params": count_params(network)}

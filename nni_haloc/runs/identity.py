@@ -33,6 +33,8 @@ def search_identity(config: Config) -> dict[str, Any]:
         content |= {f"{section}.{key}": v for key, v in values.items() if key not in unused}
     for key in ("weights", "data.val_list", "cost.table"):
         content[key] = _digest(content[key])
+    if isinstance(content["data.classes"], str):
+        content["data.classes"] = _digest(content["data.classes"])
     for limit in content["budget.also"]:
         limit["table"] = _digest(limit["table"])
     if content["data.root"] is not None:

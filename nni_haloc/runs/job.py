@@ -18,14 +18,19 @@ from torch.utils.data import DataLoader
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.from_settings import latency_input, runtime_of
 from nni_haloc.costs.latency import measure_latency
+from nni_haloc.inputs.classes import some_of
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.data import load_data
+from nni_haloc.inputs.labels import check_labels, outputs_shape
 from nni_haloc.inputs.models import build_model
+from nni_haloc.inputs.splits import SPLITS
 from nni_haloc.inputs.weights import load_weights
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import Figures, RunFolder
+from nni_haloc.runs.plausibility import guessing
 from nni_haloc.runs.saved import load, save
+from nni_haloc.space.modules import evaluating
 from nni_haloc.training.finetuning import accuracy
 from nni_haloc.training.random_states import (
     isolated_random_states,
@@ -71,7 +76,6 @@ class Job:
             runtime_of(config)
         with as_one_line(DataError):
             self.splits = load_data(config.data)
-            self._warn_of_missing_classes()
         with as_one_line(), isolated_random_states():
             seed_random_states(config.seed)
             self.model = build_model(config.model.name, config.model.arguments, factories=factories)
@@ -81,11 +85,53 @@ class Job:
         self.model = self.laid_out(self.model)
         with as_one_line(DataError):
             self.example = self.splits.images("test", 1)
+            self._check_classes()
 
-    def _warn_of_missing_classes(self) -> None:
-        for split, what in {"train": "training", "val": "validation", "test": "test"}.items():
+    def _check_classes(self) -> None:
+        """Check that the network has an output for each class; warn of classes without images.
+
+        Raises:
+            DataError: says what does not fit.
+        """
+        outputs = self._outputs()
+        if outputs is not None:
+            self._check_number(outputs[1])
+            for split, what in SPLITS.items():
+                labels = self.splits.labels[split]
+                check_labels(labels, (len(labels), *outputs[1:]), f"labels of the {what} images")
+        for split, what in SPLITS.items():
             if missing := self.splits.missing(split):
-                logger.warning("%s images: none of class %s", what, ", ".join(map(repr, missing)))
+                logger.warning("%s images: none of class %s", what, some_of(missing))
+
+    def _check_number(self, outputs: int) -> None:
+        name, classes = self.config.model.name, self.splits.classes
+        if self.config.data.classes is not None and outputs != len(classes):
+            expected = f"expected a name for each of the {outputs} outputs of {name}"
+            raise DataError(f"data.classes: {expected}, found {len(classes)}")
+        if classes and outputs != len(classes):
+            facts = f"{name} has {outputs} outputs, and the data {len(classes)} classes"
+            remedy = "expected an output for each class"
+            if outputs > len(classes):
+                remedy = "name the class of each output, in order, in data.classes"
+            raise DataError(f"model: {facts}, {some_of(classes)}; {remedy}")
+
+    def _outputs(self) -> torch.Size | None:
+        """Return the shape of the network's outputs for one image; None if they are no tensor.
+
+        Raises:
+            DataError: if the network does not take the image.
+        """
+        with evaluating(self.model), isolated_random_states(), torch.no_grad():
+            try:
+                return outputs_shape(self.model(self.example))
+            except (RuntimeError, IndexError) as error:
+                raise self._refused(error) from None
+
+    def _refused(self, error: Exception) -> DataError:
+        """Return the error of a network that fails on the data's images."""
+        shape = "x".join(map(str, self.example.shape[1:]))
+        expected = f"{self.config.model.name} does not take the data's images or classes"
+        return DataError(f"model: {expected} ({first_line(error)}); images are {shape}")
 
     def at(self, config: Config, folder: str | Path) -> Job:
         """Return a job of the same data and network with other settings, in another folder."""
@@ -141,14 +187,16 @@ class Job:
         try:
             values = accuracy(network, loader, tuple(int(name[3:]) for name in names))
         except (RuntimeError, IndexError) as error:
-            name, reason = self.config.model.name, first_line(error)
-            expected = f"model: {name} does not take the data's images or classes"
-            raise DataError(f"{expected} ({reason})") from None
+            raise self._refused(error) from None
         return dict(zip(names, values, strict=True))
 
     def score(self, network: nn.Module) -> Figures:
         """Return the accuracies on the images that the settings' ``data.score`` names."""
         return self.accuracy(network, self.loader(self.config.data.score))
+
+    def guessing(self, split: str) -> Figures:
+        """Return what accuracies on a split are judged by, see `plausibility.guessing`."""
+        return guessing(self.splits.labels[split])
 
     def count(self, network: nn.Module) -> Figures:
         """Return ``macs`` (for one image) and ``params``."""

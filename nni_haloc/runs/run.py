@@ -9,6 +9,7 @@ from typing import Any
 from nni_haloc.inputs.config import Config, dump_config
 from nni_haloc.runs.folder import Figures, hold
 from nni_haloc.runs.job import Job
+from nni_haloc.runs.plausibility import doubt_figures, warn_of_doubts
 from nni_haloc.runs.stages import all_stages, stages_of
 from nni_haloc.runs.stages.choose_ranks import search
 from nni_haloc.runs.stages.stage import Outcome, Report, ignore
@@ -74,8 +75,10 @@ def run_job(
         for stage in stages:
             stage.check(job)
         original = {**job.score(job.model), **job.count(job.model)}
+        original |= job.guessing(job.config.data.score)
         logger.info("original: %s", summary_line(original))
         figures: dict[str, Figures] = {"original": original}
+        told = warn_of_doubts(figures)
         outcome: Outcome | None = None
         place = 0
         for stage in stages:
@@ -88,6 +91,7 @@ def run_job(
                     logger.info("%s: %s", title, summary_line(row))
                 if RESULT in figures:  # a finished run's, whatever becomes of further stages
                     job.folder.write_metrics(figures, **facts)
+                told = warn_of_doubts(figures, told)
             wait_for_all()
     if not is_first():
         return {}
@@ -106,6 +110,7 @@ def search_only(config: Config, folder: str | Path, *, resume: bool = False) -> 
     with hold(job.folder), job.active():
         top1 = job.accuracy(job.model, job.loader("val"))["top1"]
         logger.info("original: %.2f %% top-1 (validation)", 100 * top1)
+        warn_of_doubts({"original": {"top1": top1, **job.guessing("val")}})
         return search(job, ignore, resume=resume)
 
 
@@ -114,14 +119,15 @@ def flatten(figures: Mapping[str, Figures]) -> Figures:
 
     ``default``, which a tuner maximises, is the headline of the last stage; ``original_...`` are
     the original's; figures without a prefix are those of the fine-tuned network, and ``speedup``,
-    ``macs_reduction`` and ``params_reduction`` are its gains over the original.
+    ``macs_reduction`` and ``params_reduction`` are its gains over the original;
+    ``original_at_chance`` and ``far_above_original`` are 1 where `doubts` doubts the accuracies.
 
     Args:
         figures: stage to its figures, as ``metrics.json`` has them; ``original`` among them.
     """
     original, result = figures.get("original", {}), figures.get(RESULT, {})
     flat = {f"original_{key}": value for key, value in original.items()}
-    flat |= gains(original, result)
+    flat |= {**gains(original, result), **doubt_figures(figures)}
     default = None
     for stage in all_stages():
         if stage.name in figures:

@@ -13,6 +13,7 @@ from nni.nas.evaluator.pytorch import Lightning, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from nni_haloc.inputs.labels import LabelCheck
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.utils.processes import check_startable
 from nni_haloc.utils.quiet import quiet
@@ -24,6 +25,11 @@ class _Module(LightningModule):
     def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
         super().__init__()
         self.recipe, self.steps_per_epoch = recipe, steps_per_epoch
+        self.checked = LabelCheck()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.checked.look(batch)
+        return batch
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -31,6 +37,7 @@ class _Module(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         x, y = batch
         logits = self(x)
+        y = self.checked(y, logits)
         return {"loss": F.cross_entropy(logits, y), "top1": (logits.argmax(1) == y).float().mean()}
 
     def configure_optimizers(self) -> Any:

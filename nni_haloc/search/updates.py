@@ -110,6 +110,11 @@ class HalocModule(DartsLightningModule):
             self.state.settle()
         super().on_fit_start()
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Hand the batches of either side to the evaluator's module, as they leave the loaders."""
+        hook = self.training_module.on_before_batch_transfer
+        return {side: hook(part, dataloader_idx) for side, part in batch.items()}
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Update alpha on a validation batch, when it is due, and the weights on a training batch.
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from nni_haloc.inputs.labels import LabelCheck, check_labels, images_and_labels
 from nni_haloc.space.modules import copy_of, evaluating
 from nni_haloc.training.compiled import Compiled, Replayed
 from nni_haloc.training.divergence import DivergenceWatch
 from nni_haloc.training.recipe import Recipe
-from nni_haloc.utils.errors import Diverged
+from nni_haloc.utils.errors import DataError, Diverged
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.placement import accelerated
 from nni_haloc.utils.processes import check_startable
@@ -98,17 +99,40 @@ def accuracy(
 
     Returns:
         One accuracy for each k, 0 to 1.
+
+    Raises:
+        DataError: if the labels are not classes of the network's outputs.
     """
+    logits, labels = predict(model, loader)
+    return tuple(top_accuracy(logits, labels, k) for k in topk)
+
+
+def predict(model: nn.Module, loader: DataLoader) -> tuple[Tensor, Tensor]:
+    """Return a network's outputs in evaluation mode, and the labels; see `accuracy`.
+
+    Returns:
+        Logits ``(N, classes)`` and labels ``(N,)``, on the network's `device_of`.
+    """
+    batches: list[tuple[Tensor, Tensor]] = []
     # Not inference mode: NNI's wrappers keep tensors of a pass as buffers, which several processes
     # synchronise in training.
     with evaluating(model), accelerated(model) as device, torch.no_grad():
-        batches = [(model(x.to(device)), labels.to(device)) for x, labels in loader]
+        for batch in loader:
+            x, labels = images_and_labels(batch)
+            logits = model(x.to(device))
+            if not batches or not labels.is_cuda:  # of those on a device, the first are waited for
+                labels = check_labels(labels, logits.shape)
+            batches.append((logits, labels.to(device)))
+    if not batches:
+        raise DataError("loader: expected batches (images, labels), found none")
     logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return logits, labels
+
+
+def top_accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
+    """Return the top-k accuracy, 0 to 1, of logits ``(N, classes)`` for labels ``(N,)``."""
     classes = logits.shape[1]
-    return tuple(
-        float(multiclass_accuracy(logits, labels, num_classes=classes, top_k=k, average="micro"))
-        for k in topk
-    )
+    return float(multiclass_accuracy(logits, labels, num_classes=classes, top_k=k, average="micro"))
 
 
 def finetune(
@@ -149,6 +173,7 @@ def finetune(
         ``model`` itself.
 
     Raises:
+        DataError: if the labels are not classes of the network's outputs.
         Diverged: if the loss or a weight is no longer finite.
         HalocError: if the network can't be compiled.
         ValueError: for several devices where no script is run that they could start, too; for
@@ -211,13 +236,19 @@ class _Training(pl.LightningModule):
         self.distill, self.layers, self.feature_weight = distill, layers, feature_weight
         self.compiled: Compiled | None = None
         self.watch = DivergenceWatch("the training")
+        self.checked = LabelCheck()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.checked.look(batch)
+        return batch
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         if self.teacher:
             loss = self._taught(x, y, self.teacher[0].to(x.device))
         else:
-            loss = F.cross_entropy(self._run(x), y)
+            logits = self._run(x)
+            loss = F.cross_entropy(logits, self.checked(y, logits))
         self.watch.add(loss, self.current_epoch, batch_idx)
         if self.trainer.is_last_batch:
             self.watch.finish()
@@ -247,7 +278,7 @@ class _Training(pl.LightningModule):
             target = teacher(x)
         with _observed(ours, compare):
             logits = self._run(x)
-        loss = F.cross_entropy(logits, y)
+        loss = F.cross_entropy(logits, self.checked(y, logits))
         if self.distill:
             log_q, log_p = (F.log_softmax(z / TEMPERATURE, 1) for z in (logits, target))
             distance = TEMPERATURE**2 * F.kl_div(
@@ -261,7 +292,8 @@ class _Training(pl.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
-        top1 = (self.model(x).argmax(1) == y).float().mean()
+        logits = self.model(x)
+        top1 = (logits.argmax(1) == self.checked(y, logits)).float().mean()
         self.log("val_top1", top1, batch_size=len(y), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:

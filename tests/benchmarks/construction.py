@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nni_haloc.inputs.data import image_folder
+from nni_haloc.inputs.image_folder import image_folder
 from nni_haloc.inputs.models import build_model
 from nni_haloc.space.candidates import build_candidates, build_nested_candidates
 from nni_haloc.space.covariances import patch_covariances

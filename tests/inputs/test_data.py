@@ -12,7 +12,8 @@ from helpers.host_copies import no_waits_on
 from PIL import Image
 
 from nni_haloc.inputs.config import load_config
-from nni_haloc.inputs.data import cifar10, digits, image_folder, load_data
+from nni_haloc.inputs.data import cifar10, digits, load_data
+from nni_haloc.inputs.image_folder import image_folder
 from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.tensor_images import TensorImages
 from nni_haloc.runs.job import Job
@@ -263,12 +264,12 @@ def test_a_share_is_of_every_split_and_the_same_whether_augmented_or_not(folder,
 def run_file(folder, **data):
     settings = {"name": "folder", "root": str(folder), "size": 12, "val_fraction": 0.3, **data}
     content = {
-        "model": {"name": "resnet20"},
+        "model": {"name": "resnet20", "arguments": {"num_classes": 2}},
         "weights": str(folder / "w.pt"),
         "data": settings,
         "budget": {"fraction": 0.5},
     }
-    torch.save(build_model("resnet20").state_dict(), folder / "w.pt")
+    torch.save(build_model("resnet20", {"num_classes": 2}).state_dict(), folder / "w.pt")
     (folder / "run.yml").write_text(yaml.safe_dump(content))
     return folder / "run.yml"
 

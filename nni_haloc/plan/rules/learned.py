@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nni_haloc.inputs.labels import LabelCheck
 from nni_haloc.plan.budget import Choice, Limit, check_feasible, choose
 from nni_haloc.plan.rules.problem import Problem, sees_every_rank
 from nni_haloc.space.modules import copy_of
@@ -59,7 +60,7 @@ def learned(problem: Problem) -> Choice:
     weights: dict[str, nn.Parameter] = {
         layer: modules[layer].weight for layer in problem.candidates
     }
-    batches = _endless(problem.train)
+    batches, checked = _endless(problem.train), LabelCheck()
     least = check_feasible(problem.candidates, problem.limits)
     with accelerated(network) as device, isolated_random_states():
         torch.manual_seed(problem.seed)  # of the augmentation
@@ -72,7 +73,7 @@ def learned(problem: Problem) -> Choice:
                     [(weights[layer] - target).square().sum() for layer, target in targets.items()]
                 ).sum()
                 logits = network(images.to(device))
-                loss = F.cross_entropy(logits, labels.to(device))
+                loss = F.cross_entropy(logits, checked(labels, logits).to(device))
                 loss = loss + PENALTY * GROWTH**i / 2 * distance
                 optimizer.zero_grad()
                 loss.backward()

@@ -13,6 +13,7 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import Figures, RunFolder, Training, hold
 from nni_haloc.runs.identity import section_identity
 from nni_haloc.runs.job import Job
+from nni_haloc.runs.plausibility import warn_of_doubts
 from nni_haloc.runs.stages.stage import Outcome, Report, Stage, ignore
 from nni_haloc.runs.stages.training import recipe_of, trainer_of
 from nni_haloc.training import checkpoint
@@ -108,6 +109,7 @@ def train_original(config: Config, *, resume: bool = False) -> Figures:
             return {}
         with whole(out) as part:
             save_model(outcome.network, str(part))
+        warn_of_doubts({"original": {**outcome.figures, **job.guessing(config.data.score)}})
     shown = ", ".join(f"{name} {100 * value:.2f} %" for name, value in outcome.figures.items())
     logger.info("%s: %s", out, shown)
     return outcome.figures

@@ -20,8 +20,9 @@ from torch import nn
 from nni_haloc.costs.analytic import measure_peaks
 from nni_haloc.costs.counts import count_macs
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
-from nni_haloc.inputs.data import IMAGENET_MEAN, IMAGENET_STD, Splits
+from nni_haloc.inputs.data import Splits
 from nni_haloc.inputs.models import build_model
+from nni_haloc.inputs.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from nni_haloc.inputs.tensor_images import TensorImages
 from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.space import RankSpace

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.inputs.config import Config, load_config
-from nni_haloc.inputs.data import IMAGENET_MEAN, IMAGENET_STD, Splits
+from nni_haloc.inputs.data import Splits
+from nni_haloc.inputs.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from nni_haloc.inputs.registries import DATA
 from nni_haloc.inputs.tensor_images import TensorImages
 from nni_haloc.plan.rank_plan import RankPlan

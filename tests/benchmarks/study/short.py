@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.inputs.config import Config, load_config
-from nni_haloc.inputs.data import IMAGENET_MEAN, IMAGENET_STD, Splits
+from nni_haloc.inputs.data import Splits
+from nni_haloc.inputs.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from nni_haloc.inputs.registries import DATA
 from nni_haloc.inputs.tensor_images import TensorImages
 from nni_haloc.plan.compression import compress

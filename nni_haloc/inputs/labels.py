@@ -1,0 +1,159 @@
+"""Check that labels are classes of a network's outputs; one line says what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nni_haloc.utils.errors import DataError
+
+IGNORED = -100
+"""The label of a position without a class, as torch's cross-entropy has it."""
+
+_SOFT = "one-hot labels and probabilities: pass labels.argmax(1)"
+
+
+def outputs_shape(outputs: Any) -> torch.Size | None:
+    """Return the shape of outputs, ``(N, classes, ...)``; None if they are not a tensor of it."""
+    return outputs.shape if isinstance(outputs, Tensor) and outputs.dim() > 1 else None
+
+
+def images_and_labels(batch: Any) -> tuple[Any, Any]:
+    """Return the two parts of a loader's batch.
+
+    Raises:
+        DataError: if it is not a pair.
+    """
+    if not isinstance(batch, Sequence) or len(batch) != 2:
+        parts = f"{len(batch)} parts" if isinstance(batch, Sequence) else type(batch).__name__
+        raise DataError(f"loader: expected batches (images, labels), found {parts}")
+    return batch[0], batch[1]
+
+
+def check_labels(labels: Any, outputs: Sequence[int], where: str = "labels") -> Tensor:
+    """Check that labels are class indices that fit a network's outputs.
+
+    A label is an integer from 0 to the number of outputs - 1: one for each image or, where the
+    outputs have positions, one for each position, which may be `IGNORED`. Labels that are on
+    another device are waited for.
+
+    Args:
+        labels: what a loader gave beside the images; ``(N,)`` or ``(N, ...)`` by positions.
+        outputs: shape of the network's outputs, ``(N, classes)`` or ``(N, classes, ...)``.
+        where: what the message begins with: ``val_loader``.
+
+    Returns:
+        The same labels as int64.
+
+    Raises:
+        DataError: says what was expected, what was found, and what to do.
+    """
+    found = check_form(labels, outputs, where)
+    check_range(extremes(found), outputs[1], where)
+    return found
+
+
+def check_form(labels: Any, outputs: Sequence[int], where: str = "labels") -> Tensor:
+    """Check type and shape of labels, as `check_labels` does, but not their values.
+
+    That waits for no device.
+    """
+    if len(outputs) < 2:
+        shape = tuple(outputs)
+        raise DataError(f"{where}: expected a network's outputs (N, classes), found shape {shape}")
+    if outputs[1] < 2:
+        expected = "expected a network with an output for each class, at least 2"
+        raise DataError(f"{where}: {expected}, found {outputs[1]}; a single output has no classes")
+    classes = f"class indices, integers from 0 to {outputs[1] - 1}"
+    if not isinstance(labels, Tensor):
+        kind = type(labels).__name__
+        raise DataError(f"{where}: expected a tensor of {classes}, found {kind}")
+    shape, expected_shape = tuple(labels.shape), (outputs[0], *outputs[2:])
+    if labels.is_floating_point() or labels.is_complex():
+        kind = str(labels.dtype).removeprefix("torch.")
+        remedy = _SOFT if shape == tuple(outputs) else "whole numbers: pass labels.long()"
+        raise DataError(f"{where}: expected {classes}, found {kind} of shape {shape}; {remedy}")
+    if shape != expected_shape:
+        remedy = ""
+        if shape == tuple(outputs):
+            remedy = "; one-hot labels: pass labels.argmax(1); several classes an image do not fit"
+        elif shape == (outputs[0], 1, *outputs[2:]):
+            remedy = "; pass labels.squeeze(1)"
+        expected = f"expected {classes}, of shape {expected_shape}"
+        raise DataError(f"{where}: {expected}, found shape {shape}{remedy}")
+    return labels.long()
+
+
+def extremes(labels: Tensor) -> tuple[int, int]:
+    """Return the lowest and the highest label; ``(0, 0)`` where there is none.
+
+    Where labels have positions, those that are `IGNORED` do not count.
+    """
+    if labels.dim() > 1:
+        labels = labels[labels != IGNORED]
+    if not labels.numel():
+        return 0, 0
+    lowest, highest = torch.aminmax(labels)
+    return int(lowest), int(highest)
+
+
+def check_range(found: tuple[int, int], outputs: int, where: str = "labels") -> None:
+    """Check the lowest and the highest label against the number of outputs.
+
+    Raises:
+        DataError: names the label that has no output.
+    """
+    lowest, highest = found
+    if lowest < 0 or highest >= outputs:
+        expected = f"expected class indices from 0 to {outputs - 1}, one for each of the outputs"
+        wrong = lowest if lowest < 0 else highest
+        remedy = "number the classes as the network's outputs"
+        raise DataError(f"{where}: {expected}, found {wrong}; {remedy}")
+
+
+def renumbered(labels: Tensor, places: Tensor) -> Tensor:
+    """Return the place of each label: ``places[labels]``, int64.
+
+    Raises:
+        DataError: if a label is no class index that has a place.
+    """
+    found = check_form(labels, (len(labels), max(2, len(places))))
+    check_range(extremes(found), len(places))
+    return places[found]
+
+
+class LabelCheck:
+    """Check the labels of a training's batches without waiting for a device.
+
+    Values are looked at on the processor, where needed before a batch is moved (`look`); type and
+    shape when the outputs are there. Of batches that are made on a device, the values of the first
+    two are waited for.
+    """
+
+    def __init__(self) -> None:
+        self._extremes = 0, 0
+        self._unseen = 2
+        """Batches on a device whose values are still to be looked at."""
+
+    def look(self, batch: Any) -> None:
+        """Take note of the labels in a batch ``(images, labels)`` before it is moved."""
+        _, labels = images_and_labels(batch)
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+            return  # told when the outputs are there
+        if labels.device.type != "cpu":
+            if not self._unseen:
+                return
+            self._unseen -= 1
+        (lowest, highest), (low, high) = self._extremes, extremes(labels)
+        self._extremes = min(lowest, low), max(highest, high)
+
+    def __call__(self, labels: Any, outputs: Tensor) -> Tensor:
+        """Check the labels of a batch against the network's outputs for it; see `check_labels`."""
+        if isinstance(labels, Tensor) and labels.device.type == "cpu":
+            return check_labels(labels, outputs.shape)
+        found = check_form(labels, outputs.shape)
+        check_range(self._extremes, outputs.shape[1])
+        return found
