@@ -61,8 +61,10 @@ def expanded(path: str) -> Path:
     """Return a path with ``~`` written out.
 
     Raises:
-        ValueError: if there is no such home folder.
+        ValueError: if there is no such home folder, or the text has half of a character.
     """
+    if not path.isascii() and path.encode("utf-8", "replace").decode() != path:
+        raise ValueError(f"expected a path, found {brief(path)}")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -143,6 +145,17 @@ def _step(value: Any) -> Any:
     return value
 
 
+def _between(low: float, high: float) -> Callable[[float], float]:
+    """Return a check that a number is in a range; NaN is in none."""
+
+    def check(value: float) -> float:
+        if not low <= value <= high:
+            raise ValueError(f"expected a number from {low:g} to {high:g}, found {brief(value)}")
+        return value
+
+    return check
+
+
 def _device(value: str) -> str:
     """Check the form of a device's name; whether this machine has it is the runtime's to say."""
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}(:[0-9]{1,4})?", value):
@@ -192,10 +205,10 @@ InMemory = Annotated[bool | Literal["device"], BeforeValidator(_in_memory)]
 Step = Annotated[int | Literal["auto", "paper"] | None, BeforeValidator(_step)]
 MOST = 1_000_000
 """The most epochs, images of a batch, channels and so on."""
-Positive = Annotated[float, Field(ge=1e-12, le=1e12)]
+Positive = Annotated[float, AfterValidator(_between(1e-12, 1e12))]
 """A rate or a factor: float32 holds it, and its products with others."""
-NonNegative = Annotated[float, Field(ge=0, le=1e12)]
-Amount = Annotated[float, Field(gt=0, le=1e18)]
+NonNegative = Annotated[float, AfterValidator(_between(0, 1e12))]
+Amount = Annotated[float, AfterValidator(_between(1e-18, 1e18))]
 """A cost, in any unit."""
 Count = Annotated[int, Field(ge=1, le=MOST)]
 CountOrNone = Annotated[int, Field(ge=0, le=MOST)]

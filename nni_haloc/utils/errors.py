@@ -146,7 +146,7 @@ def explain(error: ValidationError, section: type[BaseModel] | None = None) -> s
     """
     errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     first = errors[0]
-    path = [str(part) for part in first["loc"]]
+    path = [part if len(part := str(key)) <= 80 else f"{part[:76]} ..." for key in first["loc"]]
     if first["type"] == "extra_forbidden":
         message = "unknown key" + _suggestion(path[-1], _keys(section, path[:-1]))
     elif first["type"] == "missing":
