@@ -299,7 +299,8 @@ def _labels(data: Any) -> Tensor:
         if hasattr(data, "targets"):
             return torch.as_tensor(data.targets)
         # a data set of somebody else's may have no list of them
-        return torch.stack([torch.as_tensor(label) for _, label in data])
+        # By index: the end of a data set need not raise IndexError.
+        return torch.stack([torch.as_tensor(data[i][1]) for i in range(len(data))])
     except (TypeError, ValueError, RuntimeError) as error:
         expected = "expected class indices, one number for each image"
         raise ValueError(f"labels: {expected} ({first_line(error)})") from None
