@@ -3,6 +3,7 @@
 import re
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -318,3 +319,23 @@ def test_a_path_of_several_lines_is_one_line(tmp_path):
     (tmp_path / "a\nb.png").write_text("none")
     with pytest.raises(DataError, match=r"/a\\nb.png: not an image that can be read$"):
         read_image(str(tmp_path / "a\nb.png"), 3, False)
+
+
+def test_an_image_that_is_too_large_is_named_with_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    file = written(tmp_path / "a.png", Image.fromarray(RGB))
+    with pytest.raises(DataError, match=r"a.png: too large \(Image size \(54 pixels\) exceeds"):
+        read_image(file, 3, False)
+
+
+def test_colours_of_16_bits_are_read_by_their_upper_byte(tmp_path):
+    deep = GENERATOR.integers(0, 65536, (1, 4, 3), dtype=np.uint16)
+    data = zlib.compress(b"\0" + deep.astype(">u2").tobytes())
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 1, 16, 2, 0, 0, 0)), (b"IDAT", data)]
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for name, content in (*chunks, (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(name + content))
+        parts.append(struct.pack(">I", len(content)) + name + content + check)
+    (tmp_path / "a.png").write_bytes(b"".join(parts))
+    found = np.asarray(read_image(str(tmp_path / "a.png"), 3, False))
+    np.testing.assert_array_equal(found, deep >> 8)
