@@ -27,7 +27,7 @@ SUFFIXES = (*IMG_EXTENSIONS, ".gif")
 
 _NO_CLASSES = ("__MACOSX", "@eaDir")
 """Folders that archives and file servers make beside what is in them; they hold images, too."""
-_HIDDEN = re.compile(rf"[/\\](\.|({'|'.join(_NO_CLASSES)})[/\\])")
+_HIDDEN = re.compile("{0}([.]|({1}){0})".format(re.escape(os.sep), "|".join(_NO_CLASSES)))
 """A path inside a folder that begins with a separator, of a file that is hidden or in what is."""
 
 

@@ -122,7 +122,7 @@ class Job:
         with evaluating(self.model), isolated_random_states(), torch.no_grad():
             try:
                 return outputs_shape(self.model(self.example))
-            except (RuntimeError, IndexError) as error:
+            except Exception as error:  # of the network's own code
                 raise self._refused(error) from None
 
     def _refused(self, error: Exception) -> DataError:

@@ -182,6 +182,28 @@ def test_a_network_for_other_channels_is_one_line(folder):
         Job(config(folder, channels=1), folder / "out")
 
 
+class Particular(nn.Module):
+    """It takes images of one size alone, as transformers do."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = {"AssertionError": AssertionError, "TypeError": TypeError}[error]
+
+    def forward(self, x):
+        raise self.error(f"expected 224, found {x.shape[2]}")
+
+
+@pytest.mark.parametrize("error", ["AssertionError", "TypeError"])
+def test_a_network_for_other_sizes_is_one_line(folder, monkeypatch, error):
+    settings = config(folder)
+    monkeypatch.setitem(MODELS._added, "particular", Particular)
+    torch.save({}, folder / "w.pt")
+    model = {"name": "particular", "arguments": {"error": error}}
+    changed = settings.model_copy(update={"model": settings.model.model_copy(update=model)})
+    with pytest.raises(DataError, match=r"^model: particular .*\(expected 224, found 12\); images"):
+        Job(changed, folder / "out")
+
+
 def test_a_run_on_grey_rectangles_goes_to_its_end(folder, monkeypatch):
     def small(width):
         layers = [nn.Conv2d(1, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU()]
