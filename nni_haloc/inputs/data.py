@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nni_haloc.inputs.classes import class_names
-from nni_haloc.inputs.normalisation import Scale, check_normalisation
+from nni_haloc.inputs.normalisation import Scale, normalisation
 from nni_haloc.inputs.registries import DATA
 from nni_haloc.inputs.schema import Data
 from nni_haloc.inputs.splits import Splits, choose_validation, splits_in_memory
@@ -113,7 +113,7 @@ def digits(
         (images[:-360], labels[:-360]),
         (images[-360:], labels[-360:]),
         classes,
-        (mean or (0.305,), std or (0.376,)),
+        normalisation(mean, std, (0.305,), (0.376,)),
         (val_fraction, seed, val_list),
         pad=1,
         mirror=False,
@@ -149,7 +149,7 @@ def cifar10(
         seen,
         unseen,
         train.classes,
-        (mean or CIFAR10_MEAN, std or CIFAR10_STD),
+        normalisation(mean, std, CIFAR10_MEAN, CIFAR10_STD),
         (val_fraction, seed, val_list),
         pad=4,
         mirror=True,
@@ -177,7 +177,6 @@ def _cut(
         pad: pixels by which training images are shifted at most.
         mirror: whether half of them are mirrored.
     """
-    check_normalisation(*scale, train[0].shape[1])
     chosen = choose_validation(train[1], classes, *validation, None)
     whole, unseen = (TensorImages(*pair, *scale) for pair in (train, test))
     return splits_in_memory(whole, unseen, classes, chosen, pad=pad, mirror=mirror)

@@ -19,7 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from nni_haloc.inputs.classes import places_of
 from nni_haloc.inputs.pixels import UnknownRange, to_channels
-from nni_haloc.utils.errors import DataError, printable
+from nni_haloc.utils.errors import DataError, first_line, printable
 from nni_haloc.utils.files import why_unreadable
 
 SUFFIXES = (*IMG_EXTENSIONS, ".gif")
@@ -27,7 +27,7 @@ SUFFIXES = (*IMG_EXTENSIONS, ".gif")
 
 _NO_CLASSES = ("__MACOSX", "@eaDir")
 """Folders that archives and file servers make beside what is in them; they hold images, too."""
-_HIDDEN = re.compile(rf"[/\\](\.|({'|'.join(_NO_CLASSES)})[/\\])")
+_HIDDEN = re.compile("{0}([.]|({1}){0})".format(re.escape(os.sep), "|".join(_NO_CLASSES)))
 """A path inside a folder that begins with a separator, of a file that is hidden or in what is."""
 
 
@@ -134,6 +134,8 @@ def read_image(file: str, channels: int, exif: bool) -> Image.Image:
         raise DamagedImage(printable(f"{file}: {error}")) from None
     except Exception as error:  # Pillow has many, by the kind of damage
         reason = "truncated" if "truncated" in str(error) else "not an image that can be read"
+        if isinstance(error, Image.DecompressionBombError):
+            reason = f"too large ({first_line(error)})"
         if isinstance(error, OSError) and error.strerror:
             reason = why_unreadable(error)  # the system's: nothing is known of the image
         raise DamagedImage(printable(f"{file}: {reason}")) from None

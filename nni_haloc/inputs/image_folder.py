@@ -14,7 +14,7 @@ from torchvision.transforms import functional
 
 from nni_haloc.inputs.classes import check_same_classes, class_names
 from nni_haloc.inputs.image_files import ClassFolders
-from nni_haloc.inputs.normalisation import Scale, check_normalisation, of_imagenet
+from nni_haloc.inputs.normalisation import Scale, normalisation, of_imagenet
 from nni_haloc.inputs.splits import Splits, choose_validation, splits_in_memory
 from nni_haloc.inputs.tensor_images import TensorImages
 from nni_haloc.utils.log import logger
@@ -65,9 +65,7 @@ def image_folder(
         ValueError: if the folders have different classes, or one that is not in ``classes``.
     """
     root, (height, width) = Path(root), _both(size)
-    default_mean, default_std = of_imagenet(channels)
-    scale = mean or default_mean, std or default_std
-    check_normalisation(*scale, channels)
+    scale = normalisation(mean, std, *of_imagenet(channels))
     listed = None if classes is None else class_names(classes)
     folders = {
         part: ClassFolders(root / part, listed, channels=channels, exif=exif)

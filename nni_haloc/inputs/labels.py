@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nni_haloc.utils.errors import DataError
+from nni_haloc.utils.placement import HostCopy
 
 IGNORED = -100
 """The label of a position without a class, as torch's cross-entropy has it."""
@@ -28,8 +29,9 @@ def images_and_labels(batch: Any) -> tuple[Any, Any]:
         DataError: if it is not a pair.
     """
     if not isinstance(batch, Sequence) or len(batch) != 2:
-        parts = f"{len(batch)} parts" if isinstance(batch, Sequence) else type(batch).__name__
-        raise DataError(f"loader: expected batches (images, labels), found {parts}")
+        kind = type(batch).__name__
+        found = f"{kind} of {len(batch)}" if isinstance(batch, Sequence) else kind
+        raise DataError(f"loader: expected batches (images, labels), found {found}")
     return batch[0], batch[1]
 
 
@@ -92,12 +94,10 @@ def extremes(labels: Tensor) -> tuple[int, int]:
 
     Where labels have positions, those that are `IGNORED` do not count.
     """
-    if labels.dim() > 1:
-        labels = labels[labels != IGNORED]
-    if not labels.numel():
-        return 0, 0
-    lowest, highest = torch.aminmax(labels)
-    return int(lowest), int(highest)
+    values = HostCopy(labels).get()
+    if values.ndim > 1:
+        values = values[values != IGNORED]
+    return (int(values.min()), int(values.max())) if values.size else (0, 0)
 
 
 def check_range(found: tuple[int, int], outputs: int, where: str = "labels") -> None:

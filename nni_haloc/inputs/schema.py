@@ -122,6 +122,12 @@ def _size(value: Any) -> Any:
     return value
 
 
+def _channels(value: Any) -> Any:
+    if type(value) is not int or value not in (1, 3):
+        raise ValueError(f"expected 1 (grey) or 3 (colours), found {value!r}")
+    return value
+
+
 def _classes(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, list):
         if wrong := what_is_wrong(value):
@@ -218,6 +224,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 _LARGEST = 16384
 """Height and width of an image."""
 Size = Annotated[int | list[int], BeforeValidator(_size)]
+Channels = Annotated[int, BeforeValidator(_channels)]
 Classes = Annotated[list[str] | str, BeforeValidator(_classes)]
 PerChannel = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1)]
 METRICS = ("macs", "params", "activation_bytes", "latency_ms", "cycles", "energy_pj", "energy_mj")
@@ -255,7 +262,7 @@ class Data(Section):
     arguments: Arguments = {}
     root: ExistingPath | None = None
     size: Size | None = None
-    channels: Literal[1, 3] | None = None
+    channels: Channels | None = None
     exif: bool = False
     classes: Classes | None = None
     test: str = "test"

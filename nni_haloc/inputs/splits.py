@@ -133,7 +133,8 @@ class Splits:
         """
         if list(listed) == self.classes:
             return self
-        places = torch.tensor(list(places_of(self.classes, listed, where).values()))
+        found = places_of(self.classes, listed, where)
+        places = torch.tensor([found[name] for name in self.classes])
 
         def numbered(data: Any) -> Any:
             if _batched(data):
@@ -265,9 +266,10 @@ def _check_enough(data: Any, what: str, share: float, classes: int) -> None:
     """Check that a share of a split has as many images as the split has classes."""
     if _lists_labels(data):
         classes = len(_labels(data).unique())
+    classes = max(1, min(classes, len(data)))
     number = round(share * len(data))
-    if number < max(1, classes):
-        least = max(1, classes) / len(data)
+    if number < classes:
+        least = classes / len(data)
         found = f"{number} of {len(data)} {what} images for {classes} classes"
         remedy = f"take {math.ceil(1e4 * least) / 1e4:g} or more (a scale counts in by its root)"
         expected = "expected an image of each class or more"
@@ -299,7 +301,8 @@ def _labels(data: Any) -> Tensor:
         if hasattr(data, "targets"):
             return torch.as_tensor(data.targets)
         # a data set of somebody else's may have no list of them
-        return torch.stack([torch.as_tensor(label) for _, label in data])
+        # By index: the end of a data set need not raise IndexError.
+        return torch.stack([torch.as_tensor(data[i][1]) for i in range(len(data))])
     except (TypeError, ValueError, RuntimeError) as error:
         expected = "expected class indices, one number for each image"
         raise ValueError(f"labels: {expected} ({first_line(error)})") from None

@@ -213,7 +213,7 @@ def _losses(logits: Tensor, target: Tensor) -> Tensor:
         )
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     if not target.is_floating_point():
-        losses = F.cross_entropy(logits, target, reduction="none")
+        losses = F.cross_entropy(logits, target.long(), reduction="none")
     elif logits.shape[1] == 1:
         p = target.to(logits).sigmoid()
         least = F.binary_cross_entropy_with_logits(target.to(logits), p, reduction="none")

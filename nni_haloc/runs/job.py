@@ -110,7 +110,7 @@ class Job:
             raise DataError(f"data.classes: {expected}, found {len(classes)}")
         if classes and outputs != len(classes):
             facts = f"{name} has {outputs} outputs, and the data {len(classes)} classes"
-            remedy = "expected an output for each class"
+            remedy = "expected an output for each class (data.classes can't leave one out)"
             if outputs > len(classes):
                 remedy = "name the class of each output, in order, in data.classes"
             raise DataError(f"model: {facts}, {some_of(classes)}; {remedy}")
@@ -124,7 +124,7 @@ class Job:
         with evaluating(self.model), isolated_random_states(), torch.no_grad():
             try:
                 return outputs_shape(self.model(self.example))
-            except (RuntimeError, IndexError) as error:
+            except Exception as error:  # of the network's own code
                 raise self._refused(error) from None
 
     def _refused(self, error: Exception) -> DataError:

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.costs.table import worthwhile
-from nni_haloc.inputs.data import IMAGENET_MEAN, IMAGENET_STD
 from nni_haloc.inputs.models import build_model
+from nni_haloc.inputs.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rules import RULES, Problem, plan
 from nni_haloc.space.modules import evaluating

@@ -180,7 +180,8 @@ def test_a_run_leaves_its_folder(finished):
     content = json.loads((finished / "metrics.json").read_text())
     stages = content["stages"]
     assert list(stages) == ["original", "search", "finetune"]
-    assert set(stages["original"]) == {"top1", "macs", "params", "latency_ms"}
+    counted = {"macs", "params", "images", "chance"}
+    assert set(stages["original"]) == {"top1", "latency_ms", *counted}
     figures = {"top1", "macs", "params", "latency_ms", "images_per_s", "bytes"}
     assert set(stages["finetune"]) == figures
     metrics = flatten(stages)

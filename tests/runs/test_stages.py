@@ -83,8 +83,9 @@ def test_every_stage_reports_flat_metrics_and_the_last_one_the_default(whole):
     metrics, reports = whole
     assert all(type(value) in (int, float) for value in metrics.values())
     assert list(metrics) == [
-        "default", "original_top1", "original_macs", "original_params", "original_latency_ms",
-        "speedup", "macs_reduction", "params_reduction",
+        "default", "original_top1", "original_macs", "original_params", "original_images",
+        "original_chance", "original_latency_ms", "speedup", "macs_reduction", "params_reduction",
+        "original_at_chance", "far_above_original",
         "top1", "macs", "params", "latency_ms", "images_per_s", "bytes",
         "pruned_top1", "pruned_macs", "pruned_params", "pruned_latency_ms", "pruned_bytes",
         "quantized_top1", "int8_top1", "onnx_latency_ms", "int8_latency_ms", "int8_bytes",
@@ -347,7 +348,9 @@ def test_a_network_that_cannot_be_traced_is_refused_before_anything_is_done(tmp_
 
     monkeypatch.setattr(
         "nni_haloc.runs.job.build_model",
-        lambda *args, **options: nn.Sequential(Untraceable(1, 1, 1), nn.Flatten()),
+        lambda *args, **options: nn.Sequential(
+            Untraceable(1, 1, 1), nn.Flatten(), nn.Linear(64, 10)
+        ),
     )
     monkeypatch.setattr(ChooseRanks, "run", lambda *args: pytest.fail("ranks were chosen"))
     monkeypatch.setattr("nni_haloc.runs.job.load_weights", lambda *args: None)
