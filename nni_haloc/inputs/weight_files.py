@@ -331,7 +331,7 @@ def _check_pickle(path: Path, file: IO[bytes]) -> None:
             full = ".".join(NAME_MAPPING.get((module, attribute), known))  # Python 2's names
             if not _is_allowed(full):
                 shown = printable(full, 100)
-                raise _unsafe(path, f"it holds an object of {shown}, whose code would run")
+                raise _unsafe(path, f"it holds {shown}, neither a tensor nor plain data")
 
 
 def _instructions(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:

@@ -36,6 +36,8 @@ _ADDED = {"total_ops", "total_params", "n_averaged"}
 """Buffers that counters of operations and averages of weights add to a network."""
 _DEPTH, _WIDTH = 4, 100
 """How deep, and in how many entries of a list, state dicts are looked for."""
+_MOST, _LONGEST = 10**5, 1000
+"""Names of a state dict, and characters of one, that are looked at. ResNet-152 has 932 names."""
 
 Renaming = Callable[[str], str]
 Keys = tuple[Any, ...]
@@ -73,6 +75,11 @@ class Fit:
     def misfits(self) -> int:
         """The number of names that do not fit."""
         return len(self.missing) + len(self.unexpected) + len(self.reshaped)
+
+    @property
+    def common(self) -> int:
+        """The number of names that both have."""
+        return len(self.names) - len(self.unexpected)
 
     @property
     def averaged(self) -> bool:
@@ -167,7 +174,7 @@ def _state_dicts(content: Any) -> Iterator[tuple[Keys, Mapping[str, Any]]]:
             continue
         seen.add(id(value))
         if isinstance(value, Mapping):
-            if any(isinstance(each, Tensor) for each in value.values()):
+            if len(value) < _MOST and any(isinstance(each, Tensor) for each in value.values()):
                 yield where, {key: each for key, each in value.items() if isinstance(key, str)}
             entries = list(value.items())
         else:
@@ -206,7 +213,7 @@ def _prefixes(names: Collection[str], tails: Collection[str], most: int = 6) -> 
     """
     counts: Counter[str] = Counter()
     for name in names:
-        start = 0
+        start = 0 if len(name) < _LONGEST else -1
         while start >= 0:
             if name[start:] in tails:
                 counts[name[:start]] += 1

@@ -17,6 +17,8 @@ from nni_haloc.utils.log import logger
 
 _PIECE = 2**20
 """Elements that are looked at together."""
+_CLASSES = 10**5
+"""A shape with more outputs is no matter of classes."""
 _ASKED = 3
 """Ways to take the names that modules are asked about which rename what they load."""
 
@@ -69,7 +71,8 @@ def _choose(path: Path, model: nn.Module, content: Any) -> Fit:
         named = [fit for fit in found[:_ASKED] if not fit.reshaped]
         good = [fit for fit in named if _fits_by_torch(model, names, content, fit)][:1]
     if not good:
-        raise ValueError(f"{path}: does not fit the model: {_difference(found[0])}")
+        nearest = min(found, key=lambda fit: (-fit.common, fit.rank, fit.misfits))
+        raise ValueError(f"{path}: does not fit the model: {_difference(nearest)}")
     plainest = [fit for fit in good if fit.rank == good[0].rank]
     if any(_taken(content, fit) != _taken(content, good[0]) for fit in plainest):
         places = " and ".join(dict.fromkeys(fit.place for fit in plainest))
@@ -183,6 +186,8 @@ def _counted(names: Sequence[str], what: str) -> str:
 
 
 def _text(shape: Any) -> str:
+    if shape is None:
+        return "any that the file has values for"
     return "x".join(map(str, shape)) or "a number" if isinstance(shape, tuple) else str(shape)
 
 
@@ -194,7 +199,7 @@ def _advice(fit: Fit) -> str:
             return ""
         pairs.add((theirs[0], mine[0]) if theirs[1:] == mine[1:] else None)
     (pair,) = pairs if len(pairs) == 1 else (None,)
-    if pair is None or fit.missing or fit.unexpected:
+    if pair is None or max(pair) > _CLASSES or fit.missing or fit.unexpected:
         return ""
     remedy = f"set model.arguments, such as num_classes: {pair[0]}"
     return f"; was it trained for {pair[0]} classes, and built for {pair[1]}? Then {remedy}"
