@@ -461,7 +461,7 @@ FILES = {
     "one of the former format": (lambda p: former(SAVED, p), "helpers.networks.SmallNet"),
     "another class": (
         lambda p: torch.save({"model": STATE, "x": Unknown()}, p),
-        r"an object of test_weights.Unknown, whose code would run; save the weights alone: ",
+        r"test_weights.Unknown, neither a tensor nor plain data; save the weights alone: ",
     ),
     "a schedule": (
         lambda p: torch.save({"s": torch.optim.lr_scheduler.LambdaLR, "model": STATE}, p),
