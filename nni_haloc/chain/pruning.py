@@ -15,6 +15,7 @@ from nni_haloc.chain.groups import channel_groups
 from nni_haloc.chain.workarounds import Loop, Masks, pruning_settings, speed_up, traced
 from nni_haloc.inputs.options import Pruner
 from nni_haloc.space.modules import evaluating
+from nni_haloc.space.outputs import logits_of
 from nni_haloc.space.summary import by_reason
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.placement import accelerated
@@ -101,6 +102,7 @@ def _gradients(
     with evaluating(network), accelerated(network) as device, torch.enable_grad():
         for images, labels in batches:
             network.zero_grad()
-            F.cross_entropy(network(images.to(device)), labels.to(device)).backward()
+            logits = logits_of(network(images.to(device)))
+            F.cross_entropy(logits, labels.to(device)).backward()
             after_step()
     network.zero_grad()

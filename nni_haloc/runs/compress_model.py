@@ -29,6 +29,7 @@ from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, run_search
 from nni_haloc.space.modules import copy_of, evaluating
+from nni_haloc.space.outputs import logits_of
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.summary import why_nothing
 from nni_haloc.training.finetuning import accuracy, finetune, recalibrate
@@ -279,7 +280,7 @@ def _pairs(loader: Iterable[Any]) -> Iterable[tuple[Tensor, Any]]:
 def _predictions(model: nn.Module, images: Tensor) -> Tensor:
     """Return the classes that the original network sees, which stand in for labels."""
     with evaluating(model), torch.no_grad():
-        return torch.cat([model(part).argmax(1) for part in images.split(64)])
+        return torch.cat([logits_of(model(part)).argmax(1) for part in images.split(64)])
 
 
 def _channels_last(model: nn.Module) -> nn.Module:

@@ -54,7 +54,9 @@ class Kernels:
 
     def __init__(self, layers: Iterable[MixedRankLayer], original: nn.Module) -> None:
         modules = dict(original.named_modules())
-        self.pairs = [(layer, cast(Tensor, modules[layer.label].weight)) for layer in layers]
+        self.pairs = [
+            (layer, cast(Tensor, modules[layer.label].weight).detach()) for layer in layers
+        ]
 
     @contextmanager
     def compared(self) -> Iterator[list[Tensor]]:

@@ -231,7 +231,8 @@ class _DenseLayer(nn.Module):
         if self.bias is not None and self.bias.grad is not None:
             own.append(cast(Tensor, last_bias(candidate)))
             given.append(self.bias.grad)
-        torch.autograd.backward(own, given)
+        trained = [place for place, tensor in enumerate(own) if tensor.requires_grad]
+        torch.autograd.backward([own[i] for i in trained], [given[i] for i in trained])
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.spec.run(x, self.kernel, self.bias)

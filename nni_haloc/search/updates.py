@@ -100,7 +100,7 @@ class HalocModule(DartsLightningModule):
             self._approach = Kernels(self._mixed, supernet.original)
         if self.options.average:
             alphas = {id(layer.alpha) for layer in self._mixed}
-            weights = (p for p in supernet.parameters() if id(p) not in alphas)
+            weights = (p for p in supernet.parameters() if p.requires_grad and id(p) not in alphas)
             self._average = MovingAverage(weights, self.options.average)
             if self._saved_average is not None:
                 self._average.load(self._saved_average)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,10 @@ def is_scripted_layer(module: nn.Module) -> bool:
 
 
 def obstacle(
-    module: nn.Module, calls: Iterable[tuple[int, ...]], holders: Mapping[int, int]
+    module: nn.Module,
+    calls: Iterable[tuple[int, ...]],
+    holders: Mapping[int, int],
+    frozen: bool = False,
 ) -> str | None:
     """Return the reason why a layer can't be a low-rank one, or None.
 
@@ -35,19 +38,25 @@ def obstacle(
         module: the layer.
         calls: the input shape of each of its calls.
         holders: id of a parameter to the number of modules that hold it.
+        frozen: whether a weight that does not require gradients is one.
     """
     if type(module) not in (nn.Conv2d, nn.Linear):
         return f"{type(module).__name__} is not decomposed"
     if getattr(module, "groups", 1) != 1:
         return "grouped convolution"
+    weight = cast(Tensor, module.weight)
+    if not weight.is_floating_point():
+        return f"its weight is of {weight.dtype}"
     if module._forward_hooks or module._forward_pre_hooks:
         return "has forward hooks"
     if module._backward_hooks or module._backward_pre_hooks:
         return "has backward hooks"
     if "forward" in vars(module):
         return "has a forward of its own"
-    if holders[id(module.weight)] > 1:
+    if holders[id(weight)] > 1:
         return "its weight is shared with another layer"
+    if frozen and not weight.requires_grad:
+        return "frozen"
     least = 4 if isinstance(module, nn.Conv2d) else 2
     odd = next((shape for shape in calls if len(shape) < least), None)
     return None if odd is None else f"called without a batch, on {'x'.join(map(str, odd))}"

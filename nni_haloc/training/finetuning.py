@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from nni_haloc.space.frozen import let_train
 from nni_haloc.space.modules import copy_of, evaluating
+from nni_haloc.space.outputs import divergence, logits_of
 from nni_haloc.training.compiled import Compiled, Replayed
 from nni_haloc.training.divergence import DivergenceWatch
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.utils.errors import Diverged
 from nni_haloc.utils.log import logger
-from nni_haloc.utils.placement import accelerated
+from nni_haloc.utils.placement import accelerated, moved
 from nni_haloc.utils.processes import check_startable
 from nni_haloc.utils.progress import TimeLeft
 from nni_haloc.utils.quiet import quiet
@@ -67,7 +69,7 @@ def recalibrate(
         with _observed(norms, lambda norm, _: _add(sums[norm], _statistics(norm))):
             run = Replayed(model, [*model.buffers(), *flat]) if compile else model
             for images, _ in islice(loader, batches):
-                run(images.to(device))
+                run(moved(images, device))
         for norm in norms:
             calls, totals = cast(Tensor, norm.num_batches_tracked), sums[norm]
             for value, total in zip(_statistics(norm), totals, strict=True):
@@ -102,7 +104,7 @@ def accuracy(
     # Not inference mode: NNI's wrappers keep tensors of a pass as buffers, which several processes
     # synchronise in training.
     with evaluating(model), accelerated(model) as device, torch.no_grad():
-        batches = [(model(x.to(device)), labels.to(device)) for x, labels in loader]
+        batches = [(logits_of(model(moved(x, device))), labels.to(device)) for x, labels in loader]
     logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     classes = logits.shape[1]
     return tuple(
@@ -127,6 +129,8 @@ def finetune(
 ) -> nn.Module:
     """Train a network in place, with a progress bar, and return it in evaluation mode.
 
+    Frozen parameters stay as they are, unless all are frozen: then all are trained.
+
     Args:
         model: the network.
         train: training batches ``(images, labels)``.
@@ -137,7 +141,8 @@ def finetune(
         ckpt_path: a Lightning checkpoint to go on from.
         teacher: the original network, to learn from.
         distill: share of the loss that is the Kullback-Leibler divergence from the teacher at
-            temperature 4 (Hinton et al., 2015), 0 to 1; the rest is the cross-entropy.
+            temperature 4 (Hinton et al., 2015), the mean over images and positions, 0 to 1; the
+            rest is the cross-entropy.
         layers: names of layers whose outputs are compared with the teacher's.
         feature_weight: lambda of Eq. (9): the weight of the sum over ``layers`` of the mean squared
             distance between their outputs and the teacher's, Eq. (8).
@@ -180,6 +185,7 @@ def finetune(
         task = _Training(model, recipe, len(train), teacher, distill, compared, feature_weight)
         if compile:
             task.compiled = Compiled(model)
+        let_train(model)
         home = next((p.device for p in model.parameters()), torch.device("cpu"))
         fit.fit(task, train, val, ckpt_path=ckpt_path, weights_only=True)
         model.to(home)  # Lightning leaves it on the processor
@@ -215,7 +221,7 @@ class _Training(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         if self.teacher:
-            loss = self._taught(x, y, self.teacher[0].to(x.device))
+            loss = self._taught(x, y, self.teacher[0].to(self.device))
         else:
             loss = F.cross_entropy(self._run(x), y)
         self.watch.add(loss, self.current_epoch, batch_idx)
@@ -224,8 +230,8 @@ class _Training(pl.LightningModule):
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
 
-    def _run(self, x: Tensor) -> Tensor:
-        return self.model(x) if self.compiled is None else self.compiled(x)
+    def _run(self, x: Any) -> Tensor:
+        return logits_of(self.model(x) if self.compiled is None else self.compiled(x))
 
     def _taught(self, x: Tensor, y: Tensor, teacher: nn.Module) -> Tensor:
         """Return the loss with the distances from the teacher in it."""
@@ -244,16 +250,13 @@ class _Training(pl.LightningModule):
             features[theirs[module]].append(output.clone())
 
         with torch.no_grad(), _observed(theirs, keep):
-            target = teacher(x)
+            target = logits_of(teacher(x))
         with _observed(ours, compare):
             logits = self._run(x)
         loss = F.cross_entropy(logits, y)
         if self.distill:
-            log_q, log_p = (F.log_softmax(z / TEMPERATURE, 1) for z in (logits, target))
-            distance = TEMPERATURE**2 * F.kl_div(
-                log_q, log_p, reduction="batchmean", log_target=True
-            )
-            loss = (1 - self.distill) * loss + self.distill * distance
+            distance = divergence(logits / TEMPERATURE, target / TEMPERATURE).mean()
+            loss = (1 - self.distill) * loss + self.distill * TEMPERATURE**2 * distance
         return loss + self.feature_weight * torch.stack(terms).sum() if terms else loss
 
     def on_train_end(self) -> None:
@@ -261,12 +264,13 @@ class _Training(pl.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
-        top1 = (self.model(x).argmax(1) == y).float().mean()
+        top1 = (logits_of(self.model(x)).argmax(1) == y).float().mean()
         self.log("val_top1", top1, batch_size=len(y), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         steps = math.ceil(self.steps_per_epoch / self.trainer.world_size)
-        return self.recipe.optimizers(self.model.parameters(), steps)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return self.recipe.optimizers(trained, steps)
 
 
 @contextmanager
