@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nni_haloc.costs.device.onnx_runtime import clear_errors, open_session
-from nni_haloc.space.modules import copy_of
+from nni_haloc.space.modules import copy_of, set_precision
 from nni_haloc.utils.errors import first_line, needs
 from nni_haloc.utils.files import whole
 from nni_haloc.utils.log import logger
@@ -235,9 +235,9 @@ def _traced(network: nn.Module, example: Tensor) -> tuple[Any, bool]:
 
 def _plain(network: nn.Module) -> nn.Module:
     """Copy to the processor, in float32, evaluation mode and the default memory format."""
-    return (
-        copy_of(network).eval().to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
-    )
+    plain = copy_of(network).eval().cpu()
+    set_precision(plain, torch.float32)
+    return plain.to(memory_format=torch.contiguous_format)
 
 
 def _random(example: Tensor, size: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import get_args
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from nni_haloc.chain.groups import channel_groups
 from nni_haloc.chain.workarounds import Loop, Masks, pruning_settings, speed_up, traced
 from nni_haloc.inputs.options import Pruner
-from nni_haloc.space.modules import evaluating
+from nni_haloc.space.modules import copy_of, evaluating
 from nni_haloc.space.outputs import logits_of
 from nni_haloc.space.summary import by_reason
 from nni_haloc.utils.log import logger
@@ -67,7 +66,7 @@ def masked(
         raise ValueError(f"pruner: expected one of {', '.join(get_args(Pruner))}, found {pruner!r}")
     if not 0 < sparsity < 1:
         raise ValueError(f"sparsity: expected a number between 0 and 1, found {sparsity}")
-    network, example = copy.deepcopy(network).cpu().eval(), example.cpu()
+    network, example = copy_of(network).cpu().eval(), example.cpu()
     groups, left_alone = channel_groups(network, traced(network).graph)
     if not groups:
         why = by_reason(left_alone) or "no convolution"

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from nni_haloc.space.modules import copy_of, evaluating, replace_modules
 from nni_haloc.space.outputs import divergence, logits_of
 from nni_haloc.utils.placement import HostCopy, accelerated, device_of
+from nni_haloc.utils.wrapped import unwrapped
 
 
 def sensitivities(
@@ -84,7 +85,7 @@ def added_losses(
     Raises:
         ValueError: if a loss is not finite; the message names layer and candidate.
     """
-    device, originals = device_of(model), dict(model.named_modules())
+    device, originals = device_of(model), dict(unwrapped(model).named_modules())
     others = [
         (layer, name, _on(device, module))
         for layer, row in candidates.items()

@@ -39,6 +39,7 @@ from nni_haloc.training.reconstruction import reconstruct_blocks
 from nni_haloc.utils.errors import expected_one_of
 from nni_haloc.utils.quiet import quiet
 from nni_haloc.utils.registry import Registry
+from nni_haloc.utils.wrapped import unwrapped
 
 _RECALIBRATION_BATCHES = 50
 _OR_WITHOUT = " to train with (epochs=0 needs none)"
@@ -162,6 +163,7 @@ def compress_model(
     with quiet(), isolated_random_states():
         seed_everything(seed, verbose=False)
         images, labels = _calibration(train_loader, calibration_images)
+        model = unwrapped(model)
         home = next(model.parameters()).device
         images = images.to(home)
         if trained and labels is None:
@@ -262,6 +264,10 @@ def _calibration(loader: Iterable[Any], number: int) -> tuple[Tensor, Tensor | N
     labels: list[Tensor] = []
     for batch in loader:
         parts = batch if isinstance(batch, Sequence) else [batch]
+        if not isinstance(parts[0], Tensor):
+            kind = type(parts[0]).__name__
+            remedy = "for other inputs use RankSpace, Haloc and run_search"
+            raise ValueError(f"train_loader: expected images in a tensor, found a {kind}; {remedy}")
         images.append(parts[0])
         labels += parts[1:2]
         if sum(map(len, images)) >= number:

@@ -16,6 +16,7 @@ from nni_haloc.runs.folder import RunFolder
 from nni_haloc.space.modules import replace_modules
 from nni_haloc.utils.errors import first_line
 from nni_haloc.utils.files import whole, write_json
+from nni_haloc.utils.wrapped import unwrapped
 
 
 def save(
@@ -43,7 +44,7 @@ def save(
     files = RunFolder(folder)
     files.path.mkdir(parents=True, exist_ok=True)
     with whole(files.weights) as part:
-        save_model(network, str(part))
+        save_model(unwrapped(network), str(part))
         if model is not None:
             write_json(files.model, model)
         plan.save(files.ranks)

@@ -26,7 +26,6 @@ from nni_haloc.space.names import Rank
 from nni_haloc.space.nested import NestedLayer
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.summary import SpaceReport, space_report, why_nothing
-from nni_haloc.utils.wrapped import unwrapped
 
 
 class RankSpace(ModelSpace):
@@ -69,7 +68,7 @@ class RankSpace(ModelSpace):
         nested: bool = True,
     ) -> None:
         super().__init__()
-        model = materialised(unwrapped(model), example_input)
+        model = materialised(model, example_input)
         layers = find_layers(model, example_input, allowed)
         if "" in layers.specs:
             raise ValueError(

@@ -23,6 +23,7 @@ from nni_haloc.training.averaging import MovingAverage
 from nni_haloc.training.divergence import DivergenceWatch, diverged
 from nni_haloc.utils.errors import Diverged, SettingsError, UnusableCheckpoint
 from nni_haloc.utils.placement import HostCopy, to_device
+from nni_haloc.utils.reentrant import no_reentrant_checkpoints
 
 _ROUNDING = 3e-4
 """Gradients of alpha below this share of the largest layer's say nothing.
@@ -312,7 +313,8 @@ class HalocModule(DartsLightningModule):
 
     def _task_loss(self, batch: Any, batch_idx: int, side: str) -> Tensor:
         """Run the evaluator's training step, log what it returns, and return its loss."""
-        result = self.training_module.training_step(batch, batch_idx)
+        with no_reentrant_checkpoints("the search"):
+            result = self.training_module.training_step(batch, batch_idx)
         entries = result if isinstance(result, dict) else {"loss": result}
         for key, value in entries.items():
             figure = value.detach() if isinstance(value, Tensor) else value

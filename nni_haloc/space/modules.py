@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nni_haloc.utils.errors import first_line
+from nni_haloc.utils.wrapped import unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -43,7 +44,7 @@ def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
 
 
 def copy_of(model: M, memo: Mapping[int, Any] | None = None) -> M:
-    """Copy a network deeply.
+    """Copy a network deeply, without a wrapper around it.
 
     Tensors that are computed from others, such as the weight of `torch.nn.utils.weight_norm`, are
     copied by their values.
@@ -55,6 +56,7 @@ def copy_of(model: M, memo: Mapping[int, Any] | None = None) -> M:
     Raises:
         ValueError: if an attribute can't be copied; the message names it.
     """
+    model = cast(M, unwrapped(model))
     held = dict(memo or {})
     for module in model.modules():
         for value in tree_leaves(vars(module)):
@@ -96,6 +98,22 @@ def _culprit(model: nn.Module, memo: Mapping[int, Any]) -> str | None:
                 remedy = "take it away, or give its class a __deepcopy__"
                 return f"the attribute {attribute!r} {where} ({first_line(error)}); {remedy}"
     return None
+
+
+def set_precision(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a network's real numbers, in place. Complex ones keep their imaginary parts.
+
+    Args:
+        model: the network.
+        dtype: a floating-point type.
+    """
+    values = [*model.parameters(), *model.buffers()]
+    if not any(value.is_complex() for value in values):
+        model.to(dtype)
+    else:
+        for value in values:
+            if value.is_floating_point():
+                value.data = value.data.to(dtype)
 
 
 def call(model: nn.Module, example: Example) -> Any:
@@ -173,9 +191,12 @@ def only_tensor(example: Example) -> Tensor:
 def materialised(model: M, example: Example) -> M:
     """Return the model, or, if it has lazy layers, a copy that has run once and has its weights.
 
+    In either case it is without a wrapper around it.
+
     Raises:
         ValueError: if the pass does not reach a lazy layer.
     """
+    model = cast(M, unwrapped(model))
     if not any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
         return model
     model = copy_of(model)

@@ -24,7 +24,6 @@ from nni_haloc.space.replaceable import (
     obstacle,
     watched_pass,
 )
-from nni_haloc.utils.wrapped import unwrapped
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,7 @@ def find_layers(
     Raises:
         ValueError: if the model can't be copied, or a pattern of ``allowed`` matches no layer.
     """
-    model = materialised(unwrapped(model), example_input)
+    model = materialised(model, example_input)
     frozen = frozen and not is_for_inference(model)
     modules = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
     seen = watched_pass(model, example_input, modules)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,8 @@ from nni_haloc.utils.placement import accelerated, moved
 from nni_haloc.utils.processes import check_startable
 from nni_haloc.utils.progress import TimeLeft
 from nni_haloc.utils.quiet import quiet
+from nni_haloc.utils.reentrant import no_reentrant_checkpoints
+from nni_haloc.utils.wrapped import unwrapped
 
 TEMPERATURE = 4.0
 """Distillation divides both networks' logits by this."""
@@ -49,6 +51,7 @@ def recalibrate(
         batches: how many are used, equally weighted; 0 leaves the network as it is.
         compile: replay a captured graph of the pass, on a CUDA device; other devices ignore it.
     """
+    model = unwrapped(model)
     norms = [
         m
         for m in model.modules()
@@ -67,9 +70,9 @@ def recalibrate(
         }
         flat = [total for totals in sums.values() for total in totals]
         with _observed(norms, lambda norm, _: _add(sums[norm], _statistics(norm))):
-            run = Replayed(model, [*model.buffers(), *flat]) if compile else model
+            replayed = Replayed(model, [*model.buffers(), *flat]) if compile else model
             for images, _ in islice(loader, batches):
-                run(moved(images, device))
+                (replayed if isinstance(images, Tensor) else model)(moved(images, device))
         for norm in norms:
             calls, totals = cast(Tensor, norm.num_batches_tracked), sums[norm]
             for value, total in zip(_statistics(norm), totals, strict=True):
@@ -103,6 +106,7 @@ def accuracy(
     """
     # Not inference mode: NNI's wrappers keep tensors of a pass as buffers, which several processes
     # synchronise in training.
+    model = unwrapped(model)
     with evaluating(model), accelerated(model) as device, torch.no_grad():
         batches = [(logits_of(model(moved(x, device))), labels.to(device)) for x, labels in loader]
     logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -178,18 +182,19 @@ def finetune(
         "inference_mode": False,  # see `accuracy`
     }
     compared = layers if feature_weight else ()
+    network = unwrapped(model)
     with quiet():
         defaults |= recipe.trainer(len(train))
         fit = pl.Trainer(callbacks=callbacks, **{**defaults, **trainer})
         check_startable(fit)
-        task = _Training(model, recipe, len(train), teacher, distill, compared, feature_weight)
+        task = _Training(network, recipe, len(train), teacher, distill, compared, feature_weight)
         if compile:
-            task.compiled = Compiled(model)
-        let_train(model)
-        home = next((p.device for p in model.parameters()), torch.device("cpu"))
+            task.compiled = Compiled(network)
+        let_train(network)
+        home = next((p.device for p in network.parameters()), torch.device("cpu"))
         fit.fit(task, train, val, ckpt_path=ckpt_path, weights_only=True)
-        model.to(home)  # Lightning leaves it on the processor
-    for name, value in model.state_dict().items():
+        network.to(home)  # Lightning leaves it on the processor
+    for name, value in network.state_dict().items():
         if not torch.isfinite(value).all():
             raise Diverged(
                 f"the training diverged: {name} is no longer finite; lower its learning rate"
@@ -227,7 +232,15 @@ class _Training(pl.LightningModule):
         self.watch.add(loss, self.current_epoch, batch_idx)
         if self.trainer.is_last_batch:
             self.watch.finish()
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        self.log(
+            "train_loss",
+            loss,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            sync_dist=True,
+            batch_size=len(y),
+        )
         return loss
 
     def _run(self, x: Any) -> Tensor:
@@ -251,13 +264,18 @@ class _Training(pl.LightningModule):
 
         with torch.no_grad(), _observed(theirs, keep):
             target = logits_of(teacher(x))
-        with _observed(ours, compare):
+        with _observed(ours, compare), self._seen_through():
             logits = self._run(x)
         loss = F.cross_entropy(logits, y)
         if self.distill:
             distance = divergence(logits / TEMPERATURE, target / TEMPERATURE).mean()
             loss = (1 - self.distill) * loss + self.distill * TEMPERATURE**2 * distance
         return loss + self.feature_weight * torch.stack(terms).sum() if terms else loss
+
+    def _seen_through(self) -> AbstractContextManager[None]:
+        """Return a context in which the network must let its layers be seen, if any are."""
+        what = "a comparison of feature maps (feature_weight)"
+        return no_reentrant_checkpoints(what) if self.layers else nullcontext()
 
     def on_train_end(self) -> None:
         self.watch.finish()
