@@ -19,7 +19,8 @@ def logits_of(output: Any) -> Tensor:
 
     A tensor is the logits. Of outputs with names (a dict, a named tuple, a dataclass, any object
     with attributes) they are ``logits``, ``out`` or ``output``; of a dict or a dataclass without
-    these names, its only tensor. Of a tuple or list they are the first tensor.
+    these names, its only tensor. Of a tuple or list they are the first tensor that has classes
+    (two dimensions or more: a loss may come first).
 
     >>> import torch
     >>> logits_of({"features": torch.zeros(2, 8), "logits": torch.ones(2, 3)}).shape
@@ -54,7 +55,8 @@ def _found(output: Any) -> Tensor | None:
         if named.get(name) is not None:
             return _found(named[name])
     if isinstance(output, tuple | list):
-        return next((x for x in map(_found, output) if x is not None), None)
+        inner = (found for found in map(_found, output) if found is not None)
+        return next((tensor for tensor in inner if tensor.dim() > 1), None)
     tensors = [value for value in named.values() if isinstance(value, Tensor)]
     return tensors[0] if len(tensors) == 1 else None
 

@@ -31,8 +31,12 @@ def no_reentrant_checkpoints(what: str) -> Iterator[None]:
             " torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
         )
 
+    before = vars(CheckpointFunction).get("apply")
     setattr(CheckpointFunction, "apply", staticmethod(refuse))  # noqa: B010
     try:
         yield
     finally:
-        delattr(CheckpointFunction, "apply")
+        if before is None:
+            delattr(CheckpointFunction, "apply")
+        else:
+            setattr(CheckpointFunction, "apply", before)  # noqa: B010
