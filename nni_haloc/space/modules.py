@@ -132,14 +132,25 @@ def call(model: nn.Module, example: Example) -> Any:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
+def _is_images(value: Any) -> bool:
+    """Tell whether a value is a list of images, ``(C, H, W)`` or vectors, not of batches."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(image, Tensor) and image.dim() in (1, 3) for image in value)
+    )
+
+
 def batch_size_of(example: Example) -> int:
-    """Return N of an example input's first tensor ``(N, ...)``.
+    """Return N of an example input's first tensor ``(N, ...)``, or first list of N images.
+
+    Tensors of one or three dimensions in a list are taken for images, others for batches.
 
     Raises:
         ValueError: if there is no tensor.
     """
-    for value in tree_leaves(example):
-        if isinstance(value, Tensor) and value.dim():
+    for value in tree_leaves(example, _is_images):
+        if _is_images(value) or (isinstance(value, Tensor) and value.dim()):
             return len(value)
     raise ValueError(
         "the example input: expected a tensor, a tuple or a dict with tensors (N, ...), "
@@ -150,16 +161,16 @@ def batch_size_of(example: Example) -> int:
 def batches(inputs: Example, size: int) -> Iterator[Example]:
     """Cut inputs into parts of at most ``size``.
 
-    A value that is not a tensor of N inputs goes with every part.
+    A value that is neither a tensor nor a list of N inputs goes with every part.
     """
     number = batch_size_of(inputs)
     for start in range(0, number, size):
 
         def part(value: Any, start: int = start) -> Any:
-            batched = isinstance(value, Tensor) and value.dim() and len(value) == number
-            return value[start : start + size] if batched else value
+            batched = _is_images(value) or (isinstance(value, Tensor) and value.dim())
+            return value[start : start + size] if batched and len(value) == number else value
 
-        yield tree_map(part, inputs)
+        yield tree_map(part, inputs, is_leaf=_is_images)
 
 
 def input_shape(example: Example, *, batch: bool = False) -> Any:
