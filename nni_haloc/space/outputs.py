@@ -46,6 +46,25 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def plain(output: Any) -> Any:
+    """Return an output's tensors in plain containers, which files for other runtimes can have.
+
+    Named tuples, dataclasses and other objects become dicts; what holds no tensor goes.
+
+    Args:
+        output: what a network has returned.
+
+    Returns:
+        A tensor, or a tuple or dict of such; None if it holds no tensor.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple | list) and not hasattr(output, "_asdict"):
+        return tuple(p for p in map(plain, output) if p is not None) or None
+    found = {str(name): plain(value) for name, value in _entries(output).items()}
+    return {name: value for name, value in found.items() if value is not None} or None
+
+
 def _found(output: Any) -> Tensor | None:
     """Return the tensor that the rule of `logits_of` leads to, if there is one."""
     if output is None or isinstance(output, Tensor):
