@@ -8,7 +8,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,7 +24,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nni_haloc.costs.device.onnx_runtime import clear_errors, open_session
-from nni_haloc.space.modules import copy_of
+from nni_haloc.space.modules import copy_of, set_precision
+from nni_haloc.space.outputs import NAMES
+from nni_haloc.space.outputs import plain as plain_output
 from nni_haloc.utils.errors import first_line, needs
 from nni_haloc.utils.files import scratch, whole
 from nni_haloc.utils.log import logger
@@ -32,7 +40,8 @@ _CALIBRATION_BATCH = 32
 class OnnxNetwork(nn.Module):
     """Runs an ONNX file as a network, by ONNX Runtime on the processor.
 
-    Called with a tensor ``(N, ...)`` it returns a tensor, or a tuple if the file has more outputs.
+    Called with a tensor ``(N, ...)`` it returns a tensor, or a tuple if the file has more outputs;
+    a dict if one of them is called as logits are (see `nni_haloc.space.outputs.logits_of`).
 
     Args:
         file: the ONNX file.
@@ -65,6 +74,9 @@ class OnnxNetwork(nn.Module):
                 None, {self._input.name: x.detach().cpu().contiguous().numpy()}
             )
         results = tuple(torch.from_numpy(y).to(x.device) for y in outputs)
+        names = [output.name for output in self._session.get_outputs()]
+        if set(names) & set(NAMES):
+            return dict(zip(names, results, strict=True))
         return results[0] if len(results) == 1 else results
 
 
@@ -73,6 +85,7 @@ def export_onnx(
 ) -> float:
     """Write a network as an ONNX file, in float32 and evaluation mode.
 
+    All its tensors are outputs of the file, by their names if they have any.
     The file takes any batch size; if the network can't be exported so, it keeps the example's, with
     a warning in the log. It is run by ONNX Runtime on random inputs of two batch sizes, and its
     outputs are compared with torch's.
@@ -100,7 +113,13 @@ def export_onnx(
         with _quietly():
             try:
                 exported = torch.onnx.export(
-                    program, (), dynamo=True, optimize=True, verbose=False, opset_version=_OPSET
+                    program,
+                    (),
+                    dynamo=True,
+                    optimize=True,
+                    verbose=False,
+                    opset_version=_OPSET,
+                    output_names=_names(program),
                 )
             except torch.onnx.errors.OnnxExporterError as error:
                 # The error itself only says which step failed.
@@ -214,7 +233,7 @@ def needed(what: str) -> AbstractContextManager[None]:
 
 def _traced(network: nn.Module, example: Tensor) -> tuple[Any, bool]:
     """Return the exported program, and whether it takes any batch size."""
-    plain, name, reasons = _plain(network), type(network).__name__, []
+    plain, name, reasons = _plain(network, example), type(network).__name__, []
     for size, shapes in ((2, ({0: torch.export.Dim("batch")},)), (len(example), None)):
         try:
             with _quietly():
@@ -232,11 +251,37 @@ def _traced(network: nn.Module, example: Tensor) -> tuple[Any, bool]:
     raise ValueError(f"{name}: torch can't export it: {reasons[-1]}")
 
 
-def _plain(network: nn.Module) -> nn.Module:
-    """Copy to the processor, in float32, evaluation mode and the default memory format."""
-    return (
-        copy_of(network).eval().to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
-    )
+class _Plain(nn.Module):
+    """Returns a network's tensors in plain containers."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Any:
+        return plain_output(self.network(x))
+
+
+def _plain(network: nn.Module, example: Tensor) -> nn.Module:
+    """Copy to the processor, in float32, evaluation mode and the default memory format.
+
+    The copy returns a tensor, or tensors in plain containers.
+    """
+    copied = copy_of(network).eval().cpu()
+    set_precision(copied, torch.float32)
+    copied = copied.to(memory_format=torch.contiguous_format)
+    with suppress(Exception), torch.inference_mode():  # an exporter has a message of its own
+        if not isinstance(copied(_random(example, len(example))), Tensor):
+            return _Plain(copied)
+    return copied
+
+
+def _names(program: Any) -> list[str] | None:
+    """Return the names of an exported program's outputs, if all of them have one."""
+    spec = program.call_spec.out_spec
+    output = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    named = isinstance(output, dict) and all(isinstance(place, int) for place in output.values())
+    return list(output) if named else None
 
 
 def _random(example: Tensor, size: int) -> Tensor:
@@ -252,7 +297,7 @@ def _checked(
     tolerance: float,
 ) -> float:
     """Return the largest difference of the outputs on random inputs; refuse one too large."""
-    plain, difference, largest = _plain(network), 0.0, 1.0
+    plain, difference, largest = _plain(network, example), 0.0, 1.0
     for size in (1, 3) if dynamic else (len(example),):
         x = _random(example, size)
         with torch.inference_mode():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import get_args
 
@@ -15,7 +14,8 @@ from nni_haloc.chain.groups import channel_groups
 from nni_haloc.chain.workarounds import Loop, Masks, pruning_settings, speed_up, traced
 from nni_haloc.inputs.labels import check_labels
 from nni_haloc.inputs.options import Pruner
-from nni_haloc.space.modules import evaluating
+from nni_haloc.space.modules import copy_of, evaluating
+from nni_haloc.space.outputs import logits_of
 from nni_haloc.space.summary import by_reason
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.placement import accelerated
@@ -67,7 +67,7 @@ def masked(
         raise ValueError(f"pruner: expected one of {', '.join(get_args(Pruner))}, found {pruner!r}")
     if not 0 < sparsity < 1:
         raise ValueError(f"sparsity: expected a number between 0 and 1, found {sparsity}")
-    network, example = copy.deepcopy(network).cpu().eval(), example.cpu()
+    network, example = copy_of(network).cpu().eval(), example.cpu()
     groups, left_alone = channel_groups(network, traced(network).graph)
     if not groups:
         why = by_reason(left_alone) or "no convolution"
@@ -102,7 +102,7 @@ def _gradients(
     with evaluating(network), accelerated(network) as device, torch.enable_grad():
         for images, labels in batches:
             network.zero_grad()
-            logits = network(images.to(device))
+            logits = logits_of(network(images.to(device)))
             F.cross_entropy(logits, check_labels(labels, logits.shape).to(device)).backward()
             after_step()
     network.zero_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 
 from nni_haloc.chain.workarounds import Loop, start_lsq
 from nni_haloc.inputs.options import Quantizer
-from nni_haloc.space.modules import evaluating
+from nni_haloc.space.modules import copy_of, evaluating
+from nni_haloc.space.replaceable import class_of
 from nni_haloc.utils.placement import accelerated
 
 Training = Callable[[nn.Module], Any]
@@ -75,10 +75,12 @@ def quantize(
         raise ValueError(
             f"quantizer: expected one of {', '.join(get_args(Quantizer))}, found {quantizer!r}"
         )
-    network = copy.deepcopy(network).eval()
-    layers = [
-        name for name, module in network.named_modules() if type(module) in (nn.Conv2d, nn.Linear)
-    ]
+    network = copy_of(network).eval()
+    layers = []
+    for name, module in network.named_modules():
+        if (base := class_of(module)) is not None:
+            module.__class__ = base  # NNI knows no subclass, though it computes the same
+            layers.append(name)
     if not layers:
         raise ValueError(
             f"nothing to quantize in {type(network).__name__}: no convolution or linear layer"

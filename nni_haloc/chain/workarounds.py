@@ -25,6 +25,7 @@ from nni.compression.quantization import LsqQuantizer
 from nni.compression.utils import Evaluator
 
 from nni_haloc.chain.groups import ChannelGroup
+from nni_haloc.space.frozen import trains
 from nni_haloc.utils.errors import first_line
 
 Masks = dict[str, dict[str, Tensor]]
@@ -56,16 +57,21 @@ def speed_up(model: nn.Module, example: Tensor, masks: Masks) -> nn.Module:
         masks: of the channels that go.
 
     Returns:
-        The network in evaluation mode; all its parameters require gradients.
+        The network in evaluation mode; what was frozen still is.
     """
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     quiet = logging.getLogger(f"{__name__}.speedup")
     quiet.setLevel(logging.ERROR)
-    model.requires_grad_()
+    for parameter in model.parameters():
+        if trains(parameter):
+            parameter.requires_grad_(True)
     with contextlib.redirect_stdout(io.StringIO()), errors_alone("nni"), torch.enable_grad():
         small = ModelSpeedup(
             model, example, masks, graph_module=traced(model), logger=quiet
         ).speedup_model()
     small.zero_grad()
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(trains(parameter) and name not in frozen)
     return small.eval()
 
 

@@ -73,7 +73,7 @@ def accelerator_table(
     """
     layers = find_layers(model, example_input, allowed)
     everything = find_layers(
-        model, example_input, AllowedRanks(1, kinds=("conv", "pointwise", "linear"))
+        model, example_input, AllowedRanks(1, kinds=("conv", "pointwise", "linear")), frozen=False
     ).specs
     candidates = {name: {DENSE: None, **row} for name, row in layers.candidates(allowed).items()}
     searched = [

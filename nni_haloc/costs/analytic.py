@@ -132,7 +132,7 @@ def roofline_table(
 
     layers = find_layers(model, example_input, allowed)
     everything = find_layers(
-        model, example_input, AllowedRanks(1, kinds=("conv", "pointwise", "linear"))
+        model, example_input, AllowedRanks(1, kinds=("conv", "pointwise", "linear")), frozen=False
     ).specs
     others = sum(
         cost(spec, None)

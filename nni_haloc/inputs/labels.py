@@ -17,11 +17,6 @@ IGNORED = -100
 _SOFT = "one-hot labels and probabilities: pass labels.argmax(1)"
 
 
-def outputs_shape(outputs: Any) -> torch.Size | None:
-    """Return the shape of outputs, ``(N, classes, ...)``; None if they are not a tensor of it."""
-    return outputs.shape if isinstance(outputs, Tensor) and outputs.dim() > 1 else None
-
-
 def images_and_labels(batch: Any) -> tuple[Any, Any]:
     """Return the two parts of a loader's batch.
 

@@ -67,6 +67,16 @@ MODELS: Registry[Any] = Registry(
 )
 """Untrained networks: a factory."""
 
+LAYER_CLASSES: Registry[Any] = Registry(
+    "layer class",
+    "nni_haloc.layers",
+    {
+        "timm.layers.linear.Linear": "torch.nn:Linear",
+    },
+)
+"""Subclasses of `nn.Conv2d` and `nn.Linear` that have a ``forward`` of their own and compute what
+the base class does: full name of the class to the base class."""
+
 DATA: Registry[Any] = Registry(
     "data set",
     "nni_haloc.data",

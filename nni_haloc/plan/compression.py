@@ -7,9 +7,11 @@ from torch import nn
 from nni_haloc.inputs.options import Decomposition
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.space.candidates import build_candidates
+from nni_haloc.space.frozen import keep_frozen, let_train
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import Example, copy_of, replace_modules
 from nni_haloc.space.names import rank_name
+from nni_haloc.utils.wrapped import unwrapped
 
 
 def compress(
@@ -20,7 +22,8 @@ def compress(
 ) -> nn.Module:
     """Return a compressed copy of a trained network, decomposed afresh at the plan's ranks.
 
-    For the weights that a search trained, see `Haloc.network`.
+    For the weights that a search trained, see `Haloc.network`. Frozen parameters stay frozen, as in
+    `RankSpace`.
 
     Args:
         model: the trained network; it is not changed.
@@ -36,6 +39,7 @@ def compress(
         ValueError: if the plan names a layer that the network does not have, or that can't be
             decomposed so.
     """
+    model = unwrapped(model)
     specs = _specs(model, plan)
     wanted = {
         name: {rank_name(rank): rank} for name, rank in plan.ranks.items() if rank is not None
@@ -43,6 +47,7 @@ def compress(
     built = build_candidates(model, specs, wanted, calibration, method)
     compressed = copy_of(model)
     replace_modules(compressed, {name: next(iter(row.values())) for name, row in built.items()})
+    let_train(compressed)
     return compressed
 
 
@@ -51,12 +56,15 @@ def restructure(model: nn.Module, plan: RankPlan) -> nn.Module:
 
     Their weights are random.
     """
-    specs = _specs(model, plan)
-    compressed = copy_of(model)
-    replace_modules(
-        compressed,
-        {name: specs[name].build(rank) for name, rank in plan.ranks.items() if rank is not None},
-    )
+    model = unwrapped(model)
+    specs, modules = _specs(model, plan), dict(model.named_modules())
+    compressed, built = copy_of(model), {}
+    for name, rank in plan.ranks.items():
+        if rank is not None:
+            built[name] = specs[name].build(rank)
+            keep_frozen(built[name], modules[name])
+    replace_modules(compressed, built)
+    let_train(compressed, told=True)
     return compressed
 
 

@@ -15,6 +15,7 @@ from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import copy_of, evaluating, replace_modules
 from nni_haloc.space.names import Rank, rank_name
 from nni_haloc.space.nested import lost_energies
+from nni_haloc.space.outputs import logits_of
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.placement import accelerated
 
@@ -213,7 +214,7 @@ def check_enough_images(
 
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:
     with evaluating(model), accelerated(model) as device, torch.no_grad():
-        return torch.cat([model(part.to(device)).cpu() for part in images.split(64)])
+        return torch.cat([logits_of(model(part.to(device))).cpu() for part in images.split(64)])
 
 
 def _lost(

@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_map_only
 
 from nni_haloc.inputs.labels import check_labels
 from nni_haloc.space.modules import copy_of, evaluating, replace_modules
+from nni_haloc.space.outputs import divergence, logits_of
 from nni_haloc.utils.placement import HostCopy, accelerated, device_of
+from nni_haloc.utils.wrapped import unwrapped
 
 
 def sensitivities(
@@ -86,7 +88,7 @@ def added_losses(
         DataError: if the labels are not classes of the network's outputs, one for each image.
         ValueError: if a loss is not finite; the message names layer and candidate.
     """
-    device, originals = device_of(model), dict(model.named_modules())
+    device, originals = device_of(model), dict(unwrapped(model).named_modules())
     others = [
         (layer, name, _on(device, module))
         for layer, row in candidates.items()
@@ -104,9 +106,8 @@ def added_losses(
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
     ):
         some = images[:2].to(device)
-        outputs = network(some.clone())
-        _losses(outputs, outputs)  # other outputs than logits are refused here
         if labels is not None:
+            outputs = logits_of(network(some.clone()))
             labels = check_labels(labels, (len(images), *outputs.shape[1:]))
         modules = {own[layer]: module for layer, module in last.items()}
         resumed = _can_be_resumed(network, layers, modules, some)
@@ -192,35 +193,20 @@ def loss(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 1
     """
     with evaluating(network), accelerated(network) as device, torch.inference_mode():
         batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        losses = [_losses(network(x.to(device)), y.to(device)).sum() for x, y in batches]
+        losses = [_losses(logits_of(network(x.to(device))), y.to(device)).sum() for x, y in batches]
         return float(torch.stack(losses).sum()) / len(labels)
 
 
 def _losses(logits: Tensor, target: Tensor) -> Tensor:
     """Return each image's loss, float64 ``(N,)``: against classes, or another network's logits.
 
-    Logits are ``(N, classes)``, or ``(N, classes, ...)`` with a place for each pixel; of a single
-    class, they are the logits of its probability.
-
-    Raises:
-        ValueError: for outputs of another form.
+    Logits are ``(N, classes)``, or ``(N, classes, ...)`` with a place for each pixel.
     """
-    if not isinstance(logits, Tensor) or logits.dim() < 2:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        expected = "expected logits (N, classes) or (N, classes, ...)"
-        raise ValueError(
-            f"the network's output: {expected} to compare candidates by, found {shape}"
-        )
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     if not target.is_floating_point():
         losses = F.cross_entropy(logits, target.long(), reduction="none")
-    elif logits.shape[1] == 1:
-        p = target.to(logits).sigmoid()
-        least = F.binary_cross_entropy_with_logits(target.to(logits), p, reduction="none")
-        losses = F.binary_cross_entropy_with_logits(logits, p, reduction="none") - least
     else:
-        log_q, log_p = logits.log_softmax(1), target.to(logits).log_softmax(1)
-        losses = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+        losses = divergence(logits, target.to(logits))
     return losses.double().reshape(len(losses), -1).mean(1)
 
 
@@ -247,13 +233,13 @@ class _ResumedRun:
         }
         for module, forward in self.forwards.items():
             module.forward = partial(self._recorded, module, forward)
-        self.result: Tensor = network(x.clone())
+        self.result = logits_of(network(x.clone()))
         self._forget(0)
         for module, forward in self.forwards.items():
             module.forward = partial(self._answered, forward)
 
     def replaced(self, layer: nn.Module, module: nn.Module, resumed: bool = True) -> Tensor:
-        """Return the network's output with a module in a layer's place.
+        """Return the network's logits with a module in a layer's place.
 
         Args:
             layer: one of the network's layers.
@@ -264,7 +250,7 @@ class _ResumedRun:
         replace_modules(self.network, {name: module})
         self.at, self.until = 0, self.first.get(layer, 0) if resumed else 0
         try:
-            return self.network(self.x.clone())
+            return logits_of(self.network(self.x.clone()))
         finally:
             replace_modules(self.network, {name: layer})
 

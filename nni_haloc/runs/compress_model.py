@@ -17,7 +17,7 @@ from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.device.costs_file import MEASURED
 from nni_haloc.costs.latency import measure_latency
 from nni_haloc.costs.table import CostTable, worthwhile
-from nni_haloc.inputs.labels import check_labels, outputs_shape
+from nni_haloc.inputs.labels import check_labels
 from nni_haloc.inputs.registries import PREDICTORS, RULES, RUNTIMES
 from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rank_plan import RankPlan
@@ -31,6 +31,7 @@ from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, run_search
 from nni_haloc.space.modules import copy_of, evaluating
+from nni_haloc.space.outputs import logits_of
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.summary import why_nothing
 from nni_haloc.training.finetuning import accuracy, finetune, predict, recalibrate, top_accuracy
@@ -41,6 +42,7 @@ from nni_haloc.utils.errors import DataError, expected_one_of
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.quiet import quiet
 from nni_haloc.utils.registry import Registry
+from nni_haloc.utils.wrapped import unwrapped
 
 _RECALIBRATION_BATCHES = 50
 _OR_WITHOUT = " to train with (epochs=0 needs none)"
@@ -169,6 +171,7 @@ def compress_model(
     with quiet(), isolated_random_states():
         seed_everything(seed, verbose=False)
         images, labels = _calibration(train_loader, calibration_images)
+        model = unwrapped(model)
         home = next(model.parameters()).device
         images = images.to(home)
         if trained and labels is None:
@@ -276,6 +279,10 @@ def _calibration(loader: Iterable[Any], number: int) -> tuple[Tensor, Tensor | N
     labels: list[Tensor] = []
     for batch in loader:
         parts = batch if isinstance(batch, Sequence) else [batch]
+        if not isinstance(parts[0], Tensor):
+            kind = type(parts[0]).__name__
+            remedy = "for other inputs use RankSpace, Haloc and run_search"
+            raise ValueError(f"train_loader: expected images in a tensor, found a {kind}; {remedy}")
         images.append(parts[0])
         labels += [part for part in parts[1:2] if isinstance(part, Tensor)]
         if sum(map(len, images)) >= number:
@@ -298,17 +305,15 @@ def _classes(model: nn.Module, images: Tensor, labels: Tensor | None, needed: bo
         DataError: if labels that are needed are no classes of its outputs.
     """
     with evaluating(model), torch.no_grad():
-        shape = outputs_shape(model(images[:2]))
-        if labels is not None and shape is not None:
+        if labels is not None:
+            shape = len(images), *logits_of(model(images[:2])).shape[1:]
             try:
-                return check_labels(labels, (len(images), *shape[1:]), "train_loader: labels")
+                return check_labels(labels, shape, "train_loader: labels")
             except DataError as error:
                 if needed:
                     raise
                 logger.info("%s: without training, the network's predictions will do", error)
-        elif labels is not None:
-            return labels
-        return torch.cat([model(part).argmax(1) for part in images.split(64)])
+        return torch.cat([logits_of(model(part)).argmax(1) for part in images.split(64)])
 
 
 def _judged(network: nn.Module, val_loader: DataLoader | None) -> Figures:

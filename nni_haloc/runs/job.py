@@ -21,7 +21,7 @@ from nni_haloc.costs.latency import measure_latency
 from nni_haloc.inputs.classes import some_of
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.data import load_data
-from nni_haloc.inputs.labels import check_labels, outputs_shape
+from nni_haloc.inputs.labels import check_labels
 from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.splits import SPLITS
 from nni_haloc.inputs.weights import load_weights
@@ -31,6 +31,7 @@ from nni_haloc.runs.folder import Figures, RunFolder
 from nni_haloc.runs.plausibility import guessing
 from nni_haloc.runs.saved import load, save
 from nni_haloc.space.modules import evaluating
+from nni_haloc.space.outputs import logits_of
 from nni_haloc.training.finetuning import accuracy
 from nni_haloc.training.random_states import (
     isolated_random_states,
@@ -93,12 +94,11 @@ class Job:
         Raises:
             DataError: says what does not fit.
         """
-        outputs = self._outputs()
-        if outputs is not None:
-            self._check_number(outputs[1])
-            for split, what in SPLITS.items():
-                labels = self.splits.labels[split]
-                check_labels(labels, (len(labels), *outputs[1:]), f"labels of the {what} images")
+        outputs = logits_of(self._outputs()).shape
+        self._check_number(outputs[1])
+        for split, what in SPLITS.items():
+            labels = self.splits.labels[split]
+            check_labels(labels, (len(labels), *outputs[1:]), f"labels of the {what} images")
         for split, what in SPLITS.items():
             if missing := self.splits.missing(split):
                 logger.warning("%s images: none of class %s", what, some_of(missing))
@@ -115,15 +115,15 @@ class Job:
                 remedy = "name the class of each output, in order, in data.classes"
             raise DataError(f"model: {facts}, {some_of(classes)}; {remedy}")
 
-    def _outputs(self) -> torch.Size | None:
-        """Return the shape of the network's outputs for one image; None if they are no tensor.
+    def _outputs(self) -> Any:
+        """Return what the network gives for one image.
 
         Raises:
             DataError: if the network does not take the image.
         """
         with evaluating(self.model), isolated_random_states(), torch.no_grad():
             try:
-                return outputs_shape(self.model(self.example))
+                return self.model(self.example)
             except Exception as error:  # of the network's own code
                 raise self._refused(error) from None
 

@@ -15,6 +15,7 @@ from nni_haloc.runs.folder import RunFolder, hold, tensor_shapes
 from nni_haloc.space.modules import replace_modules
 from nni_haloc.utils.errors import first_line
 from nni_haloc.utils.files import make_folder, read_json, whole, write_json
+from nni_haloc.utils.wrapped import unwrapped
 
 
 def save(
@@ -44,7 +45,7 @@ def save(
     with hold(files):
         make_folder(files.path)
         with whole(files.weights) as part:
-            save_model(network, str(part))
+            save_model(unwrapped(network), str(part))
             if model is not None:
                 write_json(files.model, model)
             plan.save(files.ranks)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import SequenceKey, tree_leaves_with_path
 
 from nni_haloc.search.supernet import MixedRankLayer
+from nni_haloc.space.modules import batch_size_of, batches
+from nni_haloc.utils.log import logger
 
 
 class _Compare(torch.autograd.Function):
@@ -42,6 +45,32 @@ class _Compare(torch.autograd.Function):
         return total, None
 
 
+def first_images(
+    args: Sequence[Any], kwargs: Mapping[str, Any], share: float
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Return a network's arguments with the first images of the batch alone.
+
+    All images are taken where the batch can't be cut: where nothing in the arguments is a tensor,
+    and where tensors are in a list, of which each may be one image.
+
+    Args:
+        args: those without names.
+        kwargs: those with names.
+        share: the part of the images, above 0 to 1; at least one.
+    """
+    leaves = [path for path, value in tree_leaves_with_path([args, kwargs]) if _has_rows(value)]
+    # The first two steps are those of the arguments themselves.
+    lists = any(isinstance(step, SequenceKey) for path in leaves for step in path[2:])
+    if share == 1 or lists or not leaves:
+        return args, kwargs
+    number = batch_size_of((args, kwargs))
+    return cast(Any, next(batches((args, kwargs), max(1, round(share * number)))))
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
 class Kernels:
     """Compare each sampled candidate's kernel with the original weight.
 
@@ -54,7 +83,9 @@ class Kernels:
 
     def __init__(self, layers: Iterable[MixedRankLayer], original: nn.Module) -> None:
         modules = dict(original.named_modules())
-        self.pairs = [(layer, cast(Tensor, modules[layer.label].weight)) for layer in layers]
+        self.pairs = [
+            (layer, cast(Tensor, modules[layer.label].weight).detach()) for layer in layers
+        ]
 
     @contextmanager
     def compared(self) -> Iterator[list[Tensor]]:
@@ -90,11 +121,7 @@ class FeatureMaps:
         self.supernet, self.layers = supernet, list(layers)
         self.original, self.share = original, share
         self._copied: set[str] = set()
-
-    def _first(self, value: Any, batch: int) -> Any:
-        """Return the compared images of a tensor that holds the batch; anything else as it is."""
-        holds = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
-        return value[: max(1, round(self.share * batch))] if holds else value
+        self._told = False
 
     def _targets(self, *args: Any, **kwargs: Any) -> dict[str, deque[Tensor]]:
         """Return the original layers' outputs: for each layer a queue, an entry for each call."""
@@ -113,15 +140,8 @@ class FeatureMaps:
         ]
         try:
             with torch.no_grad():
-                batch = next(
-                    len(value)
-                    for value in (*args, *kwargs.values())
-                    if isinstance(value, Tensor) and value.dim()
-                )
-                self.original(
-                    *(self._first(v, batch) for v in args),
-                    **{key: self._first(v, batch) for key, v in kwargs.items()},
-                )
+                few, few_named = first_images(args, kwargs, self.share)
+                self.original(*few, **few_named)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -138,14 +158,16 @@ class FeatureMaps:
         There is one term, a scalar, for each call of a mixed layer. A layer's first call is
         compared with its first in the original network, and so on. Where control flow depends on
         the images, the two may differ: a call without a counterpart, or whose counterpart has
-        another shape or more images, has no term.
+        another shape or more images, has no term; the first time, that is a warning.
         """
         targets: dict[str, deque[Tensor]] = {}
         terms: list[Tensor] = []
+        left_out: list[str] = []
 
         def compare(name: str, y: Tensor) -> Tensor:
             target = targets[name].popleft() if targets[name] else None
             if target is None or target.shape[1:] != y.shape[1:] or len(target) > len(y):
+                left_out.append(name)
                 return y
             y, term = _Compare.apply(y, target)
             terms.append(term)
@@ -162,3 +184,11 @@ class FeatureMaps:
             for layer in self.layers:
                 layer.observe = None
             hook.remove()
+            if left_out and not self._told:
+                self._told = True
+                logger.warning(
+                    "search.lam: the outputs of %d layers (%s, ...) have no counterparts of their"
+                    " shape in the original network's pass, and are not compared with it",
+                    len(set(left_out)),
+                    left_out[0],
+                )

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nni_haloc.search.approach import first_images
 from nni_haloc.search.gates import gates_of
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.supernet import MixedRankLayer
 from nni_haloc.space.layers import Factorised, LayerSpec, kernel_factors, last_bias
-from nni_haloc.space.modules import batch_size_of, batches, copy_of
+from nni_haloc.space.modules import copy_of
 from nni_haloc.space.reduced_rank import exact_products
 from nni_haloc.training.compiled import Compiled, Replayed
 
@@ -231,7 +232,8 @@ class _DenseLayer(nn.Module):
         if self.bias is not None and self.bias.grad is not None:
             own.append(cast(Tensor, last_bias(candidate)))
             given.append(self.bias.grad)
-        torch.autograd.backward(own, given)
+        trained = [place for place, tensor in enumerate(own) if tensor.requires_grad]
+        torch.autograd.backward([own[i] for i in trained], [given[i] for i in trained])
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.spec.run(x, self.kernel, self.bias)
@@ -264,16 +266,14 @@ class _Compared(nn.Module):
         self.original = [original]  # in a list: this module's mode is not the original's
 
     def forward(self, *inputs: Any, **named: Any) -> tuple[Any, Tensor]:
-        batch = batch_size_of((inputs, named))
-        number = max(1, round(self.share * batch))
         for layer in (*self.layers, *self.targets):
             layer.outputs = []
         with torch.no_grad():
-            few, few_named = cast(Any, next(batches((inputs, named), number)))
+            few, few_named = first_images(inputs, named, self.share)
             self.original[0](*few, **few_named)
         result = self.network(*inputs, **named)
         terms = [
-            F.mse_loss(y[:number], target)
+            F.mse_loss(y[: len(target)], target)
             for layer, other in zip(self.layers, self.targets, strict=True)
             for y, target in zip(layer.outputs or [], other.outputs or [], strict=False)
         ]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nni_haloc.inputs.labels import LabelCheck
+from nni_haloc.space.outputs import logits_of
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.utils.processes import check_startable
 from nni_haloc.utils.quiet import quiet
@@ -31,8 +32,8 @@ class _Module(LightningModule):
         self.checked.look(batch)
         return batch
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
+    def forward(self, x: Any) -> Tensor:
+        return logits_of(self.model(x))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         x, y = batch
@@ -42,7 +43,8 @@ class _Module(LightningModule):
 
     def configure_optimizers(self) -> Any:
         steps = math.ceil(self.steps_per_epoch / self.trainer.world_size)
-        return self.recipe.optimizers(self.model.parameters(), steps)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return self.recipe.optimizers(trained, steps)
 
 
 @nni.trace

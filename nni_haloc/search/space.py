@@ -20,6 +20,7 @@ from nni_haloc.space.candidates import (
     build_nested_candidates,
     check_decomposition,
 )
+from nni_haloc.space.frozen import let_train
 from nni_haloc.space.modules import Example, copy_of, materialised, replace_modules
 from nni_haloc.space.names import Rank
 from nni_haloc.space.nested import NestedLayer
@@ -31,7 +32,9 @@ class RankSpace(ModelSpace):
     """All rank candidates of a trained network.
 
     Each searched layer is a `LayerChoice` labelled with the layer's name. ``forward`` runs every
-    layer's first candidate.
+    layer's first candidate. Frozen parameters stay frozen, in the search and in its networks, and
+    a layer whose weight is frozen is left alone; but where all of a network's parameters are
+    frozen, it is taken for one prepared for inference, and all are trained.
 
     Args:
         model: any `nn.Module`; it is copied and never changed (lazy layers get their weights in the
@@ -83,19 +86,20 @@ class RankSpace(ModelSpace):
             raise ValueError(why_nothing(model, self.left_alone))
         # Kept out of the module tree: it is neither mutable nor trained, and must not show among
         # the parameters.
-        object.__setattr__(self, "original", copy_of(model).eval().requires_grad_(False))
+        original = copy_of(model).eval()
+        let_train(original)
+        object.__setattr__(self, "original", original)
         self.specs = {name: layers.specs[name] for name in self.candidates}
         self.nested, self.decomposition = nested, decomposition
         built = self.build(self.candidates, calibration)
-        self.model = copy_of(model)
+        self.model = copy_of(original)
         replace_modules(
             self.model, {name: LayerChoice(built[name], label=name) for name in self.candidates}
         )
         for module in self.model.modules():
             if hasattr(module, "inplace"):
                 vars(module)["inplace"] = False  # a candidate's output is needed again in backward
-        # Whatever the user's model was left in, the supernet is trained.
-        self.train().requires_grad_(True)
+        self.train()  # whatever the user's model was left in
 
     original: nn.Module
 
@@ -135,7 +139,7 @@ class RankSpace(ModelSpace):
         for name, module in frozen.named_modules():
             if name in inplace:
                 vars(module)["inplace"] = True
-        return frozen.requires_grad_(True)
+        return frozen
 
     def build(
         self, candidates: Mapping[str, Mapping[str, Rank]], calibration: Example | None

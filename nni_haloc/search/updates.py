@@ -23,6 +23,7 @@ from nni_haloc.training.averaging import MovingAverage
 from nni_haloc.training.divergence import DivergenceWatch, diverged
 from nni_haloc.utils.errors import Diverged, SettingsError, UnusableCheckpoint
 from nni_haloc.utils.placement import HostCopy, to_device
+from nni_haloc.utils.reentrant import no_reentrant_checkpoints
 
 _ROUNDING = 3e-4
 """Gradients of alpha below this share of the largest layer's say nothing.
@@ -100,7 +101,7 @@ class HalocModule(DartsLightningModule):
             self._approach = Kernels(self._mixed, supernet.original)
         if self.options.average:
             alphas = {id(layer.alpha) for layer in self._mixed}
-            weights = (p for p in supernet.parameters() if id(p) not in alphas)
+            weights = (p for p in supernet.parameters() if p.requires_grad and id(p) not in alphas)
             self._average = MovingAverage(weights, self.options.average)
             if self._saved_average is not None:
                 self._average.load(self._saved_average)
@@ -317,7 +318,8 @@ class HalocModule(DartsLightningModule):
 
     def _task_loss(self, batch: Any, batch_idx: int, side: str) -> Tensor:
         """Run the evaluator's training step, log what it returns, and return its loss."""
-        result = self.training_module.training_step(batch, batch_idx)
+        with no_reentrant_checkpoints("the search"):
+            result = self.training_module.training_step(batch, batch_idx)
         entries = result if isinstance(result, dict) else {"loss": result}
         for key, value in entries.items():
             figure = value.detach() if isinstance(value, Tensor) else value

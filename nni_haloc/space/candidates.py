@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nni_haloc.inputs.options import Decomposition
 from nni_haloc.space.covariances import channel_moments, patch_covariances, patch_size
+from nni_haloc.space.frozen import keep_frozen
 from nni_haloc.space.layers import LayerSpec, last_bias, layout_of
 from nni_haloc.space.modules import Example
 from nni_haloc.space.names import Rank
@@ -166,6 +167,7 @@ def build_nested_candidates(
                 raise ValueError(f"layer {name!r}: its decomposition failed ({reason})") from None
             shared = SharedFactors(spec, factors, last_bias(original), weight, ranks[name])
             low = {rank: NestedLayer(shared, rank) for rank in ranks[name]}
+            keep_frozen(low[ranks[name][0]], original)
         built[name] = {
             candidate: copy.deepcopy(original) if rank is None else low[rank]
             for candidate, rank in row.items()
@@ -239,10 +241,12 @@ def _candidate(
     weight = cast(Tensor, original.weight)
     if factors is None:
         with torch.device("meta"):
-            return spec.build(rank).to(weight.dtype)
-    return (
-        spec.assemble(factors, last_bias(original)).to(weight).to(memory_format=layout_of(weight))
-    )
+            candidate = spec.build(rank).to(weight.dtype)
+    else:
+        made = spec.assemble(factors, last_bias(original))
+        candidate = made.to(weight).to(memory_format=layout_of(weight))
+    keep_frozen(candidate, original)
+    return candidate
 
 
 def _groups(specs: Mapping[str, LayerSpec], memory: int) -> list[dict[str, LayerSpec]]:

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nni_haloc.utils.errors import first_line
+from nni_haloc.utils.wrapped import unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -43,7 +44,7 @@ def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
 
 
 def copy_of(model: M, memo: Mapping[int, Any] | None = None) -> M:
-    """Copy a network deeply.
+    """Copy a network deeply, without a wrapper around it.
 
     Tensors that are computed from others, such as the weight of `torch.nn.utils.weight_norm`, are
     copied by their values.
@@ -55,6 +56,7 @@ def copy_of(model: M, memo: Mapping[int, Any] | None = None) -> M:
     Raises:
         ValueError: if an attribute can't be copied; the message names it.
     """
+    model = cast(M, unwrapped(model))
     held = dict(memo or {})
     for module in model.modules():
         for value in tree_leaves(vars(module)):
@@ -98,6 +100,22 @@ def _culprit(model: nn.Module, memo: Mapping[int, Any]) -> str | None:
     return None
 
 
+def set_precision(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a network's real numbers, in place. Complex ones keep their imaginary parts.
+
+    Args:
+        model: the network.
+        dtype: a floating-point type.
+    """
+    values = [*model.parameters(), *model.buffers()]
+    if not any(value.is_complex() for value in values):
+        model.to(dtype)
+    else:
+        for value in values:
+            if value.is_floating_point():
+                value.data = value.data.to(dtype)
+
+
 def call(model: nn.Module, example: Example) -> Any:
     """Run a forward pass on an example input, without gradients.
 
@@ -114,14 +132,25 @@ def call(model: nn.Module, example: Example) -> Any:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
+def _is_images(value: Any) -> bool:
+    """Tell whether a value is a list of images, ``(C, H, W)`` or vectors, not of batches."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(image, Tensor) and image.dim() in (1, 3) for image in value)
+    )
+
+
 def batch_size_of(example: Example) -> int:
-    """Return N of an example input's first tensor ``(N, ...)``.
+    """Return N of an example input's first tensor ``(N, ...)``, or first list of N images.
+
+    Tensors of one or three dimensions in a list are taken for images, others for batches.
 
     Raises:
         ValueError: if there is no tensor.
     """
-    for value in tree_leaves(example):
-        if isinstance(value, Tensor) and value.dim():
+    for value in tree_leaves(example, _is_images):
+        if _is_images(value) or (isinstance(value, Tensor) and value.dim()):
             return len(value)
     raise ValueError(
         "the example input: expected a tensor, a tuple or a dict with tensors (N, ...), "
@@ -132,16 +161,16 @@ def batch_size_of(example: Example) -> int:
 def batches(inputs: Example, size: int) -> Iterator[Example]:
     """Cut inputs into parts of at most ``size``.
 
-    A value that is not a tensor of N inputs goes with every part.
+    A value that is neither a tensor nor a list of N inputs goes with every part.
     """
     number = batch_size_of(inputs)
     for start in range(0, number, size):
 
         def part(value: Any, start: int = start) -> Any:
-            batched = isinstance(value, Tensor) and value.dim() and len(value) == number
-            return value[start : start + size] if batched else value
+            batched = _is_images(value) or (isinstance(value, Tensor) and value.dim())
+            return value[start : start + size] if batched and len(value) == number else value
 
-        yield tree_map(part, inputs)
+        yield tree_map(part, inputs, is_leaf=_is_images)
 
 
 def input_shape(example: Example, *, batch: bool = False) -> Any:
@@ -173,9 +202,12 @@ def only_tensor(example: Example) -> Tensor:
 def materialised(model: M, example: Example) -> M:
     """Return the model, or, if it has lazy layers, a copy that has run once and has its weights.
 
+    In either case it is without a wrapper around it.
+
     Raises:
         ValueError: if the pass does not reach a lazy layer.
     """
+    model = cast(M, unwrapped(model))
     if not any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
         return model
     model = copy_of(model)

@@ -227,5 +227,6 @@ class NestedLayer(Factorised):
             for target, value in zip(layer.factors(), balanced(self.factors()), strict=True):
                 target.copy_(value.reshape(target.shape))
             if self.output_bias is not None:
-                cast(Tensor, layer.output_bias).copy_(self.output_bias)
+                bias = cast(Tensor, layer.output_bias)
+                bias.copy_(self.output_bias).requires_grad_(self.output_bias.requires_grad)
         return layer.to(memory_format=self.layout)

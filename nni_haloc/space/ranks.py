@@ -13,6 +13,7 @@ from typing import Literal
 from torch import nn
 
 from nni_haloc.inputs.options import Kind
+from nni_haloc.space.frozen import is_for_inference
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import Example, materialised
 from nni_haloc.space.names import DENSE, Rank, is_rank, rank_name
@@ -194,7 +195,11 @@ class Layers:
 
 
 def find_layers(
-    model: nn.Module, example_input: Example, allowed: AllowedRanks = AllowedRanks()
+    model: nn.Module,
+    example_input: Example,
+    allowed: AllowedRanks = AllowedRanks(),
+    *,
+    frozen: bool = True,
 ) -> Layers:
     """Find the layers of a network that can be searched, by running copies of it.
 
@@ -205,11 +210,13 @@ def find_layers(
         model: the network.
         example_input: a tensor, a tuple of inputs, or a dict of keyword inputs.
         allowed: the rank space.
+        frozen: whether layers stay whose weight is frozen, where others are not.
 
     Raises:
         ValueError: if the model can't be copied, or a pattern of ``allowed`` matches no layer.
     """
     model = materialised(model, example_input)
+    frozen = frozen and not is_for_inference(model)
     modules = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
     seen = watched_pass(model, example_input, modules)
     calls: dict[str, list[tuple[int, ...]]] = {}
@@ -224,7 +231,7 @@ def find_layers(
         if is_scripted_layer(module)
     }
     for name, shapes in calls.items():
-        reason = obstacle(modules[name], shapes, holders) or seen.reasons.get(name)
+        reason = obstacle(modules[name], shapes, holders, frozen) or seen.reasons.get(name)
         judged = _judged(name, modules[name], tuple(shapes), allowed, reason)
         if isinstance(judged, str):
             reasons[name] = judged

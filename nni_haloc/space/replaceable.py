@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from nni_haloc.inputs.registries import LAYER_CLASSES
 from nni_haloc.space.modules import Example, call, copy_of, replace_modules
 from nni_haloc.utils.errors import first_line
 
@@ -26,8 +27,54 @@ def is_scripted_layer(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule) and module.original_name in kinds
 
 
+_COMPUTING = ("__call__", "_call_impl", "_conv_forward", "forward", "weight", "bias")
+"""Attributes of a class that decide what its layers compute."""
+
+
+def class_of(module: nn.Module) -> type[nn.Module] | None:
+    """Return `nn.Conv2d` or `nn.Linear` if a layer computes what this does, or None.
+
+    A subclass does if it leaves its ``forward`` alone, or if it is among `LAYER_CLASSES`.
+
+    Args:
+        module: any module.
+    """
+    kind = type(module)
+    base = next((base for base in (nn.Conv2d, nn.Linear) if isinstance(module, base)), None)
+    if base is None or kind is base:
+        return base
+    if all(getattr(kind, name, None) is getattr(base, name, None) for name in _COMPUTING):
+        return base
+    name = _full_name(kind)
+    return base if name in LAYER_CLASSES and LAYER_CLASSES[name] is base else None
+
+
+def _why_not_plain(module: nn.Module) -> str:
+    """Return the reason why a layer is no `nn.Conv2d` or `nn.Linear`, and what can be done."""
+    kind = type(module)
+    if kind.__module__.startswith("torch.nn."):
+        return f"{kind.__name__} is not decomposed"
+    name, base = (
+        _full_name(kind),
+        next((b for b in (nn.Conv2d, nn.Linear) if b in kind.__mro__), None),
+    )
+    if base is None:
+        return f"{name} is not decomposed"
+    return (
+        f"{name} has a forward of its own; if it computes what nn.{base.__name__} does:"
+        f" nni_haloc.inputs.registries.LAYER_CLASSES.register({name!r})(nn.{base.__name__})"
+    )
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def obstacle(
-    module: nn.Module, calls: Iterable[tuple[int, ...]], holders: Mapping[int, int]
+    module: nn.Module,
+    calls: Iterable[tuple[int, ...]],
+    holders: Mapping[int, int],
+    frozen: bool = False,
 ) -> str | None:
     """Return the reason why a layer can't be a low-rank one, or None.
 
@@ -35,19 +82,25 @@ def obstacle(
         module: the layer.
         calls: the input shape of each of its calls.
         holders: id of a parameter to the number of modules that hold it.
+        frozen: whether a weight that does not require gradients is one.
     """
-    if type(module) not in (nn.Conv2d, nn.Linear):
-        return f"{type(module).__name__} is not decomposed"
+    if class_of(module) is None:
+        return _why_not_plain(module)
     if getattr(module, "groups", 1) != 1:
         return "grouped convolution"
+    weight = cast(Tensor, module.weight)
+    if not weight.is_floating_point():
+        return f"its weight is of {weight.dtype}"
     if module._forward_hooks or module._forward_pre_hooks:
         return "has forward hooks"
     if module._backward_hooks or module._backward_pre_hooks:
         return "has backward hooks"
     if "forward" in vars(module):
         return "has a forward of its own"
-    if holders[id(module.weight)] > 1:
+    if holders[id(weight)] > 1:
         return "its weight is shared with another layer"
+    if frozen and not weight.requires_grad:
+        return "frozen"
     least = 4 if isinstance(module, nn.Conv2d) else 2
     odd = next((shape for shape in calls if len(shape) < least), None)
     return None if odd is None else f"called without a batch, on {'x'.join(map(str, odd))}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -17,16 +17,20 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from nni_haloc.inputs.labels import LabelCheck, check_labels, images_and_labels
+from nni_haloc.space.frozen import let_train
 from nni_haloc.space.modules import copy_of, evaluating
+from nni_haloc.space.outputs import divergence, logits_of
 from nni_haloc.training.compiled import Compiled, Replayed
 from nni_haloc.training.divergence import DivergenceWatch
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.utils.errors import DataError, Diverged
 from nni_haloc.utils.log import logger
-from nni_haloc.utils.placement import accelerated
+from nni_haloc.utils.placement import accelerated, moved
 from nni_haloc.utils.processes import check_startable
 from nni_haloc.utils.progress import TimeLeft
 from nni_haloc.utils.quiet import quiet
+from nni_haloc.utils.reentrant import no_reentrant_checkpoints
+from nni_haloc.utils.wrapped import unwrapped
 
 TEMPERATURE = 4.0
 """Distillation divides both networks' logits by this."""
@@ -48,6 +52,7 @@ def recalibrate(
         batches: how many are used, equally weighted; 0 leaves the network as it is.
         compile: replay a captured graph of the pass, on a CUDA device; other devices ignore it.
     """
+    model = unwrapped(model)
     norms = [
         m
         for m in model.modules()
@@ -66,9 +71,9 @@ def recalibrate(
         }
         flat = [total for totals in sums.values() for total in totals]
         with _observed(norms, lambda norm, _: _add(sums[norm], _statistics(norm))):
-            run = Replayed(model, [*model.buffers(), *flat]) if compile else model
+            replayed = Replayed(model, [*model.buffers(), *flat]) if compile else model
             for images, _ in islice(loader, batches):
-                run(images.to(device))
+                (replayed if isinstance(images, Tensor) else model)(moved(images, device))
         for norm in norms:
             calls, totals = cast(Tensor, norm.num_batches_tracked), sums[norm]
             for value, total in zip(_statistics(norm), totals, strict=True):
@@ -116,10 +121,11 @@ def predict(model: nn.Module, loader: DataLoader) -> tuple[Tensor, Tensor]:
     batches: list[tuple[Tensor, Tensor]] = []
     # Not inference mode: NNI's wrappers keep tensors of a pass as buffers, which several processes
     # synchronise in training.
+    model = unwrapped(model)
     with evaluating(model), accelerated(model) as device, torch.no_grad():
         for batch in loader:
             x, labels = images_and_labels(batch)
-            logits = model(x.to(device))
+            logits = logits_of(model(moved(x, device)))
             if not batches or not labels.is_cuda:  # of those on a device, the first are waited for
                 labels = check_labels(labels, logits.shape)
             batches.append((logits, labels.to(device)))
@@ -151,6 +157,8 @@ def finetune(
 ) -> nn.Module:
     """Train a network in place, with a progress bar, and return it in evaluation mode.
 
+    Frozen parameters stay as they are, unless all are frozen: then all are trained.
+
     Args:
         model: the network.
         train: training batches ``(images, labels)``.
@@ -161,7 +169,8 @@ def finetune(
         ckpt_path: a Lightning checkpoint to go on from.
         teacher: the original network, to learn from.
         distill: share of the loss that is the Kullback-Leibler divergence from the teacher at
-            temperature 4 (Hinton et al., 2015), 0 to 1; the rest is the cross-entropy.
+            temperature 4 (Hinton et al., 2015), the mean over images and positions, 0 to 1; the
+            rest is the cross-entropy.
         layers: names of layers whose outputs are compared with the teacher's.
         feature_weight: lambda of Eq. (9): the weight of the sum over ``layers`` of the mean squared
             distance between their outputs and the teacher's, Eq. (8).
@@ -198,17 +207,19 @@ def finetune(
         "inference_mode": False,  # see `accuracy`
     }
     compared = layers if feature_weight else ()
+    network = unwrapped(model)
     with quiet():
         defaults |= recipe.trainer(len(train))
         fit = pl.Trainer(callbacks=callbacks, **{**defaults, **trainer})
         check_startable(fit)
-        task = _Training(model, recipe, len(train), teacher, distill, compared, feature_weight)
+        task = _Training(network, recipe, len(train), teacher, distill, compared, feature_weight)
         if compile:
-            task.compiled = Compiled(model)
-        home = next((p.device for p in model.parameters()), torch.device("cpu"))
+            task.compiled = Compiled(network)
+        let_train(network)
+        home = next((p.device for p in network.parameters()), torch.device("cpu"))
         fit.fit(task, train, val, ckpt_path=ckpt_path, weights_only=True)
-        model.to(home)  # Lightning leaves it on the processor
-    for name, value in model.state_dict().items():
+        network.to(home)  # Lightning leaves it on the processor
+    for name, value in network.state_dict().items():
         if not torch.isfinite(value).all():
             raise Diverged(
                 f"the training diverged: {name} is no longer finite; lower its learning rate"
@@ -245,18 +256,26 @@ class _Training(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         if self.teacher:
-            loss = self._taught(x, y, self.teacher[0].to(x.device))
+            loss = self._taught(x, y, self.teacher[0].to(self.device))
         else:
             logits = self._run(x)
             loss = F.cross_entropy(logits, self.checked(y, logits))
         self.watch.add(loss, self.current_epoch, batch_idx)
         if self.trainer.is_last_batch:
             self.watch.finish()
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        self.log(
+            "train_loss",
+            loss,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            sync_dist=True,
+            batch_size=len(y),
+        )
         return loss
 
-    def _run(self, x: Tensor) -> Tensor:
-        return self.model(x) if self.compiled is None else self.compiled(x)
+    def _run(self, x: Any) -> Tensor:
+        return logits_of(self.model(x) if self.compiled is None else self.compiled(x))
 
     def _taught(self, x: Tensor, y: Tensor, teacher: nn.Module) -> Tensor:
         """Return the loss with the distances from the teacher in it."""
@@ -275,30 +294,33 @@ class _Training(pl.LightningModule):
             features[theirs[module]].append(output.clone())
 
         with torch.no_grad(), _observed(theirs, keep):
-            target = teacher(x)
-        with _observed(ours, compare):
+            target = logits_of(teacher(x))
+        with _observed(ours, compare), self._seen_through():
             logits = self._run(x)
         loss = F.cross_entropy(logits, self.checked(y, logits))
         if self.distill:
-            log_q, log_p = (F.log_softmax(z / TEMPERATURE, 1) for z in (logits, target))
-            distance = TEMPERATURE**2 * F.kl_div(
-                log_q, log_p, reduction="batchmean", log_target=True
-            )
-            loss = (1 - self.distill) * loss + self.distill * distance
+            distance = divergence(logits / TEMPERATURE, target / TEMPERATURE).mean()
+            loss = (1 - self.distill) * loss + self.distill * TEMPERATURE**2 * distance
         return loss + self.feature_weight * torch.stack(terms).sum() if terms else loss
+
+    def _seen_through(self) -> AbstractContextManager[None]:
+        """Return a context in which the network must let its layers be seen, if any are."""
+        what = "a comparison of feature maps (feature_weight)"
+        return no_reentrant_checkpoints(what) if self.layers else nullcontext()
 
     def on_train_end(self) -> None:
         self.watch.finish()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
-        logits = self.model(x)
+        logits = logits_of(self.model(x))
         top1 = (logits.argmax(1) == self.checked(y, logits)).float().mean()
         self.log("val_top1", top1, batch_size=len(y), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         steps = math.ceil(self.steps_per_epoch / self.trainer.world_size)
-        return self.recipe.optimizers(self.model.parameters(), steps)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return self.recipe.optimizers(trained, steps)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from nni_haloc.space.blocks import blocks_of
 from nni_haloc.space.modules import evaluating
 from nni_haloc.utils.placement import accelerated
+from nni_haloc.utils.reentrant import no_reentrant_checkpoints
+from nni_haloc.utils.wrapped import unwrapped
 
 _EQUAL = 1e-8
 """Blocks that are nearer to the original's, as a share of its mean square, are not trained."""
@@ -81,6 +83,7 @@ def reconstruct_blocks(
     half = any(p.dtype == torch.float16 for p in network.parameters())
     if not epochs or half or len(images) < 2:
         return []
+    network, original = unwrapped(network), unwrapped(original)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
     few = max(1, round(held_out * len(images)))
@@ -161,7 +164,7 @@ class _Fit:
         for _ in range(epochs):
             order = torch.randperm(len(self.shown), generator=generator).to(self.shown.device)
             for some in self.shown[order].split(self.batch_size):
-                with torch.enable_grad():
+                with torch.enable_grad(), no_reentrant_checkpoints("a block's training"):
                     distance = F.mse_loss(self.block(self.x[some]), self.target[some])
                     optimizer.zero_grad()
                     (distance / self.scale).backward()

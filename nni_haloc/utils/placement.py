@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 _CHOSEN: ContextVar[torch.device | None] = ContextVar("working device", default=None)
 
@@ -73,6 +75,11 @@ def accelerated(*models: nn.Module) -> Iterator[torch.device]:
     finally:
         for model, home in zip(models, homes, strict=True):
             model.to(home)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return a network's input on a device: a tensor, or lists and dicts with tensors in them."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
 
 
 class HostCopy:

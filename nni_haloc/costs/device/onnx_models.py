@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import nn
 from nni_haloc.costs.device.spec import Entry, Specification
 from nni_haloc.costs.device.torch_runtime import layer_spec
 from nni_haloc.space.layers import LayerSpec
+from nni_haloc.space.modules import copy_of
 from nni_haloc.utils.errors import needs
 
 with needs("onnx", what="ONNX models of layers", install="nni-haloc[onnx]"):
@@ -42,7 +42,7 @@ def with_onnx(spec: Specification, model: nn.Module) -> Specification:
         # Not optimised, because batch normalisation would be folded into convolutions that are to
         # be replaced; ONNX Runtime folds it itself.
         exported = torch.onnx.export(
-            copy.deepcopy(model).eval(),
+            copy_of(model).eval(),
             (x,),
             dynamo=True,
             verbose=False,

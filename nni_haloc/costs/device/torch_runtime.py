@@ -20,7 +20,7 @@ from nni_haloc.costs.device.runtime import Run, Runtime, check_threads
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.inputs.options import Kind, MemoryFormat
 from nni_haloc.space.layers import LayerSpec
-from nni_haloc.space.modules import copy_of, replace_modules
+from nni_haloc.space.modules import copy_of, replace_modules, set_precision
 from nni_haloc.space.names import DENSE
 from nni_haloc.utils.errors import SettingsError, first_line
 from nni_haloc.utils.versions import processor
@@ -191,7 +191,8 @@ class TorchRuntime(Runtime):
         Raises:
             SettingsError: if a CUDA graph of the passes is asked for and can't be captured.
         """
-        model = (module if copied else copy_of(module)).eval().to(self.device, self._dtype)
+        model = (module if copied else copy_of(module)).eval().to(self.device)
+        set_precision(model, self._dtype)
         inputs = [torch.randn(shape).to(self.device, self._dtype) for shape in shapes]
         if self.memory_format == "channels_last":
             model = model.to(memory_format=torch.channels_last)

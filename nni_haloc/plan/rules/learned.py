@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader
 from nni_haloc.inputs.labels import LabelCheck
 from nni_haloc.plan.budget import Choice, Limit, check_feasible, choose
 from nni_haloc.plan.rules.problem import Problem, sees_every_rank
+from nni_haloc.space.frozen import let_train
 from nni_haloc.space.modules import copy_of
+from nni_haloc.space.outputs import logits_of
 from nni_haloc.space.tucker import Tucker2, hosvd, reconstruct
 from nni_haloc.training.random_states import isolated_random_states
 from nni_haloc.utils.log import logger
@@ -56,6 +58,7 @@ def learned(problem: Problem) -> Choice:
     if problem.train is None:
         raise ValueError("rule: 'learned' needs training images beyond the calibration images")
     network = copy_of(problem.model).train()
+    let_train(network, told=True)
     modules = dict(network.named_modules())
     weights: dict[str, nn.Parameter] = {
         layer: modules[layer].weight for layer in problem.candidates
@@ -72,7 +75,7 @@ def learned(problem: Problem) -> Choice:
                 distance = torch.stack(
                     [(weights[layer] - target).square().sum() for layer, target in targets.items()]
                 ).sum()
-                logits = network(images.to(device))
+                logits = logits_of(network(images.to(device)))
                 loss = F.cross_entropy(logits, checked(labels, logits).to(device))
                 loss = loss + PENALTY * GROWTH**i / 2 * distance
                 optimizer.zero_grad()

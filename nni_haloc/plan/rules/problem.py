@@ -16,6 +16,7 @@ from nni_haloc.plan.evidence import Candidates, Evidence, Modules, gather_eviden
 from nni_haloc.plan.sensitivity import loss
 from nni_haloc.space.candidates import build_candidates
 from nni_haloc.space.covariances import patch_covariances
+from nni_haloc.space.frozen import let_train
 from nni_haloc.space.layers import LayerSpec, kernel_factors
 from nni_haloc.space.modules import copy_of, replace_modules
 from nni_haloc.space.names import Rank
@@ -131,6 +132,7 @@ class Problem:
         replace_modules(
             network, {layer: copy.deepcopy(built[layer][name]) for layer, name in choice.items()}
         )
+        let_train(network, told=True)
         return network
 
     def loss(self, network: nn.Module) -> float:

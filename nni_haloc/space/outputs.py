@@ -1,0 +1,124 @@
+"""Take the logits from whatever a network returns, and compare two networks' logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nni_haloc.utils.errors import HalocError, printable
+
+NAMES = ("logits", "out", "output")
+"""Names of the logits among several outputs; the first that is there counts."""
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits of a network's output.
+
+    A tensor is the logits. Of outputs with names (a dict, a named tuple, a dataclass, any object
+    with attributes) they are ``logits``, ``out`` or ``output``; of a dict or a dataclass without
+    these names, its only tensor. Of a tuple or list they are the first tensor that has classes
+    (two dimensions or more: a loss may come first).
+
+    >>> import torch
+    >>> logits_of({"features": torch.zeros(2, 8), "logits": torch.ones(2, 3)}).shape
+    torch.Size([2, 3])
+
+    Args:
+        output: what the network has returned.
+
+    Returns:
+        ``(N, classes)``, or ``(N, classes, ...)`` with a place for each position.
+
+    Raises:
+        HalocError: if it is not clear which tensor they are, or the tensor has another form.
+    """
+    logits = _found(output)
+    if logits is None or logits.dim() < 2:
+        shape = None if logits is None else tuple(logits.shape)
+        found = f"a tensor of shape {shape}" if shape is not None else _described(output)
+        raise HalocError(
+            "the network's output: expected logits (N, classes) or (N, classes, ...), a tensor or"
+            f" an entry {', '.join(NAMES[:-1])} or {NAMES[-1]}; found {found}"
+        )
+    return logits
+
+
+def plain(output: Any) -> Any:
+    """Return an output's tensors in plain containers, which files for other runtimes can have.
+
+    Named tuples, dataclasses and other objects become dicts; what holds no tensor goes.
+
+    Args:
+        output: what a network has returned.
+
+    Returns:
+        A tensor, or a tuple or dict of such; None if it holds no tensor.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple | list) and not hasattr(output, "_asdict"):
+        return tuple(p for p in map(plain, output) if p is not None) or None
+    found = {str(name): plain(value) for name, value in _entries(output).items()}
+    return {name: value for name, value in found.items() if value is not None} or None
+
+
+def _found(output: Any) -> Tensor | None:
+    """Return the tensor that the rule of `logits_of` leads to, if there is one."""
+    if output is None or isinstance(output, Tensor):
+        return output
+    named = _entries(output)
+    for name in NAMES:
+        if named.get(name) is not None:
+            return _found(named[name])
+    if isinstance(output, tuple | list):
+        inner = (found for found in map(_found, output) if found is not None)
+        return next((tensor for tensor in inner if tensor.dim() > 1), None)
+    tensors = [value for value in named.values() if isinstance(value, Tensor)]
+    return tensors[0] if len(tensors) == 1 else None
+
+
+def _entries(output: Any) -> Mapping[str, Any]:
+    """Return an output's named entries."""
+    if isinstance(output, Mapping):
+        return output
+    if hasattr(output, "_asdict"):
+        return output._asdict()
+    slots = getattr(type(output), "__slots__", ())
+    others = {name: getattr(output, name) for name in (*slots, *NAMES) if hasattr(output, name)}
+    return {**getattr(output, "__dict__", {}), **others}
+
+
+def _described(output: Any) -> str:
+    """Say what an output is, for a message."""
+    names = ", ".join(map(str, _entries(output)))
+    kind = type(output).__name__
+    return printable(f"a {kind} with {names}" if names else f"a {kind}", 200)
+
+
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the Kullback-Leibler divergence of probabilities from a target's.
+
+    Logits of a single class are those of its probability.
+
+    Args:
+        logits: ``(N, classes, ...)``.
+        target: those of the target, of the same shape.
+
+    Returns:
+        The divergence at each position, ``(N, ...)``.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if logits.shape != target.shape:
+        shapes = f"{tuple(logits.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"the two networks' outputs: expected logits of one shape, found {shapes}")
+    if logits.shape[1] == 1:
+        p = target.sigmoid()
+        least = F.binary_cross_entropy_with_logits(target, p, reduction="none")
+        return (F.binary_cross_entropy_with_logits(logits, p, reduction="none") - least).squeeze(1)
+    log_q, log_p = logits.log_softmax(1), target.log_softmax(1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
