@@ -159,7 +159,7 @@ def _finished_search(folder: RunFolder, factories: bool) -> Job:
     if not path.is_file():
         expected = "expected the folder of a search (haloc search, haloc run)"
         raise SettingsError(f"{path}: no such file; {expected}")
-    saved = checkpoint.read(path, config=dict, costs=list)
+    saved = checkpoint.read(path, "; search again", config=dict, costs=list)
     config = parse_config(saved["config"], path)
     done, epochs = saved["epochs"], config.search.epochs
     if done < epochs:

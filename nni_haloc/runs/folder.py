@@ -216,12 +216,12 @@ def hold(folder: RunFolder, out: str | Path | None = None) -> AbstractContextMan
         out: where the results go; None is into ``folder``.
 
     Returns:
-        A context, see `nni_haloc.utils.locks.hold_folder`. What it holds is ``out`` or, where that
-        is inside, the run's folder.
+        A context, see `nni_haloc.utils.locks.hold_folder`. It holds the whole run of which
+        ``out`` is a part, else ``out`` alone.
     """
-    if out is not None and not Path(out).resolve().is_relative_to(folder.path.resolve()):
-        return hold_folder(out)
     own = folder.path
+    if out is not None and not Path(out).resolve().is_relative_to(own.resolve()):
+        own = Path(out)
     while RunFolder(own.absolute().parent).ranks.is_file():  # a stage's folder
         own = own.absolute().parent
     return hold_folder(own)

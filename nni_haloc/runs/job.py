@@ -27,7 +27,7 @@ from nni_haloc.inputs.splits import SPLITS
 from nni_haloc.inputs.weights import load_weights
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.runs.folder import Figures, RunFolder
+from nni_haloc.runs.folder import Figures, RunFolder, hold
 from nni_haloc.runs.plausibility import guessing
 from nni_haloc.runs.saved import load, save
 from nni_haloc.space.modules import evaluating
@@ -42,7 +42,6 @@ from nni_haloc.training.random_states import (
 from nni_haloc.utils.errors import DataError, SettingsError, as_one_line, first_line
 from nni_haloc.utils.files import make_folder
 from nni_haloc.utils.interruption import stoppable
-from nni_haloc.utils.locks import hold_folder
 from nni_haloc.utils.log import log_to, logger
 from nni_haloc.utils.placement import working_on
 from nni_haloc.utils.processes import check_startable, is_first
@@ -258,7 +257,7 @@ def logged(folder: RunFolder, stage: RunFolder | None = None) -> Iterator[None]:
             return "no epoch is done"
         return f"{stage or folder} keeps the checkpoint; --resume goes on from it"
 
-    with log_to(folder.log), hold_folder(folder.path), stoppable("haloc", kept):
+    with hold(folder), log_to(folder.log), stoppable("haloc", kept):
         yield
 
 

@@ -21,14 +21,15 @@ from nni_haloc.utils.files import make_folder, whole
 
 _KEY = "nni_haloc"
 REMEDY = "; start without --resume or use another --out"
-"""The end of `check_same`'s message."""
+"""The end of the message about a state that a run can't go on from."""
 
 
-def read(path: Path, **kinds: type) -> dict[str, Any]:
+def read(path: Path, remedy: str = "", **kinds: type) -> dict[str, Any]:
     """Read the facts that `EpochCheckpoint` has put into a file.
 
     Args:
         path: the file.
+        remedy: the end of the message if it can't be read.
         kinds: facts that must be there, beside ``identity``, and their types.
 
     Returns:
@@ -45,8 +46,10 @@ def read(path: Path, **kinds: type) -> dict[str, Any]:
                 raise ValueError(f"{name}: expected a {kind.__name__}")
         return facts
     except Exception as error:  # torch, pickle and zip each have their own for a bad file
+        empty = path.is_file() and not path.stat().st_size
+        reason = "it is empty" if empty else first_sentence(error)
         raise UnusableCheckpoint(
-            f"{path}: not a checkpoint that can be read ({first_sentence(error)})"
+            f"{path}: not a checkpoint that can be read ({reason}){remedy}"
         ) from None
 
 

@@ -8,12 +8,12 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nni_haloc.utils.errors import HalocError
+from nni_haloc.utils.errors import HalocError, SettingsError
 from nni_haloc.utils.files import make_folder, open_to_append, own_folders
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
@@ -52,14 +52,20 @@ def hold_folder(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
 
     Raises:
         HalocError: if another process holds it; the message says which, and since when.
-        OSError: if the folder can't be made or written to.
+        SettingsError: if the folder can't be made or written to.
     """
     if not is_first():
         yield
         return
     folder = Path(folder)
-    make_folder(folder)
-    with _hold(folder / LOCK_FILE, folder, wait) as alone, _own(folder, alone):
+    with ExitStack() as stack:
+        try:
+            make_folder(folder)
+            alone = stack.enter_context(_hold(folder / LOCK_FILE, folder, wait))
+        except OSError as error:
+            expected = "expected a folder that can be written to"
+            raise SettingsError(f"{folder}: {expected}, found: {error.strerror}") from None
+        stack.enter_context(_own(folder, alone))
         yield
 
 

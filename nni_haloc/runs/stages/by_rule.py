@@ -70,7 +70,7 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
 def _read_back(job: Job) -> tuple[RankPlan, nn.Module]:
     """Return the plan that a fine-tuning has begun with, and a network of its structure."""
     state = job.folder.finetuning.checkpoint
-    identity = checkpoint.read(state)["identity"]
+    identity = checkpoint.read(state, checkpoint.REMEDY)["identity"]
     saved = {key: value for key, value in identity.items() if key != "ranks"}
     checkpoint.check_same(state, saved, finetuning_identity(job.config))
     try:

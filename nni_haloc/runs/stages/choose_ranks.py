@@ -136,7 +136,7 @@ def run_or_read_search(job: Job, report: Report, *, resume: bool) -> Haloc:
     """
     config, state, saved = job.config, job.folder.searching.checkpoint, None
     if resume and state.exists():
-        saved = checkpoint.read(state, costs=list)
+        saved = checkpoint.read(state, checkpoint.REMEDY, costs=list)
         checkpoint.check_same(state, saved["identity"], search_identity(config))
         config = with_tables(config, job.folder, saved["costs"])
         done, epochs = saved["epochs"], recipe_of(config.search).rounds

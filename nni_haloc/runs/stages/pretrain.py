@@ -48,7 +48,7 @@ class Pretrain(Stage):
         path = self.files(job.folder).checkpoint
         state = EpochCheckpoint(path, {"identity": facts}, loader, val)
         if resume := resume and path.exists():
-            saved = checkpoint.read(path)
+            saved = checkpoint.read(path, checkpoint.REMEDY)
             checkpoint.check_same(path, saved["identity"], facts)
             logger.info(
                 "training: %d of %d epochs are done: %s", saved["epochs"], section.epochs, path
