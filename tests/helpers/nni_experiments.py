@@ -4,17 +4,20 @@ Each is created by nnictl with a private home and port, watched through its REST
 stopped.
 """
 
+import ctypes
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import yaml
 
 from helpers.paths import ROOT
@@ -155,3 +158,51 @@ def digits_experiment(home, budgets):
     """Yield port and id of the digits example, DONE: with fewer epochs, one trial a budget."""
     with finished(home, with_budgets(digits_code(home / "digits") / "haloc.yml", budgets)) as found:
         yield found
+
+
+def manager_of(home, number):
+    """The manager's process; nnictl keeps its id."""
+    return psutil.Process(
+        json.loads((home / "nni-experiments" / ".experiment").read_text())[number]["pid"]
+    )
+
+
+def folders(home, number):
+    """Where the trials of an experiment on this machine leave their results, by their ids."""
+    return {
+        path.parent.name: path
+        for path in (home / "nni-experiments" / number).glob("environments/*/trials/*/haloc")
+    }
+
+
+@contextmanager
+def reaping():
+    """Make this process the parent of what its descendants leave behind, and reap that.
+
+    `nnictl` leaves its manager to init, and takes a killed manager for a running one until somebody
+    reaps it; some containers have nobody.
+    """
+    subreaper = 36  # PR_SET_CHILD_SUBREAPER
+    libc, over = ctypes.CDLL(None), threading.Event()
+
+    def reap():
+        before = set()
+        while not over.wait(0.2):
+            ended = {
+                child.pid
+                for child in psutil.Process().children()
+                if child.status() == psutil.STATUS_ZOMBIE
+            }
+            for pid in ended & before:  # a child of `subprocess` is not there that long
+                os.waitpid(pid, 0)
+            before = ended - before
+
+    assert libc.prctl(subreaper, 1, 0, 0, 0) == 0
+    thread = threading.Thread(target=reap)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        libc.prctl(subreaper, 0, 0, 0, 0)
