@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from nni_haloc.costs.from_settings import cost_table
+from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import Config
 from nni_haloc.plan.budget import Limit
+from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.files import whole
@@ -41,6 +44,22 @@ def limits_of(
 def table_files(folder: RunFolder, config: Config) -> list[Path]:
     """Return the files of the cost tables of a run's limits."""
     return [folder.costs, *(folder.further_costs(i) for i in range(len(config.budget.also)))]
+
+
+def limits_of_plan(
+    config: Config, plan: RankPlan, folder: RunFolder
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Return what a run's plan says of each limit, and the identity of the limit's cost table.
+
+    Args:
+        config: the settings.
+        plan: the plan.
+        folder: the run's folder, with its cost tables; where one is missing, the identity is empty.
+    """
+    facts = [plan.chosen_by, *plan.chosen_by.get("also", [])]
+    files = table_files(folder, config)
+    known = [CostTable.load(path).identity if path.is_file() else {} for path in files]
+    return list(zip(facts, known, strict=False))
 
 
 def with_tables(config: Config, folder: RunFolder, tables: list[str]) -> Config:
