@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nni_haloc.costs.from_settings import cost_table
+from nni_haloc.costs.analytic import COUNTED
+from nni_haloc.costs.from_settings import cost_table, predictor_of
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import Config
 from nni_haloc.plan.budget import Limit
@@ -27,10 +28,8 @@ def limits_of(
     The first of several processes measures; the others read what it measured.
     """
     files = table_files(folder, config)
-    sections: list[tuple[str, Any, Any]] = [("cost", config.cost, config.budget)]
-    sections += [(f"budget.also.{i}", also, also) for i, also in enumerate(config.budget.also)]
     limits = []
-    for (key, cost, budget), path in zip(sections, files, strict=True):
+    for (key, cost, budget), path in zip(_sections(config), files, strict=True):
         table = cost_table(config, key, cost.metric, cost.table, model, example, allowed, path)
         limits.append(Limit(table, budget.of(table.original)))
     if is_first():
@@ -39,6 +38,29 @@ def limits_of(
             if str(path) not in given:
                 limit.costs.save(path)
     return limits
+
+
+def limits_at_hand(
+    config: Config, model: nn.Module, example: Tensor, allowed: AllowedRanks
+) -> list[Limit]:
+    """Return those limits of a run whose cost tables need not be measured or modelled.
+
+    Raises:
+        SettingsError: if a table does not fit the settings, or one of the others can't be made.
+    """
+    limits = []
+    for key, cost, budget in _sections(config):
+        if cost.table is not None or predictor_of(config, key, cost.metric) in COUNTED:
+            where = Path()  # nothing is measured that would be left there
+            table = cost_table(config, key, cost.metric, cost.table, model, example, allowed, where)
+            limits.append(Limit(table, budget.of(table.original)))
+    return limits
+
+
+def _sections(config: Config) -> list[tuple[str, Any, Any]]:
+    """Return for each limit its key, and the sections that have its table and its budget."""
+    also = [(f"budget.also.{i}", limit, limit) for i, limit in enumerate(config.budget.also)]
+    return [("cost", config.cost, config.budget), *also]
 
 
 def table_files(folder: RunFolder, config: Config) -> list[Path]:

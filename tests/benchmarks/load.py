@@ -64,6 +64,7 @@ POINTS = 2 + 1 + 2
 """Of a trial's curve: search, the network before its fine-tuning, fine-tuning."""
 CONCURRENCY, KILLS, REPEATS = 4, 5, 3
 PARTS = ("trials", "stop", "manager", "memory", "kills")
+RUNNING = ("WAITING", "RUNNING", "UNKNOWN")
 TIMED = ("latency", "speedup", "images_per_s")
 
 
@@ -139,6 +140,13 @@ def faults(home: Path, number: str, port: int) -> tuple[dict[str, Any], dict[str
     return dict(found), digests
 
 
+def over(port: int) -> bool:
+    """Tell whether an experiment has ended; with trials to spare its tuner has no more."""
+    status = get(port, "check-status")["status"]
+    running = any(trial["status"] in RUNNING for trial in get(port, "trial-jobs"))
+    return status in ("DONE", "ERROR") or (status == "TUNER_NO_MORE_TRIAL" and not running)
+
+
 def stop(home: Path, number: str) -> dict[str, int]:
     """Stop an experiment; count what of its trials and its manager runs on."""
     manager = manager_of(home, number)
@@ -156,7 +164,7 @@ def stop(home: Path, number: str) -> dict[str, int]:
 
 def run_trials(home: Path) -> dict[str, Any]:
     with created(home, short_digits(home, BUDGETS)) as (port, number):
-        wait_for(lambda: get(port, "check-status")["status"] in ("DONE", "ERROR"), 3600, 2)
+        wait_for(lambda: over(port), 3600, 2)
         status = get(port, "check-status")
         found, digests = faults(home, number, port)
         left = stop(home, number)
@@ -192,7 +200,7 @@ def run_manager(home: Path, seed: int = 0) -> dict[str, Any]:
             for process in processes:
                 wait_for(lambda process=process: not process.is_running(), 120)
             resume(home, number, port)
-        wait_for(lambda: get(port, "check-status")["status"] in ("DONE", "ERROR"), 3600, 2)
+        wait_for(lambda: over(port), 3600, 2)
         status = get(port, "check-status")
         found, digests = faults(home, number, port)
         left = stop(home, number)
