@@ -52,7 +52,7 @@ def create_command(
     ],
     port: Port = 8080,
 ) -> None:
-    """Check an experiment's file, and create the experiment with patience.
+    """Check an experiment, and create it with patience.
 
     nnictl create gives NNI's manager some three seconds to start, and the
     manager gives its tuner ten; on a slow machine both may fail. This waits, and

@@ -86,8 +86,8 @@ def _check_class(path: Path, key: str, section: Mapping[str, Any]) -> None:
         raise SettingsError(f"{at}.className: expected module.Class, found {own!r}")
     if not folder:
         raise SettingsError(f"{at}.codeDirectory: missing; expected the folder of {own}")
-    place = path.parent / Path(folder).expanduser()
-    if not place.is_dir():
+    place = path.parent / os.path.expanduser(folder)
+    if not os.path.isdir(place):
         raise SettingsError(f"{at}.codeDirectory: no such folder: {place}")
 
 

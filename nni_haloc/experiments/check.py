@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,9 @@ def check_experiment(path: str | Path) -> str:
     samples = draw_examples(path, space)
     command = str(content["trialCommand"])
     arguments = trial_arguments(path, command)
-    code = _code(path, content, command, here)
     check_keys(path, content)
     check_classes(path, content)
+    code = _code(path, content, command, here)
     experiment = as_sent(path, content)
     algorithms = find_algorithms(path, content, experiment)
     measures = arguments is not None and arguments[0] == "measure"
@@ -112,8 +113,8 @@ def _runs_here(path: Path, service: Any) -> bool:
 
 def _code(path: Path, content: Mapping[str, Any], command: str, here: bool) -> Path:
     """Return the folder that the trials start in, once it and the program are looked at."""
-    code = path.parent / Path(str(content.get("trialCodeDirectory") or ".")).expanduser()
-    if not code.is_dir():
+    code = path.parent / os.path.expanduser(content.get("trialCodeDirectory") or ".")
+    if not os.path.isdir(code):  # which any text may be given
         raise SettingsError(f"{path}: trialCodeDirectory: no such folder: {code}")
     check_script(path, command, code)
     if here:

@@ -29,6 +29,7 @@ _WORDS = {
 }
 _DURATIONS = ("maxExperimentDuration", "maxTrialDuration")
 _COUNTS = ("trialConcurrency", "maxTrialNumber")
+_GONE = "openpai"
 _LEVELS = ("fatal", "error", "warning", "info", "debug", "trace")
 
 
@@ -133,7 +134,7 @@ def _check_value(path: Path, where: str, hint: Any, value: Any) -> None:
     service = where == "trainingService"
     inner: list[Any] = [part for part in _parts(hint) if dataclasses.is_dataclass(part)]
     if service or inner:
-        several = isinstance(value, list)
+        several = isinstance(value, list) and (service or list in _parts(hint))
         for number, each in enumerate(value if several else [value]):
             at = f"{where}.{number}" if several else where
             kind = _service(path, at, each) if service else inner[0]
@@ -162,8 +163,11 @@ def _service(path: Path, where: str, value: Any) -> type:
 
     kinds = {kind.platform: kind for kind in _below(TrainingServiceConfig)}
     platform = value.get("platform") if isinstance(value, Mapping) else value
+    if platform == _GONE:
+        gone = f"NNI 3 takes {_GONE!r}, but its manager has no such service"
+        raise SettingsError(f"{path}: {where}.platform: {gone}")
     if not isinstance(platform, str) or platform not in kinds:
-        known = sorted(name for name in kinds if isinstance(name, str))
+        known = sorted(name for name in kinds if isinstance(name, str) and name != _GONE)
         raise SettingsError(f"{path}: {where}.platform: {expected_one_of(known, str(platform))}")
     return kinds[platform]
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def find_experiment(folder: Path, experiment: str) -> Path:
         SettingsError: if there is none; names the likely one, or where it is.
     """
     own = folder / experiment
-    if experiment == own.name and own.is_dir():
+    if re.fullmatch(r"[\w-]+", experiment) and own.is_dir():
         return own
     known = sorted(path.name for path in _experiments(folder))
     entry = _listed(folder).get(experiment)
@@ -74,7 +75,7 @@ def is_running(experiment: str) -> bool:
             words = process.cmdline()
         except psutil.Error:
             continue
-        if "--experiment-id" in words[:-1] and experiment in words:
+        if ("--experiment-id", experiment) in pairwise(words):
             return True
     return False
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nni_haloc.experiments.algorithms import Algorithm
-from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.errors import HalocError, SettingsError
 
 if TYPE_CHECKING:
     from nni_haloc.inputs.config import Config
@@ -65,8 +65,11 @@ def check_settings(
     configs = [load_config(run_file, each, uploaded=uploaded) for each in parameters]
     from nni_haloc.runs.check import check_runs
 
-    with _importable(run_file.parent, configs):
-        check_runs(configs, elsewhere=uploaded is not None)
+    try:
+        with _importable(run_file.parent, configs):
+            check_runs(configs, elsewhere=uploaded is not None)
+    except HalocError as error:
+        raise type(error)(f"{run_file}: {error}") from None
 
 
 def check_measuring(

@@ -1,7 +1,7 @@
 """Real NNI experiments for the tests.
 
-Each is created by nnictl with a private home and port, watched through its REST API, and always
-stopped.
+Each is created with a private home and port, watched through its REST API, and always stopped by
+nnictl.
 """
 
 import ctypes
@@ -22,14 +22,9 @@ import yaml
 
 from helpers.paths import ROOT
 
-NNICTL = (
-    "from nni.experiment import launcher; launcher._check_rest_server.__defaults__ = (90, None)\n"
-    "from nni.tools.nnictl.nnictl import parse_args; parse_args()"
-)
-"""nnictl, which gives its manager a minute and a half to start and not three seconds.
-
-A test does not depend on how busy the machine is.
-"""
+MANAGER = "import sys; from pathlib import Path; from nni_haloc.experiments import manager\n"
+CREATE = MANAGER + "print(manager.create(sys.argv[1], int(sys.argv[2])))"
+RESUME = MANAGER + "manager.resume(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))"
 
 EXAMPLES = ROOT / "examples"
 DIGITS = EXAMPLES / "digits"
@@ -62,22 +57,30 @@ def with_budgets(file, budgets, **changes):
     return file
 
 
-def nnictl(home, *words, check=True):
-    """Run nnictl with a private home."""
+def environment(home):
+    """The variables of a user whose home is ``home``, without a proxy."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | {
-        "HOME": str(home),
-        "PATH": path,
-    }
+    own = {"HOME": str(home), "PATH": path}
+    return {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | own
+
+
+def python(home, *words, check=True):
+    """Run Python with a private home."""
     done = subprocess.run(
-        [sys.executable, "-c", NNICTL, *map(str, words)],
-        env=environment,
+        [sys.executable, *map(str, words)],
+        env=environment(home),
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
     assert done.returncode == 0 or not check, done.stdout + done.stderr
     return done
+
+
+def nnictl(home, *words, check=True):
+    """Run nnictl with a private home."""
+    program = "from nni.tools.nnictl.nnictl import parse_args; parse_args()"
+    return python(home, "-c", program, *words, check=check)
 
 
 def wait_for(found, seconds=300, every=0.05):
@@ -97,50 +100,17 @@ def until_done(port):
     assert wait_for(end, 600, 2) == "DONE"
 
 
-def begun(port):
-    """Tell whether a trial runs.
-
-    On a busy machine the tuner may miss the ten seconds that NNI's manager gives it.
-    """
-
-    def state():
-        answer = get(port, "check-status")
-        if answer["status"] == "ERROR":
-            return answer["errors"]
-        return [
-            trial["status"]
-            for trial in get(port, "trial-jobs")
-            if trial["status"] not in ("WAITING", "UNKNOWN")
-        ]
-
-    found = wait_for(state, every=0.2)
-    if "Tuner did not connect" in found[0]:
-        return False
-    assert found[0].isupper(), found
-    return True
-
-
 def resume(home, number, port):
-    for _ in range(6):
-        nnictl(home, "resume", number, "--port", port)
-        if begun(port):
-            return
-        nnictl(home, "stop", number)
-    raise AssertionError("the tuner never came in time")
+    python(home, "-c", RESUME, home / "nni-experiments", number, port)
 
 
 @contextmanager
 def created(home, file):
     """The experiment of a file, running: its port and id."""
     try:
-        for _ in range(6):
-            port = free_port()
-            done = nnictl(home, "create", "--config", file, "--port", port)
-            assert f"http://127.0.0.1:{port}" in done.stdout + done.stderr
-            if begun(port):
-                break
-            nnictl(home, "stop", "--all", check=False)
-        yield port, get(port, "experiment")["id"]
+        port = free_port()
+        number = python(home, "-c", CREATE, file, port).stdout.strip()
+        yield port, number
     finally:
         nnictl(home, "stop", "--all", check=False)
 

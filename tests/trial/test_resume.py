@@ -24,7 +24,7 @@ from helpers.nni_experiments import (
     with_budgets,
 )
 
-from nni_haloc.cli.experiment import trial_results
+from nni_haloc.experiments.results import trial_results
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.runs.run import flatten
 from nni_haloc.trial import Reports
