@@ -1,11 +1,14 @@
 """What all tests share: small random networks and data, processes, two workers."""
 
 import os
+import sys
 
 for library in ("OMP", "OPENBLAS", "MKL"):
     # The matrices here are too small to share out: threads that wait for each other on a busy
     # machine took thirty times as long. Set before a library is loaded, and for subprocesses.
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+# Trials are started by `python3`, which has to be this one's.
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
 import pytest
 import torch

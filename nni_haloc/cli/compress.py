@@ -247,7 +247,7 @@ def _settings(
     run_file: Path, assignments: list[str] | None, scale: float | None, *, training: bool = False
 ) -> tuple[Any, dict[str, Any]]:
     """Read a run's file; return its settings and what the command line changes in them."""
-    from nni_haloc.cli.experiment import refuse_experiment
+    from nni_haloc.experiments.check import refuse_experiment
     from nni_haloc.inputs.config import load_config
     from nni_haloc.inputs.models import add_code, is_factory
 

@@ -54,7 +54,8 @@ def main() -> None:
     try:
         with stoppable("haloc"):
             # standalone, typer would print a usage error in several lines
-            app(prog_name="haloc", standalone_mode=False)
+            if app(prog_name="haloc", standalone_mode=False) == 130:
+                raise KeyboardInterrupt  # of which typer has made a status that it returns
     except HalocError as error:
         _leave(str(error))
     except OSError as error:  # a full disk, a read-only folder: the files there are unharmed

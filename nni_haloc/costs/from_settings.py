@@ -116,6 +116,28 @@ def cost_table(
         if metric in MEASURED:
             _check_measured_alike(costs.identity, config, example, f"{key}.table: {file}")
         return costs
+    predictor = predictor_of(config, key, metric)
+    maker = PREDICTORS[predictor]
+    if maker.measured and not is_first():
+        return CostTable.load(path)
+    doing = _DOING.get(predictor) or ("measuring" if maker.measured else "modelling")
+    logger.info("%s %s of every candidate", doing, metric)
+    example = latency_input(config, example) if metric in MEASURED else example
+    with as_one_line(where=f"{key}.metric"):
+        return maker.table(model, example, allowed, runtime_of(config), lambda done, of: None)
+
+
+def predictor_of(config: Config, key: str, metric: str) -> str:
+    """Return the name of the predictor that makes the table of a limit without one.
+
+    Args:
+        config: the settings.
+        key: the limit's section, for messages: ``cost``, ``budget.also.0``.
+        metric: the limit's metric.
+
+    Raises:
+        SettingsError: if it is one of another metric, or can't measure for several processes.
+    """
     predictor = (config.cost.predictor if key == "cost" else None) or metric
     maker = PREDICTORS[predictor]
     if maker.metric != metric:
@@ -123,18 +145,11 @@ def cost_table(
         raise SettingsError(
             f"{key}.predictor: {expected}, found {predictor!r}, which gives {maker.metric}"
         )
-    if maker.measured:
-        if config.trainer.num_nodes > 1 or start_together():
-            raise SettingsError(
-                f"{key}.table: several processes need a measured table: make one with haloc measure"
-            )
-        if not is_first():
-            return CostTable.load(path)
-    doing = _DOING.get(predictor) or ("measuring" if maker.measured else "modelling")
-    logger.info("%s %s of every candidate", doing, metric)
-    example = latency_input(config, example) if metric in MEASURED else example
-    with as_one_line(where=f"{key}.metric"):
-        return maker.table(model, example, allowed, runtime_of(config), lambda done, of: None)
+    if maker.measured and (config.trainer.num_nodes > 1 or start_together()):
+        raise SettingsError(
+            f"{key}.table: several processes need a measured table: make one with haloc measure"
+        )
+    return predictor
 
 
 def _check_measured_alike(

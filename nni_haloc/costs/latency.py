@@ -109,3 +109,32 @@ def measure_latency(
         runs = {name: forward_pass(runtime, model, shape) for name, model in models.items()}
         times = [time_together(runs, runtime, min_run_time) for _ in range(rounds)]
     return {name: 1e3 * median(seconds[name] for seconds in times) for name in models}
+
+
+def measure_energy(
+    model: nn.Module,
+    example_input: Example,
+    runtime: Runtime = TorchRuntime(),
+    *,
+    min_run_time: float = 0.5,
+    rounds: int = 3,
+) -> float:
+    """Measure the energy that the device consumes for a forward pass.
+
+    Args:
+        model: the network.
+        example_input: the batch, ``(N, ...)``.
+        runtime: what runs it.
+        min_run_time: seconds for which passes run in a round.
+        rounds: the result is the median of as many.
+
+    Returns:
+        Millijoules.
+
+    Raises:
+        ValueError: if the runtime or the device measures no energy.
+        MissingPackage: if a package that it needs is not installed.
+    """
+    with runtime.pinned():
+        run = forward_pass(runtime, model, tuple(only_tensor(example_input).shape))
+        return median(runtime.energy(run, min_run_time) for _ in range(rounds))

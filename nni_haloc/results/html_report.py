@@ -21,6 +21,7 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results import figures
 from nni_haloc.results.bench import TEXT, bench_table
 from nni_haloc.runs.folder import Figures, RunFolder
+from nni_haloc.runs.kept import OF_BUDGET
 from nni_haloc.runs.plausibility import doubts
 from nni_haloc.runs.run import RESULT, flatten, gains
 from nni_haloc.runs.stages import all_stages
@@ -36,6 +37,8 @@ _COLUMNS = {
     "macs": "MACs",
     "params": "parameters",
     "bytes": "file",
+    "latency_ms_of_budget": "latency, of the budget",
+    "energy_mj_of_budget": "energy, of the budget",
 }
 """Figures of the table of networks, and their headings."""
 _FIRST_ROWS = ("original", STAGES[RESULT].title)
@@ -155,8 +158,10 @@ def _headline(
         remark = f"original {percent(original['top1'], 2)}" if "top1" in original else ""
         cards.append(("top-1", percent(result["top1"], 2), remark))
     if "latency_ms" in result:
-        remark = f"{gained['speedup']:.2f} times as fast" if "speedup" in gained else ""
-        cards.append(("latency", f"{result['latency_ms']:.4g} ms", remark))
+        remarks = [f"{gained['speedup']:.2f} times as fast"] if "speedup" in gained else []
+        if OF_BUDGET["latency_ms"] in result:
+            remarks.append(f"{percent(result[OF_BUDGET['latency_ms']])} of the budget")
+        cards.append(("latency", f"{result['latency_ms']:.4g} ms", ", ".join(remarks)))
     for key, name in (("macs", "MACs"), ("params", "parameters")):
         if key in result:
             less = gained.get(f"{key}_reduction")
@@ -193,6 +198,8 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 def _cell(key: str, value: float) -> str:
     if key in ("top1", "top5"):
         return percent(value, 2)
+    if key in OF_BUDGET.values():
+        return percent(value)
     if key == "bytes":
         return f"{value / 1000:,.1f} kB"
     return f"{value:,.0f}" if key in ("macs", "params") else f"{value:.4g}"

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from nni_haloc.costs.analytic import COUNTED
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.device.costs_file import MEASURED
-from nni_haloc.costs.latency import measure_latency
+from nni_haloc.costs.device.torch_runtime import hardware
+from nni_haloc.costs.latency import measure_energy, measure_latency
 from nni_haloc.costs.table import CostTable, worthwhile
 from nni_haloc.inputs.labels import check_labels
 from nni_haloc.inputs.registries import PREDICTORS, RULES, RUNTIMES
@@ -24,6 +25,7 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules import plan as plan_by_rule
 from nni_haloc.plan.rules.problem import Problem
 from nni_haloc.runs.folder import Figures, RunFolder, hold
+from nni_haloc.runs.kept import measured_of_budget
 from nni_haloc.runs.plausibility import guessing, warn_of_doubts
 from nni_haloc.runs.saved import save
 from nni_haloc.runs.summary import summary_text
@@ -58,7 +60,9 @@ class Compressed:
         costs: what every candidate costs.
         metrics: figures of ``original`` and ``compressed``: ``macs`` (for one image), ``params``,
             ``latency_ms`` and, where labels are at hand, ``top1`` on the validation loader. Of the
-            original also what that is judged by: ``images``, and ``chance``, the top-1 of guesses.
+            original also what that is judged by: ``images``, and ``chance``, the top-1 of guesses;
+            of ``compressed`` also ``latency_ms_of_budget``, where latency is the budget: what it
+            really takes, divided by the budget.
     """
 
     model: nn.Module
@@ -211,6 +215,12 @@ def compress_model(
         warn_of_doubts(metrics, told)
         for name, latency in measure_latency(networks, example, timing).items():
             metrics[name]["latency_ms"] = latency
+        known = {"latency_ms": metrics["compressed"]["latency_ms"]}
+        metrics["compressed"] |= measured_of_budget(
+            [(task.limit.facts(plan.names), costs.identity)],
+            timing.identity().get("device") or hardware(device),
+            lambda metric: known.get(metric) or measure_energy(network, example, timing),
+        )
     return Compressed(network, plan, costs, metrics)
 
 

@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from nni_haloc.costs.counts import count_macs, count_params
+from nni_haloc.costs.device.torch_runtime import hardware
 from nni_haloc.costs.from_settings import latency_input, runtime_of
-from nni_haloc.costs.latency import measure_latency
+from nni_haloc.costs.latency import measure_energy, measure_latency
 from nni_haloc.inputs.classes import some_of
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.data import load_data
@@ -208,6 +209,22 @@ class Job:
         """
         batch = latency_input(self.config, self.example)
         return measure_latency(networks, batch, runtime_of(self.config))
+
+    def energy(self, network: nn.Module) -> float:
+        """Return the millijoules that a network takes for the settings' batch.
+
+        Raises:
+            ValueError: if the settings' runtime or device measures no energy.
+            MissingPackage: if a package that it needs is not installed.
+        """
+        batch = latency_input(self.config, self.example)
+        return measure_energy(network, batch, runtime_of(self.config))
+
+    @property
+    def device(self) -> str:
+        """The device that is timed, by the name that cost tables have for it."""
+        known = runtime_of(self.config).identity()
+        return known.get("device") or hardware(self.config.cost.device)
 
     def holds(self, plan: RankPlan) -> bool:
         """Tell whether an earlier start left the network of this plan in the folder."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from nni_haloc.costs.from_settings import cost_table
+from nni_haloc.costs.analytic import COUNTED
+from nni_haloc.costs.from_settings import cost_table, predictor_of
+from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import Config
 from nni_haloc.plan.budget import Limit
+from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.errors import UnusableCheckpoint
@@ -25,10 +29,8 @@ def limits_of(
     The first of several processes measures; the others read what it measured.
     """
     files = table_files(folder, config)
-    sections: list[tuple[str, Any, Any]] = [("cost", config.cost, config.budget)]
-    sections += [(f"budget.also.{i}", also, also) for i, also in enumerate(config.budget.also)]
     limits = []
-    for (key, cost, budget), path in zip(sections, files, strict=True):
+    for (key, cost, budget), path in zip(_sections(config), files, strict=True):
         table = cost_table(config, key, cost.metric, cost.table, model, example, allowed, path)
         limits.append(Limit(table, budget.of(table.original)))
     if is_first():
@@ -39,9 +41,48 @@ def limits_of(
     return limits
 
 
+def limits_at_hand(
+    config: Config, model: nn.Module, example: Tensor, allowed: AllowedRanks
+) -> list[Limit]:
+    """Return those limits of a run whose cost tables need not be measured or modelled.
+
+    Raises:
+        SettingsError: if a table does not fit the settings, or one of the others can't be made.
+    """
+    limits = []
+    for key, cost, budget in _sections(config):
+        if cost.table is not None or predictor_of(config, key, cost.metric) in COUNTED:
+            where = Path()  # nothing is measured that would be left there
+            table = cost_table(config, key, cost.metric, cost.table, model, example, allowed, where)
+            limits.append(Limit(table, budget.of(table.original)))
+    return limits
+
+
+def _sections(config: Config) -> list[tuple[str, Any, Any]]:
+    """Return for each limit its key, and the sections that have its table and its budget."""
+    also = [(f"budget.also.{i}", limit, limit) for i, limit in enumerate(config.budget.also)]
+    return [("cost", config.cost, config.budget), *also]
+
+
 def table_files(folder: RunFolder, config: Config) -> list[Path]:
     """Return the files of the cost tables of a run's limits."""
     return [folder.costs, *(folder.further_costs(i) for i in range(len(config.budget.also)))]
+
+
+def limits_of_plan(
+    config: Config, plan: RankPlan, folder: RunFolder
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Return what a run's plan says of each limit, and the identity of the limit's cost table.
+
+    Args:
+        config: the settings.
+        plan: the plan.
+        folder: the run's folder, with its cost tables; where one is missing, the identity is empty.
+    """
+    facts = [plan.chosen_by, *plan.chosen_by.get("also", [])]
+    files = table_files(folder, config)
+    known = [CostTable.load(path).identity if path.is_file() else {} for path in files]
+    return list(zip(facts, known, strict=False))
 
 
 def with_tables(config: Config, folder: RunFolder, tables: list[str]) -> Config:

@@ -12,7 +12,7 @@ from nni_haloc.runs.job import Job
 from nni_haloc.runs.plausibility import doubt_figures, warn_of_doubts
 from nni_haloc.runs.stages import all_stages, stages_of
 from nni_haloc.runs.stages.choose_ranks import search
-from nni_haloc.runs.stages.stage import Outcome, Report, ignore
+from nni_haloc.runs.stages.stage import Outcome, Report, Stage, ignore
 from nni_haloc.runs.summary import summary_line
 from nni_haloc.search.strategy import Haloc
 from nni_haloc.utils.log import logger
@@ -70,10 +70,8 @@ def run_job(
         "config": dump_config(job.config),
         "versions": versions(),
     }
-    stages = stages_of(job.config)
     with hold(job.folder), job.active():
-        for stage in stages:
-            stage.check(job)
+        stages = prepare(job)
         original = {**job.score(job.model), **job.count(job.model)}
         original |= job.guessing(job.config.data.score)
         logger.info("original: %s", summary_line(original))
@@ -96,6 +94,18 @@ def run_job(
     if not is_first():
         return {}
     return flatten(figures)
+
+
+def prepare(job: Job) -> list[Stage]:
+    """Return a run's stages; what is sure to fail in one of them fails here.
+
+    Raises:
+        HalocError: with one line on what can't be done.
+    """
+    stages = stages_of(job.config)
+    for stage in stages:
+        stage.check(job)
+    return stages
 
 
 def search_only(config: Config, folder: str | Path, *, resume: bool = False) -> Haloc:

@@ -148,7 +148,7 @@ def explain(error: ValidationError, section: type[BaseModel] | None = None) -> s
     first = errors[0]
     path = [part if len(part := str(key)) <= 80 else f"{part[:76]} ..." for key in first["loc"]]
     if first["type"] == "extra_forbidden":
-        message = "unknown key" + _suggestion(path[-1], _keys(section, path[:-1]))
+        message = unknown_key(path[-1], _keys(section, path[:-1]))
     elif first["type"] == "missing":
         message = "missing"
     elif first["type"] == "value_error":
@@ -162,9 +162,15 @@ def explain(error: ValidationError, section: type[BaseModel] | None = None) -> s
     return (f"{'.'.join(path)}: " if path else "") + message + more
 
 
+def unknown_key(found: str, known: Iterable[str]) -> str:
+    """Say that a key is unknown, and which of the known ones is like it."""
+    return "unknown key" + _suggestion(found, list(known))
+
+
 def _suggestion(found: str, known: list[str]) -> str:
-    close = get_close_matches(found[:100], known, 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    by_lower = {name.lower(): name for name in known}
+    close = get_close_matches(found[:100].lower(), by_lower, 1)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 def _keys(section: Any, path: Iterable[str]) -> list[str]:

@@ -88,6 +88,18 @@ def errors_alone(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def silent(name: str) -> Iterator[None]:
+    """Let a logger, and those below it, say nothing while the block runs."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def without_prints() -> Iterator[None]:
     """Drop what compiled code prints to the standard output while the block runs.
 

@@ -16,7 +16,7 @@ import nni
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers.paths import PACKAGE
+from helpers.paths import DIGITS, PACKAGE
 from helpers.searches import search, state
 from nni.compression.pruning import L1NormPruner
 from nni.compression.quantization import LsqQuantizer
@@ -36,7 +36,9 @@ from torch import nn
 from nni_haloc.chain.groups import channel_groups
 from nni_haloc.chain.quantizing import quantize
 from nni_haloc.chain.workarounds import Loop, ModelSpeedup, pruning_settings, speed_up, traced
-from nni_haloc.cli.experiment import check_experiment, trial_results, warm_up_manager
+from nni_haloc.experiments.check import check_experiment
+from nni_haloc.experiments.manager import warm_up_manager
+from nni_haloc.experiments.results import trial_results
 from nni_haloc.plan.budget import Limit, cheapest
 from nni_haloc.search.multitrial import run_multitrial
 from nni_haloc.search.space import RankSpace
@@ -462,9 +464,12 @@ def test_results_are_joined_by_parameter_id_and_not_by_trial(tmp_path):
     ]
 
 
+WEIGHTS = DIGITS.with_name("digits.safetensors")
 EXPERIMENT = """
 searchSpace: {budget.fraction: {_type: choice, _value: [0.5]}}
 trialCommand: python3 -m nni_haloc.trial run.yml
+trialConcurrency: 1
+tuner: {name: GridSearch}
 trainingService: {platform: local}
 """
 
@@ -506,9 +511,8 @@ trainingService: {platform: local}
     ],
 )
 def test_what_nni_accepts_in_silence_or_misreports_is_one_clear_line(tmp_path, old, new, message):
-    (tmp_path / "weights.safetensors").touch()
     (tmp_path / "run.yml").write_text(
-        "{model: {name: digits_cnn}, weights: weights.safetensors, data: {name: digits}, "
+        f"{{model: {{name: digits_cnn}}, weights: {WEIGHTS}, data: {{name: digits}}, "
         "budget: {fraction: 0.5}}"
     )
     (tmp_path / "haloc.yml").write_text(EXPERIMENT)

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
 
-from nni_haloc.cli.experiment import check_experiment
 from nni_haloc.costs.device.measured_file import read_measurements, subject
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.costs.table import CostTable
+from nni_haloc.experiments.check import check_experiment
 from nni_haloc.inputs.config import load_config, load_space
 from nni_haloc.inputs.weights import load_weights
 from nni_haloc.plan.compression import restructure

@@ -13,7 +13,7 @@ GROUPS = {
     "Compress": ["run", "search", "train", "front", "throughput", "table"],
     "Costs": ["measure", "predict", "spec", "steps", "heatmap"],
     "After a run": ["prune", "quantize", "export", "bench", "report", "plot"],
-    "NNI experiments": ["check", "results"],
+    "NNI experiments": ["check", "create", "resume", "results"],
 }
 COMMANDS = [name for names in GROUPS.values() for name in names]
 HEAVY = {"torch", "nni", "pydantic", "numpy", "yaml", "pytorch_lightning", "matplotlib"}
@@ -104,7 +104,7 @@ def test_help_imports_nothing_heavy(words, typers):
 @pytest.mark.parametrize(
     ("line", "names"),
     [
-        ("haloc r", ["run", "report", "results"]),
+        ("haloc r", ["run", "report", "resume", "results"]),
         ("haloc run --rule e", ["energy", "error-knapsack"]),
         ("haloc predict --predictor e", ["eyeriss", "energy_pj", "energy_mj"]),
         ("haloc ba", []),

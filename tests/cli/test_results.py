@@ -7,7 +7,7 @@ import pytest
 from helpers.commands import haloc
 from helpers.paths import DIGITS
 
-from nni_haloc.cli.experiment import trial_folders, trial_results
+from nni_haloc.experiments.results import trial_folders, trial_results
 from nni_haloc.utils.errors import SettingsError
 
 TABLES = (

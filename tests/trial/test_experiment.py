@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from helpers.nni_experiments import DIGITS, digits_experiment, finished, get
 
-from nni_haloc.cli.experiment import check_experiment, trial_results
 from nni_haloc.cli.main import app
 from nni_haloc.costs.measure import measure_main
 from nni_haloc.costs.table import CostTable
+from nni_haloc.experiments.check import check_experiment
+from nni_haloc.experiments.results import trial_results
 from nni_haloc.runs.saved import load
 
 

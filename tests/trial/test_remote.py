@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 from helpers.nni_experiments import digits_code, finished, free_port, get, wait_for, with_budgets
 from helpers.paths import ROOT
+from safetensors.torch import save_file
 
-from nni_haloc.cli.experiment import check_experiment, trial_folders, trial_results
+from nni_haloc.experiments.check import check_experiment
+from nni_haloc.experiments.results import trial_folders, trial_results
+from nni_haloc.inputs.models import build_model
 from nni_haloc.runs.saved import load
 from nni_haloc.utils.errors import HalocError
 
@@ -134,11 +137,14 @@ trialConcurrency: 1
 tuner: {name: GridSearch}
 trainingService:
   platform: remote
+  machineList: [{host: 192.0.2.2, user: alice, password: secret}]
+nniManagerIp: 192.0.2.1
 """
+LOCAL = "trainingService: {platform: local}"
 RUN = """
-model: {name: digits_cnn}
+model: {name: resnet20}
 weights: weights.safetensors
-data: {name: folder, root: /images/of/that/machine, size: 8}
+data: {name: folder, root: /images/of/that/machine, size: 32}
 rank_space: space.yml
 budget: {fraction: 0.5}
 """
@@ -148,7 +154,7 @@ budget: {fraction: 0.5}
 def experiment(tmp_path):
     code = tmp_path / "code"
     code.mkdir()
-    (code / "weights.safetensors").touch()
+    save_file(build_model("resnet20").state_dict(), code / "weights.safetensors")
     (tmp_path / "outside.yml").write_text("kinds: [conv]")
     (code / "space.yml").write_text("kinds: [conv]")
     (code / "run.yml").write_text(RUN)
@@ -163,7 +169,7 @@ def test_what_an_absolute_path_names_is_the_other_machines(experiment):
         RUN.replace("space.yml", "/spaces/there.yml").replace("weights.saf", "~/weights.saf")
     )
     assert check_experiment(experiment) == "trials run run.yml, searching budget.fraction"
-    experiment.write_text(REMOTE.replace("remote", "local"))
+    experiment.write_text(REMOTE.partition("trainingService")[0] + LOCAL)
     with pytest.raises(HalocError, match=r"no such file"):
         check_experiment(experiment)
 
@@ -192,7 +198,12 @@ def test_what_is_not_sent_to_the_other_machine_is_named(experiment, old, new, me
         check_experiment(experiment)
 
 
-def test_the_digits_example_for_another_machine_is_complete():
+def test_the_digits_example_for_another_machine_is_complete(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(HalocError, match=r"remote\.yml: NNI refuses it: .* a valid SSH key file"):
+        check_experiment(ROOT / "examples" / "digits" / "remote.yml")
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh" / "id_ed25519").touch()
     assert "searching budget.fraction" in check_experiment(
         ROOT / "examples" / "digits" / "remote.yml"
     )

@@ -3,13 +3,9 @@
 After `nnictl resume` an experiment ends as one ends that nobody disturbed.
 """
 
-import ctypes
-import json
-import os
 import signal
 import subprocess
 import sys
-import threading
 
 import nni
 import psutil
@@ -18,14 +14,17 @@ from helpers.commands import haloc
 from helpers.nni_experiments import (
     created,
     digits_code,
+    folders,
     get,
+    manager_of,
+    reaping,
     resume,
     until_done,
     wait_for,
     with_budgets,
 )
 
-from nni_haloc.cli.experiment import trial_results
+from nni_haloc.experiments.results import trial_results
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.runs.run import flatten
 from nni_haloc.trial import Reports
@@ -160,49 +159,10 @@ def test_a_trial_ends_when_the_process_that_started_it_is_killed(tmp_path):
         wait_for(lambda: not trial.is_running() or trial.status() == psutil.STATUS_ZOMBIE, 20)
 
 
-def manager_of(home, number):
-    """The manager's process; nnictl keeps its id."""
-    return psutil.Process(
-        json.loads((home / "nni-experiments" / ".experiment").read_text())[number]["pid"]
-    )
-
-
-def folders(home, number):
-    return {
-        path.parent.name: path
-        for path in (home / "nni-experiments" / number).glob("environments/*/trials/*/haloc")
-    }
-
-
 @pytest.fixture
 def orphans():
-    """Make this process the parent of what its descendants leave behind, and reap that.
-
-    `nnictl` leaves its manager to init, and takes a killed manager for a running one until somebody
-    reaps it; some containers have nobody.
-    """
-    subreaper = 36  # PR_SET_CHILD_SUBREAPER
-    libc, over = ctypes.CDLL(None), threading.Event()
-
-    def reap():
-        before = set()
-        while not over.wait(0.2):
-            ended = {
-                child.pid
-                for child in psutil.Process().children()
-                if child.status() == psutil.STATUS_ZOMBIE
-            }
-            for pid in ended & before:  # a child of `subprocess` is not there that long
-                os.waitpid(pid, 0)
-            before = ended - before
-
-    assert libc.prctl(subreaper, 1, 0, 0, 0) == 0
-    thread = threading.Thread(target=reap)
-    thread.start()
-    yield
-    over.set()
-    thread.join()
-    libc.prctl(subreaper, 0, 0, 0, 0)
+    with reaping():
+        yield
 
 
 def test_nnictl_resume_after_the_manager_was_killed_ends_as_if_it_had_not_been(tmp_path, orphans):

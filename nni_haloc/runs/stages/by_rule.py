@@ -9,6 +9,7 @@ from torch import nn
 
 from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.costs.table import CostTable, worthwhile
+from nni_haloc.inputs.config import Config
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules import RULES, Problem, plan
@@ -82,10 +83,31 @@ def _read_back(job: Job) -> tuple[RankPlan, nn.Module]:
         ) from None
 
 
-def _known(
+def rank_spaces(config: Config) -> list[AllowedRanks]:
+    """Return the rank spaces that the settings' rule may choose from, the widest first."""
+    rule = None if config.rule == "search" else RULES[config.rule]
+    every_rank, pairs = (getattr(rule, mark, False) for mark in ("every_rank", "pairs"))
+    wide = {"every_rank": every_rank, "pairs": pairs}
+    return [
+        allowed_ranks_of(config, **options)
+        for options in (wide, {"every_rank": every_rank}, {})
+        if options is wide or rule is not None
+    ]
+
+
+def known_candidates(
     layers: Layers, spaces: Sequence[AllowedRanks], tables: Sequence[CostTable]
 ) -> dict[str, dict[str, Rank]]:
-    """Return the candidates of the first rank space that all tables know; else of the last one."""
+    """Return the candidates of the first rank space that all tables know; else of the last one.
+
+    Args:
+        layers: the layers of the first space.
+        spaces: rank spaces, the widest first.
+        tables: the cost tables of the run's limits.
+
+    Returns:
+        Layer name to candidate name to rank.
+    """
     for allowed in spaces:
         candidates = layers.candidates(allowed)
         names = [(layer, name) for layer, row in candidates.items() for name in row]
@@ -99,13 +121,12 @@ def _known(
 def _problem(job: Job) -> Problem:
     """Return what the rule chooses from: candidates, limits and calibration images."""
     config, r = job.config, job.config.rank_space
-    every_rank, pairs = (getattr(RULES[config.rule], x, False) for x in ("every_rank", "pairs"))
-    allowed = allowed_ranks_of(config, every_rank=every_rank, pairs=pairs)
+    spaces = rank_spaces(config)
+    allowed = spaces[0]
     limits = limits_of(config, job.model, job.example, allowed, job.folder)
     layers = find_layers(job.model, job.example, allowed)
     costs = [limit.costs for limit in limits]
-    fewer = (allowed_ranks_of(config, every_rank=every_rank), allowed_ranks_of(config))
-    every = _known(layers, (allowed, *fewer), costs)
+    every = known_candidates(layers, spaces, costs)
     pinned = [name for name in every if allowed.pins(name)]
     candidates, dropped = worthwhile(every, costs, pinned)
     if not candidates:

@@ -8,6 +8,8 @@ from nni_haloc.inputs import schema
 from nni_haloc.runs.folder import Figures, RunFolder, Training
 from nni_haloc.runs.identity import finetuning_identity
 from nni_haloc.runs.job import Job
+from nni_haloc.runs.kept import measured_of_budget
+from nni_haloc.runs.limits import limits_of_plan
 from nni_haloc.runs.stages.stage import Outcome, Report, Stage
 from nni_haloc.runs.stages.training import train
 from nni_haloc.utils.processes import is_first
@@ -51,6 +53,12 @@ class Finetune(Stage):
             outcome.figures["latency_ms"] = latency["compressed"]
             images_per_ms = job.config.cost.batch_size / latency["compressed"]
             outcome.figures["images_per_s"] = 1e3 * images_per_ms
+            known = {"latency_ms": latency["compressed"]}
+            outcome.figures |= measured_of_budget(
+                limits_of_plan(job.config, before.plan, job.folder),
+                job.device,
+                lambda metric: known.get(metric) or job.energy(network),
+            )
         job.save(network, before.plan)
         if is_first():
             outcome.figures["bytes"] = job.folder.weights.stat().st_size

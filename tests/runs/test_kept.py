@@ -1,0 +1,187 @@
+"""A budget in a metric that is measured: what the finished network really takes of it."""
+
+import json
+import logging
+
+import pytest
+import torch
+from helpers.paths import DIGITS
+from helpers.short_runs import SETTINGS
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, TensorDataset
+
+from nni_haloc import compress_model, load_config, run
+from nni_haloc.cli.summary import print_summary
+from nni_haloc.costs.analytic import mac_table
+from nni_haloc.costs.device.torch_runtime import TorchRuntime, hardware
+from nni_haloc.costs.table import CostTable
+from nni_haloc.inputs.models import build_model
+from nni_haloc.inputs.registries import RUNTIMES
+from nni_haloc.results.html_report import html_report
+from nni_haloc.runs.folder import RunFolder
+from nni_haloc.runs.kept import measured_of_budget
+from nni_haloc.space.ranks import AllowedRanks
+from nni_haloc.utils.log import logger
+
+SHORT = SETTINGS | {"finetune.epochs": 1, "finetune.schedule": "constant", "rule": "uniform"}
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    """Call for the warnings so far."""
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.INFO, logger.name)
+    return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+positive = st.floats(1e-6, 1e6)
+METRICS = ("latency_ms", "energy_mj", "macs", "cycles")
+
+
+@given(st.lists(st.tuples(st.sampled_from(METRICS), positive, st.booleans())), positive, positive)
+def test_the_figure_is_the_measured_cost_over_the_smallest_budget_of_this_device(
+    limits, milliseconds, millijoules
+):
+    taken = {"latency_ms": milliseconds, "energy_mj": millijoules}
+    found = measured_of_budget(
+        [
+            ({"metric": metric, "budget": budget, "cost": 1.0}, {} if here else {"device": "other"})
+            for metric, budget, here in limits
+        ],
+        "here",
+        taken.__getitem__,
+    )
+    expected = {}
+    for metric, cost in taken.items():
+        budgets = [budget for name, budget, here in limits if here and name == metric]
+        if budgets:
+            expected[f"{metric}_of_budget"] = cost / min(budgets)
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("share", "warned"), [(0.3, False), (1.0, False), (1.0499, False), (1.0501, True), (2.07, True)]
+)
+def test_more_than_five_percent_above_it_is_a_warning_with_the_number(warnings, share, warned):
+    facts = {"metric": "latency_ms", "budget": 8.0, "cost": 7.9}
+    found = measured_of_budget([(facts, {})], "here", lambda metric: 8.0 * share)
+    assert found == {"latency_ms_of_budget": pytest.approx(share)}
+    assert len(warnings()) == warned
+    if warned:
+        line = f"takes {8 * share:.4g} ms, {share:.2f} times its budget of 8 ms; by the cost table"
+        assert line in warnings()[0]
+        assert "7.9 ms" in warnings()[0]
+
+
+def test_what_cant_be_measured_here_costs_no_finished_run(warnings):
+    def measure(metric):
+        raise ValueError("energy_mj: expected a runtime that measures energy")
+
+    facts = {"metric": "energy_mj", "budget": 8.0, "cost": 7.9}
+    assert measured_of_budget([(facts, {})], "here", measure) == {}
+    assert "energy_mj: the network can't be measured here: energy_mj: expected" in warnings()[0]
+
+
+def digits_table(path, metric, total, **identity):
+    """A cost table of the digits network whose original takes ``total``: MACs by another name."""
+    counted = mac_table(build_model("digits_cnn"), torch.zeros(1, 1, 8, 8), AllowedRanks(4))
+    scale = total / counted.original
+    costs = {
+        layer: {name: cost * scale for name, cost in row.items()}
+        for layer, row in counted.costs.items()
+    }
+    table = CostTable(metric, costs, counted.fixed * scale, {"input": [4, 1, 8, 8], **identity})
+    table.save(path)
+    return table
+
+
+def changes(table, **others):
+    section = {"cost.metric": "latency_ms", "cost.table": str(table), "cost.batch_size": 4}
+    return SHORT | section | {"budget.fraction": 0.5} | others
+
+
+def test_a_run_by_a_table_that_is_wrong_says_so_everywhere(tmp_path, warnings, capsys):
+    """The table has a thousandth of what such a network takes, so no network keeps the budget."""
+    digits_table(tmp_path / "costs.json", "latency_ms", 1e-6)
+    config = load_config(DIGITS, changes(tmp_path / "costs.json"))
+    flat = run(config, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    figures = json.loads(folder.metrics_file.read_text())["stages"]["finetune"]
+    budget = json.loads(folder.ranks.read_text())["chosen_by"]["budget"]
+    assert budget == pytest.approx(0.5e-6)
+    share = figures["latency_ms"] / budget
+    assert figures["latency_ms_of_budget"] == flat["latency_ms_of_budget"] == pytest.approx(share)
+    assert share > 1.05
+    (line,) = [text for text in warnings() if "times its budget" in text]
+    assert f"{share:.2f} times its budget of 5e-07 ms" in line
+    print_summary(folder.path, folder.metrics())
+    assert f"{100 * share:.1f} %" in capsys.readouterr().out
+    page = html_report(folder.path)
+    assert "latency, of the budget" in page
+    assert page.count(f"{100 * share:.1f} %") == 2  # in the table and on the card
+
+
+def test_a_budget_that_is_kept_is_a_figure_without_a_warning(tmp_path, warnings):
+    digits_table(tmp_path / "costs.json", "latency_ms", 1e6, device=hardware("cpu"))
+    flat = run(load_config(DIGITS, changes(tmp_path / "costs.json")), tmp_path / "run")
+    assert flat["latency_ms_of_budget"] == pytest.approx(flat["latency_ms"] / 0.5e6)
+    assert not warnings()
+
+
+@pytest.mark.parametrize(
+    ("metric", "identity"),
+    [("macs", {}), ("latency_ms", {"device": "a board", "runtime": "torch 2", "threads": 1})],
+)
+def test_a_count_or_another_devices_table_has_no_such_figure(tmp_path, warnings, metric, identity):
+    digits_table(tmp_path / "costs.json", metric, 1.0, **identity)
+    settings = changes(tmp_path / "costs.json", **{"cost.metric": metric})
+    flat = run(load_config(DIGITS, settings), tmp_path / "run")
+    assert not any("of_budget" in key for key in flat)
+    assert not warnings()
+
+
+def test_each_limit_is_looked_at_and_energy_is_measured(tmp_path, warnings, monkeypatch):
+    """By a runtime of another package that has a meter: a millijoule for each million weights."""
+
+    class Metered(TorchRuntime):
+        def ready(self, module, *shapes, copied=True):
+            pass_ = super().ready(module, *shapes, copied=copied)
+            run = lambda: pass_()  # noqa: E731
+            run.weights = sum(p.numel() for p in module.parameters())
+            return run
+
+        def energy(self, run, min_run_time=0.0):
+            return run.weights / 1e6
+
+    monkeypatch.setitem(RUNTIMES._added, "metered", Metered)
+    digits_table(tmp_path / "ms.json", "latency_ms", 1e9)
+    digits_table(tmp_path / "mj.json", "energy_mj", 0.02)
+    also = [{"metric": "energy_mj", "table": str(tmp_path / "mj.json"), "fraction": 0.9}]
+    settings = changes(tmp_path / "ms.json", **{"cost.runtime": "metered", "budget.also": also})
+    flat = run(load_config(DIGITS, settings), tmp_path / "run")
+    assert flat["energy_mj_of_budget"] == pytest.approx(flat["params"] / 1e6 / (0.9 * 0.02))
+    assert flat["latency_ms_of_budget"] < 1e-6
+    assert ("energy_mj" in "".join(warnings())) == (flat["energy_mj_of_budget"] > 1.05)
+
+
+@pytest.mark.parametrize(("total", "warned"), [(1e-6, 1), (1e6, 0)])
+def test_one_call_says_it_too(net, images, warnings, total, warned):
+    loader = DataLoader(TensorDataset(images, torch.zeros(64, dtype=torch.long)), 16)
+    allowed = AllowedRanks()
+    counted = mac_table(net, images[:1], allowed)
+    scale = total / counted.original
+    costs = {x: {c: v * scale for c, v in row.items()} for x, row in counted.costs.items()}
+    table = CostTable("latency_ms", costs, counted.fixed * scale)
+    result = compress_model(net, loader, budget=0.6, costs=table, allowed=allowed, epochs=0)
+    figures = result.metrics["compressed"]
+    share = figures["latency_ms"] / (0.6 * table.original)
+    assert figures["latency_ms_of_budget"] == pytest.approx(share)
+    assert "latency_ms_of_budget" not in result.metrics["original"]
+    assert "latency, of the budget" in result.report()
+    assert sum("times its budget" in line for line in warnings()) == warned
+
+
+def test_one_call_that_counts_has_no_such_figure(net, images):
+    result = compress_model(net, DataLoader(images, 16), budget=0.6, metric="macs", epochs=0)
+    assert not any("of_budget" in key for key in result.metrics["compressed"])
