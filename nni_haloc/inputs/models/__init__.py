@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,6 +61,9 @@ def _factory(module_name: str, attribute: str) -> Callable[..., Any]:
     backbone = inspect.signature(builder).parameters.keys() & {"weights_backbone"}
 
     def untrained(**arguments: Any) -> nn.Module:
-        return builder(weights=None, **{**dict.fromkeys(backbone), **arguments})
+        with warnings.catch_warnings():
+            # Of first weights that will be others one day, and are replaced by trained ones.
+            warnings.simplefilter("ignore", FutureWarning)
+            return builder(weights=None, **{**dict.fromkeys(backbone), **arguments})
 
     return untrained
