@@ -315,6 +315,7 @@ TRAINING = {"model": LINEAR, "args": argparse.Namespace(lr=0.1), "best": np.floa
         (".th", torch_file(TRAINING, zipped=False)),
         (".pth", pickle.dumps([1])),
     ],
+    ids=["safetensors", "zip", "former", "pickle"],
 )
 @given(data=st.data())
 @FUZZED
