@@ -25,6 +25,10 @@ _MOST = 2**26
 """Bytes of a pickle, without the tensors' values. ResNet-152's has 0.1 MB."""
 
 
+class _Refused(ValueError):
+    """A file that is not loaded; the message is ours."""
+
+
 class _Plain:
     """Stand for an object of plain data. Whatever a file gives it is ignored."""
 
@@ -235,12 +239,12 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         raise _damaged(path, error) from None
 
 
-def _damaged(path: Path, error: BaseException) -> ValueError:
+def _damaged(path: Path, error: BaseException) -> _Refused:
     """Return the error of a file that can't be read to its end."""
     reason = first_sentence(error).removesuffix(".")
     if isinstance(error, MemoryError) or "alloc" in reason:
         reason = "it asks for more memory than there is"
-    return ValueError(f"{path}: damaged or cut off ({reason}); copy or download it again")
+    return _Refused(f"{path}: damaged or cut off ({reason}); copy or download it again")
 
 
 def _check_archive(path: Path, file: IO[bytes]) -> None:
@@ -258,7 +262,7 @@ def _check_archive(path: Path, file: IO[bytes]) -> None:
             elif any(info.compress_type for info in records.values()) and what is None:
                 what = f"packed again with compression, which torch does not read; {REMEDY}"
             if what is not None:
-                raise ValueError(f"{path}: the file is {what}")
+                raise _Refused(f"{path}: the file is {what}")
             for info in records.values():
                 if info.CRC:  # torch can leave it out
                     _read_through(archive, info)
@@ -266,7 +270,9 @@ def _check_archive(path: Path, file: IO[bytes]) -> None:
                 if records[name].file_size > _MOST:
                     raise _unsafe(path, f"more than {_MOST >> 20} MB beside the tensors")
                 _check_pickle(path, io.BytesIO(_raw(file, records[name])))
-    except (zipfile.BadZipFile, struct.error, RuntimeError, EOFError) as error:
+    except _Refused:
+        raise
+    except Exception as error:  # zipfile has many for an archive that is damaged
         raise _damaged(path, error) from None
 
 
@@ -342,13 +348,13 @@ def _instructions(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
             yield code.name, argument
     except Exception as error:  # of bytes that are no pickle, or are cut off
         if not start and file.tell() < 512:
-            raise ValueError(f"{path}: not a file of weights of a kind that is known") from None
+            raise _Refused(f"{path}: not a file of weights of a kind that is known") from None
         raise _damaged(path, error) from None
 
 
-def _unsafe(path: Path, why: str) -> ValueError:
+def _unsafe(path: Path, why: str) -> _Refused:
     """Return the error of a file that holds more than can be loaded safely."""
-    return ValueError(f"{path}: not a file of weights that can be loaded safely: {why}; {REMEDY}")
+    return _Refused(f"{path}: not a file of weights that can be loaded safely: {why}; {REMEDY}")
 
 
 def _is_allowed(name: str) -> bool:

@@ -176,7 +176,7 @@ def _difference(fit: Fit) -> str:
     ]
     text = "; ".join(part for part in parts if part)
     where = f" (compared: {fit.place})" if fit.where or fit.prefix else ""
-    return printable(text + where, 700) + _advice(fit)
+    return f"{printable(text + where, 700)}; {_advice(fit) or REMEDY}"
 
 
 def _counted(names: Sequence[str], what: str) -> str:
@@ -202,7 +202,7 @@ def _advice(fit: Fit) -> str:
     if pair is None or max(pair) > _CLASSES or fit.missing or fit.unexpected:
         return ""
     remedy = f"set model.arguments, such as num_classes: {pair[0]}"
-    return f"; was it trained for {pair[0]} classes, and built for {pair[1]}? Then {remedy}"
+    return f"was it trained for {pair[0]} classes, and built for {pair[1]}? Then {remedy}"
 
 
 def _described(content: Any) -> str:

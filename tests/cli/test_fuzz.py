@@ -3,6 +3,7 @@
 Some dozens of cases each; ``HALOC_SLOW=1`` makes it more than ten thousand in all.
 """
 
+import argparse
 import copy
 import io
 import json
@@ -11,6 +12,7 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -295,18 +297,25 @@ def test_a_history(tmp_path, data):
     refused_or_read(history.read, file, (HalocError,))
 
 
-def torch_file(content):
+def torch_file(content, zipped=True):
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
     return buffer.getvalue()
 
 
 LINEAR = nn.Linear(3, 2).state_dict()
+TRAINING = {"model": LINEAR, "args": argparse.Namespace(lr=0.1), "best": np.float64(0.5)}
 
 
 @pytest.mark.parametrize(
     ("suffix", "valid"),
-    [(".safetensors", save(LINEAR)), (".pt", torch_file(LINEAR)), (".pth", pickle.dumps([1]))],
+    [
+        (".safetensors", save(LINEAR)),
+        (".pt", torch_file(LINEAR)),
+        (".th", torch_file(TRAINING, zipped=False)),
+        (".pth", pickle.dumps([1])),
+    ],
+    ids=["safetensors", "zip", "former", "pickle"],
 )
 @given(data=st.data())
 @FUZZED
@@ -316,12 +325,62 @@ def test_weights(tmp_path, suffix, valid, data):
     refused_or_read(lambda path: load_weights(nn.Linear(3, 2), path), file)
 
 
+def with_pickle(archive, data):
+    """A file of torch's with another pickle in it, and right check sums."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, data if name.endswith("data.pkl") else old.read(name))
+    return buffer.getvalue()
+
+
+def pickle_of(archive):
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        return file.read(next(name for name in file.namelist() if name.endswith("data.pkl")))
+
+
+@given(data=damaged(pickle_of(torch_file(TRAINING))))
+@FUZZED
+def test_weights_whose_pickle_is_damaged(tmp_path, data):
+    file = tmp_path / "case" / "weights.pt"
+    file.write_bytes(with_pickle(torch_file(TRAINING), data))
+    refused_or_read(lambda path: load_weights(nn.Linear(3, 2), path), file)
+
+
 @given(content=changed({"state_dict": {"weight": [1.0], "bias": {"x": 1}}}))
 @FUZZED
 def test_weights_that_are_something_else(tmp_path, content):
     file = tmp_path / "case" / "weights.pt"
     file.write_bytes(torch_file(content))
     assert refused_or_read(lambda path: load_weights(nn.Linear(3, 2), path), file) is None
+
+
+LAYOUT = {
+    "state_dict": {"module.weight": "weight", "module.bias": "bias", "criterion.alpha": "bias"},
+    "ema": {"weight": "bias", "bias": "weight"},
+    "epoch": 3,
+}
+
+
+def with_tensors(content):
+    if isinstance(content, dict):
+        return {key: with_tensors(value) for key, value in content.items()}
+    return LINEAR.get(content, content) if isinstance(content, str) else content
+
+
+@given(content=changed(LAYOUT))
+@FUZZED
+def test_weights_in_a_changed_layout(tmp_path, content):
+    """What is loaded is what was saved under those names; all else is refused."""
+    file, layer = tmp_path / "case" / "weights.pt", nn.Linear(3, 2)
+    file.write_bytes(torch_file(with_tensors(content)))
+    before = copy.deepcopy(layer.state_dict())
+    refused_or_read(lambda path: load_weights(layer, path), file)
+    found = layer.state_dict()
+    for expected in (before, LINEAR):
+        if all(torch.equal(found[name], expected[name]) for name in found):
+            return
+    raise AssertionError(content)
 
 
 @given(content=changed({"name": "digits_cnn", "arguments": {"classes": 10}}))
@@ -357,14 +416,7 @@ def test_no_code_of_a_file_of_weights_runs(tmp_path, zipped):
     mark = str(tmp_path / "case" / "mark")
     data = pickle.dumps({"weight": Payload(mark)})
     if zipped:
-        buffer = io.BytesIO()
-        with (
-            zipfile.ZipFile(io.BytesIO(torch_file(LINEAR))) as old,
-            zipfile.ZipFile(buffer, "w") as new,
-        ):
-            for name in old.namelist():
-                new.writestr(name, data if name.endswith("data.pkl") else old.read(name))
-        data = buffer.getvalue()
+        data = with_pickle(torch_file(LINEAR), data)
     for name in ("weights.pt", "weights.pth", "checkpoint.ckpt"):
         file = tmp_path / "case" / name
         file.write_bytes(data)

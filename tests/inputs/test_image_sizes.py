@@ -187,6 +187,7 @@ class Particular(nn.Module):
 
     def __init__(self, error):
         super().__init__()
+        self.head = nn.Linear(1, 1)
         self.error = {"AssertionError": AssertionError, "TypeError": TypeError}[error]
 
     def forward(self, x):
@@ -197,7 +198,7 @@ class Particular(nn.Module):
 def test_a_network_for_other_sizes_is_one_line(folder, monkeypatch, error):
     settings = config(folder)
     monkeypatch.setitem(MODELS._added, "particular", Particular)
-    torch.save({}, folder / "w.pt")
+    torch.save(Particular(error).state_dict(), folder / "w.pt")
     model = {"name": "particular", "arguments": {"error": error}}
     changed = settings.model_copy(update={"model": settings.model.model_copy(update=model)})
     with pytest.raises(DataError, match=r"^model: particular .*\(expected 224, found 12\); images"):

@@ -398,6 +398,16 @@ def test_auxiliary_heads_may_be_on_either_side_alone(tmp_path, caplog, monkeypat
     assert "aux1.bias" in refusal(tmp_path / "w.pt", with_heads)
 
 
+def test_what_does_not_fit_names_the_prefix_and_the_remedy(tmp_path):
+    state = {name: value for name, value in STATE.items() if name != "head.bias"}
+    torch.save({"state_dict": prefixed(state, "module.backbone.")}, tmp_path / "w.pt")
+    assert refusal(tmp_path / "w.pt") == (
+        "does not fit the model: 1 missing in the file: head.bias"
+        " (compared: ['state_dict'] module.backbone.*);"
+        " save the weights alone: torch.save(model.state_dict(), FILE)"
+    )
+
+
 def test_another_number_of_classes_names_the_layer_and_both_shapes(tmp_path):
     torch.save(torchvision.models.squeezenet1_1(num_classes=7).state_dict(), tmp_path / "w.pt")
     message = refusal(tmp_path / "w.pt", torchvision.models.squeezenet1_1(num_classes=3))

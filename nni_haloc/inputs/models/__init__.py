@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,9 @@ def _factory(module_name: str, attribute: str) -> Callable[..., Any]:
     backbone = inspect.signature(builder).parameters.keys() & {"weights_backbone"}
 
     def untrained(**arguments: Any) -> nn.Module:
-        return builder(weights=None, **{**dict.fromkeys(backbone), **arguments})
+        with warnings.catch_warnings():
+            # Of first weights that will be others one day, and are replaced by trained ones.
+            warnings.simplefilter("ignore", FutureWarning)
+            return builder(weights=None, **{**dict.fromkeys(backbone), **arguments})
 
     return untrained
