@@ -58,7 +58,9 @@ def test_a_value_that_is_no_cost_is_one_line(refused, value, message):
     refused(content(fixed=value), f"fixed.*{message}")
     refused(content(costs={"a": {"dense": 2.0, "r4": value}}), f"r4.*{message}")
     if not (isinstance(value, (int, float)) and 0 < value < 1e308):
-        refused(content(spread={"a": {"dense": value}}), f"spread.*{message.rpartition('found')[2]}")
+        refused(
+            content(spread={"a": {"dense": value}}), f"spread.*{message.rpartition('found')[2]}"
+        )
 
 
 @pytest.mark.parametrize("key", ["fixed", "metric", "costs"])
@@ -108,7 +110,9 @@ rows = st.dictionaries(st.sampled_from(["r2", "r4", "r8"]), costs, min_size=1)
 @settings(deadline=None, max_examples=120)
 def test_every_table_that_is_accepted_can_be_planned_with(layers, fixed, fraction):
     """A plan is within its budget by exact sums, or none is, by the cheapest choice."""
-    table = CostTable("macs", {name: {"dense": d, **row} for name, (d, row) in layers.items()}, fixed)
+    table = CostTable(
+        "macs", {name: {"dense": d, **row} for name, (d, row) in layers.items()}, fixed
+    )
     assert 0 < table.original < math.inf
     limit = Limit.of(table, fraction)
     scores = {name: {k: -i for i, k in enumerate(row)} for name, row in table.costs.items()}
