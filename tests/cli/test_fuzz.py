@@ -217,7 +217,7 @@ lines = st.lists(
             "? {a: 1}",
             "%YAML 1.1",
             "a: \0",
-        ]  # fmt: skip
+        ]
     ),
     max_size=25,
 )
