@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import sys
 
-_runs_a_module = sys.argv[:1] == ["-m"] and any("nni_haloc." in word for word in sys.orig_argv)
-if _runs_a_module and sys.path[:1] == [os.path.abspath(".")]:
+_program = " ".join(sys.orig_argv).partition(" -m")[2].lstrip()
+if sys.argv[:1] == ["-m"] and _program.startswith("nni_haloc."):
     # Of ``python -m nni_haloc.trial`` the current folder is the first place where Python looks for
     # modules. Make it the last one: a random.py there is not meant for all packages.
-    sys.path.append(sys.path.pop(0))
+    sys.path.sort(key=os.path.abspath(".").__eq__)
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version

@@ -67,6 +67,8 @@ class CostTable:
                         f"spread: layer {layer!r}, candidate {candidate!r}: "
                         f"expected a number >= 0, found {brief(share)}"
                     )
+        floats = {layer: {c: float(x) for c, x in row.items()} for layer, row in self.costs.items()}
+        object.__setattr__(self, "costs", floats)  # the file of a user may have integers
 
     @property
     def original(self) -> float:

@@ -161,6 +161,8 @@ def _finished_search(folder: RunFolder, factories: bool) -> Job:
         raise SettingsError(f"{path}: no such file; {expected}")
     saved = checkpoint.read(path, "; search again", config=dict, costs=list)
     config = parse_config(saved["config"], path)
+    data = config.data.model_copy(update={"download": False})  # the folder may be somebody else's
+    config = config.model_copy(update={"data": data})
     done, epochs = saved["epochs"], config.search.epochs
     if done < epochs:
         raise SettingsError(

@@ -50,6 +50,8 @@ class Finished:
         self.folder, self.factories = RunFolder(folder), factories
         self.folder.check_holds_network()
         source, settings = _settings(self.folder)
+        if isinstance(settings.get("data"), dict):  # the folder may be somebody else's
+            settings["data"] = {**settings["data"], "download": False}
         if stage is not None:
             settings[stage.section] = settings.get(stage.section) or {}
         for key, value in (changes or {}).items():

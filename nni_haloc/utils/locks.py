@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from nni_haloc.utils.errors import HalocError, SettingsError
 from nni_haloc.utils.files import make_folder, open_to_append, own_folders
 from nni_haloc.utils.log import logger
-from nni_haloc.utils.processes import is_first
+from nni_haloc.utils.processes import is_first, scheduler_step
 
 try:
     import fcntl
@@ -74,12 +74,20 @@ def hold_file(file: str | Path) -> Iterator[None]:
     """Hold a file that is written again and again; see `hold_folder`.
 
     The lock is a file beside it, ``FILE.lock``, which is removed at the end.
+
+    Raises:
+        HalocError: see `hold_folder`.
+        OSError: if nothing can be written there; the error names ``file``.
     """
     if not is_first():
         yield
         return
     file = Path(file)
-    with _hold(file.with_name(f"{file.name}.lock"), file, wait=False):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_hold(file.with_name(f"{file.name}.lock"), file, wait=False))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(file)) from None
         yield
 
 
@@ -108,7 +116,7 @@ def _hold(lock: Path, place: Path, wait: bool) -> Iterator[bool]:
         _held[key] = _Held(_take(lock, place, wait))
     held = _held[key]
     try:
-        yield held.number is not None
+        yield held.number is not None and scheduler_step() is None
     finally:
         held.blocks -= 1
         if not held.blocks and os.getpid() == process:
@@ -123,7 +131,7 @@ def _take(lock: Path, place: Path, wait: bool) -> int | None:
         number = open_to_append(lock)
         try:
             if not _locked(number, lock, place, wait):
-                _release(lock, number)
+                os.close(number)
                 return None
             now = os.fstat(number)
             with suppress(FileNotFoundError):
@@ -137,7 +145,7 @@ def _take(lock: Path, place: Path, wait: bool) -> int | None:
 
 
 def _locked(number: int, lock: Path, place: Path, wait: bool) -> bool:
-    """Lock an open file; return False where there are no locks."""
+    """Lock an open file; return False where there are no locks, or a process of one run has it."""
     try:
         if fcntl is None:
             raise OSError(errno.ENOSYS, "no locks on this system")
@@ -145,13 +153,18 @@ def _locked(number: int, lock: Path, place: Path, wait: bool) -> bool:
     except OSError as error:
         if error.errno not in _BUSY:
             logger.warning("%s: can't be locked (%s); start one process alone", place, error)
+            with suppress(OSError):
+                os.unlink(lock)
+            return False
+        holder = _holder(number)
+        if scheduler_step() is not None and holder.get("step") == scheduler_step():
             return False
         if not wait:
             raise HalocError(
-                f"{place}: another process works here{_signature(number)}; "
+                f"{place}: another process works here{_signature(holder)}; "
                 "wait for its end, or name another place for the results"
             ) from None
-        logger.info("%s: waiting for the process that works here%s", place, _signature(number))
+        logger.info("%s: waiting for the process that works here%s", place, _signature(holder))
         fcntl.flock(number, fcntl.LOCK_EX)
     return True
 
@@ -162,19 +175,27 @@ def _sign(number: int) -> None:
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "step": scheduler_step(),
     }
     with suppress(OSError):  # a full disk: the lock holds all the same
         os.ftruncate(number, 0)
         os.write(number, json.dumps(facts).encode())
 
 
-def _signature(number: int) -> str:
-    """Return what a lock file says about its holder: pid, host and time, as far as it does."""
+def _holder(number: int) -> dict[str, Any]:
+    """Return what a lock file says about its holder; nothing if it is damaged."""
     try:
-        facts: Any = json.loads(os.pread(number, 1000, 0))
-        return f" (pid {facts['pid']} on {facts['host']}, since {facts['since']})"
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        facts = json.loads(os.pread(number, 1000, 0))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _signature(holder: Mapping[str, Any]) -> str:
+    """Return pid, host and time of a holder, for messages."""
+    if not {"pid", "host", "since"} <= set(holder):
         return ""
+    return f" (pid {holder['pid']} on {holder['host']}, since {holder['since']})"
 
 
 def _release(lock: Path, number: int) -> None:

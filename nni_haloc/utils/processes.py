@@ -26,6 +26,17 @@ def start_together() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def scheduler_step() -> str | None:
+    """Return the step of SLURM that this process is one of several tasks of; None without one.
+
+    All tasks of a step start together. Those of one run each take themselves for the first.
+    """
+    alone = os.environ.get("SLURM_NTASKS", "1") in ("", "0", "1")
+    if alone or "SLURM_PROCID" not in os.environ:
+        return None
+    return f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
+
+
 def wait_for_all() -> None:
     """Wait until all processes are here, so that none computes while another measures time."""
     import torch.distributed as dist  # here, because commands without torch start quickly

@@ -28,12 +28,15 @@ from nni_haloc.costs.table import CostTable
 from nni_haloc.experiments.check import check_experiment
 from nni_haloc.inputs.config import load_config, load_space
 from nni_haloc.inputs.weights import load_weights
+from nni_haloc.inputs.yaml_files import read_search_space
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.runs.folder import RunFolder
 from nni_haloc.runs.saved import load
 from nni_haloc.training import checkpoint
 from nni_haloc.training import curves as history
 from nni_haloc.utils.errors import HalocError
+from nni_haloc.utils.files import read_json
 
 DIGITS = ROOT / "examples" / "digits"
 CASES = 700 if os.environ.get("HALOC_SLOW") else 60
@@ -195,6 +198,39 @@ def test_a_rank_space(tmp_path, content):
     file = tmp_path / "case" / "space.yml"
     file.write_text(yaml.safe_dump(content))
     refused_or_read(load_space, file, (HalocError,))
+
+
+lines = st.lists(
+    st.sampled_from(
+        [
+            *(DIGITS / "run.yml").read_text().splitlines(),
+            "search: {epochs: 2, epochs: 2}",
+            "  epochs: 1e3x",
+            "x: &x {lam: 2}",
+            "  <<: *x",
+            "seed: " + "9" * 5000,
+            "threads: 0x" + "f" * 400,
+            "budget: 2026-13-45",
+            "---",
+            "\t- a",
+            "  lr: .nan",
+            "  lam: !!binary YQ==",
+            "rank_space: [",
+            "? {a: 1}",
+            "%YAML 1.1",
+            "a: \0",
+        ]
+    ),
+    max_size=25,
+)
+
+
+@given(lines)
+@FUZZED
+def test_settings_of_any_lines(tmp_path, lines):
+    file = tmp_path / "case" / "run.yml"
+    file.write_text("\n".join(lines))
+    refused_or_read(load_config, file, (HalocError,))
 
 
 EXPERIMENT = yaml.safe_load((DIGITS / "haloc.yml").read_text())
@@ -466,6 +502,58 @@ def test_yaml_that_is_a_trap(tmp_path, text):
     file.write_text(text)
     assert refused_or_read(load_config, file, (HalocError,)) is None
     assert refused_or_read(check_experiment, file, (HalocError,)) is None
+
+
+METRICS = {
+    "version": 2,
+    "stages": {"original": {"top1": 0.5, "macs": 10}, "finetune": {"top1": 0.4, "macs": 5}},
+    "config": {"model": {"name": "digits_cnn"}}, "parameters": {}, "versions": {"torch": "2"},
+}  # fmt: skip
+SPACE = {"search.lam": {"_type": "choice", "_value": [1, 2]}}
+READERS = {
+    "ranks.json": (PLAN, RankPlan.load),
+    "costs.json": (COSTS, CostTable.load),
+    "spec.json": (SPEC, Specification.load),
+    "metrics.json": (METRICS, lambda file: RunFolder(file.parent).metrics()),
+    "space.json": (SPACE, read_search_space),
+    "any.json": ({"a": {"b": [1, 2.5]}}, read_json),
+}
+"""Files in JSON: a valid content of each, and what reads it."""
+
+
+def repeated(draw, content):
+    """JSON text in which a key of one object may be there twice."""
+    if isinstance(content, list):
+        return "[" + ",".join(repeated(draw, item) for item in content) + "]"
+    if not isinstance(content, dict):
+        return json.dumps(content)
+    rows = [f"{json.dumps(key)}: {repeated(draw, value)}" for key, value in content.items()]
+    if rows and draw(st.integers(0, 3)) == 0:
+        rows.insert(draw(st.integers(0, len(rows))), draw(st.sampled_from(rows)))
+    return "{" + ",\n".join(rows) + "}"
+
+
+@pytest.mark.parametrize("name", READERS)
+@given(data=st.data())
+@FUZZED
+def test_json_with_keys_twice(tmp_path, name, data):
+    """It is read if, and only if, no key is there twice."""
+    content, read = READERS[name]
+    file = tmp_path / "case" / name
+    text = repeated(data.draw, content)
+    file.write_text(text)
+    found = refused_or_read(read, file)
+    assert (found is not None) == (text.count(":") == json.dumps(content).count(":"))
+
+
+@pytest.mark.parametrize("name", READERS)
+@given(data=st.data())
+@FUZZED
+def test_json_that_is_damaged(tmp_path, name, data):
+    content, read = READERS[name]
+    file = tmp_path / "case" / name
+    file.write_bytes(data.draw(damaged(json.dumps(content, indent=1).encode())))
+    refused_or_read(read, file)
 
 
 @pytest.mark.parametrize("depth", [900, 100_000])

@@ -9,6 +9,7 @@ from helpers.commands import haloc
 from helpers.paths import DIGITS
 from helpers.short_runs import SHORT
 
+from nni_haloc.runs.finished import Finished
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.runs.stages import clear, further_stages
 from nni_haloc.utils.errors import SettingsError
@@ -150,6 +151,14 @@ def test_a_stages_folder_that_is_a_link_is_refused_where_a_run_goes_on(run, outs
         (run / stage.folder).symlink_to(outside)
         with hold_folder(run), pytest.raises(SettingsError, match=f"{stage.folder}: .*found a lin"):
             RunFolder(run / stage.folder).write_metrics({})
+
+
+def test_nothing_is_downloaded_on_the_word_of_a_folder(run, tmp_path):
+    """It would be put where the folder says."""
+    content = json.loads((run / "metrics.json").read_text())
+    content["config"]["data"] |= {"name": "cifar10", "root": str(tmp_path), "download": True}
+    (run / "metrics.json").write_text(json.dumps(content))
+    assert Finished(run).config.data.download is False
 
 
 def test_names_in_the_files_forge_no_line_on_the_screen_or_in_the_log(run):

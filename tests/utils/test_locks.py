@@ -82,6 +82,15 @@ def test_the_first_of_several_processes_of_one_run_holds_it_for_all(tmp_path, ho
     holder(tmp_path, LOCAL_RANK="1")
 
 
+def test_tasks_of_one_step_of_slurm_work_together(tmp_path, holder):
+    """srun starts all processes of a run at once, and each takes itself for the first."""
+    step = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+    holder(tmp_path, **step, SLURM_PROCID="0")
+    holder(tmp_path, **step, SLURM_PROCID="1")
+    with pytest.raises(HalocError), hold_folder(tmp_path):
+        pass
+
+
 def test_a_process_that_is_forked_neither_keeps_the_lock_nor_gives_it_up(tmp_path, holder):
     with hold_folder(tmp_path):
         child = os.fork()
