@@ -37,7 +37,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["nni_haloc", "nni_haloc.*"]),
-    package_data={"nni_haloc": ["py.typed", "results/templates/*.html"]},
+    package_data={
+        "nni_haloc": ["py.typed", "results/templates/*.html", "experiments/patience.cjs"]
+    },
     python_requires=">=3.10,<3.14",
     install_requires=[
         f"nni==3.0; {NNI_PLATFORMS}",

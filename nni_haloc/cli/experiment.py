@@ -55,9 +55,9 @@ def create_command(
     """Check an experiment, and create it with patience.
 
     nnictl create gives NNI's manager some three seconds to start, and the
-    manager gives its tuner ten; on a slow machine both may fail. This waits, and
-    starts the manager again where its tuner was late. Everything else is as with
-    nnictl, whose commands hold for the experiment.
+    manager gives its tuner ten; on a slow machine both may be too few. Here they
+    have minutes. Everything else is as with nnictl, whose commands hold for the
+    experiment.
     """
     check_experiment(experiment_file)
     number = create(experiment_file, port)

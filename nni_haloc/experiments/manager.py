@@ -1,8 +1,7 @@
 """Start NNI's manager with patience: on a slow machine nnictl and the manager give up too soon.
 
 `nnictl` asks its manager four times within some three seconds and then kills it; the manager gives
-its tuner ten seconds to connect and then ends the experiment. The first limit is waited out here;
-after the second one the manager is started again, for the same experiment.
+its tuner ten seconds to connect and then ends the experiment. Both wait longer here.
 """
 
 from __future__ import annotations
@@ -17,20 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from nni_haloc.experiments.state import find_experiment, is_running, last_errors
 from nni_haloc.utils.errors import SettingsError, first_line
-from nni_haloc.utils.log import logger
 from nni_haloc.utils.quiet import silent
 
 if TYPE_CHECKING:
     from nni.experiment import Experiment
 
 PATIENCE = 180
-"""Seconds for NNI's manager to start, and to answer a request."""
-STARTS = 6
-"""How often the manager is started where its tuner is too late."""
-_LATE = "Tuner did not connect"
-_TUNER = 30
-"""Seconds after which a tuner that the manager still waits for is there: it gives up after ten."""
-_ENDING = 20
+"""Seconds for NNI's manager to start and to answer, and for its tuner to connect."""
+_PRELOADED = Path(__file__).with_name("patience.cjs")
+"""What is loaded into the manager's program before its own code."""
+_CONNECTED = b"Dispatcher started"
+"""What the tuner writes into its log once it has connected."""
 
 
 def warm_up_manager() -> None:
@@ -95,40 +91,34 @@ def resume(folder: Path, number: str, port: int = 8080) -> None:
 
 
 def _start(experiment: Experiment, action: str, port: int) -> None:
-    """Start an experiment's manager; start it again where its tuner did not connect in time."""
+    """Start an experiment's manager, and wait until its tuner has connected."""
     warm_up_manager()
-    for attempt in range(STARTS):
-        manager = _start_once(experiment, action, port)
-        errors = _wait_for_tuner(port)
-        if not errors:
-            return
-        _stop(experiment, manager)
-        if _LATE not in errors[0]:
-            raise SettingsError(f"{experiment.id}: NNI's manager ends: {errors[0]}")
-        logger.warning("NNI's manager gave up waiting for its tuner; start %d", attempt + 2)
-        action = "resume"
-    said = "; ".join(last_errors(_folder(experiment))) or "its tuner never connected"
-    raise SettingsError(f"experiment {experiment.id!r}: tried {STARTS} times; {said}")
-
-
-def _start_once(experiment: Experiment, action: str, port: int) -> Any:
-    """Start the manager, and wait until it has taken the experiment; return its process."""
-    from nni.experiment import RunMode
-
-    experiment._action = action
+    own = _folder(experiment)
+    log = own / "log" / "dispatcher.log"
+    before = log.stat().st_size if log.exists() else 0
     with silent("nni"), _patient() as started:
         try:
-            experiment.start(port, run_mode=RunMode.Detach)
+            _start_manager(experiment, action, port)
+            wrong = _wait_for_tuner(started[0], port, log, before)
         except BaseException as error:
             for process in started:
                 _kill(process.pid)
             if not isinstance(error, Exception):
                 raise  # Ctrl-C
-            said = "; ".join(last_errors(_folder(experiment))) or first_line(error)
+            wrong = "; ".join(last_errors(own)) or first_line(error)
             if "is not idle" in str(error):
-                said = f"port {port} is in use; name another one by --port"
-            raise SettingsError(f"NNI's manager can't be started: {said}") from None
-    return started[0]
+                wrong = f"port {port} is in use; name another one by --port"
+            raise SettingsError(f"NNI's manager can't be started: {wrong}") from None
+    if wrong:
+        _kill(started[0].pid)
+        raise SettingsError(f"experiment {experiment.id!r}: {wrong}")
+
+
+def _start_manager(experiment: Experiment, action: str, port: int) -> None:
+    from nni.experiment import RunMode
+
+    experiment._action = action
+    experiment.start(port, run_mode=RunMode.Detach)
 
 
 @contextmanager
@@ -136,13 +126,13 @@ def _patient() -> Iterator[list[Any]]:
     """Let NNI wait for its manager as long as that runs; yield the processes that it starts."""
     from nni.experiment import launcher, rest
 
-    start, check, timeout = launcher._start_rest_server, launcher._check_rest_server, rest.timeout
-    exempt = [key for key in ("no_proxy", "NO_PROXY") if key in os.environ] or ["no_proxy"]
-    proxies = {key: os.environ.get(key) for key in exempt}
+    start, check, timeout = launcher.Popen, launcher._check_rest_server, rest.timeout
     started: list[Any] = []
 
-    def start_noted(*args: Any) -> Any:
-        started.append(start(*args))
+    def start_manager(words: list[str], **options: Any) -> Any:
+        patience = {"NNI_HALOC_PATIENCE": str(PATIENCE)}
+        words = [words[0], "--require", str(_PRELOADED), *words[1:]]
+        started.append(start(words, **options, env=os.environ | patience))
         return started[-1]
 
     def wait(port: int, retry: int = 0, url_prefix: str | None = None) -> None:
@@ -153,53 +143,73 @@ def _patient() -> Iterator[list[Any]]:
             time.sleep(0.5)
         raise RuntimeError("it does not answer, or has ended")
 
-    launcher._start_rest_server, launcher._check_rest_server = start_noted, wait
-    rest.timeout = PATIENCE
-    for key, value in proxies.items():  # a proxy cannot reach this machine's own ports
+    launcher.Popen, launcher._check_rest_server, rest.timeout = start_manager, wait, PATIENCE
+    with _without_proxy():
+        try:
+            yield started
+        finally:
+            launcher.Popen, launcher._check_rest_server, rest.timeout = start, check, timeout
+
+
+@contextmanager
+def _without_proxy() -> Iterator[None]:
+    """Let requests to this machine's own ports go there, whatever proxy is set."""
+    keys = [key for key in ("no_proxy", "NO_PROXY") if key in os.environ] or ["no_proxy"]
+    before = {key: os.environ.get(key) for key in keys}
+    for key, value in before.items():
         os.environ[key] = ",".join(filter(None, (value, "localhost,127.0.0.1")))
     try:
-        yield started
+        yield
     finally:
-        launcher._start_rest_server, launcher._check_rest_server = start, check
-        rest.timeout = timeout
-        for key, value in proxies.items():
+        for key, value in before.items():
             if value is None:
                 os.environ.pop(key)
             else:
                 os.environ[key] = value
 
 
-def _wait_for_tuner(port: int) -> list[str]:
-    """Wait until a trial is there, or the tuner surely is; return what went wrong until then."""
+def _wait_for_tuner(manager: Any, port: int, log: Path, before: int) -> str:
+    """Wait until the tuner has connected; return what went wrong, if anything.
+
+    Args:
+        manager: the manager's process.
+        port: the manager's.
+        log: the tuner's log.
+        before: bytes of it that were there before.
+    """
+    import psutil
     from nni.experiment import rest
 
-    begin, found = time.monotonic(), None
-    while time.monotonic() - begin < (_TUNER if found else PATIENCE):
-        with suppress(Exception), _patient():  # it may answer late
-            found = rest.get(port, "/check-status")
-            if found["errors"]:
-                return list(found["errors"])
-            if found["status"] not in ("INITIALIZED", "RUNNING") or rest.get(port, "/trial-jobs"):
-                return []
+    seen, end = False, time.monotonic() + 2 * PATIENCE
+    while time.monotonic() < end:
+        with suppress(OSError):
+            if _CONNECTED in log.read_bytes()[before:]:
+                return ""
+        with suppress(Exception):  # of requests: it may answer late
+            if errors := rest.get(port, "/check-status")["errors"]:
+                return "; ".join(last_errors(log.parent.parent)) or str(errors[0])
+        with suppress(psutil.Error):
+            below = psutil.Process(manager.pid).children(recursive=True)  # a shell is between them
+            tuner = any("--exp_params" in _words(process) for process in below)
+            if seen and not tuner:
+                return "; ".join(last_errors(log.parent.parent)) or "its tuner has ended"
+            seen = seen or tuner
+        if manager.poll() is not None:
+            return "; ".join(last_errors(log.parent.parent)) or "NNI's manager has ended"
         time.sleep(0.3)
-    return [] if found else ["it does not answer"]
+    return f"its tuner has not connected within {2 * PATIENCE} s"
 
 
-def _stop(experiment: Experiment, manager: Any) -> None:
-    """Stop the manager, and what it has started: an old tuner would answer the next manager."""
+def _words(process: Any) -> list[str]:
     import psutil
 
-    processes = []
     with suppress(psutil.Error):
-        processes = psutil.Process(manager.pid).children(recursive=True)
-    with silent("nni"), _patient():
-        experiment._stop_nni_manager()
-        experiment._stop_logging()
-    for process in psutil.wait_procs(processes, timeout=_ENDING)[1]:
-        _kill(process.pid)
+        return list(process.cmdline())
+    return []
 
 
 def _kill(pid: int) -> None:
+    """Kill a manager and what it has started."""
     import psutil
 
     with suppress(psutil.Error):

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -146,33 +146,43 @@ def folders(home, number):
 
 
 @contextmanager
+def parent_of_orphans():
+    """Make this process the parent of what its descendants leave behind."""
+    subreaper, libc = 36, ctypes.CDLL(None)  # PR_SET_CHILD_SUBREAPER
+    assert libc.prctl(subreaper, 1, 0, 0, 0) == 0
+    try:
+        yield
+    finally:
+        libc.prctl(subreaper, 0, 0, 0, 0)
+
+
+@contextmanager
 def reaping():
     """Make this process the parent of what its descendants leave behind, and reap that.
 
     `nnictl` leaves its manager to init, and takes a killed manager for a running one until somebody
     reaps it; some containers have nobody.
     """
-    subreaper = 36  # PR_SET_CHILD_SUBREAPER
-    libc, over = ctypes.CDLL(None), threading.Event()
+    over = threading.Event()
 
     def reap():
         before = set()
         while not over.wait(0.2):
-            ended = {
-                child.pid
-                for child in psutil.Process().children()
-                if child.status() == psutil.STATUS_ZOMBIE
-            }
+            ended = set()
+            for child in psutil.Process().children():
+                with suppress(psutil.Error):
+                    if child.status() == psutil.STATUS_ZOMBIE:
+                        ended.add(child.pid)
             for pid in ended & before:  # a child of `subprocess` is not there that long
-                os.waitpid(pid, 0)
+                with suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
             before = ended - before
 
-    assert libc.prctl(subreaper, 1, 0, 0, 0) == 0
-    thread = threading.Thread(target=reap)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        libc.prctl(subreaper, 0, 0, 0, 0)
+    with parent_of_orphans():
+        thread = threading.Thread(target=reap)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()

@@ -18,6 +18,8 @@ from helpers.nni_experiments import (
     free_port,
     get,
     nnictl,
+    parent_of_orphans,
+    reaping,
     until_done,
     wait_for,
 )
@@ -28,8 +30,8 @@ from nni_haloc.experiments.state import is_running
 from nni_haloc.utils.errors import SettingsError
 
 TRIAL = "python3 -c 'import nni; nni.report_final_result(nni.get_next_parameter()[\"seed\"])'"
-MANAGER_WAITS = 6
-"""Seconds: nnictl asks its manager four times, a second apart."""
+MANAGER_WAITS, TUNER_WAITS = 6, 12
+"""Seconds: nnictl asks its manager four times, a second apart, and that gives its tuner ten."""
 
 
 @pytest.fixture
@@ -41,7 +43,9 @@ def file(tmp_path):
     file = tmp_path / "haloc.yml"
     file.write_text(yaml.safe_dump(content))
     yield file
-    nnictl(tmp_path, "stop", "--all", check=False)
+    if (tmp_path / "nni-experiments" / ".experiment").exists():
+        with reaping():  # a manager may be this process's child
+            nnictl(tmp_path, "stop", "--all", check=False)
 
 
 def started(program, *words, home):
@@ -60,12 +64,12 @@ NNICTL = "from nni.tools.nnictl.nnictl import parse_args; parse_args()"
 
 
 def child(pid, word):
-    """Wait for a descendant of a process that has a word in its command line."""
+    """Wait for a descendant of a process that has a word, or a file, in its command line."""
 
     def found():
         for process in psutil.Process(pid).children(recursive=True):
             try:
-                if any(word in each for each in process.cmdline()):
+                if any(each.rpartition("/")[2] == word for each in process.cmdline()):
                     return process
             except psutil.Error:
                 continue
@@ -80,24 +84,42 @@ def held_up(process, seconds):
     process.resume()
 
 
-def test_a_manager_and_a_tuner_that_are_slow_come_up(file, tmp_path):
-    port = free_port()
-    with started(HALOC, "create", file, "--port", port, home=tmp_path) as create:
-        node = child(create.pid, "main.js")
-        held_up(node, MANAGER_WAITS)
-        tuner = child(node.pid, "--exp_params")
-        tuner.suspend()
-        printed, said = create.communicate(timeout=300)
-    assert create.returncode == 0, said
-    assert "NNI's manager gave up waiting for its tuner; start 2" in said
-    assert not tuner.is_running() or tuner.status() == psutil.STATUS_ZOMBIE
-    number = get(port, "experiment")["id"]
-    assert printed.startswith(f"experiment {number}: http://127.0.0.1:{port}\n")
-    until_done(port)
-    (row,) = trial_results(tmp_path / "nni-experiments", number)
-    assert (row["status"], row["seed"], row["default"]) == ("SUCCEEDED", 7, 7)
-    with pytest.raises(SettingsError, match=f"it is running; `nnictl stop {number}` stops it$"):
-        manager.resume(tmp_path / "nni-experiments", number)
+def test_a_slow_manager_and_a_slow_tuner_come_up_and_are_resumed_after_a_kill(
+    file, tmp_path, monkeypatch
+):
+    """The killed manager is a zombie, as in a container without an init process."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder, port = tmp_path / "nni-experiments", free_port()
+    with parent_of_orphans():
+        with started(HALOC, "create", file, "--port", port, home=tmp_path) as create:
+            node = child(create.pid, "main.js")
+            held_up(node, MANAGER_WAITS)
+            held_up(child(node.pid, "--exp_params"), TUNER_WAITS)
+            printed, said = create.communicate(timeout=300)
+        assert (create.returncode, said) == (0, "")
+        number = get(port, "experiment")["id"]
+        assert printed.startswith(f"experiment {number}: http://127.0.0.1:{port}\n")
+        until_done(port)
+        (row,) = trial_results(folder, number)
+        assert (row["status"], row["seed"], row["default"]) == ("SUCCEEDED", 7, 7)
+        with pytest.raises(SettingsError, match=f"running; `nnictl stop {number}` stops it$"):
+            manager.resume(folder, number)
+        node.kill()
+        wait_for(lambda: node.status() == psutil.STATUS_ZOMBIE, 20)
+        port = free_port()
+        manager.resume(folder, number, port)
+        assert get(port, "experiment")["id"] == number
+        os.waitpid(node.pid, 0)
+
+
+def test_a_tuner_that_ends_is_quoted(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    content = yaml.safe_load(file.read_text())
+    content["tuner"] = {"name": "TPE", "classArgs": {"optimize_mode": "max"}}
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(SettingsError, match="its tuner: ValueError: 'max' is not a valid Opt"):
+        manager.create(file, free_port())
+    assert not is_running((tmp_path / "nni-experiments" / "_latest").readlink().name)
 
 
 def test_nnictl_itself_gives_its_manager_up(file, tmp_path):
