@@ -206,7 +206,7 @@ def _read_csv(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     with StringIO(text, newline="") as file:
-        csv.field_size_limit(len(text) + 1)
+        csv.field_size_limit(max(len(text) + 1, csv.field_size_limit()))  # it holds for all readers
         reader = csv.reader(file)
         header = [name.strip() for name in next(reader, [])]
         if len(header) != 3 or header[:2] != ["layer", "candidate"]:

@@ -74,9 +74,12 @@ class Config(Section):
     @classmethod
     def _write_out(cls, content: Any) -> Any:
         """Write ``budget: 0.5`` out as ``budget: {fraction: 0.5}``."""
-        if not isinstance(content, dict) or not _is_number(content.get("budget")):
+        if not isinstance(content, dict) or isinstance(content.get("budget", {}), (dict, Budget)):
             return content
         fraction = content["budget"]
+        if not _is_number(fraction):
+            expected = "expected a fraction of the original's cost, or keys and values"
+            raise ValueError(f"budget: {expected}, found {brief(fraction)}")
         if not 0 < fraction <= 1:
             found = brief(fraction)
             absolute = f"write budget: {{absolute: {found}}} for a number in the metric's unit"

@@ -342,7 +342,7 @@ class Cost(Section):
     predictor: Annotated[str, AfterValidator(_one_of(PREDICTORS))] | None = None
     table: ExistingPath | None = None
     runtime: Annotated[str, AfterValidator(_one_of(RUNTIMES))] = "torch"
-    batch_size: Count = 1
+    batch_size: Annotated[int, Field(ge=1, le=1 << 16)] = 1
     memory_format: MemoryFormat = "contiguous"
     device: Device = "cpu"
     threads: Processes | None = None

@@ -58,7 +58,7 @@ class RankPlan:
             ValueError: if it holds something else; the message names file and layer.
         """
         try:
-            content = read_json(path, "rank plan", PLAN_VERSION)
+            content = read_json(path, "rank plan", PLAN_VERSION, finite=False)
         except OSError as error:
             raise type(error)(f"{path}: {why_unreadable(error)}") from None
         if not isinstance(content.get("ranks"), dict):

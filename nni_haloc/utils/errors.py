@@ -157,7 +157,10 @@ def explain(error: ValidationError, section: type[BaseModel] | None = None) -> s
         found = first.get("input")
         plain = isinstance(found, (str, int, float, bool, type(None)))
         shown = brief(found) if plain else type(found).__name__
-        message = f"{first['msg'][:1].lower()}{first['msg'][1:]}, found {shown}"
+        reason = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+        if first["type"] in ("model_type", "dict_type"):
+            reason = "expected keys and values"
+        message = f"{reason}, found {shown}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return (f"{'.'.join(path)}: " if path else "") + message + more
 

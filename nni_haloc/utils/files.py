@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.errors import HalocError, SettingsError
 from nni_haloc.utils.json_text import parse_json
 
 MOST_BYTES = 64 << 20
@@ -103,9 +103,14 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
     Raises:
         OSError: if it can't be written; the error names it.
+        HalocError: if JSON can't hold the content, such as NaN that somebody else's file had.
     """
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except (ValueError, TypeError) as error:
+        raise HalocError(f"{path}: can't be written ({error})") from None
     with whole(path) as part:
-        part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        part.write_text(text + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Cost tables with any numbers in them: refused on one line, or fit for every use of a table."""
 
+import csv
 import json
 import math
 
@@ -138,3 +139,15 @@ def test_stairs_of_a_rank_that_no_layer_has_are_refused():
     names = {f"r{i}": float(i) for i in (*range(1, 9), 10**12)}
     with pytest.raises(ValueError, match="found 'r1000000000000'"):
         rank_stairs(CostTable("macs", {"a": {"dense": 20.0, **names}}, 0))
+
+
+def test_a_small_csv_file_is_no_limit_for_the_next_one(tmp_path):
+    """The limit on a field's length is one for the whole process."""
+    before = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text("layer,candidate,macs\na,dense,1\nfixed,,1\n")
+    CostTable.load(tmp_path / "a.csv")
+    assert csv.field_size_limit() == before
+    long = "b" * (before + 1)
+    (tmp_path / "b.csv").write_text(f"layer,candidate,macs\n{long},dense,1\nfixed,,1\n")
+    assert list(CostTable.load(tmp_path / "b.csv").costs) == [long]
+    csv.field_size_limit(before)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import zeros
 
 from nni_haloc.utils import files
-from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.errors import HalocError, SettingsError
 from nni_haloc.utils.files import (
     check_no_link,
     is_number,
@@ -132,6 +132,14 @@ def test_each_file_and_its_folder_are_synced_before_anything_counts_on_them(run,
     monkeypatch.setattr(os, "replace", lambda *names: (events.append("name"), replace(*names)))
     write_json(run / "file", {})
     assert events == ["file", "name", "folder"]
+
+
+@pytest.mark.parametrize("content", [{"a": math.nan}, {"a": {1, 2}}, {"a": b"x"}])
+def test_what_json_can_not_hold_is_one_line_and_the_old_file_stays(run, content):
+    write_json(run / "file", {"old": 1})
+    with pytest.raises(HalocError, match="file: can't be written"):
+        write_json(run / "file", content)
+    assert read_json(run / "file") == {"old": 1}
 
 
 def test_a_library_that_writes_gets_a_file_and_leaves_nothing_else(run):

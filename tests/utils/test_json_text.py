@@ -79,7 +79,7 @@ def test_a_key_that_is_given_twice_is_refused_with_its_place_and_its_line(value,
     line, _, rest = str(caught.value).partition(": ")
     assert rest == f"{'.'.join(map(str, found))}: given twice"
     number = int(line.removeprefix("line "))
-    assert text.splitlines()[number - 1].startswith(json.dumps(found[-1], ensure_ascii=escaped))
+    assert text.split("\n")[number - 1].startswith(json.dumps(found[-1], ensure_ascii=escaped))
 
 
 @pytest.mark.parametrize(

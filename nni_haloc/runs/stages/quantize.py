@@ -12,7 +12,7 @@ from nni_haloc.costs.device.measure import time_together
 from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
 from nni_haloc.costs.from_settings import latency_input
 from nni_haloc.inputs import schema
-from nni_haloc.runs.folder import Figures, RunFolder
+from nni_haloc.runs.folder import METRICS_VERSION, Figures, RunFolder
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages.stage import NetworkStage, Outcome, Report
 from nni_haloc.runs.stages.training import train
@@ -88,8 +88,10 @@ class Quantize(NetworkStage):
         from nni_haloc.chain.exporting import OnnxNetwork
 
         read_json(folder.calibration)
+        today = folder.read_metrics().get("version") == METRICS_VERSION
         for name in (FLOAT32_FILE, INT8_FILE) if self.settings_of(job.config).int8 else ():
-            OnnxNetwork(folder.path / name)
+            if today or (folder.path / name).exists():  # folders of 0.1 may have lost theirs
+                OnnxNetwork(folder.path / name)
 
     def measure(self, job: Job, network: nn.Module) -> Figures:
         """Measure nothing more: in float32 the network is not what the stage is for."""
