@@ -41,7 +41,7 @@ def logits_of(output: Any) -> Tensor:
         found = f"a tensor of shape {shape}" if shape is not None else _described(output)
         raise HalocError(
             "the network's output: expected logits (N, classes) or (N, classes, ...), a tensor or"
-            f" an entry {', '.join(NAMES[:-1])} or {NAMES[-1]}; found {found}"
+            f" an entry {', '.join(NAMES[:-1])} or {NAMES[-1]}, found {found}"
         )
     return logits
 
