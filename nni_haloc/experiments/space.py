@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nni_haloc.inputs.yaml_files import read_search_space
 from nni_haloc.utils.errors import SettingsError, expected_one_of
 
 Space = dict[str, Any]
@@ -30,6 +29,8 @@ def read_space(path: Path, content: Mapping[str, Any]) -> Space:
     Raises:
         SettingsError: if there is none, or two.
     """
+    from nni_haloc.inputs.yaml_files import read_search_space
+
     space, file = content.get("searchSpace"), content.get("searchSpaceFile")
     if space is not None and file is not None:
         why = "NNI would take the file's and drop the other one"

@@ -354,7 +354,7 @@ def test_a_mistake_in_an_experiments_file_is_one_line(experiment, name, monkeypa
 WRONG_RUN = {
     "a factory that is not there": (
         {"model": {"name": "own_things:smal"}},
-        r"run\.yml: model 'own_things:smal': .*no attribute 'smal'$",
+        r"run\.yml: model 'own_things:smal': .*own_things has no 'smal': it is .*$",
     ),
     "a module that is not there": ({"model": {"name": "own_thing:small"}}, "No module named"),
     "a factory of something else": (
@@ -371,7 +371,7 @@ WRONG_RUN = {
     ),
     "weights of another network": ({"weights": "small.safetensors"}, r"small\.safetensors"),
     "weights that are not there": ({"weights": "there.pt"}, r"weights: no such file .*there\.pt$"),
-    "an empty file of weights": ({"weights": "empty.safetensors"}, r"empty\.safetensors: not a"),
+    "an empty file of weights": ({"weights": "empty.safetensors"}, r"empty\.safetensors: the file is empty"),
     "data that are not there": (
         {"data": {"name": "folder", "root": "images", "size": 8}},
         r"data\.root: no such file or folder: .*images$",

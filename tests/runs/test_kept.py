@@ -29,10 +29,15 @@ SHORT = SETTINGS | {"finetune.epochs": 1, "finetune.schedule": "constant", "rule
 
 @pytest.fixture
 def warnings(caplog, monkeypatch):
-    """Call for the warnings so far."""
+    """Call for the warnings so far, but for those of settings that a rule does not use."""
     monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level(logging.INFO, logger.name)
-    return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+    def warned():
+        found = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        return [text for text in found if "not used by the rule" not in text]
+
+    return warned
 
 
 positive = st.floats(1e-6, 1e6)
