@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from nni_haloc.space.frozen import let_train
-from nni_haloc.space.modules import copy_of, evaluating
+from nni_haloc.space.modules import arguments_of, copy_of, evaluating
 from nni_haloc.space.outputs import divergence, logits_of
 from nni_haloc.training.compiled import Compiled, Replayed
 from nni_haloc.training.divergence import DivergenceWatch
@@ -72,7 +72,8 @@ def recalibrate(
         with _observed(norms, lambda norm, _: _add(sums[norm], _statistics(norm))):
             replayed = Replayed(model, [*model.buffers(), *flat]) if compile else model
             for images, _ in islice(loader, batches):
-                (replayed if isinstance(images, Tensor) else model)(moved(images, device))
+                args, named = arguments_of(model, moved(images, device))
+                (replayed if isinstance(images, Tensor) else model)(*args, **named)
         for norm in norms:
             calls, totals = cast(Tensor, norm.num_batches_tracked), sums[norm]
             for value, total in zip(_statistics(norm), totals, strict=True):
@@ -89,6 +90,12 @@ def _statistics(norm: nn.Module) -> list[Tensor]:
 def _add(totals: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for total, value in zip(totals, values, strict=True):
         total += value
+
+
+def _logits(model: nn.Module, x: Any, compiled: Compiled | None = None) -> Tensor:
+    """Return a network's logits, ``(N, classes, ...)``, run as it is or compiled."""
+    args, named = arguments_of(model, x)
+    return logits_of((compiled or model)(*args, **named))
 
 
 def accuracy(
@@ -108,7 +115,7 @@ def accuracy(
     # synchronise in training.
     model = unwrapped(model)
     with evaluating(model), accelerated(model) as device, torch.no_grad():
-        batches = [(logits_of(model(moved(x, device))), labels.to(device)) for x, labels in loader]
+        batches = [(_logits(model, moved(x, device)), labels.to(device)) for x, labels in loader]
     logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     classes = logits.shape[1]
     return tuple(
@@ -244,7 +251,7 @@ class _Training(pl.LightningModule):
         return loss
 
     def _run(self, x: Any) -> Tensor:
-        return logits_of(self.model(x) if self.compiled is None else self.compiled(x))
+        return _logits(self.model, x, self.compiled)
 
     def _taught(self, x: Tensor, y: Tensor, teacher: nn.Module) -> Tensor:
         """Return the loss with the distances from the teacher in it."""
@@ -263,7 +270,7 @@ class _Training(pl.LightningModule):
             features[theirs[module]].append(output.clone())
 
         with torch.no_grad(), _observed(theirs, keep):
-            target = logits_of(teacher(x))
+            target = _logits(teacher, x)
         with _observed(ours, compare), self._seen_through():
             logits = self._run(x)
         loss = F.cross_entropy(logits, y)
@@ -282,7 +289,7 @@ class _Training(pl.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
-        top1 = (logits_of(self.model(x)).argmax(1) == y).float().mean()
+        top1 = (_logits(self.model, x).argmax(1) == y).float().mean()
         self.log("val_top1", top1, batch_size=len(y), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
