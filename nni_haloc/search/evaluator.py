@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nni_haloc.inputs.labels import LabelCheck
+from nni_haloc.search.space import RankSpace
+from nni_haloc.space.modules import arguments_of
 from nni_haloc.space.outputs import logits_of
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.utils.processes import check_startable
@@ -33,7 +35,9 @@ class _Module(LightningModule):
         return batch
 
     def forward(self, x: Any) -> Tensor:
-        return logits_of(self.model(x))
+        network = self.model.model if isinstance(self.model, RankSpace) else self.model
+        args, named = arguments_of(network, x)
+        return logits_of(self.model(*args, **named))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         x, y = batch

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,8 +17,9 @@ from nni_haloc.utils.errors import first_line
 from nni_haloc.utils.wrapped import unwrapped
 
 M = TypeVar("M", bound=nn.Module)
-Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
-"""A network's input: a tensor ``(N, ...)``, a tuple of inputs, or a dict of keyword inputs."""
+Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""A network's input: a tensor ``(N, ...)``, a list of images, a tuple of inputs, or a dict of
+keyword inputs. Where ``forward`` has no arguments of its keys, the dict is the only input."""
 
 
 def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
@@ -116,6 +118,21 @@ def set_precision(model: nn.Module, dtype: torch.dtype) -> None:
                 value.data = value.data.to(dtype)
 
 
+def arguments_of(model: nn.Module, x: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Return the arguments by which a network gets an input, without names and with them.
+
+    Args:
+        model: the network.
+        x: the input: by the names of its keys, if it is a dict and ``forward`` has such arguments;
+            else as a whole.
+    """
+    if isinstance(x, Mapping):
+        with suppress(TypeError, ValueError):  # there is no such argument; nothing is known of them
+            inspect.signature(model.forward).bind(**x)
+            return (), x
+    return (x,), {}
+
+
 def call(model: nn.Module, example: Example) -> Any:
     """Run a forward pass on an example input, without gradients.
 
@@ -125,9 +142,10 @@ def call(model: nn.Module, example: Example) -> Any:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
-            if isinstance(example, Mapping):
-                return model(**example)
-            return model(*example) if isinstance(example, tuple) else model(example)
+            if isinstance(example, tuple):
+                return model(*example)
+            args, named = arguments_of(model, example)
+            return model(*args, **named)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 

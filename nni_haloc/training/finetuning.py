@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from nni_haloc.inputs.labels import LabelCheck, check_labels, images_and_labels
 from nni_haloc.space.frozen import let_train
-from nni_haloc.space.modules import copy_of, evaluating
+from nni_haloc.space.modules import arguments_of, copy_of, evaluating
 from nni_haloc.space.outputs import divergence, logits_of
 from nni_haloc.training.compiled import Compiled, Replayed
 from nni_haloc.training.divergence import DivergenceWatch
@@ -73,7 +73,8 @@ def recalibrate(
         with _observed(norms, lambda norm, _: _add(sums[norm], _statistics(norm))):
             replayed = Replayed(model, [*model.buffers(), *flat]) if compile else model
             for images, _ in islice(loader, batches):
-                (replayed if isinstance(images, Tensor) else model)(moved(images, device))
+                args, named = arguments_of(model, moved(images, device))
+                (replayed if isinstance(images, Tensor) else model)(*args, **named)
         for norm in norms:
             calls, totals = cast(Tensor, norm.num_batches_tracked), sums[norm]
             for value, total in zip(_statistics(norm), totals, strict=True):
@@ -90,6 +91,12 @@ def _statistics(norm: nn.Module) -> list[Tensor]:
 def _add(totals: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for total, value in zip(totals, values, strict=True):
         total += value
+
+
+def _logits(model: nn.Module, x: Any, compiled: Compiled | None = None) -> Tensor:
+    """Return a network's logits, ``(N, classes, ...)``, run as it is or compiled."""
+    args, named = arguments_of(model, x)
+    return logits_of((compiled or model)(*args, **named))
 
 
 def accuracy(
@@ -125,7 +132,7 @@ def predict(model: nn.Module, loader: DataLoader) -> tuple[Tensor, Tensor]:
     with evaluating(model), accelerated(model) as device, torch.no_grad():
         for batch in loader:
             x, labels = images_and_labels(batch)
-            logits = logits_of(model(moved(x, device)))
+            logits = _logits(model, moved(x, device))
             if not batches or not labels.is_cuda:  # of those on a device, the first are waited for
                 labels = check_labels(labels, logits.shape)
             batches.append((logits, labels.to(device)))
@@ -275,7 +282,7 @@ class _Training(pl.LightningModule):
         return loss
 
     def _run(self, x: Any) -> Tensor:
-        return logits_of(self.model(x) if self.compiled is None else self.compiled(x))
+        return _logits(self.model, x, self.compiled)
 
     def _taught(self, x: Tensor, y: Tensor, teacher: nn.Module) -> Tensor:
         """Return the loss with the distances from the teacher in it."""
@@ -294,7 +301,7 @@ class _Training(pl.LightningModule):
             features[theirs[module]].append(output.clone())
 
         with torch.no_grad(), _observed(theirs, keep):
-            target = logits_of(teacher(x))
+            target = _logits(teacher, x)
         with _observed(ours, compare), self._seen_through():
             logits = self._run(x)
         loss = F.cross_entropy(logits, self.checked(y, logits))
@@ -313,7 +320,7 @@ class _Training(pl.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
-        logits = logits_of(self.model(x))
+        logits = _logits(self.model, x)
         top1 = (logits.argmax(1) == self.checked(y, logits)).float().mean()
         self.log("val_top1", top1, batch_size=len(y), prog_bar=True, sync_dist=True)
 

@@ -371,7 +371,10 @@ WRONG_RUN = {
     ),
     "weights of another network": ({"weights": "small.safetensors"}, r"small\.safetensors"),
     "weights that are not there": ({"weights": "there.pt"}, r"weights: no such file .*there\.pt$"),
-    "an empty file of weights": ({"weights": "empty.safetensors"}, r"empty\.safetensors: the file is empty"),
+    "an empty file of weights": (
+        {"weights": "empty.safetensors"},
+        r"empty\.safetensors: the file is empty",
+    ),
     "data that are not there": (
         {"data": {"name": "folder", "root": "images", "size": 8}},
         r"data\.root: no such file or folder: .*images$",
