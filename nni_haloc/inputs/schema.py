@@ -211,9 +211,9 @@ InMemory = Annotated[bool | Literal["device"], BeforeValidator(_in_memory)]
 Step = Annotated[int | Literal["auto", "paper"] | None, BeforeValidator(_step)]
 MOST = 1_000_000
 """The most epochs, images of a batch, channels and so on."""
-Positive = Annotated[float, AfterValidator(_between(1e-12, 1e12))]
-"""A rate or a factor: float32 holds it, and its products with others."""
-NonNegative = Annotated[float, AfterValidator(_between(0, 1e12))]
+Positive = Annotated[float, AfterValidator(_between(1e-12, 1e30))]
+"""A rate or a factor: float32 holds it and its inverse, with room for products."""
+NonNegative = Annotated[float, AfterValidator(_between(0, 1e30))]
 Amount = Annotated[float, AfterValidator(_between(1e-18, 1e18))]
 """A cost, in any unit."""
 Count = Annotated[int, Field(ge=1, le=MOST)]

@@ -201,7 +201,7 @@ def _count_values(value: Any, known: dict[int, int], most: int) -> int:
     return known[id(value)]
 
 
-def parse_yaml(text: str, where: str, *, exponents: bool = True) -> Any:
+def parse_yaml(text: str, where: str = "YAML", *, exponents: bool = True) -> Any:
     """Return the value of a YAML text.
 
     Args:

@@ -121,9 +121,9 @@ def kinds_of(field):
 def test_the_largest_number_of_each_setting_is_one_that_torch_takes(key, kind):
     """A factor is a finite float32 above 0, a count an integer of 32 bits."""
     low, high = 0, 1
-    while read(key, kind(high)) is not None and high < 2**80:
+    while read(key, kind(high)) is not None and high < 2**120:
         low, high = high, 4 * high
-    assert high < 2**80, "there is no bound"
+    assert high < 2**120, "there is no bound"
     if kind is int:
         assert key[-1] == "seed" or torch.tensor(low, dtype=torch.int32).item() == low
     else:
@@ -135,7 +135,7 @@ def test_the_largest_number_of_each_setting_is_one_that_torch_takes(key, kind):
     [
         ("budget", "2026-13-45", "budget: expected a fraction .*values, found '2026-13-45'"),
         ("budget.absolute", 1e300, "budget.absolute: expected a number .*to 1e.18, found 1e.300"),
-        ("search.lr", 1e39, "search.lr: expected a number from 1e-12 to 1e.12, found 1e.39"),
+        ("search.lr", 1e39, "search.lr: expected a number from 1e-12 to 1e.30, found 1e.39"),
         ("search.lr", 1e-46, "search.lr: expected a number from 1e-12 to .*found 1e-46"),
         ("finetune.lr", math.inf, "finetune.lr: .*found inf"),
         ("search.temperature", 5e-324, "search.temperature: .*found 5e-324"),
