@@ -6,17 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from nni_haloc.utils.files import read_text
+
 
 def read_lines(path: str | Path) -> list[str]:
-    """Read the lines of a text file, without those that are empty.
+    """Read the lines of a text file in UTF-8, without those that are empty.
 
     Raises:
         ValueError: if it is no text file; the message names it.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected a text file in UTF-8 ({error})") from None
+        text = read_text(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

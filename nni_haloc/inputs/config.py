@@ -82,9 +82,10 @@ class Config(Section):
             raise ValueError(f"budget: {expected}, found {brief(fraction)}")
         if not 0 < fraction <= 1:
             found = brief(fraction)
-            absolute = f"write budget: {{absolute: {found}}} for a number in the metric's unit"
             expected = "expected a fraction of the original's cost, above 0 to 1"
-            raise ValueError(f"budget: {expected}, found {found}; {absolute}")
+            absolute = f"; write budget: {{absolute: {found}}} for a number in the metric's unit"
+            remedy = absolute if 1 < fraction < math.inf else ""
+            raise ValueError(f"budget: {expected}, found {found}{remedy}")
         return {**content, "budget": {"fraction": fraction}}
 
     @model_validator(mode="after")

@@ -205,7 +205,8 @@ def _check_known(path: Path, head: bytes) -> None:
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     kinds = {what: start.startswith(signature) for signature, what in _SIGNATURES} | {
         "empty (0 bytes)": not head,
-        "a web page or XML, perhaps an error of the server; download it again": start[:1] == b"<",
+        "a web page or XML, perhaps an error of the server; download it again": start[:1] == b"<"
+        and b"\0" not in head,
         "a tar archive; unpack it first": head[257:262] == b"ustar",
         "a TensorFlow Lite file; expected torch's weights": head[4:8] == b"TFL3",
         "an ONNX file; expected torch's weights": path.suffix == ".onnx"

@@ -15,6 +15,7 @@ from nni_haloc.inputs.weight_names import Fit, NetworkNames, at, fits
 from nni_haloc.utils.errors import first_sentence, printable
 from nni_haloc.utils.log import logger
 
+_OTHER_NETWORK = "build the network that the file is of (model.name, model.arguments)"
 _PIECE = 2**20
 """Elements that are looked at together."""
 _CLASSES = 10**5
@@ -98,7 +99,7 @@ def _fits_by_torch(model: nn.Module, names: NetworkNames, content: Any, fit: Fit
     """
     state = at(content, fit.where)
     shapes = OrderedDict(
-        (name, value.to("meta") if isinstance(value := state[full], Tensor) else value)
+        (name, _without_values(value) if isinstance(value := state[full], Tensor) else value)
         for name, full in fit.names.items()
     )
     vars(shapes)["_metadata"] = _metadata(model, state, fit)
@@ -115,6 +116,12 @@ def _fits_by_torch(model: nn.Module, names: NetworkNames, content: Any, fit: Fit
         names.missing(set(names.shapes) - {*found.missing_keys})
     )
     return not lacking and not found.unexpected_keys
+
+
+def _without_values(value: Tensor) -> Tensor:
+    """Return a tensor of the same shape that takes no memory."""
+    dtype = torch.float32 if value.is_quantized else value.dtype
+    return torch.empty(value.shape, dtype=dtype, device="meta")
 
 
 def _metadata(model: nn.Module, state: Any, fit: Fit) -> Mapping[str, Any]:
@@ -176,7 +183,7 @@ def _difference(fit: Fit) -> str:
     ]
     text = "; ".join(part for part in parts if part)
     where = f" (compared: {fit.place})" if fit.where or fit.prefix else ""
-    return f"{printable(text + where, 700)}; {_advice(fit) or REMEDY}"
+    return f"{printable(text + where, 700)}; {_advice(fit) or _OTHER_NETWORK}"
 
 
 def _counted(names: Sequence[str], what: str) -> str:
@@ -187,7 +194,7 @@ def _counted(names: Sequence[str], what: str) -> str:
 
 def _text(shape: Any) -> str:
     if shape is None:
-        return "any that the file has values for"
+        return "any shape"
     return "x".join(map(str, shape)) or "a number" if isinstance(shape, tuple) else str(shape)
 
 
@@ -218,7 +225,7 @@ def _tell(path: Path, fit: Fit) -> None:
     if fit.left_out:
         tell = logger.warning if len(fit.left_out) > len(fit.names) else logger.info
         number, shown = len(fit.left_out), printable(", ".join(fit.left_out[:3]), 200)
-        tell("%s: took %s; left out %d other names (%s)", path, fit.place, number, shown)
+        tell("%s: took %s; left out names of others, %d (%s)", path, fit.place, number, shown)
     if fit.averaged:
         logger.info("%s: took a moving average of the weights, %s", path, fit.place)
     for head, untrained in fit.heads.items():

@@ -247,21 +247,25 @@ def _sync(path: Path, flags: int) -> None:
 
 
 def _remove_left(path: Path) -> None:
-    """Remove files of processes that were killed while they wrote, also earlier versions'.
+    """Remove what processes have left that were killed while they wrote.
 
-    Where this process works alone they are removed at once, elsewhere when they are old: another
-    process may be writing.
+    Where this process works alone that is removed at once, elsewhere when it is old: another
+    process may be writing. Files of earlier versions go, too; folders only with names of ours.
     """
     place = Path(os.path.abspath(path))
     alone = any(alone and place.is_relative_to(own) for own, alone in own_folders.items())
     age = 0.0 if alone else _ABANDONED
-    left = re.compile(re.escape(path.name) + r"(\.\d+(-[0-9a-f]+)?)?\.part")
+    name = re.escape(path.name)
+    ours, earlier = re.compile(rf"{name}\.\d+-[0-9a-f]{{8}}\.part"), rf"{name}\.\d+\.part"
+    if alone:
+        earlier += rf"|{name}\.part"
     for part in path.parent.iterdir():
-        if left.fullmatch(part.name) and f".{os.getpid()}-" not in part.name:
+        of_today = ours.fullmatch(part.name) and f".{os.getpid()}-" not in part.name
+        if of_today or (re.fullmatch(earlier, part.name) and not part.is_dir()):
             with suppress(OSError):
                 if time.time() - part.lstat().st_mtime < age:
                     continue
-                if part.is_dir() and not part.is_symlink():
+                if of_today and part.is_dir() and not part.is_symlink():
                     shutil.rmtree(part)
                 else:
                     part.unlink()

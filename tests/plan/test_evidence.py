@@ -289,5 +289,5 @@ class Named(nn.Module):
 @pytest.mark.parametrize("form", ["dict", "vector"])
 def test_outputs_that_cannot_be_compared_are_refused(images, form):
     space = Space(Named(form).eval(), images)
-    with pytest.raises(ValueError, match=r"^the network's output: expected logits .*; found "):
+    with pytest.raises(ValueError, match=r"^the network's output: expected logits .*, found "):
         space.gather(images)
