@@ -105,7 +105,8 @@ def check_measuring(
 def _importable(folder: Path, configs: Sequence[Config]) -> Iterator[None]:
     """Let a model's factory of one's own be imported from the trials' folder, as in a trial."""
     before = list(sys.path)
-    if any(":" in config.model.name for config in configs):
+    modules = {config.model.name.rpartition(":")[0] for config in configs}
+    if modules - {"", "torchvision"}:
         sys.path.append(str(folder.absolute()))
     try:
         yield
