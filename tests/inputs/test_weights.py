@@ -263,7 +263,7 @@ def test_what_is_left_out_is_told(tmp_path, caplog, monkeypatch):
         torch.save({"ema": STATE}, tmp_path / "w.pt")
         load_weights(SmallNet(), tmp_path / "w.pt")
     first, second = (record.getMessage() for record in caplog.records)
-    assert "took ['state_dict'] model.*; left out 2 other names (criterion.weight, " in first
+    assert "took ['state_dict'] model.*; left out names of others, 2 (criterion.weight, " in first
     assert "moving average" in second
 
 
@@ -404,8 +404,14 @@ def test_what_does_not_fit_names_the_prefix_and_the_remedy(tmp_path):
     assert refusal(tmp_path / "w.pt") == (
         "does not fit the model: 1 missing in the file: head.bias"
         " (compared: ['state_dict'] module.backbone.*);"
-        " save the weights alone: torch.save(model.state_dict(), FILE)"
+        " build the network that the file is of (model.name, model.arguments)"
     )
+
+
+def test_a_quantized_tensor_beside_weights_that_do_not_fit_is_one_line(tmp_path):
+    quantized = torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)
+    torch.save({**STATE, "q": quantized}, tmp_path / "w.pt")
+    assert "1 not in the model: q" in refusal(tmp_path / "w.pt")
 
 
 def test_another_number_of_classes_names_the_layer_and_both_shapes(tmp_path):

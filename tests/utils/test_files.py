@@ -193,6 +193,21 @@ def test_what_a_killed_process_left_is_removed_at_once_where_nobody_else_works(r
     assert {path.name for path in run.iterdir()} == {"a", "b.9-0a.part"}
 
 
+def test_what_somebody_else_has_put_beside_a_file_stays(run, tmp_path):
+    """However old it is, and in a folder where nobody else works, too."""
+    for folder in (run, tmp_path):
+        mine = folder / "report.html.part"
+        mine.mkdir()
+        (mine / "notes.txt").write_text("mine")
+        os.utime(mine, (1, 1))
+        write_json(folder / "report.html", {})
+        assert (mine / "notes.txt").read_text() == "mine"
+    (tmp_path / "a.json.part").write_text("a download")
+    os.utime(tmp_path / "a.json.part", (1, 1))
+    write_json(tmp_path / "a.json", {})
+    assert (tmp_path / "a.json.part").exists()
+
+
 def test_a_file_larger_than_allowed_is_refused_and_the_old_one_stays(run):
     """What a quota does, too."""
     write_json(run / "file", {"old": 1})
