@@ -256,7 +256,7 @@ def _remove_left(path: Path) -> None:
     alone = any(alone and place.is_relative_to(own) for own, alone in own_folders.items())
     age = 0.0 if alone else _ABANDONED
     name = re.escape(path.name)
-    ours, earlier = re.compile(rf"{name}\.\d+-[0-9a-f]{{8}}\.part"), rf"{name}\.\d+\.part"
+    ours, earlier = re.compile(rf"{name}\.\d+-[0-9a-f]+\.part"), rf"{name}\.\d+\.part"
     if alone:
         earlier += rf"|{name}\.part"
     for part in path.parent.iterdir():

@@ -227,7 +227,7 @@ def test_a_folder_that_is_not_listed_is_named_with_what_is_like_it(folder):
         ("train", "train: Is a directory"),
         ("empty.txt", "empty.txt: expected a name for each of the network's outputs, found none"),
         ("twice.txt", "twice.txt: expected a name once, found 'a' for outputs 0 and 1"),
-        ("w.pt", "w.pt: expected a text file in UTF-8"),
+        ("w.pt", "w.pt: line 2: expected text in UTF-8"),
     ],
 )
 def test_a_list_that_names_no_outputs_is_refused_with_the_settings(folder, classes, message):

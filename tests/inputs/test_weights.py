@@ -408,6 +408,7 @@ def test_what_does_not_fit_names_the_prefix_and_the_remedy(tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation.*")
 def test_a_quantized_tensor_beside_weights_that_do_not_fit_is_one_line(tmp_path):
     quantized = torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)
     torch.save({**STATE, "q": quantized}, tmp_path / "w.pt")
