@@ -225,9 +225,8 @@ def _is_safetensors(path: Path, head: bytes) -> bool:
     size = int.from_bytes(head[:8], "little")
     begins = head[8:9] == b"{" and size < 2**32
     if path.suffix == ".safetensors" and not (begins and 8 + size <= path.stat().st_size):
-        raise ValueError(
-            f"{path}: not a safetensors file, or cut off: expected its header; copy it again"
-        )
+        remedy = "call it .pt" if head[:2] in (b"PK", b"\x80\x02") else "copy it again"
+        raise ValueError(f"{path}: not a safetensors file, or cut off; {remedy}")
     return begins and 8 + size <= path.stat().st_size
 
 

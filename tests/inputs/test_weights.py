@@ -166,6 +166,27 @@ def test_every_layout_loads(tmp_path, layout, zipped):
     assert_loads(path, saved)
 
 
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        (b"numpy._core.multiarray", b"numpy.core.multiarray"),  # NumPy 1
+        (b"PosixPath", b"WindowsPath"),
+        (b"pathlib", b"pathlib._local"),  # Python 3.13
+    ],
+)
+def test_plain_data_of_other_machines_loads(tmp_path, here, there):
+    torch.save({"model": STATE, "value": np.float64(1), "path": pathlib.Path("a")}, tmp_path / "w")
+    with (
+        zipfile.ZipFile(tmp_path / "w") as old,
+        zipfile.ZipFile(tmp_path / "w.pt", "w") as new,
+    ):
+        for name in old.namelist():
+            data = old.read(name)
+            assert here in data or not name.endswith("data.pkl")
+            new.writestr(name, data.replace(here, there) if name.endswith("data.pkl") else data)
+    assert_loads(tmp_path / "w.pt", SAVED)
+
+
 @pytest.mark.parametrize("name", ["w.pt", "w.pth.tar", "w.ckpt", "w.bin", "w", "w.safetensors"])
 def test_a_file_is_known_by_its_content_not_by_its_name(tmp_path, name):
     save_file(STATE, tmp_path / name)
