@@ -104,10 +104,11 @@ def check_measuring(
 @contextmanager
 def _importable(folder: Path, configs: Sequence[Config]) -> Iterator[None]:
     """Let a model's factory of one's own be imported from the trials' folder, as in a trial."""
+    from nni_haloc.inputs.models import add_code, is_factory
+
     before = list(sys.path)
-    modules = {config.model.name.rpartition(":")[0] for config in configs}
-    if modules - {"", "torchvision"}:
-        sys.path.append(str(folder.absolute()))
+    if any(is_factory(config.model.name) for config in configs):
+        add_code(folder)
     try:
         yield
     finally:

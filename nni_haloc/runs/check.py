@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nni_haloc.costs.table import worthwhile
 from nni_haloc.inputs.config import Config
-from nni_haloc.inputs.models import build_model
+from nni_haloc.inputs.models import build_model, is_factory
 from nni_haloc.inputs.registries import DATA
 from nni_haloc.inputs.schema import Trainer
 from nni_haloc.inputs.weights import load_weights
@@ -121,8 +121,9 @@ def _as_far_as_here(config: Config) -> Config:
 
 def _is_importable(config: Config) -> bool:
     """Tell if the package of a model's factory of one's own is here; it may be there alone."""
-    module, _, _ = config.model.name.rpartition(":")
-    return not module or find_spec(module.partition(".")[0]) is not None
+    if not is_factory(config.model.name):
+        return True
+    return find_spec(config.model.name.partition(":")[0].partition(".")[0]) is not None
 
 
 def _has_data(config: Config) -> bool:

@@ -318,11 +318,13 @@ def _classes(model: nn.Module, images: Tensor, labels: Tensor | None, needed: bo
         if labels is not None:
             shape = len(images), *logits_of(model(images[:2])).shape[1:]
             try:
-                return check_labels(labels, shape, "train_loader: labels")
+                return check_labels(labels, shape, "labels of train_loader")
             except DataError as error:
                 if needed:
                     raise
-                logger.info("%s: without training, the network's predictions will do", error)
+                logger.info(
+                    "%s (without training the network's predictions take their place)", error
+                )
         return torch.cat([logits_of(model(part)).argmax(1) for part in images.split(64)])
 
 

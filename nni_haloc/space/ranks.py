@@ -210,7 +210,7 @@ def find_layers(
         model: the network.
         example_input: a tensor, a tuple of inputs, or a dict of keyword inputs.
         allowed: the rank space.
-        frozen: whether layers stay whose weight is frozen, where others are not.
+        frozen: whether to leave layers with a frozen weight alone.
 
     Raises:
         ValueError: if the model can't be copied, or a pattern of ``allowed`` matches no layer.
