@@ -46,6 +46,11 @@ def file(tmp_path):
     if (tmp_path / "nni-experiments" / ".experiment").exists():
         with reaping():  # a manager may be this process's child
             nnictl(tmp_path, "stop", "--all", check=False)
+    # NNI reads HOME when it is imported: one that this process resumed is in another list.
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if str(tmp_path / "nni-experiments") in words and any(w.endswith("main.js") for w in words):
+            process.kill()
 
 
 def started(program, *words, home):
