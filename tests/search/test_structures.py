@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import types
 
 import pytest
@@ -11,7 +12,7 @@ from helpers.networks import SmallNet
 from helpers.searches import search
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from nni_haloc.costs.counts import count_macs
 from nni_haloc.inputs.models import build_model
@@ -62,32 +63,33 @@ def same(y):
     return y
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_networks_form_of_output_changes_nothing(images, labels, loaders, form):
-    """The search, its start, the plan, the finetuning: all to the last digit."""
-    found = {}
-    for name in (form, "a tensor", "in training alone"):
-        other = FORMS[form] if name == "in training alone" else None
-        net = Returning(FORMS[name] if name == form else same, other)
-        space = RankSpace(net, images[:1], calibration=images, nested=False)
-        start = space.sensitivities(images[:16])
-        train, val = (
-            DataLoader(x.dataset, 16, shuffle=True, generator=torch.Generator().manual_seed(3))
-            for x in loaders
-        )
-        strategy = search(net, images, (train, val), space=space, start=start)
-        network = strategy.network()
-        recalibrate(network, train, 2)
-        top1 = accuracy(network, val)
-        plain = DataLoader(train.dataset, 16)
-        finetune(network, train, Recipe(1, 0.01), plain, teacher=net, distill=0.5, **QUIET)
-        direct = sensitivities(net, space.modules_by_layer, images[:8], labels[:8])
-        figures = (start, direct, strategy.plan().names, top1, loss(network, images, labels))
-        found[name] = figures, network.state_dict()
-    figures, state = found.pop("a tensor")
-    for other, theirs in found.values():
-        assert other == figures
-        assert all(torch.equal(value, theirs[name]) for name, value in state.items())
+@functools.cache
+def figures_of(form, training=None):
+    """What a search, its start, its plan and a fine-tuning give, to the last digit."""
+    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(0, 4, (64,), generator=torch.Generator().manual_seed(2))
+    data = DataLoader(TensorDataset(images, labels), 16)
+    net = Returning(FORMS.get(form, same), FORMS.get(training))
+    space = RankSpace(net, images[:1], calibration=images, nested=False)
+    start = space.sensitivities(images[:16])
+    strategy = search(net, images, (data, data), space=space, start=start)
+    network = strategy.network()
+    recalibrate(network, data, 2)
+    top1 = accuracy(network, data)
+    finetune(network, data, Recipe(1, 0.01), data, teacher=net, distill=0.5, **QUIET)
+    direct = sensitivities(net, space.modules_by_layer, images[:8], labels[:8])
+    figures = (start, direct, strategy.plan().names, top1, loss(network, images, labels))
+    return figures, network.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("form", "training"), [*((form, None) for form in FORMS), ("a tensor", "a tuple")]
+)
+def test_a_networks_form_of_output_changes_nothing(form, training):
+    figures, state = figures_of(form, training)
+    expected, theirs = figures_of("a tensor")
+    assert figures == expected
+    assert all(torch.equal(value, theirs[name]) for name, value in state.items())
 
 
 @pytest.mark.filterwarnings("ignore:.*has shuffling enabled.*")
@@ -123,7 +125,7 @@ def test_googlenet_is_searched_with_and_without_its_auxiliary_heads(tmp_path, he
     )
     load_weights(net, tmp_path / "googlenet.pth")
     images = torch.randn(8, 3, 32, 32)
-    data = torch.utils.data.TensorDataset(images, torch.arange(8) % 3)
+    data = TensorDataset(images, torch.arange(8) % 3)
     allowed = AllowedRanks(step=64, exclude=("inception*", "conv1*"))
     strategy = search(
         net, images, (DataLoader(data), DataLoader(data)), 0.95, allowed=allowed, nested=True
@@ -166,10 +168,9 @@ def keyed(batch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "collate"),
-    [(Listed, default_collate), (Listed, listed), (Listed, nested), (Keyed, keyed)],
+    ("kind", "collate", "share"),
+    [(Listed, listed, 0.25), (Listed, nested, 0.25), (Listed, nested, 1.0), (Keyed, keyed, 0.25)],
 )
-@pytest.mark.parametrize("share", [1.0, 0.25])
 def test_a_network_may_take_a_list_or_a_dict_of_images(loaders, kind, collate, share):
     torch.manual_seed(0)
     net, data = kind(), loaders[0].dataset
