@@ -168,10 +168,9 @@ def keyed(batch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "collate"),
-    [(Listed, default_collate), (Listed, listed), (Listed, nested), (Keyed, keyed)],
+    ("kind", "collate", "share"),
+    [(Listed, listed, 0.25), (Listed, nested, 0.25), (Listed, nested, 1.0), (Keyed, keyed, 0.25)],
 )
-@pytest.mark.parametrize("share", [1.0, 0.25])
 def test_a_network_may_take_a_list_or_a_dict_of_images(loaders, kind, collate, share):
     torch.manual_seed(0)
     net, data = kind(), loaders[0].dataset
