@@ -1,4 +1,4 @@
-"""Eq. 6-9 against closed forms, and docs/equations.md against the code."""
+"""Eq. 6-9 against closed forms, and docs/explanation/equations.md against the code."""
 
 import importlib
 import re
@@ -162,7 +162,7 @@ def test_the_loss_of_the_weights_is_a_weighted_sum():
 
 
 def test_the_table_of_equations_matches_the_code():
-    table = (ROOT / "docs" / "equations.md").read_text()
+    table = (ROOT / "docs" / "explanation" / "equations.md").read_text()
     rows = re.findall(r"^\| (\d+)[^|]*\| `([\w.]+)` \| `([\w/.:]+)` \|", table, re.M)
     assert {int(number) for number, _, _ in rows} == set(range(1, 10))
     for number, function, test in rows:

@@ -151,7 +151,7 @@ class _Repair(StrategyMiddleware):
     Nearest: by the sum of squared steps from candidate to candidate, in the order of their cost. Of
     ResNet-20's samples one in 380 is within 28 % of the MACs: drawn anew instead, as by NNI's
     `Filter`, they gave evolution about the same from a hundred times the samples, and a penalty a
-    worse one (docs/design.md).
+    worse one (docs/explanation/how-it-works.md).
     """
 
     def __init__(self, space: RankSpace, limits: Sequence[Limit]) -> None:

@@ -54,7 +54,7 @@ def test_the_settings_name_the_rules_that_there_are():
     settings = TypeAdapter(Rule)
     assert [settings.validate_python(rule) for rule in RULES] == list(RULES)
     assert {rule for rule in RULES if getattr(RULES[rule], "every_rank", False)} == EVERY_RANK
-    text = (ROOT / "docs" / "settings.md").read_text()
+    text = (ROOT / "docs" / "reference" / "rules.md").read_text()
     assert all(re.search(f"^\\|.* `{rule}`,? .*\\| (yes|no) \\|$", text, re.M) for rule in RULES)
 
 

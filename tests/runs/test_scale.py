@@ -1,4 +1,4 @@
-"""docs/scale.md: NNI's own classes take every experiment in it, and its arithmetic is right."""
+"""docs/how-to/many-machines.md: NNI's own classes take every experiment in it, and its arithmetic is right."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from nni_haloc.experiments.check import check_experiment
 from nni_haloc.inputs.models import build_model
 from nni_haloc.utils.errors import SettingsError
 
-PAGE = (ROOT / "docs" / "scale.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "many-machines.md").read_text()
 EXPERIMENTS = {
     yaml.safe_load(text)["trainingService"]["platform"]: text
     for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
