@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from nni_haloc.cli.options import NNI, Json, print_json
+from nni_haloc.cli.options import NNI, Json, needs_plots, print_json
 from nni_haloc.experiments.check import check_experiment
+from nni_haloc.experiments.front import COSTS, draw_front, front_of
 from nni_haloc.experiments.manager import create, resume, warm_up_manager
 from nni_haloc.experiments.results import trial_folders, trial_results, why_no_trials
 from nni_haloc.experiments.state import is_running
-from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.errors import SettingsError, as_one_line, expected_one_of
 from nni_haloc.utils.printing import print_table
 
 experiments = typer.Typer()
@@ -71,6 +72,29 @@ def resume_command(experiment: Experiment, port: Port = 8080, folder: Folder = H
     _print_running(experiment, port)
 
 
+def _print_front(rows: list[dict[str, Any]], cost: str, picture: Path, json_: bool) -> None:
+    """Draw the front of an experiment, and print it."""
+    points = front_of(rows, cost)
+    with needs_plots("results --pareto"), as_one_line(where=str(picture)):
+        draw_front(points, cost, picture)
+    best = [point for point in points if point.on_front]
+    if json_:
+        return print_json([point._asdict() for point in points])
+    tuned = list(dict.fromkeys(key for point in best for key in point.parameters))
+    columns = ["trial", *tuned, f"{cost}, % of the original", "top-1, %"]
+    cells = [
+        [
+            point.trial,
+            *map(point.parameters.get, tuned),
+            round(100 * point.share, 1),
+            round(100 * point.top1, 2),
+        ]
+        for point in best
+    ]
+    print_table(f"{len(best)} best of {len(points)} trials", columns, cells, text={"trial"})
+    return typer.echo(f"all trials: {picture}")
+
+
 def _print_running(number: str, port: int) -> None:
     typer.echo(f"experiment {number}: http://127.0.0.1:{port}")
     typer.echo(f"results: haloc results {number}; end: nnictl stop {number}")
@@ -88,10 +112,25 @@ def results_command(
             help="Print each trial's folder, or the command that fetches it, instead.",
         ),
     ] = False,
+    pareto: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PNG",
+            help="Draw accuracy over cost into this file, and print the trials that no other"
+            " trial beats.",
+        ),
+    ] = None,
+    by: Annotated[
+        str, typer.Option(metavar="COST", help=f"Cost of --pareto: {', '.join(COSTS)}.")
+    ] = COSTS[0],
     json_: Json = False,
 ) -> None:
     """Print the parameters and the results of all trials."""
+    if by not in COSTS:
+        raise SettingsError(f"--by: {expected_one_of(COSTS, by)}")
     folder = folder.expanduser()
+    if pareto is not None:
+        return _print_front(trial_results(folder, experiment), by, pareto, json_)
     places = trial_folders(folder, experiment) if folders else {}
     rows = [] if folders else trial_results(folder, experiment)
     if not rows and not places:
