@@ -98,7 +98,7 @@ def search_command(
     if is_first():
         following = {
             f"haloc run {run_file} --rule {SEARCH} --out {out} --resume": "fine-tune, same --set",
-            f"haloc front {out} --budgets 0.6,0.5,0.4": "plans for other budgets",
+            f"haloc front {out} --budgets 0.6,0.5,0.4{code_of(config, run_file)}": "other budgets",
         }
         print_next(out, following)
 
@@ -240,7 +240,17 @@ def _run(
         run(config, out, parameters=changes, resume=resume)
     if is_first():
         stages = folder.metrics()
-        print_json({"folder": str(out), "stages": stages}) if json_ else print_summary(out, stages)
+        if json_:
+            print_json({"folder": str(out), "stages": stages})
+        else:
+            print_summary(out, stages, code_of(config, run_file))
+
+
+def code_of(config: Any, run_file: Path) -> str:
+    """Return the option that later commands need to call a network's factory, or nothing."""
+    from nni_haloc.inputs.models import is_factory
+
+    return f" --code {run_file.parent}" if is_factory(config.model.name) else ""
 
 
 def _settings(
