@@ -74,6 +74,7 @@ def test_the_next_command_names_the_folder_of_a_factory(tmp_path, capsys):
     """`haloc bench` makes the original network, and calls a factory for folders named so alone."""
     changes = {
         "model": {"name": "my_net:make"},
+        "weights": "my_net.safetensors",
         "data": {"name": "digits"},
         "budget": {"fraction": 0.5},
     }
