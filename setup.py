@@ -39,6 +39,7 @@ EXTRAS = {
     ],
     "tensorboard": ["tensorboard>=2.18"],
     "energy": ["nvidia-ml-py>=12"],
+    "hub": ["huggingface_hub>=2.0"],
 }
 TEST = [
     "pytest>=8.0",
@@ -49,6 +50,7 @@ TEST = [
     "import-linter>=2.17",  # it has contracts on circles
     "mypy>=1.15",
     "playwright>=1.40",
+    "build>=1.2",
     "types-PyYAML>=6.0",
     "types-requests>=2.31",
 ]

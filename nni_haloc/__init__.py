@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from nni_haloc.results.html_report import html_report
     from nni_haloc.runs.compress_model import Compressed, compress_model
     from nni_haloc.runs.folder import RunFolder
+    from nni_haloc.runs.hub import from_pretrained, push_to_hub
     from nni_haloc.runs.run import run
     from nni_haloc.runs.saved import load, save
     from nni_haloc.runs.stages.stage import NetworkStage, Stage
@@ -85,6 +86,10 @@ _HOMES = {
         "compress_model",
     ),
     "runs.folder": ("RunFolder",),
+    "runs.hub": (
+        "from_pretrained",
+        "push_to_hub",
+    ),
     "runs.run": ("run",),
     "runs.saved": (
         "load",
