@@ -51,6 +51,8 @@ TEST = [
     "mypy>=1.15",
     "playwright>=1.40",
     "build>=1.2",
+    "nbclient>=0.10",
+    "ipykernel>=6.29",
     "types-PyYAML>=6.0",
     "types-requests>=2.31",
 ]
@@ -112,7 +114,7 @@ setup(
     extras_require={
         **EXTRAS,
         "test": [*TEST, *(package for extra in EXTRAS.values() for package in extra)],
-        "docs": ["mkdocs>=1.6"],
+        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocs-jupyter>=0.25"],
     },
     entry_points={"console_scripts": ["haloc=nni_haloc.cli.main:main"]},
 )
