@@ -74,10 +74,9 @@ def test_the_changelog_keeps_its_form_and_knows_the_version(metadata):
     text = (ROOT / "CHANGELOG.md").read_text()
     titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert titles[0] == "[Unreleased]"
-    dated = [
-        re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)", title) for title in titles[1:]
-    ]
-    assert dated and all(dated), titles
+    form = re.compile(r"\[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)")
+    dated = [form.fullmatch(title) for title in titles[1:]]
+    assert all(dated), titles
     versions = [tuple(map(int, match[1].split("."))) for match in dated]
     days = [date.fromisoformat(match[2]) for match in dated]
     assert versions == sorted(versions, reverse=True)

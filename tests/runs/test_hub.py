@@ -7,16 +7,19 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import requires, version
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import torch
 import yaml
+from helpers.paths import DIGITS
+from helpers.short_runs import SETTINGS
 from packaging.requirements import Requirement
 from torch.utils.data import DataLoader, TensorDataset
 
 import nni_haloc
-from nni_haloc.inputs.config import parse_config
+from nni_haloc.inputs.config import load_config, parse_config
 from nni_haloc.inputs.models import build_model
 from nni_haloc.plan.compression import compress
 from nni_haloc.plan.rank_plan import RankPlan
@@ -25,6 +28,7 @@ from nni_haloc.runs.folder import RunFolder
 from nni_haloc.runs.model_card import model_card, without_folders
 from nni_haloc.runs.saved import save
 from nni_haloc.utils.errors import HalocError, MissingPackage, SettingsError
+from nni_haloc.utils.files import read_json
 
 PLAN = RankPlan(
     {"block2.conv": (12, 12), "block3.conv": None, "block4.conv": (24, 16)},
@@ -326,3 +330,31 @@ def test_the_hubs_package_and_nni_agree_on_filelock():
     filelock = [each for each in own if each.name == "filelock"]
     assert len(filelock) == 2
     assert all(each.specifier.contains(version("filelock")) for each in filelock)
+
+
+def test_a_run_has_all_that_its_card_says(tmp_path):
+    changes = {**SETTINGS, "rule": "uniform", "finetune.epochs": 1}
+    config = load_config(DIGITS, changes)
+    nni_haloc.run(config, tmp_path)
+    header, text = header_and_text(model_card(tmp_path, "me/run"))
+    figures = RunFolder(tmp_path).read_metrics()["stages"]
+    assert header["model-index"][0]["results"][0]["metrics"][0]["value"] == pytest.approx(
+        figures["finetune"]["top1"]
+    )
+    timing = read_json(tmp_path / "metrics.json")["timing"]
+    assert timing["threads"] == 1
+    assert timing["input"] == [config.cost.batch_size, 1, 8, 8]
+    assert f"device {timing['device']}, " in text
+    assert "Ranks were chosen by `uniform`" in text
+    settings = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    assert settings["rule"] == "uniform"
+    assert settings["weights"] == "digits.safetensors"
+    assert str(DIGITS.parent) not in text
+
+
+@pytest.mark.parametrize("place", [".", "pruned"])
+def test_a_folder_of_an_earlier_version_has_a_card_too(place):
+    old = Path(__file__).parent / "old_run"
+    _, text = header_and_text(model_card(old / place))
+    assert "| MACs | 1.494 M |" in text
+    assert "haloc run run.yml" in text
