@@ -7,6 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from nni_haloc import __version__
 from nni_haloc.cli.after_a_run import after
 from nni_haloc.cli.compress import compress
 from nni_haloc.cli.costs import costs
@@ -24,9 +25,7 @@ for commands in (compress, table, costs, heatmap, after, plot, experiments):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"nni-haloc {version('nni-haloc')}")
+        typer.echo(f"nni-haloc {__version__}")
         raise typer.Exit
 
 

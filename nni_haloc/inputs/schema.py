@@ -1,4 +1,4 @@
-"""The sections of a run's settings: keys, types and defaults (docs/reference/settings.md)."""
+"""The sections of a run's settings, which docs/reference/settings.md explains: types, defaults."""
 
 from __future__ import annotations
 

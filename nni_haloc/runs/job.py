@@ -226,6 +226,12 @@ class Job:
         known = runtime_of(self.config).identity()
         return known.get("device") or hardware(self.config.cost.device)
 
+    @property
+    def timing(self) -> dict[str, Any]:
+        """What latencies are measured with: runtime, device, threads, shape of the input, ..."""
+        batch = latency_input(self.config, self.example)
+        return {**runtime_of(self.config).identity(), "input": list(batch.shape)}
+
     def holds(self, plan: RankPlan) -> bool:
         """Tell whether an earlier start left the network of this plan in the folder."""
         try:
