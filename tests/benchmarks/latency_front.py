@@ -1,7 +1,7 @@
 """Draw accuracy over measured latency for plans of several budgets: the picture of the README.
 
     python tests/benchmarks/latency_front.py --data FOLDER
-    python tests/benchmarks/latency_front.py --report
+    python tests/benchmarks/report.py
 
 FOLDER is that of ``minutes.py``; it needs the files of VGG-16. Each rule chooses ranks for shares
 of the original's latency (tests/benchmarks/study/costs-vgg16.json), and the blocks of its network
@@ -11,7 +11,6 @@ accuracies are of the 10,000 test images. In the end all networks are timed in a
 
 import json
 import time
-from collections import defaultdict
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -19,10 +18,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from benchmarks.on_cuda.bench import Bench
-from benchmarks.report import COLORS, NAMES
 from benchmarks.study.rows import chosen
 from benchmarks.study.short import Row, cache, config_of, start
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from nni_haloc.costs.device.measure import time_together
@@ -91,59 +88,32 @@ def time_all(bench: Bench, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(rows: list[dict[str, Any]]) -> Figure:
-    """Draw top-1 over the measured share of the latency."""
-    figure = Figure(figsize=(7, 4), layout="constrained", facecolor="white")
-    axes = figure.subplots()
-    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in rows:
-        lines[line["method"]].append(line)
-    original = lines.pop("original")[0]
-    start = (100 * original["latency_share"], 100 * original["test"])
-    for method, found in lines.items():
-        points = sorted((100 * r["latency_share"], 100 * r["test"]) for r in found)
-        ours = method == METHODS[0]
-        label = f"{NAMES.get(method, method)}{' (nni-haloc)' if ours else ''}"
-        style = {"linewidth": 2.5, "markersize": 7} if ours else {"linewidth": 1.2, "markersize": 5}
-        axes.plot(*zip(*points, strict=True), "o-", color=COLORS[method], label=label, **style)
-    axes.plot(*start, "k*", markersize=13, label="original")
-    axes.set_xlabel("measured latency, % of the original's")
-    axes.set_ylabel("top-1 on the test images, %")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    return figure
-
-
 def main(
-    data: Annotated[Path | None, typer.Option(help="folder of images and weights")] = None,
+    data: Annotated[Path, typer.Option(help="folder of images and weights")],
     work: Path = Path("latency-front"),
     out: Annotated[Path, typer.Option(help="JSON lines, appended to")] = RAW,
     timing: Annotated[bool, typer.Option(help="time the networks anew")] = False,
-    report: Annotated[bool, typer.Option(help="draw what is there, measure nothing")] = False,
 ) -> None:
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    if data is not None and not report:
-        torch.set_num_threads(1)
-        bench = Bench(data, out, work, "cpu", 1.0, float("inf"))
-        cache(bench)
-        start(bench)
-        torch.set_num_threads(1)
-        if not rows:
-            job = job_of(bench, METHODS[0], SHARES[0])
-            top1 = {s: accuracy(job.model, job.loader(s))[0] for s in ("val", "test")}
-            rows.append({"method": "original", "share": 1.0, **top1})
-        for method in METHODS:
-            for share in SHARES:
-                if not any((r["method"], r["share"]) == (method, share) for r in rows):
-                    line = {"method": method, "share": share, **row(bench, method, share)}
-                    rows.append(line)
-                    print({key: line[key] for key in ("method", "share", "val")}, flush=True)
-                    out.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-        if timing or not all("latency_ms" in r for r in rows):
-            rows = time_all(bench, rows)
-            out.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    draw(rows).savefig(DOCS / "images" / "latency-front.png", dpi=150)
+    torch.set_num_threads(1)
+    bench = Bench(data, out, work, "cpu", 1.0, float("inf"))
+    cache(bench)
+    start(bench)
+    torch.set_num_threads(1)
+    if not rows:
+        job = job_of(bench, METHODS[0], SHARES[0])
+        top1 = {s: accuracy(job.model, job.loader(s))[0] for s in ("val", "test")}
+        rows.append({"method": "original", "share": 1.0, **top1})
+    for method in METHODS:
+        for share in SHARES:
+            if not any((r["method"], r["share"]) == (method, share) for r in rows):
+                line = {"method": method, "share": share, **row(bench, method, share)}
+                rows.append(line)
+                print({key: line[key] for key in ("method", "share", "val")}, flush=True)
+                out.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    if timing or not all("latency_ms" in r for r in rows):
+        rows = time_all(bench, rows)
+        out.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
