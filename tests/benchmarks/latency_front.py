@@ -69,7 +69,7 @@ def time_all(bench: Bench, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     networks: dict[str, nn.Module] = {"original": job.model}
     for line in rows:
         if line["method"] != "original":
-            ranks = {k: v if v == "dense" else tuple(v) for k, v in line["plan"].items()}
+            ranks = {k: tuple(v) if isinstance(v, list) else v for k, v in line["plan"].items()}
             key = f"{line['method']} {line['share']}"
             networks[key] = restructure(job.model, RankPlan(ranks))
     batch, runtime = latency_input(job.config, job.example), runtime_of(job.config)
