@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from nni_haloc.costs.table import CostTable
-from nni_haloc.inputs.schema import SearchOptions
+from nni_haloc.inputs.schema.search import SearchOptions
 from nni_haloc.plan.budget import Limit, Scores, check_feasible, choose
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.search.probabilities import SearchState

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nni_haloc.inputs.config import Config, dump_config, load_config, parse_config, set_dotted
-from nni_haloc.inputs.schema import FurtherLimit
+from nni_haloc.inputs.schema.budget import FurtherLimit
 from nni_haloc.utils.errors import SettingsError
 from nni_haloc.utils.registry import Registry
 

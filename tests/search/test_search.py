@@ -23,7 +23,8 @@ from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.models import build_model
-from nni_haloc.inputs.schema import Search, Training
+from nni_haloc.inputs.schema.search import Search
+from nni_haloc.inputs.schema.training import Training
 from nni_haloc.plan.budget import Limit, cheapest
 from nni_haloc.plan.compression import compress
 from nni_haloc.plan.rank_plan import RankPlan
