@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from nni_haloc.inputs.schema.paths import ExistingPath
-from nni_haloc.inputs.schema.section import Section
+from nni_haloc.inputs.schema.section import Section, Words
 from nni_haloc.inputs.schema.values import Amount, Metric
 
 
@@ -35,14 +35,14 @@ class FurtherLimit(Limit):
 
     metric: Metric
     """What this limit is in."""
-    table: ExistingPath | None = None
+    table: Annotated[ExistingPath, Words("file")] | None = None
     """A cost table made before, as `cost.table`."""
 
 
 class Budget(Limit):
     """The limit in `cost.metric`, and any number of others; every one holds."""
 
-    also: list[FurtherLimit] = []
+    also: Annotated[list[FurtherLimit], Words("list of limits")] = []
     """Further limits: `[{metric: params, fraction: 0.4}]`, each with `fraction` or `absolute`, and
     with `table` where it has one. A candidate stays that is cheaper than the dense layer in any of
-    the metrics."""
+    the metrics. A run keeps their tables in `costs-also0.json` and so on."""

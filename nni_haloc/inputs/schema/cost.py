@@ -8,7 +8,7 @@ from pydantic import Field
 
 from nni_haloc.inputs.options import MemoryFormat
 from nni_haloc.inputs.schema.paths import ExistingPath
-from nni_haloc.inputs.schema.section import Section
+from nni_haloc.inputs.schema.section import Section, Words
 from nni_haloc.inputs.schema.values import Device, Metric, Predictor, Processes, RuntimeName
 
 
@@ -23,7 +23,7 @@ class Cost(Section):
     """What makes the cost table if `table` names none. Without it: the predictor of the metric's
     name. [Another package](how-to/measure-your-device.md#a-runtime-or-predictor-of-your-own) may
     add some."""
-    table: ExistingPath | None = None
+    table: Annotated[ExistingPath, Words("file")] | None = None
     """A `costs.json` made before (`haloc measure`), or a CSV file of your own measurements. Without
     it the run counts or measures."""
     runtime: RuntimeName = "torch"

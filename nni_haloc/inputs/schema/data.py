@@ -10,7 +10,7 @@ from nni_haloc.inputs.normalisation import check_normalisation
 from nni_haloc.inputs.options import MOST_PROCESSES
 from nni_haloc.inputs.registries import DATA
 from nni_haloc.inputs.schema.paths import ExistingPath
-from nni_haloc.inputs.schema.section import Section
+from nni_haloc.inputs.schema.section import Section, Words
 from nni_haloc.inputs.schema.values import (
     Arguments,
     Channels,
@@ -36,7 +36,7 @@ class Data(Section):
     such as ImageNet's, or one that [another package adds](how-to/extend.md#adding-to-it)."""
     arguments: Arguments = {}
     """Options of another package's data set. Ours have none."""
-    root: ExistingPath | None = None
+    root: Annotated[ExistingPath, Words("folder")] | None = None
     """The [folder of the images](how-to/data-and-networks.md#image-folders), which `cifar10` and
     `folder` need."""
     size: Size | None = None
@@ -48,7 +48,7 @@ class Data(Section):
     classes: Classes | None = None
     """The [class of each output](how-to/data-and-networks.md#classes-and-outputs) of the network,
     in order. The file has one class in each line. Without it: the names of the class folders."""
-    test: str = "test"
+    test: Annotated[str, Words("folder")] = "test"
     """The folder of the test images, beside `train`."""
     score: Literal["test", "val"] = "test"
     """The images of the final accuracies. Set `val` where a tuner maximises them, and look at the
@@ -62,7 +62,7 @@ class Data(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Stratified share of the training images that becomes the validation images. A folder `val`
     beside `train` takes its place."""
-    val_list: ExistingPath | None = None
+    val_list: Annotated[ExistingPath, Words("file")] | None = None
     """A file that lists the training images that become the validation images, in the place of
     `val_fraction`."""
     seed: Seed = 0

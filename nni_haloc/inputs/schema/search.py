@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from nni_haloc.inputs.options import LamSchedule, Schedule
-from nni_haloc.inputs.schema.section import Section
+from nni_haloc.inputs.schema.section import Section, Words
 from nni_haloc.inputs.schema.training import Training
 from nni_haloc.inputs.schema.values import Count, CountOrNone, Epochs, NonNegative, Positive, Share
 
@@ -61,7 +61,10 @@ class SearchOptions(Section):
     average: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the moving average of the weights, which the result has. It rises to that: 0.975
     after 350 iterations, 0.99 after 890. 0: the last weights."""
-    budget_range: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
+    budget_range: (
+        Annotated[list[Share], Field(min_length=2, max_length=2), Words("two rising fractions")]
+        | None
+    ) = None
     """Two fractions of the original's cost, such as `[0.2, 0.6]`. Paths are sampled for budgets
     between them, low ones more often, for
     [a front](explanation/how-it-works.md#a-front-from-one-search) of many budgets."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from nni_haloc.inputs.options import Decomposition, Kind
-from nni_haloc.inputs.schema.section import Section
+from nni_haloc.inputs.schema.section import Section, Words
 from nni_haloc.inputs.schema.values import Count, Pin, Step
 
 
@@ -25,9 +25,9 @@ class Space(Section):
     are many, and each one that is measured takes its time."""
     kinds: list[Kind] = ["conv", "pointwise"]
     """Kinds of layers to compress."""
-    exclude: list[str] = []
+    exclude: Annotated[list[str], Words("list of patterns")] = []
     """Name patterns of layers to leave alone. A pattern that matches no layer is an error."""
-    pin: dict[str, Pin] = {}
+    pin: Annotated[dict[str, Pin], Words("patterns to ranks")] = {}
     """Name patterns to the one rank of the layers that they match:
     `{"layer1.*": 16, conv1: dense, fc: [8, 4]}`, where r1 is of the outputs and r2 of the inputs.
     Such layers are decomposed and trained, not searched. A pattern that matches no layer is an

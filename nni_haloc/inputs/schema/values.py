@@ -138,9 +138,11 @@ def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-Positive = Annotated[float, AfterValidator(Between(1e-12, 1e30))]
+MOST_FACTOR = 1e30
+"""The largest rate or factor."""
+Positive = Annotated[float, AfterValidator(Between(1e-12, MOST_FACTOR))]
 """A rate or a factor: float32 holds it and its inverse, with room for products."""
-NonNegative = Annotated[float, AfterValidator(Between(0, 1e30))]
+NonNegative = Annotated[float, AfterValidator(Between(0, MOST_FACTOR))]
 Amount = Annotated[float, AfterValidator(Between(1e-18, 1e18))]
 """A cost, in any unit."""
 Share = Annotated[float, Field(gt=0, le=1)]
