@@ -62,6 +62,9 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         model: an instance of the original network, which is copied; needed where ``model.json``
             has no name for it.
 
+    Returns:
+        The network.
+
     Raises:
         FileNotFoundError: names the file that is missing.
         ValueError: names the file that is damaged or does not fit.

@@ -29,8 +29,9 @@ class SearchOptions(Section):
     """Norm to which the weights' gradients are clipped. `null`: they are not clipped; then small
     ranks, which are rarely sampled, may diverge."""
     objective: Literal["settle", "paper"] = "settle"
-    """How the search heeds the budget: `settle` keeps the expected cost at the budget, `paper` is
-    Eq. 7. With several limits, Eq. 7 takes the one that is exceeded most."""
+    """How the search heeds the budget: `settle` puts the expected cost back to the budget after
+    each step on the cross-entropy, `paper` is Eq. 7, which multiplies the cross-entropy by
+    η (E / budget)^θ. Of several limits, Eq. 7 takes the one that E exceeds most."""
     eta: Positive = 1.0
     """η of Eq. 7, with `objective: paper`. It matters only with `alpha_optimizer: sgd`, where it
     acts as a learning rate."""
@@ -50,14 +51,14 @@ class SearchOptions(Section):
     temperature: Positive = 1.0
     """Temperature of the softmax over α."""
     compile: bool = False
-    """Whether passes run as captured graphs (CUDA) or compiled programs (processor):
-    [compiled passes](how-to/train-faster.md#compiled-passes)."""
+    """Whether passes run as captured graphs (CUDA) or compiled programs (processor), in one process
+    alone: [compiled passes](how-to/train-faster.md#compiled-passes)."""
     select: Literal["knapsack", "argmax"] = "knapsack"
     """How the plan is chosen in the end: by a `knapsack` within the budget, or by `argmax`, the
     paper's way, which may exceed the budget."""
     min_use: Annotated[float, Field(ge=0, le=1)] = 0.95
     """Share of what the budget leaves above the cheapest network that the knapsack's plan uses at
-    least, if any plan does."""
+    least, if any plan does. Scores are noisy, and rank that is left unused is lost."""
     average: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the moving average of the weights, which the result has. It rises to that: 0.975
     after 350 iterations, 0.99 after 890. 0: the last weights."""
@@ -65,9 +66,10 @@ class SearchOptions(Section):
         Annotated[list[Share], Field(min_length=2, max_length=2), Words("two rising fractions")]
         | None
     ) = None
-    """Two fractions of the original's cost, such as `[0.2, 0.6]`. Paths are sampled for budgets
-    between them, low ones more often, for
-    [a front](explanation/how-it-works.md#a-front-from-one-search) of many budgets."""
+    """Two fractions of the original's cost, such as `[0.2, 0.6]`. Each step of α draws a budget
+    between them, low ones more often, for which the next iterations sample their paths: so one
+    search serves [a front](explanation/how-it-works.md#a-front-from-one-search) of many budgets. It
+    ends at its own."""
 
     @model_validator(mode="after")
     def _range(self) -> SearchOptions:
