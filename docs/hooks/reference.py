@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from commands_page import commands
+from errors_page import family, messages
 from settings_page import preset, settings
 
 
@@ -36,5 +37,6 @@ def written_out(address: str, markdown: str) -> str:
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "reference/settings.md": {"settings": settings, "preset": preset},
     "reference/commands.md": {"commands": commands},
+    "reference/errors.md": {"family": family, "messages": messages},
 }
 """Pages to the names of their generated parts and what writes them."""
