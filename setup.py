@@ -58,7 +58,7 @@ setup(
     extras_require={
         **EXTRAS,
         "test": [*TEST, *(package for extra in EXTRAS.values() for package in extra)],
-        "docs": ["mkdocs>=1.6"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"],
     },
     entry_points={"console_scripts": ["haloc=nni_haloc.cli.main:main"]},
 )

@@ -17,7 +17,7 @@ from nni_haloc.utils.errors import HalocError
 PACKAGE = Path(nni_haloc.__file__).parent
 GAP = "…"
 """Stands for what a message says of the case at hand."""
-_LEAST = 8
+_LEAST = 6
 """Pairs of letters of a message that says something by its literal parts."""
 
 
