@@ -117,13 +117,15 @@ def settings_in_sentences(name):
             yield found[1], found[2]
 
 
-INVENTED = {("cost.runtime", "abacus"), ("cost.predictor", "phone")}
+INVENTED = {"abacus", "phone", "peak_kib"}
 """Names that the reader's own package would add."""
 
 
 @pytest.mark.parametrize("name", TODAY)
 def test_a_value_that_a_sentence_gives_a_setting_is_one_that_it_takes(name):
-    for key, value in set(settings_in_sentences(name)) - INVENTED:
+    for key, value in settings_in_sentences(name):
+        if INVENTED & set(re.findall(r"\w+", value)):
+            continue
         content = {}
         set_dotted(content, key, yaml.safe_load(value))
         as_settings(content)

@@ -18,7 +18,7 @@ def settings() -> str:
             titles[setting.key] = setting
         else:
             groups.setdefault(section, []).append(setting)
-    parts = ["### At the top", _keys(groups.pop(""))]
+    parts = ["### Top level", _keys(groups.pop(""))]
     for name, keys in groups.items():
         parts += [f"### `{name}` {{ #{name} }}", titles[name].meaning, _keys(keys)]
     return "\n\n".join(parts)
