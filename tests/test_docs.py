@@ -1,6 +1,7 @@
 """README and documentation hold: links, commands, settings, messages and files of settings."""
 
 import ast
+import inspect
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ from helpers.paths import PACKAGE, ROOT
 from helpers.schema import FIELDS
 from helpers.site import PAGES, anchors, code, commands_page, errors_page, fences, links
 
+import nni_haloc
 from nni_haloc.experiments.keys import check_keys, spell_as_nni
 from nni_haloc.inputs.config import Config, parse_config, set_dotted
 from nni_haloc.inputs.reference import list_settings
@@ -109,12 +111,18 @@ def test_a_setting_that_a_sentence_names_exists(name):
         assert text in KEYS or is_module, text
 
 
+def key_of(name):
+    """Return the key of a name that a sentence may use: the whole one, or the last part of one."""
+    same = [key for key in KEYS if key.rpartition(".")[2] == name]
+    return name if name in KEYS else same[0] if len(same) == 1 else None
+
+
 def settings_in_sentences(name):
-    """Yield ``key: value`` of a page where the key is a setting's whole name."""
+    """Yield ``key: value`` of a page where the key can be no other's."""
     for text in code(name):
         found = re.fullmatch(r"((?:[a-z_]+\.)?[a-z_]+): (\S.*)", text)
-        if found and found[1] in KEYS and "…" not in text and "..." not in text:
-            yield found[1], found[2]
+        if found and key_of(found[1]) and "…" not in text and "..." not in text:
+            yield key_of(found[1]), found[2]
 
 
 INVENTED = {"abacus", "phone", "peak_kib"}
@@ -137,6 +145,35 @@ def test_values_in_sentences_are_found():
     assert len(found) > 10
     with pytest.raises(SettingsError):
         as_settings({"rule": "no such"})
+
+
+def said_to_be_defaults():
+    """Yield what a page calls the default: ``key: value``, ``--option VALUE``, ``name=value``."""
+    for name in TODAY:
+        text = " ".join(PAGES[name].split())
+        yield from re.findall(r"(?<!`)`([^`]+)`(?:,| \() ?the default\b", text)
+
+
+def default_of(text):
+    """Return the value that a text gives, and the true default of what it gives it to."""
+    if found := re.fullmatch(r"([\w.]+): (.+)", text):
+        field = FIELDS[tuple(key_of(found[1]).split("."))]
+        return yaml.safe_load(found[2]), field.default
+    if found := re.fullmatch(r"(--[\w-]+) (\S+)", text):
+        parameters = [p for command in COMMANDS.values() for p in command.params]
+        return found[2], next(str(p.default) for p in parameters if found[1] in p.opts)
+    if found := re.fullmatch(r"(\w+)=(.+)", text):
+        parameters = inspect.signature(nni_haloc.compress_model).parameters
+        return ast.literal_eval(found[2]), parameters[found[1]].default
+    return True, FIELDS[tuple(text.split("."))].default
+
+
+def test_what_a_sentence_calls_the_default_is_it():
+    found = set(said_to_be_defaults())
+    assert {"supernet: nested", "quantize.int8", "--where alone"} <= found
+    for text in found:
+        value, default = default_of(text)
+        assert value == default, text
 
 
 def test_every_key_is_on_the_page_of_settings():

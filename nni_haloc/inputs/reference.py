@@ -52,7 +52,9 @@ def list_settings(section: type[BaseModel] = Config, place: str = "") -> Iterato
         key = f"{place}{name}"
         kind, *_ = [*_sections(field.annotation), None]
         default = "required" if field.is_required() else "" if kind else as_yaml(field.default)
-        meaning = " ".join((field.description or "").split())
+        of_class = vars(kind).get("__doc__") if kind else None  # a stage of another package
+        text = field.description or (of_class or "").split("\n\n")[0]
+        meaning = " ".join(text.split())
         values = _words(field.annotation, field.metadata, without_null=field.default is None)
         is_list = get_origin(field.annotation) is list
         yield Setting(key, values, default, meaning, kind is not None and not is_list)

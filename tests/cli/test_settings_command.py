@@ -6,6 +6,7 @@ import pytest
 from helpers.commands import haloc
 from helpers.paths import DIGITS
 from helpers.schema import FIELDS
+from pydantic import create_model
 
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.reference import find_settings, list_settings, without_links
@@ -57,10 +58,14 @@ def test_values_and_defaults_are_said_in_words(key, values, default):
 
 def test_a_stage_of_another_package_explains_its_keys_the_same_way():
     class Rounding(Section):
+        """How weights are rounded."""
+
         bits: int = 8
         """Bits that remain, see [files](reference/files.md)."""
 
-    (setting,) = list_settings(Rounding, "round.")
+    kind = create_model("Config", __base__=Section, round=(Rounding | None, None))
+    section, setting = list_settings(kind)
+    assert (section.key, section.meaning) == ("round", "How weights are rounded.")
     assert (setting.key, setting.default) == ("round.bits", "8")
     assert without_links(setting.meaning) == "Bits that remain, see files."
 
