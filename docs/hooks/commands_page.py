@@ -87,4 +87,4 @@ def _row(parameter: Any) -> list[str]:
     meaning = parameter.help or ""
     if said := re.fullmatch(r"(.*) \(default: (.*)\)\.", meaning):
         meaning, shown = f"{said[1]}.", _text(said[2])
-    return [", ".join(f"`{name}`" for name in names), _text(meaning), shown]
+    return [", ".join(f"`{name}`{{ .name }}" for name in names), _text(meaning), shown]

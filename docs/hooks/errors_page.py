@@ -36,7 +36,7 @@ def messages() -> str:
     parts = []
     for kind in _kinds():
         rows = [
-            [f"`` {message} ``", f"`{place}`"]
+            [f"`` {message} ``", f"`{place}`{{ .name }}"]
             for name, place, message in everything
             if name == kind.__name__
         ]
