@@ -114,7 +114,7 @@ setup(
     extras_require={
         **EXTRAS,
         "test": [*TEST, *(package for extra in EXTRAS.values() for package in extra)],
-        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocs-jupyter>=0.25"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=1.0", "mkdocs-jupyter>=0.25"],
     },
     entry_points={"console_scripts": ["haloc=nni_haloc.cli.main:main"]},
 )

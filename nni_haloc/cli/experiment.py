@@ -21,9 +21,11 @@ experiments = typer.Typer()
 HOME = Path("~/nni-experiments")
 Experiment = Annotated[
     str,
-    typer.Argument(metavar="ID", help="An NNI experiment, running or stopped.", show_default=False),
+    typer.Argument(
+        metavar="ID", help="Id of an NNI experiment, running or stopped.", show_default=False
+    ),
 ]
-Folder = Annotated[Path, typer.Option(metavar="FOLDER", help="Where NNI keeps its experiments.")]
+Folder = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of NNI's experiments.")]
 Port = Annotated[int, typer.Option(metavar="N", help="Port of NNI's manager and its web page.")]
 
 
@@ -31,14 +33,15 @@ Port = Annotated[int, typer.Option(metavar="N", help="Port of NNI's manager and 
 def check_command(
     experiment_file: Annotated[
         Path,
-        typer.Argument(metavar="HALOC.yml", help="An NNI experiment's file.", show_default=False),
+        typer.Argument(metavar="HALOC.yml", help="File of an NNI experiment.", show_default=False),
     ],
 ) -> None:
     """Check an experiment's file before nnictl create.
 
-    Checks the keys, makes tuner and assessor, and loads what the trials need:
-    settings, data, network, weights, cost tables. Also reads the files of NNI's
-    manager once: nnictl gives the manager only about three seconds to start.
+    The command checks the keys, makes tuner and assessor, and loads what the
+    trials need: settings, data, network, weights, cost tables. It reads the files
+    of NNI's manager once, too: nnictl gives the manager only some three seconds to
+    start.
     """
     trials = check_experiment(experiment_file)
     warm_up_manager()
@@ -49,16 +52,15 @@ def check_command(
 def create_command(
     experiment_file: Annotated[
         Path,
-        typer.Argument(metavar="HALOC.yml", help="An NNI experiment's file.", show_default=False),
+        typer.Argument(metavar="HALOC.yml", help="File of an NNI experiment.", show_default=False),
     ],
     port: Port = 8080,
 ) -> None:
     """Check an experiment, and create it with patience.
 
-    nnictl create gives NNI's manager some three seconds to start, and the
-    manager gives its tuner ten; on a slow machine both may be too few. Here they
-    have minutes. Everything else is as with nnictl, whose commands hold for the
-    experiment.
+    nnictl create gives NNI's manager some three seconds to start, and the manager
+    gives its tuner ten. On a slow machine both may be too few; here they have
+    minutes. The commands of nnictl hold for the experiment.
     """
     check_experiment(experiment_file)
     number = create(experiment_file, port)
@@ -125,7 +127,10 @@ def results_command(
     ] = COSTS[0],
     json_: Json = False,
 ) -> None:
-    """Print the parameters and the results of all trials."""
+    """Print the parameters and the results of all trials.
+
+    If there are none, the command says why.
+    """
     if by not in COSTS:
         raise SettingsError(f"--by: {expected_one_of(COSTS, by)}")
     folder = folder.expanduser()

@@ -165,13 +165,6 @@ def compress_model(
 ) -> Compressed:
     """Compress a trained classification network to a share of its cost.
 
-    >>> from torch.utils.data import DataLoader, TensorDataset
-    >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 2))
-    >>> images = DataLoader(TensorDataset(torch.randn(64, 3, 8, 8)), 16)
-    >>> result = compress_model(net, images, metric="macs", budget=0.8, epochs=0)
-    >>> result.metrics["compressed"]["macs"] <= 0.8 * result.metrics["original"]["macs"]
-    True
-
     Args:
         model: the trained network; it is copied and never changed.
         train_loader: batches ``(images, labels)``. With ``epochs=0``, images alone will do.
@@ -210,6 +203,14 @@ def compress_model(
         InfeasibleBudget: if no network of the rank space fits the budget; names the cheapest cost.
         ValueError: if nothing in the model can be searched, or labels are missing to train with.
         Diverged: if the search or the fine-tuning diverges.
+
+    Examples:
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 2))
+        >>> images = DataLoader(TensorDataset(torch.randn(64, 3, 8, 8)), 16)
+        >>> result = compress_model(net, images, metric="macs", budget=0.8, epochs=0)
+        >>> result.metrics["compressed"]["macs"] <= 0.8 * result.metrics["original"]["macs"]
+        True
     """
     call = _call(locals())
     if not 0 < budget <= 1:

@@ -66,6 +66,9 @@ def load(
         factories: whether to import and call the factory (``package.module:factory``) that
             ``model.json`` names: only for folders that you trust.
 
+    Returns:
+        The network.
+
     Raises:
         FileNotFoundError: names the file that is missing.
         ValueError: names the file that is damaged or does not fit.

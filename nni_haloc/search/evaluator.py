@@ -104,7 +104,18 @@ def classification(
     ckpt_path: str | Path | None = None,
     **trainer: Any,
 ) -> Lightning:
-    """Deprecated: use `Classification`."""
+    """Make a `Classification`; this former name is deprecated.
+
+    Args:
+        train: see ``train_dataloaders`` there.
+        val: see ``val_dataloaders`` there.
+        recipe: see there.
+        ckpt_path: see there.
+        **trainer: options of Lightning's Trainer.
+
+    Returns:
+        The evaluator.
+    """
     warnings.warn(
         "nni_haloc.classification is now the class nni_haloc.Classification",
         DeprecationWarning,

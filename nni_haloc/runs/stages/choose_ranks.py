@@ -9,8 +9,8 @@ from pytorch_lightning import Callback
 
 from nni_haloc.costs.analytic import param_table
 from nni_haloc.costs.from_settings import allowed_ranks_of
-from nni_haloc.inputs import schema
 from nni_haloc.inputs.config import Config, dump_config
+from nni_haloc.inputs.schema.search import Search, SearchOptions
 from nni_haloc.plan.budget import Limit, Scores, cheapest, check_feasible
 from nni_haloc.runs.folder import SEARCH_VERSION, Figures, RunFolder, Training
 from nni_haloc.runs.identity import search_identity
@@ -44,7 +44,7 @@ class ChooseRanks(Stage):
     """
 
     name = "search"
-    settings = schema.Search
+    settings = Search
     title = "searched"
     training_title = "search"
 
@@ -181,7 +181,7 @@ def _prepare(job: Job) -> tuple[Haloc, RankSpace]:
     check_feasible(space.candidates, limits)
     _log_space(space, limits)
     start = _sensitivities(job, space) if s.start == "sensitivity" else None
-    options = s.model_dump(include=set(schema.SearchOptions.model_fields))
+    options = s.model_dump(include=set(SearchOptions.model_fields))
     return Haloc(limits, seed=config.seed, start=start, **options), space
 
 

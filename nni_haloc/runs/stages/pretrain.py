@@ -7,8 +7,8 @@ from typing import Any
 
 from safetensors.torch import save_model
 
-from nni_haloc.inputs import schema
 from nni_haloc.inputs.config import Config
+from nni_haloc.inputs.schema.training import Train as Settings
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import Figures, RunFolder, Training, hold
 from nni_haloc.runs.identity import section_identity
@@ -33,7 +33,7 @@ class Pretrain(Stage):
 
     name = "pretrain"
     section = "train"
-    settings = schema.Train
+    settings = Settings
     title = "original"
     training_title = "training"
     in_run = False
