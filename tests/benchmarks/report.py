@@ -128,7 +128,7 @@ def leaderboard(raw: Path) -> str:
             continue
         seeds = min(len(found[method]) for method in found.keys() & set(methods))
         title = f"{NAMES[network]}, {100 * fraction:g} % of the {NAMES[metric]}, a few epochs"
-        lines[f"{title} ({seeds} or more seeds)"] = {
+        lines[f"{title} ({seeds} seeds or more)"] = {
             method: mean(row["test_top1"] for row in runs.values())
             for method, runs in found.items()
         }
