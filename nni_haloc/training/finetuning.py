@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from nni_haloc.inputs.labels import LabelCheck, check_labels, images_and_labels
+from nni_haloc.inputs.weights import is_finite
 from nni_haloc.space.frozen import let_train
 from nni_haloc.space.modules import arguments_of, copy_of, evaluating
 from nni_haloc.space.outputs import divergence, logits_of
@@ -227,7 +228,7 @@ def finetune(
         fit.fit(task, train, val, ckpt_path=ckpt_path, weights_only=True)
         network.to(home)  # Lightning leaves it on the processor
     for name, value in network.state_dict().items():
-        if not torch.isfinite(value).all():
+        if not is_finite(value):
             raise Diverged(
                 f"the training diverged: {name} is no longer finite; lower its learning rate"
             )
