@@ -1,4 +1,4 @@
-"""Take the logits from whatever a network returns, and compare two networks' logits."""
+"""Take the logits from whatever a network returns; compare them with labels or another's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from nni_haloc.inputs.labels import IGNORED
 from nni_haloc.utils.errors import HalocError, printable
 
 NAMES = ("logits", "out", "output")
@@ -122,3 +123,46 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
         return (F.binary_cross_entropy_with_logits(logits, p, reduction="none") - least).squeeze(1)
     log_q, log_p = logits.log_softmax(1), target.log_softmax(1)
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy over the labels that count; 0 where none does.
+
+    Args:
+        logits: ``(N, classes, ...)``.
+        labels: class indices ``(N, ...)``, of which those that are `IGNORED` do not count, or
+            class probabilities ``(N, classes, ...)``.
+    """
+    if labels.is_floating_point():
+        return F.cross_entropy(logits, labels.to(logits.dtype))
+    if labels.dim() < 2:  # no positions, so all of them count
+        return F.cross_entropy(logits, labels)
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+def hits(logits: Tensor, labels: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+    """Count the labels that are among the k classes of the largest logits. No device is waited for.
+
+    >>> logits = torch.tensor([[0.1, 0.9], [0.8, 0.2]])
+    >>> hits(logits, torch.tensor([1, 1]))
+    (tensor(1), tensor(2))
+
+    Args:
+        logits: ``(N, classes, ...)``.
+        labels: see `cross_entropy`; of probabilities the largest is the label.
+        k: how many classes.
+
+    Returns:
+        The number of hits and that of labels that count.
+
+    Raises:
+        ValueError: if there are fewer classes than ``k``.
+    """
+    if not 1 <= k <= logits.shape[1]:
+        raise ValueError(f"top-{k}: expected at least {k} classes, found {logits.shape[1]}")
+    if labels.is_floating_point():
+        labels = labels.argmax(1)
+    best = logits.topk(k, 1).indices if k > 1 else logits.argmax(1, keepdim=True)
+    counted = labels != IGNORED
+    return ((best == labels.unsqueeze(1)).any(1) & counted).sum(), counted.sum()

@@ -12,7 +12,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nni_haloc.space.outputs import divergence, logits_of
+from nni_haloc.space.outputs import cross_entropy, divergence, hits, logits_of
 from nni_haloc.utils.errors import HalocError
 
 LOGITS, OTHER = torch.randn(2, 3), torch.randn(2, 5, 4, 4)
@@ -139,3 +139,40 @@ def test_logits_of_one_class_are_those_of_its_probability():
 def test_networks_of_other_numbers_of_classes_are_not_compared():
     with pytest.raises(ValueError, match=r"one shape, found \(2, 3\) and \(2, 1\)"):
         divergence(torch.zeros(2, 3), torch.zeros(2, 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    classes=st.integers(2, 6),
+    k=st.integers(1, 6),
+    ignored=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_hits_and_cross_entropy_leave_ignored_labels_out(shape, classes, k, ignored, seed):
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(shape[0], classes, *shape[1:]))
+    labels = random.integers(0, classes, shape)
+    if len(shape) > 1:
+        labels[random.random(shape) < ignored] = -100
+    rows, flat = np.moveaxis(logits, 1, -1).reshape(-1, classes), labels.ravel()
+    counted = [(row, label) for row, label in zip(rows, flat, strict=True) if label >= 0]
+    both = torch.from_numpy(logits), torch.from_numpy(labels)
+    losses = [np.log(np.exp(row).sum()) - row[label] for row, label in counted]
+    expected = np.mean(losses) if losses else 0.0
+    assert float(cross_entropy(*both)) == pytest.approx(expected)
+    if k > classes:
+        with pytest.raises(ValueError, match=f"^top-{k}: expected at least {k} classes"):
+            hits(*both, k)
+        return
+    best = [label in np.argsort(row)[-k:] for row, label in counted]
+    assert [int(number) for number in hits(*both, k)] == [sum(best), len(best)]
+
+
+def test_hits_and_cross_entropy_take_probabilities():
+    logits = torch.randn(5, 3, 2, dtype=torch.float64)
+    labels = torch.rand(5, 3, 2, dtype=torch.float64).softmax(1)
+    expected = -(labels * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(cross_entropy(logits, labels), expected)
+    right = (logits.argmax(1) == labels.argmax(1)).sum()
+    assert [int(number) for number in hits(logits, labels)] == [int(right), 10]
