@@ -260,8 +260,9 @@ class _Task:
         candidates = layers.candidates(self.allowed)
         pinned = [name for name in candidates if self.allowed.pins(name)]
         kept, dropped = worthwhile(candidates, [self.limit.costs], pinned)
+        left_alone = {**layers.left_alone, **dropped}
         if not kept:
-            raise ValueError(why_nothing(self.model, {**layers.left_alone, **dropped}))
+            raise ValueError(why_nothing(self.model, left_alone))
         problem = Problem(
             self.model,
             layers.specs,
@@ -271,6 +272,7 @@ class _Task:
             self.labels,
             seed=self.seed,
             train=self.train,
+            left_alone=left_alone,
         )
         plan = plan_by_rule(problem, rule)
         return plan, problem.network(plan.names)
