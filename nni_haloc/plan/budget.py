@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,7 +170,7 @@ def check_feasible(
             before = " and ".join(map(str, limits[:i]))
             within = _within(cheap, limits[: i + 1]) or _best_if_known(cheap, limits[:i])
             if within is None:
-                kept = _kept_as_it_is(limit, candidates, left_alone)
+                kept = _kept_as_it_is(limit, cheapest(candidates, limit.costs), left_alone)
                 raise InfeasibleBudget(f"budget: no network is within {before} and {limit}{kept}")
             choice = within
             _refuse_unless_met(limit, choice, f" within {before}", left_alone)
@@ -399,11 +399,14 @@ def _refuse_unless_met(
 
 
 def _kept_as_it_is(
-    limit: Limit, searched: Collection[str], left_alone: Mapping[str, str] | None
+    limit: Limit, cheapest_choice: Mapping[str, str], left_alone: Mapping[str, str] | None
 ) -> str:
-    """Say which share of the original's cost no candidate changes, and why; nothing if none."""
-    rest = limit.costs.restrict({layer: {} for layer in searched})[1]
-    if not left_alone or not rest:
+    """Say which share of the original's cost no candidate changes, and why.
+
+    Nothing is said where that is within the budget, and no half of the cheapest network's cost.
+    """
+    rest = limit.costs.restrict({layer: {} for layer in cheapest_choice})[1]
+    if not left_alone or rest <= min(limit.budget, limit.costs.total(cheapest_choice) / 2):
         return ""
     share = percent(rest / limit.costs.original, 2)
     return f"; {share} of the original's {limit.costs.metric} stay ({by_reason(left_alone)})"
