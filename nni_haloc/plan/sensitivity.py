@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from nni_haloc.inputs.labels import IGNORED, check_labels
 from nni_haloc.space.modules import copy_of, evaluating, replace_modules
 from nni_haloc.space.outputs import divergence, logits_of
+from nni_haloc.utils.errors import no_endless_nesting
 from nni_haloc.utils.placement import HostCopy, accelerated, device_of
 from nni_haloc.utils.wrapped import unwrapped
 
@@ -295,4 +296,5 @@ class _ResumedRun:
 
 def _copied(output: Any) -> Any:
     """Return a copy of an output: what comes after the call may work in place."""
-    return tree_map_only(Tensor, Tensor.clone, output)
+    with no_endless_nesting():
+        return tree_map_only(Tensor, Tensor.clone, output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -13,6 +13,10 @@ from nni_haloc.utils.errors import HalocError, printable
 
 NAMES = ("logits", "out", "output")
 """Names of the logits among several outputs; the first that is there counts."""
+
+
+_DEEPEST = 50
+"""Containers that a tensor of an output may be in, one in another."""
 
 
 def logits_of(output: Any) -> Tensor:
@@ -57,25 +61,47 @@ def plain(output: Any) -> Any:
 
     Returns:
         A tensor, or a tuple or dict of such; None if it holds no tensor.
+
+    Raises:
+        HalocError: if it contains itself, or is nested too deeply.
     """
+    return _plain(output, ())
+
+
+def _plain(output: Any, around: Sequence[Any]) -> Any:
+    """Return `plain` of what is inside other containers."""
     if isinstance(output, Tensor):
         return output
+    around = _within(output, around)
     if isinstance(output, tuple | list) and not hasattr(output, "_asdict"):
-        return tuple(p for p in map(plain, output) if p is not None) or None
-    found = {str(name): plain(value) for name, value in _entries(output).items()}
+        return tuple(p for part in output if (p := _plain(part, around)) is not None) or None
+    found = {str(name): _plain(value, around) for name, value in _entries(output).items()}
     return {name: value for name, value in found.items() if value is not None} or None
 
 
-def _found(output: Any) -> Tensor | None:
+def _within(output: Any, around: Sequence[Any]) -> Sequence[Any]:
+    """Return the containers around what is in an output.
+
+    Raises:
+        HalocError: if an output is inside itself, or too deep.
+    """
+    if len(around) == _DEEPEST or any(output is each for each in around):
+        kind = type(output).__name__
+        what = f"nested more than {_DEEPEST} times" if len(around) == _DEEPEST else "inside itself"
+        raise HalocError(f"the network's output: expected tensors, found a {kind} {what}")
+    return (*around, output)
+
+
+def _found(output: Any, around: Sequence[Any] = ()) -> Tensor | None:
     """Return the tensor that the rule of `logits_of` leads to, if there is one."""
     if output is None or isinstance(output, Tensor):
         return output
-    named = _entries(output)
+    around, named = _within(output, around), _entries(output)
     for name in NAMES:
         if named.get(name) is not None:
-            return _found(named[name])
+            return _found(named[name], around)
     if isinstance(output, tuple | list):
-        inner = (found for found in map(_found, output) if found is not None)
+        inner = (found for part in output if (found := _found(part, around)) is not None)
         return next((tensor for tensor in inner if tensor.dim() > 1), None)
     tensors = [value for value in named.values() if isinstance(value, Tensor)]
     return tensors[0] if len(tensors) == 1 else None
