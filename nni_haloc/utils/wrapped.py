@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -40,6 +41,8 @@ def _without_compiled_parts(module: nn.Module, made: dict[int, nn.Module]) -> nn
         module: it is left as it is.
         made: what is returned for modules, by their ids.
     """
+    if isinstance(module, torch.jit.ScriptModule):  # nothing in it can be compiled
+        return module
     inner = module._modules.get(_COMPILED)
     if inner is not None:
         return _without_compiled_parts(inner, made)
