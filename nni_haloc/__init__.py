@@ -13,7 +13,8 @@ _program = " ".join(sys.orig_argv).partition(" -m")[2].lstrip()
 if sys.argv[:1] == ["-m"] and _program.startswith("nni_haloc."):
     # Of ``python -m nni_haloc.trial`` the current folder is the first place where Python looks for
     # modules. Make it the last one: a random.py there is not meant for all packages.
-    sys.path.sort(key=os.path.abspath(".").__eq__)
+    _here = os.path.abspath(".")
+    sys.path.sort(key=lambda place: str(place) == _here)  # a place may be a Path
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

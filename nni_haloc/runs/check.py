@@ -88,7 +88,7 @@ def _check_budgets(config: Config, model: nn.Module, example: Tensor) -> None:
         if not kept:
             raise ValueError(why_nothing(model, left_alone))
         if limits:
-            check_feasible(kept, limits)
+            check_feasible(kept, limits, left_alone)
 
 
 def _check_network(config: Config) -> None:

@@ -273,7 +273,9 @@ def compress_model(
         metrics["compressed"] |= measured_of_budget(
             [(task.limit.facts(plan.names), costs.identity)],
             timing.identity().get("device") or hardware(device),
-            lambda metric: known.get(metric) or measure_energy(network, example, timing),
+            lambda metric: (
+                known[metric] if metric in known else measure_energy(network, example, timing)
+            ),
         )
     measured = {**timing.identity(), "input": list(example.shape)}
     return Compressed(network, plan, costs, metrics, measured, call)
@@ -343,8 +345,9 @@ class _Task:
         candidates = layers.candidates(self.allowed)
         pinned = [name for name in candidates if self.allowed.pins(name)]
         kept, dropped = worthwhile(candidates, [self.limit.costs], pinned)
+        left_alone = {**layers.left_alone, **dropped}
         if not kept:
-            raise ValueError(why_nothing(self.model, {**layers.left_alone, **dropped}))
+            raise ValueError(why_nothing(self.model, left_alone))
         problem = Problem(
             self.model,
             layers.specs,
@@ -354,6 +357,7 @@ class _Task:
             self.labels,
             seed=self.seed,
             train=self.train,
+            left_alone=left_alone,
         )
         plan = plan_by_rule(problem, rule)
         return plan, problem.network(plan.names)

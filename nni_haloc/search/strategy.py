@@ -169,7 +169,8 @@ class Haloc(DARTS):
         if select == "argmax":
             choice = {name: layer.export({})[name] for name, layer in self.mixed_layers.items()}
         else:
-            choice = choose(self.scores(), limits, self.options.min_use)
+            left_alone = self.supernet.left_alone
+            choice = choose(self.scores(), limits, self.options.min_use, left_alone)
         main, *also = (
             {**limit.facts(choice), "expected_cost": self.state.known_cost(limit)}
             for limit in limits
@@ -222,10 +223,10 @@ class Haloc(DARTS):
         """
         if not isinstance(model, RankSpace):
             raise TypeError(f"Haloc searches a RankSpace, found {type(model).__name__}")
-        check_feasible(model.candidates, self.limits)
+        check_feasible(model.candidates, self.limits, model.left_alone)
         if self.options.budget_range is not None:
             least = Limit.of(self.costs, min(self.options.budget_range))
-            check_feasible(model.candidates, [least, *self.limits[1:]])
+            check_feasible(model.candidates, [least, *self.limits[1:]], model.left_alone)
         supernet = super().mutate_model(copy_of(model, {id(model.original): model.original}))
         # NNI replaces a module under the first of its names; the others must lead to the same one.
         mixed = {m.label: m for m in supernet.modules() if isinstance(m, MixedRankLayer)}

@@ -129,8 +129,9 @@ def _problem(job: Job) -> Problem:
     every = known_candidates(layers, spaces, costs)
     pinned = [name for name in every if allowed.pins(name)]
     candidates, dropped = worthwhile(every, costs, pinned)
+    left_alone = {**layers.left_alone, **dropped}
     if not candidates:
-        raise ValueError(why_nothing(job.model, {**layers.left_alone, **dropped}))
+        raise ValueError(why_nothing(job.model, left_alone))
     images, labels = job.splits.labelled("plain", r.calibration_images, config.seed)
     bf16 = config.search.precision == "bf16-mixed"
     method = None if r.decomposition == "auto" else r.decomposition
@@ -145,4 +146,5 @@ def _problem(job: Job) -> Problem:
         config.seed,
         job.loader("train", shuffle=True),
         bf16,
+        left_alone,
     )

@@ -178,7 +178,7 @@ def _prepare(job: Job) -> tuple[Haloc, RankSpace]:
     method = None if r.decomposition == "auto" else r.decomposition
     nested = s.supernet == "nested"
     space = RankSpace(job.model, job.example, costs, allowed, calibration, method, nested)
-    check_feasible(space.candidates, limits)
+    check_feasible(space.candidates, limits, space.left_alone)
     _log_space(space, limits)
     start = _sensitivities(job, space) if s.start == "sensitivity" else None
     options = s.model_dump(include=set(SearchOptions.model_fields))

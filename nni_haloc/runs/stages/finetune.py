@@ -57,7 +57,7 @@ class Finetune(Stage):
             outcome.figures |= measured_of_budget(
                 limits_of_plan(job.config, before.plan, job.folder),
                 job.device,
-                lambda metric: known.get(metric) or job.energy(network),
+                lambda metric: known[metric] if metric in known else job.energy(network),
             )
         job.save(network, before.plan)
         if is_first():

@@ -23,6 +23,7 @@ from nni_haloc.utils.errors import Diverged, SettingsError
 from nni_haloc.utils.files import whole
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
+from nni_haloc.utils.wrapped import unwrapped
 
 
 class Pretrain(Stage):
@@ -108,7 +109,7 @@ def train_original(config: Config, *, resume: bool = False) -> Figures:
         if not is_first():
             return {}
         with whole(out) as part:
-            save_model(outcome.network, str(part))
+            save_model(unwrapped(outcome.network), str(part))
         warn_of_doubts({"original": {**outcome.figures, **job.guessing(config.data.score)}})
     shown = ", ".join(f"{name} {100 * value:.2f} %" for name, value in outcome.figures.items())
     logger.info("%s: %s", out, shown)
