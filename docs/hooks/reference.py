@@ -1,4 +1,4 @@
-"""Write the generated parts of pages, at each place `<!-- NAME -->`; show files of the top level."""
+"""Write the generated parts of pages, at each place `<!-- NAME -->`, and show top-level files."""
 
 from __future__ import annotations
 

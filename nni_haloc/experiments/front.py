@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from nni_haloc.utils.errors import SettingsError
-from nni_haloc.utils.files import whole
+from nni_haloc.utils.files import is_number, whole
 
 _LABELS = {"latency_ms": "measured latency", "macs": "MACs", "params": "parameters"}
 COSTS = tuple(_LABELS)
@@ -73,9 +73,10 @@ def front_of(rows: Iterable[Mapping[str, Any]], cost: str = "latency_ms") -> lis
 def _place(row: Mapping[str, Any], cost: str) -> tuple[Mapping[str, Any], float, float] | None:
     """Return a trial, its share of the original's cost, and its accuracy, of its last stage."""
     for stage in STAGES:
-        values = [row.get(key) for key in (f"{stage}{cost}", f"{stage}top1", f"original_{cost}")]
-        if all(isinstance(value, (int, float)) for value in values) and values[2] > 0:
-            return row, values[0] / values[2], values[1]
+        values = [row.get(f"{stage}{cost}"), row.get(f"{stage}top1"), row.get(f"original_{cost}")]
+        numbers = [float(value) for value in values if value is not None and is_number(value)]
+        if len(numbers) == 3 and numbers[2] > 0:
+            return row, numbers[0] / numbers[2], numbers[1]
     return None
 
 
