@@ -16,6 +16,7 @@ import nni_haloc
 from nni_haloc.experiments.keys import check_keys, spell_as_nni
 from nni_haloc.inputs.config import Config, parse_config, set_dotted
 from nni_haloc.inputs.reference import list_settings
+from nni_haloc.inputs.yaml_files import parse_yaml
 from nni_haloc.utils.errors import SettingsError
 
 KEYS = {".".join(place) for place in FIELDS}
@@ -90,7 +91,7 @@ BLOCKS = [
 
 @pytest.mark.parametrize("text", BLOCKS)
 def test_a_file_of_settings_in_the_documentation_is_one(text):
-    content = yaml.safe_load(text)
+    content = parse_yaml(text)
     if "trialCommand" in content:
         lacking = "openpai" in text  # NNI 3 has lost it, as the page says
         file = Path("haloc.yml")
@@ -151,7 +152,7 @@ def said_to_be_defaults():
     """Yield what a page calls the default: ``key: value``, ``--option VALUE``, ``name=value``."""
     for name in TODAY:
         text = " ".join(PAGES[name].split())
-        yield from re.findall(r"(?<!`)`([^`]+)`(?:,| \() ?the default\b", text)
+        yield from re.findall(r"(?<!`)`([^`]+)`(?:,| \() ?(?:the )?default\b", text)
 
 
 def default_of(text):

@@ -100,6 +100,9 @@ def from_pretrained(
         local_files_only: whether to take what was fetched before, without asking the hub.
         endpoint: address of another hub.
 
+    Returns:
+        The network.
+
     Raises:
         FileNotFoundError: if there is no such folder, or a file is missing; it names the file.
         ValueError: names the file that is damaged or does not fit.

@@ -20,6 +20,8 @@ def _pages():
     yield from ((name, (ROOT / name).read_text()) for name in ("README.md", "CHANGELOG.md"))
     for path in sorted(DOCS.rglob("*.md")):
         address = path.relative_to(DOCS).as_posix()
+        if address in reference.COPIES:  # the files themselves are there
+            continue
         yield f"docs/{address}", reference.written_out(address, path.read_text())
 
 
