@@ -209,7 +209,7 @@ def plot_minutes(rows: Sequence[Row], path: Path) -> None:
 
 def plot_latency(rows: Sequence[Row], path: Path) -> None:
     """Draw top-1 over the measured share of the latency, the original marked."""
-    figure = Figure(figsize=(7, 4), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(7, 3.3), layout="constrained", facecolor="white")
     axes = figure.subplots()
     original = next(row for row in rows if row["method"] == "original")
     for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "original"):
