@@ -16,6 +16,7 @@ from nni_haloc.inputs.schema import (
     Cost,
     CountOrNone,
     Data,
+    ExistingPath,
     Finetune,
     Model,
     Processes,
@@ -48,6 +49,7 @@ class Config(Section):
 
     ``preset: paper`` sets what the paper fixes; naming one of those keys beside it is an error. Its
     rule is the search, unless another one is named.
+    ``plan``, a file as `haloc plan --out` writes it, has the ranks themselves (rule ``plan``).
     A stage that another package adds has a section of its own, under the stage's name.
     """
 
@@ -58,6 +60,7 @@ class Config(Section):
     cost: Cost = Cost()
     budget: Budget
     rule: Rule = "sensitivity-knapsack"
+    plan: ExistingPath | None = None
     search: Search = Search()
     finetune: Finetune = Finetune()
     prune: Prune | None = None
@@ -73,7 +76,9 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _write_out(cls, content: Any) -> Any:
-        """Write ``budget: 0.5`` out as ``budget: {fraction: 0.5}``."""
+        """Write ``budget: 0.5`` out as ``budget: {fraction: 0.5}``; a plan's rule is ``plan``."""
+        if isinstance(content, dict) and content.get("plan") is not None:
+            content = {"rule": "plan", **content}
         if not isinstance(content, dict) or isinstance(content.get("budget", {}), (dict, Budget)):
             return content
         fraction = content["budget"]
@@ -94,6 +99,11 @@ class Config(Section):
         if warmup >= epochs:
             expected = f"must be below search.epochs ({epochs})"
             raise ValueError(f"search.warmup_epochs: {expected}, found {warmup}")
+        if self.plan is not None and self.rule != "plan":
+            expected = "expected 'plan', or none, beside the file 'plan'"
+            raise ValueError(f"rule: {expected}, found {self.rule!r}; leave one of them out")
+        if self.plan is None and self.rule == "plan":
+            raise ValueError("plan: the rule 'plan' needs a file (haloc plan FOLDER --out FILE)")
         return self
 
 
@@ -176,7 +186,7 @@ def dump_config(config: Config) -> dict[str, Any]:
 def _apply_preset(content: dict[str, Any], path: Path) -> None:
     """Set what the settings' ``preset`` fixes; refuse a setting that says otherwise."""
     preset = content.get("preset")
-    if preset == "paper":
+    if preset == "paper" and content.get("plan") is None:
         content.setdefault("rule", "search")
     for section, fixed in PRESETS.get(preset if isinstance(preset, str) else "", {}).items():
         values = content.setdefault(section, {})

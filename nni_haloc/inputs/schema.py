@@ -229,7 +229,7 @@ Classes = Annotated[list[str] | str, BeforeValidator(_classes)]
 PerChannel = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1)]
 METRICS = ("macs", "params", "activation_bytes", "latency_ms", "cycles", "energy_pj", "energy_mj")
 Metric = Annotated[str, AfterValidator(_metric)]
-Rule = Annotated[str, AfterValidator(_one_of("search", RULES))]
+Rule = Annotated[str, AfterValidator(_one_of("search", "plan", RULES))]
 DataName = Annotated[str, AfterValidator(_one_of(DATA))]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Device = Annotated[str, AfterValidator(_device)]

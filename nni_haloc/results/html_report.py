@@ -20,7 +20,7 @@ from nni_haloc.inputs.registries import STAGES
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results import figures
 from nni_haloc.results.bench import TEXT, bench_table
-from nni_haloc.runs.folder import Figures, RunFolder
+from nni_haloc.runs.folder import Figures, RunFolder, find_run
 from nni_haloc.runs.kept import OF_BUDGET
 from nni_haloc.runs.plausibility import doubts
 from nni_haloc.runs.run import RESULT, flatten, gains
@@ -59,13 +59,7 @@ def html_report(path: str | Path) -> str:
     Raises:
         SettingsError: names the file, if there is no run or one of its files is damaged.
     """
-    given, folder = Path(path), RunFolder(path)
-    inside = RunFolder(folder.path / "haloc")
-    if inside.ranks.is_file():
-        folder = inside
-    if not folder.ranks.is_file():
-        expected = "expected the folder of a finished run (haloc run, haloc search, a trial)"
-        raise SettingsError(f"{folder.ranks}: no such file; {expected}")
+    given, folder = Path(path), find_run(path)
     plan = RankPlan.load(folder.ranks)
     run = folder.read_metrics()
     stages = {name: _numbers(row) for name, row in folder.metrics().items()}
