@@ -147,17 +147,22 @@ def _reason(
     if costs is None or chosen.cost is None:
         return ""
     if cheaper is not None and cheaper.cost is not None:
-        saved = percent((chosen.cost - cheaper.cost) / costs.original)
+        saved = _share((chosen.cost - cheaper.cost) / costs.original)
         text = f"next lower rank {cheaper.name} saves {saved} of the network's cost"
         return f"{text}{_but(chosen, cheaper)}"
     if chosen.name == DENSE:
         return "dense: every low rank is dearer"
     if dearer is not None and dearer.cost is not None:
-        more = percent((dearer.cost - chosen.cost) / costs.original)
+        more = _share((dearer.cost - chosen.cost) / costs.original)
         higher = DENSE if dearer.name == DENSE else f"next higher rank {dearer.name}"
         text = f"the cheapest: {higher} takes {more} more of the network's cost"
         return f"{text}{_but(chosen, dearer)}"
     return "the cheapest"
+
+
+def _share(share: float) -> str:
+    """Write a share of the network's cost as a percentage; a small one is not 0.0 %."""
+    return percent(share) if share >= 5e-4 else f"{100 * share:.1g} %"
 
 
 def _but(chosen: Candidate, other: Candidate) -> str:
