@@ -136,7 +136,7 @@ class LayerSpec:
             return cls(name, "linear", module.in_features, module.out_features, input_shapes, bias)
         if not isinstance(module, nn.Conv2d) or module.groups != 1:
             raise TypeError(
-                f"{name}: expected an nn.Linear or an ungrouped nn.Conv2d, found {module}"
+                f"{name}: expected an nn.Linear or an ungrouped nn.Conv2d, found {type(module).__name__}"
             )
         return cls(
             name,

@@ -44,7 +44,7 @@ def problems():
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problems())
 def test_a_refitted_plan_is_the_best_that_holds_the_wishes(drawn):
     """Against every network of the space: within every limit, of those that use the budget."""

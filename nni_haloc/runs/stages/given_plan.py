@@ -12,7 +12,7 @@ from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.options import Kind
 from nni_haloc.plan.budget import Limit
-from nni_haloc.plan.compression import compress
+from nni_haloc.plan.compression import compress, layer_specs
 from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.job import Job
@@ -69,22 +69,21 @@ def fit_plan(
         plan = RankPlan.load(file)
     if not plan.ranks:
         raise SettingsError(f"{where}: expected layers and their ranks, found none")
-    modules = dict(model.named_modules())
     with as_one_line(where=where):
-        for name in plan.ranks:
-            if name not in modules:
-                raise ValueError(f"layer {name!r} is not in {config.model.name}")
+        layer_specs(model, plan)
         # Each layer of the plan is pinned by its name, in which nothing is a pattern.
         pins = {glob.escape(name): _pin(rank) for name, rank in plan.ranks.items()}
         others = [
             glob.escape(name)
-            for name, module in modules.items()
+            for name, module in model.named_modules()
             if isinstance(module, LAYERS) and name not in plan.ranks
         ]
         kinds: tuple[Kind, ...] = get_args(Kind)
         allowed = AllowedRanks(kinds=kinds, exclude=tuple(others), pin=pins)
-        layers = find_layers(model, example, allowed)
-        layers.candidates(allowed)
+        try:
+            layers = find_layers(model, example, allowed)
+        except ValueError as error:  # a layer that can't be replaced by others
+            raise ValueError(str(error).removeprefix("pin: ")) from None
     reasons = _reasons(config, model, example, layers)
     return plan, Layers(layers.specs, reasons), allowed
 
