@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,9 @@ from nni_haloc.utils.quiet import quiet
 
 TEXT = ("layer", "reason", "rank before", "rank after", "")
 """Headings of the columns that hold text."""
+
+_WIDE, _NARROW = 140, 105
+"""Columns of a terminal that has room for the whole table, and for the table without neighbours."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +267,9 @@ def _neighbour(candidate: Candidate | None) -> str:
 def print_plan(files: PlanFiles) -> None:
     """Print a run's plan as a table, with what it costs and how far it moves the outputs."""
     columns, rows = plan_cells(files.rows(), files.costs.metric if files.costs else "")
+    spare = _spare() if sys.stdout.isatty() else ()
+    kept = [i for i, name in enumerate(columns) if not name.startswith(spare)]
+    columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
     print_table(str(files.folder), columns, rows, text=TEXT)
     facts = files.facts(files.plan)
     for cost in facts["costs"]:
@@ -270,6 +278,14 @@ def print_plan(files: PlanFiles) -> None:
         print(f"foretold movement of the outputs: {facts['movement']:.3g}, sum of sensitivities")
     else:
         print(f"no sensitivities: {_why_not_measured(files)}")
+
+
+def _spare() -> tuple[str, ...]:
+    """Return the columns that a narrow terminal has no room for; `haloc plan --json` has all."""
+    width = shutil.get_terminal_size().columns
+    if width >= _WIDE:
+        return ()
+    return ("left", "next ") if width >= _NARROW else ("left", "next ", "dense, ")
 
 
 def _why_not_measured(files: PlanFiles) -> str:
