@@ -19,7 +19,7 @@ from nni_haloc.utils.errors import HalocError, out_of_memory, printable, reason_
 from nni_haloc.utils.interruption import stoppable
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
-for commands in (compress, table, costs, heatmap, after, plan, plot, experiments):
+for commands in (compress, table, costs, heatmap, plan, after, plot, experiments):
     app.add_typer(commands)  # in the order of the work
 
 

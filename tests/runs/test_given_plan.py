@@ -12,16 +12,19 @@ from helpers.pages import Page
 from helpers.paths import DIGITS
 
 from nni_haloc.cli.main import main
+from nni_haloc.costs.counts import count_macs
 from nni_haloc.inputs.config import load_config, parse_config
 from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results import plan_table
 from nni_haloc.results.html_report import html_report
 from nni_haloc.results.plan_table import PlanFiles, change_plan, plan_content
+from nni_haloc.runs.check import check_runs
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.runs.identity import finetuning_identity
 from nni_haloc.runs.job import Job
-from nni_haloc.runs.stages.given_plan import fit_plan
+from nni_haloc.runs.run import search_only
+from nni_haloc.runs.stages.given_plan import fit_plan, given_plan
 from nni_haloc.space.candidates import build_candidates
 from nni_haloc.space.modules import replace_modules
 from nni_haloc.space.names import parse_rank
@@ -363,3 +366,51 @@ def test_what_is_not_timed_says_why(latencies):
     _, content = change_plan(PlanFiles.read(folder), ["block4.conv=16"])
     assert "expected the settings of a finished run" in content["not_timed"]
     assert timed == []
+
+
+def test_a_search_keeps_what_it_starts_from(tmp_path):
+    """Its sensitivities are those of the candidates that it chooses from."""
+    changes = {**CHANGES, "search.epochs": 1, "data.share": 0.25}
+    strategy = search_only(load_config(DIGITS, changes), tmp_path)
+    known = KnownLayers.load(tmp_path / "layers.json")
+    assert known.measured
+    assert {layer: list(row) for layer, row in known.candidates.items()} == {
+        layer: list(row) for layer, row in strategy.probabilities.items()
+    }
+    assert "classifier" in known.left_alone
+    new, _ = change_plan(PlanFiles.read(tmp_path), ["block4.conv=16"])
+    assert new.names["block4.conv"] == "r16"
+
+
+def test_a_given_plan_above_the_budget_is_a_warning_with_the_numbers(job, tmp_path, caplog):
+    file = tmp_path / "plan.json"
+    ranks = {"block2.conv": (31, 20), "classifier": (3,)}
+    RankPlan(ranks).save(file)
+    config = load_config(DIGITS, {**CHANGES, "rule": "plan", "plan": str(file), "budget": 0.2})
+    plan, network, known = given_plan(job.at(config, tmp_path))
+    macs = plan.chosen_by["cost"]
+    assert macs == count_macs(network, job.example)
+    original = count_macs(job.model, job.example)
+    assert plan.chosen_by["budget"] == pytest.approx(0.2 * original)
+    assert f"{macs / plan.chosen_by['budget']:.2f} times the budget" in caplog.text
+    assert plan.ranks == ranks
+    assert known.left_alone["block3.conv"] == "not in the plan"
+
+
+def test_a_rank_that_the_cost_table_lacks_is_one_line(job, finished, tmp_path):
+    file = tmp_path / "plan.json"
+    RankPlan({"block2.conv": (31, 5)}).save(file)
+    changes = {"rule": "plan", "plan": str(file), "cost.table": str(finished / "costs.json")}
+    with pytest.raises(SettingsError) as error:
+        given_plan(job.at(load_config(DIGITS, changes), tmp_path))
+    message = "the cost table has no entry for layer 'block2.conv', candidate 'r31x5'"
+    assert str(error.value) == f"plan: {file}: {message}"
+
+
+def test_a_plan_is_checked_before_an_experiment(tmp_path):
+    file = tmp_path / "plan.json"
+    RankPlan({"block2.conv": (8, 8)}).save(file)
+    check_runs([load_config(DIGITS, {"rule": "plan", "plan": str(file)})])
+    RankPlan({"block9.conv": (8, 8)}).save(file)
+    with pytest.raises(SettingsError, match=r"block9\.conv"):
+        check_runs([load_config(DIGITS, {"rule": "plan", "plan": str(file)})])
