@@ -1,6 +1,31 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+HOME = "https://github.com/nni-haloc/nni-haloc"
+"""The repository. README's links are relative, so that they lead somewhere in a checkout of any
+branch, too; a package index needs them absolute."""
+
+
+def version() -> str:
+    """Read the version where it is written, without importing the package."""
+    source = (ROOT / "nni_haloc" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"', source, re.MULTILINE)[1]
+
+
+def long_description() -> str:
+    """Return README.md with links and images that work outside of the repository."""
+
+    def absolute(link: re.Match) -> str:
+        is_image, place = link[1].startswith("!"), link[2]
+        kind = "raw" if is_image else "blob"
+        return f"{link[1]}({HOME}/{kind}/v{version()}/{place})"
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"(!?\[[^\]]*\])\((?![a-z]+:|#)([^)]+)\)", absolute, text)
+
 
 NNI_PLATFORMS = "platform_machine == 'x86_64' or platform_machine == 'AMD64'"
 """NNI has wheels for these alone."""
@@ -14,6 +39,7 @@ EXTRAS = {
     ],
     "tensorboard": ["tensorboard>=2.18"],
     "energy": ["nvidia-ml-py>=12"],
+    "hub": ["huggingface_hub>=2.0"],
 }
 TEST = [
     "pytest>=8.0",
@@ -24,18 +50,48 @@ TEST = [
     "import-linter>=2.17",  # it has contracts on circles
     "mypy>=1.15",
     "playwright>=1.40",
+    "build>=1.2",
+    "nbclient>=0.10",
+    "ipykernel>=6.29",
     "types-PyYAML>=6.0",
     "types-requests>=2.31",
 ]
 
 setup(
     name="nni-haloc",
-    version="0.2.0",
+    version=version(),
     description="Hardware-aware automatic low-rank compression (HALOC) of convolutional networks, "
     "as an NNI plugin",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
+    url=HOME,
+    project_urls={
+        "Documentation": f"{HOME}/tree/main/docs",
+        "Changes": f"{HOME}/blob/main/CHANGELOG.md",
+        "Issues": f"{HOME}/issues",
+    },
     license="MIT",
+    license_files=["LICENSE"],
+    keywords=[
+        "model compression",
+        "low-rank",
+        "Tucker decomposition",
+        "rank selection",
+        "hardware-aware",
+        "neural architecture search",
+        "NNI",
+        "PyTorch",
+    ],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=find_packages(include=["nni_haloc", "nni_haloc.*"]),
     package_data={
         "nni_haloc": ["py.typed", "results/templates/*.html", "experiments/patience.cjs"]
@@ -58,7 +114,7 @@ setup(
     extras_require={
         **EXTRAS,
         "test": [*TEST, *(package for extra in EXTRAS.values() for package in extra)],
-        "docs": ["mkdocs>=1.6"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=1.0", "mkdocs-jupyter>=0.25"],
     },
     entry_points={"console_scripts": ["haloc=nni_haloc.cli.main:main"]},
 )

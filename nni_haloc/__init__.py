@@ -13,10 +13,10 @@ _program = " ".join(sys.orig_argv).partition(" -m")[2].lstrip()
 if sys.argv[:1] == ["-m"] and _program.startswith("nni_haloc."):
     # Of ``python -m nni_haloc.trial`` the current folder is the first place where Python looks for
     # modules. Make it the last one: a random.py there is not meant for all packages.
-    sys.path.sort(key=os.path.abspath(".").__eq__)
+    _here = os.path.abspath(".")
+    sys.path.sort(key=lambda place: str(place) == _here)  # a place may be a Path
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from nni_haloc.utils.versions import check_supported
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from nni_haloc.results.html_report import html_report
     from nni_haloc.runs.compress_model import Compressed, compress_model
     from nni_haloc.runs.folder import RunFolder
+    from nni_haloc.runs.hub import from_pretrained, push_to_hub
     from nni_haloc.runs.run import run
     from nni_haloc.runs.saved import load, save
     from nni_haloc.runs.stages.stage import NetworkStage, Stage
@@ -86,6 +87,10 @@ _HOMES = {
         "compress_model",
     ),
     "runs.folder": ("RunFolder",),
+    "runs.hub": (
+        "from_pretrained",
+        "push_to_hub",
+    ),
     "runs.run": ("run",),
     "runs.saved": (
         "load",
@@ -131,10 +136,7 @@ _RENAMED = {"front": "pareto_front", "RankRules": "AllowedRanks"}
 
 __all__ = sorted(["__version__", *(name for names in _HOMES.values() for name in names)])
 
-try:
-    __version__ = version("nni-haloc")
-except PackageNotFoundError:  # a copy of the sources on a device
-    __version__ = "unknown"
+__version__ = "0.2.0"  # its only place: setup.py reads it here
 
 check_supported()
 

@@ -87,7 +87,7 @@ def loaded_by(program):
 
 HEAVY = {
     "nni", "pytorch_lightning", "torchmetrics", "typer", "rich", "pydantic", "scipy", "sklearn",
-    "matplotlib", "tensorly", "torchvision", "pandas", "jinja2", "filelock",
+    "matplotlib", "tensorly", "torchvision", "pandas", "jinja2", "filelock", "huggingface_hub",
 }  # fmt: skip
 """What neither a device that measures nor one that runs a compressed network needs."""
 SHAPES = {"digits_cnn": (1, 1, 8, 8), "torchvision:squeezenet1_1": (1, 3, 64, 64)}

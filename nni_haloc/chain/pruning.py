@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import get_args
 
 import torch
-import torch.nn.functional as F
 from nni.compression.pruning import FPGMPruner, L1NormPruner, TaylorPruner
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from nni_haloc.chain.workarounds import Loop, Masks, pruning_settings, speed_up,
 from nni_haloc.inputs.labels import check_labels
 from nni_haloc.inputs.options import Pruner
 from nni_haloc.space.modules import copy_of, evaluating
-from nni_haloc.space.outputs import logits_of
+from nni_haloc.space.outputs import cross_entropy, logits_of
 from nni_haloc.space.summary import by_reason
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.placement import accelerated
@@ -103,6 +102,6 @@ def _gradients(
         for images, labels in batches:
             network.zero_grad()
             logits = logits_of(network(images.to(device)))
-            F.cross_entropy(logits, check_labels(labels, logits.shape).to(device)).backward()
+            cross_entropy(logits, check_labels(labels, logits.shape).to(device)).backward()
             after_step()
     network.zero_grad()

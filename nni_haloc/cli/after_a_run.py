@@ -63,7 +63,10 @@ def prune_command(
     code: Code = None,
     resume: Resume = False,
 ) -> None:
-    """Remove channels with a pruner of NNI's, and fine-tune."""
+    """Remove channels with a pruner of NNI's, and fine-tune.
+
+    The network is the one of FOLDER: the fine-tuned one of a run, or a stage's.
+    """
     options = {"pruner": pruner, "sparsity": sparsity, "epochs": epochs}
     _stage("prune", folder, options, out, set_, code, resume)
 
@@ -117,7 +120,7 @@ def export_command(
     format_: Annotated[
         str,
         typer.Option(
-            "--format", metavar="FORMATS", help="Some of onnx, program, safetensors, int8."
+            "--format", metavar="FORMATS", help="Formats: some of onnx, program, safetensors, int8."
         ),
     ] = "onnx,program,safetensors,int8",
     out: Annotated[
@@ -126,7 +129,10 @@ def export_command(
     ] = None,
     code: Code = None,
 ) -> None:
-    """Write the network for other runtimes, each file checked."""
+    """Write the network for other runtimes, each file checked.
+
+    The table that it prints says what was checked of each file.
+    """
     factories = trust(code)
     from nni_haloc.results.export import FORMATS, export
 
@@ -191,7 +197,14 @@ def report_command(
         Path | None, typer.Option(metavar="FILE", help="The page (default: FOLDER/report.html).")
     ] = None,
 ) -> None:
-    """Write one HTML page: figures, ranks, curves, settings."""
+    """Write one HTML page: figures, ranks, curves, settings.
+
+    The page loads nothing from elsewhere and runs no scripts. It has the figures
+    of each stage, the table of haloc bench, the rank and the remaining cost of
+    every layer, the curves of the search and the trainings, the settings, the
+    commands that repeat the run, and the versions that it was made with. What the
+    folder does not have is left out.
+    """
     from nni_haloc.runs.folder import RunFolder, hold
     from nni_haloc.utils.files import make_folder, whole
 

@@ -73,7 +73,18 @@ def run_command(
     resume: Resume = False,
     json_: Json = False,
 ) -> None:
-    """Compress a trained network: choose ranks, decompose, fine-tune."""
+    """Compress a trained network: choose ranks, decompose, fine-tune.
+
+    With --resume, the run goes on from what an interrupted run of the same
+    settings left in the folder; if nothing is there, it starts anew. Settings
+    that the search does not depend on may have changed, those of finetune above
+    all: fine-tuning then starts anew. Any other change is refused by name. A rule
+    that was interrupted starts anew. Without --resume, the run replaces what is
+    in the folder.
+
+    The run ends with a table of the original and the compressed network. With
+    --json it prints the folder and the figures by stage, as in metrics.json.
+    """
     if rule is not None:
         _check_rule(rule, (SEARCH, *RULES))
     if rule is not None and plan is not None:
@@ -91,7 +102,12 @@ def search_command(
     scale: Scale = None,
     resume: Resume = False,
 ) -> None:
-    """Search for ranks only; haloc run --rule search --resume goes on."""
+    """Search for ranks only; haloc run --rule search --resume goes on.
+
+    That command fine-tunes the network that the search has found. With another
+    rule it refuses the folder, and the search stays. Here, --resume works as in
+    haloc run.
+    """
     config, _ = _settings(run_file, set_, scale)
     if config.rule != SEARCH and "rule" in config.model_fields_set:
         raise SettingsError(
@@ -109,7 +125,7 @@ def search_command(
     if is_first():
         following = {
             f"haloc run {run_file} --rule {SEARCH} --out {out} --resume": "fine-tune, same --set",
-            f"haloc front {out} --budgets 0.6,0.5,0.4": "plans for other budgets",
+            f"haloc front {out} --budgets 0.6,0.5,0.4{code_of(config, run_file)}": "other budgets",
         }
         print_next(out, following)
 
@@ -118,7 +134,10 @@ def search_command(
 def train_command(
     run_file: RunFile, set_: Changes = None, scale: Scale = None, resume: Resume = False
 ) -> None:
-    """Train the original network, if you have no weights yet."""
+    """Train the original network, if you have no weights yet.
+
+    The settings say how, in the section train, and where to, by the key weights.
+    """
     config, _ = _settings(run_file, set_, scale, training=True)
     from nni_haloc.runs.folder import RunFolder
     from nni_haloc.runs.job import logged
@@ -153,7 +172,12 @@ def front_command(
     ] = None,
     code: Code = None,
 ) -> None:
-    """Make plans for many budgets from one finished search."""
+    """Make plans for many budgets from one finished search.
+
+    Budgets are fractions of the original's cost in the metric of the settings.
+    The folder gets front.json, front.png and, for each budget, a folder that
+    nni_haloc.load takes. Nothing is fine-tuned.
+    """
     fractions = comma_separated("--budgets", budgets, float, "fractions")
     factories = trust(code)
     with needs_plots("front"):
@@ -183,7 +207,8 @@ def throughput_command(
         str | None,
         typer.Option(
             metavar="DEVICES",
-            help="Some of torch, onnxruntime, eyeriss, cuda (default: all that are here).",
+            help="Devices, such as torch,cuda: some of torch, onnxruntime, eyeriss, cuda "
+            "(default: all that are here).",
         ),
     ] = None,
     out: Out = Path("haloc-throughput"),
@@ -191,7 +216,14 @@ def throughput_command(
     scale: Scale = None,
     resume: Resume = False,
 ) -> None:
-    """Compress for each device here and compare speed (Table 3)."""
+    """Compress for each device here and compare speed (Table 3).
+
+    Each device gets a folder with a run of its own, whose budget.fraction is of
+    what the original costs there. throughput.json has a row for each device. A
+    later call replaces the rows of the devices that it measures and keeps the
+    others. An interrupted cost table goes on by itself; --resume goes on with the
+    runs.
+    """
     config, _ = _settings(run_file, set_, scale)
     from nni_haloc.runs.devices import at_hand, known_devices, print_throughput, throughput
     from nni_haloc.runs.folder import RunFolder
@@ -250,7 +282,17 @@ def _run(
         run(config, out, parameters=changes, resume=resume)
     if is_first():
         stages = folder.metrics()
-        print_json({"folder": str(out), "stages": stages}) if json_ else print_summary(out, stages)
+        if json_:
+            print_json({"folder": str(out), "stages": stages})
+        else:
+            print_summary(out, stages, code_of(config, run_file))
+
+
+def code_of(config: Any, run_file: Path) -> str:
+    """Return the option that later commands need to call a network's factory, or nothing."""
+    from nni_haloc.inputs.models import is_factory
+
+    return f" --code {run_file.parent}" if is_factory(config.model.name) else ""
 
 
 def _settings(

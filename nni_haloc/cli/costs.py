@@ -31,14 +31,14 @@ def measure_command(context: typer.Context) -> None:
 
     parser = measure_parser()
     if {"-h", "--help"} & set(context.args):
-        _show_help(parser)
+        as_app(parser)(["--help"], prog_name=parser.prog, standalone_mode=False)
     else:
         with as_one_line():
             measure_main(context.args)
 
 
-def _show_help(parser: argparse.ArgumentParser) -> None:
-    """Print an argparse parser's help in the style of the other commands.
+def as_app(parser: argparse.ArgumentParser) -> typer.Typer:
+    """Return a command whose help is an argparse parser's, in the style of the other commands.
 
     Devices that measure have no typer, so argparse declares and reads the options of `measure`.
     """
@@ -51,7 +51,7 @@ def _show_help(parser: argparse.ArgumentParser) -> None:
     )
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     app.command(help=parser.description)(command)
-    app(["--help"], prog_name=parser.prog, standalone_mode=False)
+    return app
 
 
 def _parameter(action: argparse.Action) -> Parameter:
@@ -139,12 +139,13 @@ def spec_command(
     ),
     onnx: Annotated[
         bool,
-        typer.Option(
-            "--onnx", metavar="", help="Carry ONNX models, too, for devices with ONNX Runtime."
-        ),
+        typer.Option("--onnx", metavar="", help="Add ONNX models, for devices with ONNX Runtime."),
     ] = False,
 ) -> None:
-    """List what another device has to measure."""
+    """List what another device has to measure.
+
+    There, haloc measure --spec reads the list; it needs no NNI and no Lightning.
+    """
     with as_one_line():
         from nni_haloc.costs.measure import model_of, specification
 
@@ -165,7 +166,10 @@ def steps_command(
         ),
     ],
 ) -> None:
-    """Show the ranks at which a device's cost jumps."""
+    """Show the ranks at which a device's cost jumps.
+
+    With rank_space.step: auto, a run chooses among the ranks just below the jumps.
+    """
     from nni_haloc.costs.stairs import rank_stairs
     from nni_haloc.costs.table import CostTable
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from nni_haloc.cli.options import NNI, Json, print_json
+from nni_haloc.cli.options import NNI, Json, needs_plots, print_json
 from nni_haloc.experiments.check import check_experiment
+from nni_haloc.experiments.front import COSTS, draw_front, front_of
 from nni_haloc.experiments.manager import create, resume, warm_up_manager
 from nni_haloc.experiments.results import trial_folders, trial_results, why_no_trials
 from nni_haloc.experiments.state import is_running
-from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.errors import SettingsError, as_one_line, expected_one_of
 from nni_haloc.utils.printing import print_table
 
 experiments = typer.Typer()
@@ -20,9 +21,11 @@ experiments = typer.Typer()
 HOME = Path("~/nni-experiments")
 Experiment = Annotated[
     str,
-    typer.Argument(metavar="ID", help="An NNI experiment, running or stopped.", show_default=False),
+    typer.Argument(
+        metavar="ID", help="Id of an NNI experiment, running or stopped.", show_default=False
+    ),
 ]
-Folder = Annotated[Path, typer.Option(metavar="FOLDER", help="Where NNI keeps its experiments.")]
+Folder = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of NNI's experiments.")]
 Port = Annotated[int, typer.Option(metavar="N", help="Port of NNI's manager and its web page.")]
 
 
@@ -30,14 +33,15 @@ Port = Annotated[int, typer.Option(metavar="N", help="Port of NNI's manager and 
 def check_command(
     experiment_file: Annotated[
         Path,
-        typer.Argument(metavar="HALOC.yml", help="An NNI experiment's file.", show_default=False),
+        typer.Argument(metavar="HALOC.yml", help="File of an NNI experiment.", show_default=False),
     ],
 ) -> None:
     """Check an experiment's file before nnictl create.
 
-    Checks the keys, makes tuner and assessor, and loads what the trials need:
-    settings, data, network, weights, cost tables. Also reads the files of NNI's
-    manager once: nnictl gives the manager only about three seconds to start.
+    The command checks the keys, makes tuner and assessor, and loads what the
+    trials need: settings, data, network, weights, cost tables. It reads the files
+    of NNI's manager once, too: nnictl gives the manager only some three seconds to
+    start.
     """
     trials = check_experiment(experiment_file)
     warm_up_manager()
@@ -48,16 +52,15 @@ def check_command(
 def create_command(
     experiment_file: Annotated[
         Path,
-        typer.Argument(metavar="HALOC.yml", help="An NNI experiment's file.", show_default=False),
+        typer.Argument(metavar="HALOC.yml", help="File of an NNI experiment.", show_default=False),
     ],
     port: Port = 8080,
 ) -> None:
     """Check an experiment, and create it with patience.
 
-    nnictl create gives NNI's manager some three seconds to start, and the
-    manager gives its tuner ten; on a slow machine both may be too few. Here they
-    have minutes. Everything else is as with nnictl, whose commands hold for the
-    experiment.
+    nnictl create gives NNI's manager some three seconds to start, and the manager
+    gives its tuner ten. On a slow machine both may be too few; here they have
+    minutes. The commands of nnictl hold for the experiment.
     """
     check_experiment(experiment_file)
     number = create(experiment_file, port)
@@ -69,6 +72,29 @@ def resume_command(experiment: Experiment, port: Port = 8080, folder: Folder = H
     """Resume a stopped experiment, with the patience of haloc create."""
     resume(folder.expanduser(), experiment, port)
     _print_running(experiment, port)
+
+
+def _print_front(rows: list[dict[str, Any]], cost: str, picture: Path, json_: bool) -> None:
+    """Draw the front of an experiment, and print it."""
+    points = front_of(rows, cost)
+    with needs_plots("results --pareto"), as_one_line(where=str(picture)):
+        draw_front(points, cost, picture)
+    best = [point for point in points if point.on_front]
+    if json_:
+        return print_json([point._asdict() for point in points])
+    tuned = list(dict.fromkeys(key for point in best for key in point.parameters))
+    columns = ["trial", *tuned, f"{cost}, % of the original", "top-1, %"]
+    cells = [
+        [
+            point.trial,
+            *map(point.parameters.get, tuned),
+            round(100 * point.share, 1),
+            round(100 * point.top1, 2),
+        ]
+        for point in best
+    ]
+    print_table(f"{len(best)} best of {len(points)} trials", columns, cells, text={"trial"})
+    return typer.echo(f"all trials: {picture}")
 
 
 def _print_running(number: str, port: int) -> None:
@@ -88,10 +114,28 @@ def results_command(
             help="Print each trial's folder, or the command that fetches it, instead.",
         ),
     ] = False,
+    pareto: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PNG",
+            help="Draw accuracy over cost into this file, and print the trials that no other"
+            " trial beats.",
+        ),
+    ] = None,
+    by: Annotated[
+        str, typer.Option(metavar="COST", help=f"Cost of --pareto: {', '.join(COSTS)}.")
+    ] = COSTS[0],
     json_: Json = False,
 ) -> None:
-    """Print the parameters and the results of all trials."""
+    """Print the parameters and the results of all trials.
+
+    If there are none, the command says why.
+    """
+    if by not in COSTS:
+        raise SettingsError(f"--by: {expected_one_of(COSTS, by)}")
     folder = folder.expanduser()
+    if pareto is not None:
+        return _print_front(trial_results(folder, experiment), by, pareto, json_)
     places = trial_folders(folder, experiment) if folders else {}
     rows = [] if folders else trial_results(folder, experiment)
     if not rows and not places:

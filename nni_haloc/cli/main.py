@@ -7,6 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from nni_haloc import __version__
 from nni_haloc.cli.after_a_run import after
 from nni_haloc.cli.compress import compress
 from nni_haloc.cli.costs import costs
@@ -14,20 +15,19 @@ from nni_haloc.cli.experiment import experiments
 from nni_haloc.cli.heatmap import heatmap
 from nni_haloc.cli.plan import plan
 from nni_haloc.cli.plot import plot
+from nni_haloc.cli.settings import settings
 from nni_haloc.cli.table import table
 from nni_haloc.utils.errors import HalocError, out_of_memory, printable, reason_of
 from nni_haloc.utils.interruption import stoppable
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
-for commands in (compress, table, costs, heatmap, plan, after, plot, experiments):
+for commands in (compress, table, settings, costs, heatmap, plan, after, plot, experiments):
     app.add_typer(commands)  # in the order of the work
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"nni-haloc {version('nni-haloc')}")
+        typer.echo(f"nni-haloc {__version__}")
         raise typer.Exit
 
 

@@ -42,7 +42,16 @@ def plot_command(
         Path | None, typer.Option(metavar="FILE", help="Trained weights of --model.")
     ] = None,
 ) -> None:
-    """Draw searches (Figure 4), or one layer's error (Figure 3)."""
+    """Draw searches (Figure 4), or one layer's error (Figure 3).
+
+    Of searches it draws loss, parameters and ranks, as PNG and SVG, from
+    search/history.csv and ranks.json. Curves are smoothed over 25 iterations,
+    short ones over fewer. The ranks show r1 above r2 if they differ in any layer,
+    and say which layers are dense.
+
+    With --layer, --model and --weights, and without folders, it draws the error
+    of the layer's kernel over r1 - r2.
+    """
     given = {"layer": layer, "model": model, "weights": weights}
     expected = "expected folders of searches, or --layer with --model and --weights"
     for name, value in given.items():

@@ -13,13 +13,14 @@ from nni_haloc.utils.files import is_number
 from nni_haloc.utils.printing import print_table
 
 
-def print_summary(folder: Path, stages: Mapping[str, Mapping[str, float]]) -> None:
+def print_summary(folder: Path, stages: Mapping[str, Mapping[str, float]], code: str = "") -> None:
     """Print a run's result, its folder and the next commands.
 
     Args:
         folder: the run's folder.
         stages: names of stages, the first one ``original``, to their figures, as
             `nni_haloc.runs.folder.RunFolder.metrics` returns them.
+        code: option for commands that make the original network again.
     """
     titles = {stage.name: stage.title for stage in all_stages()}
     networks = {
@@ -33,7 +34,7 @@ def print_summary(folder: Path, stages: Mapping[str, Mapping[str, float]]) -> No
         folder,
         {
             f"haloc report {folder}": "one HTML page on the run",
-            f"haloc bench {folder}": "every stage timed, in torch and ONNX Runtime",
+            f"haloc bench {folder}{code}": "every stage timed, in torch and ONNX Runtime",
         },
     )
 

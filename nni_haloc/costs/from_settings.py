@@ -17,7 +17,7 @@ from nni_haloc.costs.stairs import rank_stairs
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.registries import PREDICTORS
-from nni_haloc.inputs.schema import Space
+from nni_haloc.inputs.schema.space import Space
 from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.errors import SettingsError, as_one_line
 from nni_haloc.utils.files import why_unreadable

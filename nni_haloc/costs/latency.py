@@ -26,9 +26,23 @@ def latency_table(
     timing: Timing = Timing(),
     progress: Progress = lambda done, of: None,
 ) -> CostTable:
-    """Measure the latency of every candidate on this machine, in milliseconds.
+    """Measure the latency of every candidate on this machine.
 
-    See `measured_table`.
+    Each distinct (geometry, input shape, rank) is measured once a round.
+
+    Args:
+        model: the original network.
+        example_input: the batch to measure, ``(N, ...)``.
+        allowed: the rank space.
+        runtime: what runs it; it settles precision, memory format and threads.
+        timing: how often and how long.
+        progress: called with the numbers of entries done and to do.
+
+    Returns:
+        The table, in milliseconds for the batch, with the spread of the single values.
+
+    Raises:
+        ValueError: if the network takes more than one tensor, or an entry can't be run.
     """
     return measured_table("latency_ms", model, example_input, allowed, runtime, timing, progress)
 

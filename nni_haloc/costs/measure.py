@@ -37,8 +37,8 @@ def measure_parser() -> Parser:
     """Return the options of ``haloc measure``: argparse's, because a device may have no typer."""
     parser = Parser(
         "haloc measure",
-        "Measure what every candidate of every layer costs on this device. "
-        "Started again, it goes on where it was stopped.",
+        "Measure each layer's cost at each rank on this device.\n\n"
+        "A command that was stopped goes on where it was when it is started again.",
     )
     add = parser.add_argument
     add(

@@ -11,30 +11,17 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError, create_model, model_validator
 
 from nni_haloc.inputs.registries import STAGES
-from nni_haloc.inputs.schema import (
-    Budget,
-    Cost,
-    CountOrNone,
-    Data,
-    ExistingPath,
-    Finetune,
-    Model,
-    Processes,
-    Prune,
-    Quantize,
-    Rule,
-    Search,
-    Section,
-    Seed,
-    Share,
-    Space,
-    Train,
-    Trainer,
-    Training,
-    WeightsPath,
-    check_uploaded,
-    expanded,
-)
+from nni_haloc.inputs.schema.budget import Budget
+from nni_haloc.inputs.schema.chain import Prune, Quantize
+from nni_haloc.inputs.schema.cost import Cost
+from nni_haloc.inputs.schema.data import Data
+from nni_haloc.inputs.schema.model import Model
+from nni_haloc.inputs.schema.paths import ExistingPath, WeightsPath, check_uploaded, expanded
+from nni_haloc.inputs.schema.search import Search
+from nni_haloc.inputs.schema.section import Section
+from nni_haloc.inputs.schema.space import Space
+from nni_haloc.inputs.schema.training import Finetune, Train, Trainer, Training
+from nni_haloc.inputs.schema.values import CountOrNone, Processes, Rule, Seed, Share
 from nni_haloc.inputs.yaml_files import read_yaml
 from nni_haloc.utils.errors import SettingsError, brief, explain
 
@@ -47,31 +34,63 @@ _FEWEST_IMAGES = 64
 class Config(Section):
     """The settings of a whole run.
 
-    ``preset: paper`` sets what the paper fixes; naming one of those keys beside it is an error. Its
-    rule is the search, unless another one is named.
-    ``plan``, a file as `haloc plan --out` writes it, has the ranks themselves (rule ``plan``).
     A stage that another package adds has a section of its own, under the stage's name.
     """
 
     model: Model
+    """The original network."""
     weights: WeightsPath
+    """Trained weights of the network: a
+    [file of `torch.save` or of safetensors](how-to/data-and-networks.md#weights), told apart by
+    content. `haloc train` writes this file where there is none yet."""
     data: Data
+    """The data set, and how it is split and read."""
     rank_space: Space = Space()
+    """The ranks to choose from: a section, or the path of a file such as those in
+    `search_spaces/`."""
     cost: Cost = Cost()
+    """The cost that the budget limits, and how latency and energy are measured. The keys from
+    `runtime` on hold for every latency and energy that is measured, the reported ones included."""
     budget: Budget
+    """The limit on the whole network's cost in `cost.metric`: either `fraction` or `absolute`.
+    `budget: 0.5` is short for `budget: {fraction: 0.5}`. Further limits, `also`, hold too."""
     rule: Rule = "sensitivity-knapsack"
+    """How ranks are chosen: by one of the [rules](reference/rules.md), or by the `search`, which
+    [has not been ahead of the default at equal compute](results.md#short-a-few-epochs) so far.
+    `haloc search` and `preset: paper` search where no rule is named."""
     plan: ExistingPath | None = None
+    """A file of ranks, `ranks.json` or what `haloc plan --out` writes, in the place of choosing
+    them: [ranks by hand](how-to/ranks-by-hand.md). `rule` is then `plan`; `haloc run --plan FILE`
+    sets both."""
     search: Search = Search()
+    """The search, with `rule: search`: its options, and the training of the weights in it."""
     finetune: Finetune = Finetune()
+    """The fine-tuning of the compressed network, by default with the paper's recipe, shortened."""
     prune: Prune | None = None
+    """[Pruning](how-to/prune-and-quantize.md#prune) by NNI, and the fine-tuning after it. Without
+    the section there is none."""
     quantize: Quantize | None = None
+    """[Quantizing](how-to/prune-and-quantize.md#quantize) by NNI, after fine-tuning and pruning.
+    Without the section there is none. The keys of a training are for `qat` and `lsq`."""
     train: Train = Train()
+    """The training of the original network, `haloc train`, where there are no weights yet."""
     trainer: Trainer = Trainer()
+    """Lightning's flags of the same names, for the search and all trainings. With
+    [several processes](how-to/many-machines.md#several-processes), `data.batch_size` is that of
+    each."""
     scale: Share = 1.0
+    """For a first try on a small machine: about this part of the work remains. Epochs and images
+    are multiplied by its square root, the calibration images (64 at least) by the part itself."""
     recalibration_batches: CountOrNone = 50
+    """Augmented training batches for the statistics of BatchNorm."""
     threads: Processes | None = None
+    """Processor threads of the whole run. Without it: as many as torch takes. Small networks are
+    faster with 1."""
     seed: Seed = 0
+    """Seed of everything random. The same seed gives the same ranks."""
     preset: Literal["paper"] | None = None
+    """`paper` sets what the paper does ([the keys](reference/settings.md#preset-paper)); a setting
+    beside it that says otherwise is an error."""
 
     @model_validator(mode="before")
     @classmethod

@@ -15,7 +15,7 @@ from torch import Tensor
 from nni_haloc.inputs.classes import class_names
 from nni_haloc.inputs.normalisation import Scale, normalisation
 from nni_haloc.inputs.registries import DATA
-from nni_haloc.inputs.schema import Data
+from nni_haloc.inputs.schema.data import Data
 from nni_haloc.inputs.splits import Splits, choose_validation, splits_in_memory
 from nni_haloc.inputs.tensor_images import TensorImages
 from nni_haloc.utils.errors import needs

@@ -9,7 +9,8 @@ import struct
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -127,6 +128,22 @@ What else it allows is left out: ``bytearray`` and classes of tensors, which tak
 a number in the file says.
 """
 _STORAGE = re.compile(r"torch\.(cuda\.)?(?!Untyped|Typed)\w+Storage")
+_BYTES = "torch.storage.UntypedStorage"
+"""The storage of numbers that have no class of storage: uint16, uint32, uint64, float8, complex32.
+
+Called with a number it takes that much memory; so it may stand in `_RECORD` alone.
+"""
+_RECORD = (
+    ("MARK",),
+    ("BINUNICODE",),
+    ("GLOBAL",),
+    ("BINUNICODE",),
+    ("BINUNICODE",),
+    ("BININT", "BININT1", "BININT2", "LONG1"),
+    ("TUPLE",),
+    ("BINPERSID",),
+)
+"""Instructions that name a record of the file: "storage", class, record, device, size."""
 
 
 @dataclass
@@ -136,8 +153,9 @@ class WeightFile:
     Attributes:
         path: the file.
         content: tensors by name, as a training program has nested them among other values.
-        mapped: whether the tensors' values are read from the file when they are looked at. In a
-            file of torch's former format they are not there before `values`.
+        mapped: whether the tensors' values are mapped from the file: the system reads them when
+            they are looked at. In a file of torch's former format they are not there before
+            `values`.
     """
 
     path: Path
@@ -153,7 +171,9 @@ class WeightFile:
 
 
 def open_weights(path: Path) -> WeightFile:
-    """Open a file of weights without reading the tensors' values.
+    """Open a file of weights; the tensors' values take no memory before `WeightFile.values`.
+
+    A zip archive is read through once, a piece at a time, where it has check sums.
 
     Args:
         path: a file of ``torch.save`` or of safetensors, whatever it is called.
@@ -252,6 +272,7 @@ def _check_archive(path: Path, file: IO[bytes]) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             records = {info.filename: info for info in archive.infolist()}
+            _check_names(path, archive.namelist())
             pickles = [n for n in records if n.count("/") == 1 and n.endswith("/data.pkl")]
             what = None if pickles else _archive_of_another_kind(list(records))
             if any(re.search(r"^[^/]+/(constants\.pkl|code/)", name) for name in records):
@@ -269,11 +290,30 @@ def _check_archive(path: Path, file: IO[bytes]) -> None:
             for name in pickles:
                 if records[name].file_size > _MOST:
                     raise _unsafe(path, f"more than {_MOST >> 20} MB beside the tensors")
-                _check_pickle(path, io.BytesIO(_raw(file, records[name])))
+                place = name.removesuffix(".pkl") + "/"
+                sizes = {
+                    other.removeprefix(place): info.file_size
+                    for other, info in records.items()
+                    if other.startswith(place)
+                }
+                _check_pickle(path, io.BytesIO(_raw(file, records[name])), sizes)
     except _Refused:
         raise
     except Exception as error:  # zipfile has many for an archive that is damaged
         raise _damaged(path, error) from None
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    """Refuse an archive with several records of one name, of which readers read different ones.
+
+    Capital and small letters are alike to torch's reader.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.lower(), name)
+        if other is not name:
+            shown = f"{printable(other, 60)} and {printable(name, 60)}"
+            raise _unsafe(path, f"expected records of different names, found {shown}")
 
 
 def _read_through(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
@@ -317,27 +357,88 @@ def _check_former(path: Path, file: IO[bytes]) -> None:
     if not any(argument == magic for _, argument in _instructions(path, file)):
         raise _unsafe(path, "a pickle that torch.save did not write")
     file.seek(0)
-    for _ in range(5):
-        _check_pickle(path, file)
+    names = [name for _ in range(5) for name in _check_pickle(path, file)]
+    if _BYTES in names:
+        kind = next(filter(_is_dtype, names), "such numbers")
+        raise _Refused(
+            f"{path}: torch can't read {kind} from its former format; save the weights again,"
+            " without _use_new_zipfile_serialization=False"
+        )
 
 
-def _check_pickle(path: Path, file: IO[bytes]) -> None:
+def _check_pickle(path: Path, file: IO[bytes], sizes: Mapping[str, int] | None = None) -> list[str]:
     """Read a pickle's instructions, run none of them, and refuse classes that are not plain data.
 
     Args:
         path: the file, for messages.
         file: at the pickle's beginning; it is left at its end.
+        sizes: the bytes of each record of the archive; None in torch's former format, which has
+            no records.
+
+    Returns:
+        The full names of classes, functions and types of numbers in it.
     """
-    for name, argument in _instructions(path, file):
+    names: list[str] = []
+    window: deque[tuple[str, Any]] = deque([("", None)] * len(_RECORD), len(_RECORD))
+    for name, argument in _written_out(_instructions(path, file)):
         if name == "PROTO" and argument != 2:
             raise _unsafe(path, f"written with pickle protocol {argument}, expected torch's own, 2")
-        if name in ("GLOBAL", "INST"):
+        window.append((name, argument))
+        if name == "GLOBAL":
+            names.append(argument)
+            if argument != _BYTES and not _is_allowed(argument):
+                raise _strange(path, argument)
+        if sizes is not None and (name == "BINPERSID" or window[2] == ("GLOBAL", _BYTES)):
+            _check_record(path, window, sizes)
+    return names
+
+
+def _check_record(path: Path, window: Sequence[tuple[str, Any]], sizes: Mapping[str, int]) -> None:
+    """Check that instructions are those of `_RECORD`, and that the record is as large as they say.
+
+    Args:
+        path: the file, for messages.
+        window: the instructions.
+        sizes: the bytes of each record.
+    """
+    fits = all(name in names for (name, _), names in zip(window, _RECORD, strict=True))
+    _, what, storage, record, _, number, *_ = (argument for _, argument in window)
+    if not fits or what != "storage" or not (storage == _BYTES or _STORAGE.fullmatch(storage)):
+        raise _strange(path, storage if window[2][0] == "GLOBAL" else "a reference to no record")
+    kind = torch.serialization.StorageType(storage.split(".")[-1]) if storage != _BYTES else None
+    expected, found = number * (kind.dtype.itemsize if kind else 1), sizes.get(record, 0)
+    if not 0 <= expected <= found:
+        what = f"record {printable(record, 40)} has {found} bytes, expected {expected}"
+        raise _damaged(path, ValueError(what))
+
+
+def _strange(path: Path, name: str) -> _Refused:
+    """Return the error of a file that holds a class, or a function, that is not plain data."""
+    return _unsafe(path, f"it holds {printable(name, 100)}, neither a tensor nor plain data")
+
+
+def _written_out(instructions: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Put classes and texts in the places where a pickle refers to them, with today's names.
+
+    Instructions that only remember what they are go; at the end there are some that do nothing.
+    """
+    memo: dict[int, tuple[str, Any]] = {}
+    last: tuple[str, Any] = ("", None)
+    for name, argument in instructions:
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = last
+            continue
+        last = (name, argument)
+        if name in ("BINGET", "LONG_BINGET"):
+            kept = memo.get(argument, last)
+            last = kept if kept[0] in ("GLOBAL", "BINUNICODE") else last
+        elif name in ("GLOBAL", "INST"):
             module, _, attribute = argument.partition(" ")
             known = (IMPORT_MAPPING.get(module, module), attribute)
             full = ".".join(NAME_MAPPING.get((module, attribute), known))  # Python 2's names
-            if not _is_allowed(full):
-                shown = printable(full, 100)
-                raise _unsafe(path, f"it holds {shown}, neither a tensor nor plain data")
+            last = ("GLOBAL", full)
+        yield last
+    yield from [("", None)] * len(_RECORD)
 
 
 def _instructions(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
@@ -359,8 +460,16 @@ def _unsafe(path: Path, why: str) -> _Refused:
 
 def _is_allowed(name: str) -> bool:
     """Tell whether the full name of a class or function stands for tensors or plain data."""
-    if name in _STAND_INS or name in _TENSORS or _STORAGE.fullmatch(name):
-        return True
+    return (
+        name in _STAND_INS
+        or name in _TENSORS
+        or _STORAGE.fullmatch(name) is not None
+        or _is_dtype(name)
+    )
+
+
+def _is_dtype(name: str) -> bool:
+    """Tell whether a full name is that of one of torch's types of numbers."""
     module, _, attribute = name.rpartition(".")
     return module == "torch" and isinstance(getattr(torch, attribute, None), torch.dtype)
 

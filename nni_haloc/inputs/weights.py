@@ -31,7 +31,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     have a prefix that the model's lack (``module.``, ``_orig_mod.``, ``model.``, ...), or the other
     way round. If only some have the prefix, those must fit as a whole; the others are left out.
     A moving average of the weights (``ema``) is taken only where nothing else fits. Names and
-    shapes are compared before any value is looked at. Nothing in the file is run.
+    shapes are compared before a tensor takes memory. Nothing in the file is run.
 
     Args:
         model: the network.
@@ -152,7 +152,7 @@ def _check_values(path: Path, model: nn.Module, state: Mapping[str, Any]) -> Non
         more = _family(value.dtype) - _family(kind)
         if more > 0 or (more < 0 and name in learned):
             raise ValueError(f"{path}: {name}: expected numbers like {kind}, found {value.dtype}")
-        if not _is_finite(value, kind):
+        if not is_finite(value, kind):
             raise ValueError(f"{path}: {name}: expected finite numbers, found NaN or infinity")
 
 
@@ -161,13 +161,24 @@ def _family(kind: torch.dtype) -> int:
     return 2 if kind.is_complex else 1 if kind.is_floating_point else 0
 
 
-def _is_finite(value: Tensor, kind: torch.dtype) -> bool:
-    """Tell whether all numbers are finite in a precision, without a copy of the whole tensor."""
+def is_finite(value: Tensor, kind: torch.dtype | None = None) -> bool:
+    """Tell whether all numbers are finite in a precision, without a copy of the whole tensor.
+
+    Args:
+        value: any numbers.
+        kind: the precision (None: the tensor's own).
+    """
+    kind = kind or value.dtype
     if not _family(kind) or not value.numel():
         return True
     rows = value if value.dim() else value[None]
     pieces = rows.split(max(1, _PIECE * len(rows) // rows.numel()))
-    return all(bool(torch.isfinite(piece.to(kind)).all()) for piece in pieces)
+    # Of numbers of one byte torch tells it only after they are made wider.
+    wide = torch.float32 if kind.itemsize == 1 else kind
+    try:
+        return all(bool(torch.isfinite(piece.to(kind).to(wide)).all()) for piece in pieces)
+    except NotImplementedError:  # numbers of four bits, none of which is infinite
+        return True
 
 
 def _difference(fit: Fit) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -14,7 +15,7 @@ from yaml.reader import ReaderError
 
 from nni_haloc.utils.errors import SettingsError, first_line
 from nni_haloc.utils.files import read_text, why_unreadable
-from nni_haloc.utils.json_text import parse_json
+from nni_haloc.utils.json_text import half_of_a_character, parse_json
 
 _MOST_BYTES = 1 << 20
 """Bytes that a file may have; PyYAML takes seconds for so many."""
@@ -25,6 +26,15 @@ _LONGEST_NUMBER = 310
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
 _PLAIN = [_TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map")]
+
+_KINDS = {
+    f"{_TAG}null": "null (nothing)",
+    f"{_TAG}bool": "a boolean (true or false)",
+    f"{_TAG}int": "a number",
+    f"{_TAG}float": "a number",
+    f"{_TAG}timestamp": "a date",
+}
+"""What YAML takes keys for that look like text: ``on``, ``no``, ``~``, ``1e5``."""
 
 Pairs = list[tuple[Node, Node]]
 
@@ -51,6 +61,8 @@ class _AsNni(yaml.SafeLoader):
             size = len(node.value)
             if size > _LONGEST_NUMBER:
                 self._refuse(f"expected a number, found one of {size:,} characters", node)
+        if isinstance(node, ScalarNode) and (problem := half_of_a_character(node.value)):
+            self._refuse(problem, node)
         self._place.pop()
         return node
 
@@ -61,7 +73,7 @@ class _AsNni(yaml.SafeLoader):
         raise ConstructorError(None, None, problem, node.start_mark)
 
     def compose_mapping_node(self, anchor: Any) -> MappingNode:
-        """Compose a mapping; refuse a key that is given twice."""
+        """Compose a mapping; refuse a key that is given twice, or is no text."""
         node: MappingNode = super().compose_mapping_node(anchor)
         keys = set()
         for key, _ in node.value:
@@ -72,6 +84,12 @@ class _AsNni(yaml.SafeLoader):
                 remedy = "; write <<: [*one, *other]" if key.tag == _MERGE else ""
                 self._refuse(f"given twice{remedy}", key, key.value)
             keys.add(value)
+        for key, _ in node.value:
+            kind = _KINDS.get(key.tag) if isinstance(key, ScalarNode) else None
+            if kind is not None:
+                shown = json.dumps(key.value, ensure_ascii=False)
+                remedy = f"put the key in quotes: {shown}"
+                self._refuse(f"expected text as a key, found {kind}; {remedy}", key, key.value)
         return node
 
     def _value_of(self, key: ScalarNode) -> Any:
@@ -130,10 +148,7 @@ class _AsNni(yaml.SafeLoader):
     def construct_object(self, node: Node, deep: bool = False) -> Any:
         """Construct a value; what PyYAML itself stumbles over is an error with its line."""
         try:
-            value = super().construct_object(node, deep=deep)
-            if isinstance(value, str):
-                value.encode()  # an escape may stand for half of a character
-            return value
+            return super().construct_object(node, deep=deep)
         except yaml.YAMLError:
             raise
         except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:

@@ -11,7 +11,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from nni_haloc.costs.table import CostTable
+from nni_haloc.space.summary import by_reason
 from nni_haloc.utils.errors import InfeasibleBudget
+from nni_haloc.utils.printing import percent
 from nni_haloc.utils.quiet import without_prints
 
 _ROOM = 1e4
@@ -141,16 +143,23 @@ def cheapest(candidates: Candidates, costs: CostTable) -> Choice:
     }
 
 
-def check_feasible(candidates: Candidates, limits: Sequence[Limit]) -> Choice:
+def check_feasible(
+    candidates: Candidates, limits: Sequence[Limit], left_alone: Mapping[str, str] | None = None
+) -> Choice:
     """Return a choice within every limit, or raise.
+
+    Args:
+        candidates: layer name to the names of its candidates.
+        limits: what the whole network may cost; every one holds.
+        left_alone: name of each other layer to the reason, for the message.
 
     Raises:
         InfeasibleBudget: if there is none; the message names a limit that can't be met, by itself
-            or beside those before it.
+            or beside those before it, and the share of the cost that no candidate changes.
         UndecidedBudget: if the solver cannot decide (several tight limits and very many layers).
     """
     for limit in limits:
-        _refuse_unless_met(limit, cheapest(candidates, limit.costs), "")
+        _refuse_unless_met(limit, cheapest(candidates, limit.costs), "", left_alone)
     choice = cheapest(candidates, limits[0].costs)
     for i, limit in enumerate(limits):
         if not limit.holds(choice):
@@ -161,13 +170,19 @@ def check_feasible(candidates: Candidates, limits: Sequence[Limit]) -> Choice:
             before = " and ".join(map(str, limits[:i]))
             within = _within(cheap, limits[: i + 1]) or _best_if_known(cheap, limits[:i])
             if within is None:
-                raise InfeasibleBudget(f"budget: no network is within {before} and {limit}")
+                kept = _kept_as_it_is(limit, cheapest(candidates, limit.costs), left_alone)
+                raise InfeasibleBudget(f"budget: no network is within {before} and {limit}{kept}")
             choice = within
-            _refuse_unless_met(limit, choice, f" within {before}")
+            _refuse_unless_met(limit, choice, f" within {before}", left_alone)
     return choice
 
 
-def choose(scores: Scores, limits: Sequence[Limit], use: float = 0.0) -> Choice:
+def choose(
+    scores: Scores,
+    limits: Sequence[Limit],
+    use: float = 0.0,
+    left_alone: Mapping[str, str] | None = None,
+) -> Choice:
     """Choose the candidates with the highest total score within every limit, Eq. (5).
 
     This is a multiple-choice knapsack with one constraint for each limit, solved by HiGHS. Because
@@ -181,6 +196,7 @@ def choose(scores: Scores, limits: Sequence[Limit], use: float = 0.0) -> Choice:
         use: take the best of the choices that use at least this fraction, 0 to 1, of what one of
             the budgets leaves above its cheapest network; where there are none, twice as much may
             be left unused, and so on.
+        left_alone: see `check_feasible`.
 
     Raises:
         InfeasibleBudget: see `check_feasible`.
@@ -193,7 +209,7 @@ def choose(scores: Scores, limits: Sequence[Limit], use: float = 0.0) -> Choice:
                     f"score of layer {layer!r}, candidate {candidate!r}:"
                     f" expected a finite number, found {score}"
                 )
-    fitting = check_feasible(scores, limits)
+    fitting = check_feasible(scores, limits, left_alone)
     # Where the best of all choices uses enough, no floor is needed, and without a floor nothing
     # that costs as much as a better candidate is: of every pair of ranks, a few are left.
     best = _best_if_known(_undominated(scores, limits), limits)
@@ -363,7 +379,12 @@ def _slack(limit: Limit, cheapest_choice: Choice) -> float:
     return math.fsum([limit.budget, rounding, *(-term for term in terms)]) or 1.0
 
 
-def _refuse_unless_met(limit: Limit, cheapest_choice: Mapping[str, str], beside: str) -> None:
+def _refuse_unless_met(
+    limit: Limit,
+    cheapest_choice: Mapping[str, str],
+    beside: str,
+    left_alone: Mapping[str, str] | None,
+) -> None:
     """Raise `InfeasibleBudget` if a limit's cheapest choice is above it."""
     if not limit.holds(cheapest_choice):
         least = limit.costs.total(cheapest_choice)
@@ -373,7 +394,22 @@ def _refuse_unless_met(limit: Limit, cheapest_choice: Mapping[str, str], beside:
         raise InfeasibleBudget(
             f"budget: {limit} is below the cheapest network{beside}, {cost}"
             f", which is {fraction} of the original"
+            f"{_kept_as_it_is(limit, cheapest_choice, left_alone)}"
         )
+
+
+def _kept_as_it_is(
+    limit: Limit, cheapest_choice: Mapping[str, str], left_alone: Mapping[str, str] | None
+) -> str:
+    """Say which share of the original's cost no candidate changes, and why.
+
+    Nothing is said where that is within the budget, and no half of the cheapest network's cost.
+    """
+    rest = limit.costs.restrict({layer: {} for layer in cheapest_choice})[1]
+    if not left_alone or rest <= min(limit.budget, limit.costs.total(cheapest_choice) / 2):
+        return ""
+    share = percent(rest / limit.costs.original, 2)
+    return f"; {share} of the original's {limit.costs.metric} stay ({by_reason(left_alone)})"
 
 
 def _fraction_within(cost: float, original: float) -> str:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from nni_haloc.inputs.labels import check_labels
+from nni_haloc.inputs.labels import IGNORED, check_labels
 from nni_haloc.space.modules import copy_of, evaluating, replace_modules
 from nni_haloc.space.outputs import divergence, logits_of
+from nni_haloc.utils.errors import no_endless_nesting
 from nni_haloc.utils.placement import HostCopy, accelerated, device_of
 from nni_haloc.utils.wrapped import unwrapped
 
@@ -204,9 +205,11 @@ def _losses(logits: Tensor, target: Tensor) -> Tensor:
     """
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     if not target.is_floating_point():
-        losses = F.cross_entropy(logits, target.long(), reduction="none")
-    else:
-        losses = divergence(logits, target.to(logits))
+        target = target.long()
+        losses = F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none")
+        counted = (target != IGNORED).reshape(len(target), -1).sum(1)
+        return losses.double().reshape(len(losses), -1).sum(1) / counted.clamp(min=1)
+    losses = divergence(logits, target.to(logits))
     return losses.double().reshape(len(losses), -1).mean(1)
 
 
@@ -293,4 +296,5 @@ class _ResumedRun:
 
 def _copied(output: Any) -> Any:
     """Return a copy of an output: what comes after the call may work in place."""
-    return tree_map_only(Tensor, Tensor.clone, output)
+    with no_endless_nesting():
+        return tree_map_only(Tensor, Tensor.clone, output)

@@ -20,7 +20,7 @@ from nni_haloc.costs.device.measured_file import spread
 from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
 from nni_haloc.costs.device.runtime import Run, Runtime, check_threads
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
-from nni_haloc.inputs.schema import MOST
+from nni_haloc.inputs.schema.values import MOST
 from nni_haloc.runs.finished import Finished
 from nni_haloc.runs.folder import hold
 from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line, brief

@@ -55,6 +55,12 @@ def html_report(path: str | Path) -> str:
 
     What the folder does not have is left out.
 
+    Args:
+        path: the folder of a run, a search or a trial.
+
+    Returns:
+        The page as HTML, which loads nothing from elsewhere.
+
     Raises:
         SettingsError: names the file, if there is no run or one of its files is damaged.
     """

@@ -15,7 +15,7 @@ from nni_haloc.costs.table import worthwhile
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.models import build_model, is_factory
 from nni_haloc.inputs.registries import DATA
-from nni_haloc.inputs.schema import Trainer
+from nni_haloc.inputs.schema.training import Trainer
 from nni_haloc.inputs.weights import load_weights
 from nni_haloc.plan.budget import check_feasible
 from nni_haloc.runs.job import Job
@@ -95,7 +95,7 @@ def _check_budgets(config: Config, model: nn.Module, example: Tensor) -> None:
         if not kept:
             raise ValueError(why_nothing(model, left_alone))
         if limits:
-            check_feasible(kept, limits)
+            check_feasible(kept, limits, left_alone)
 
 
 def _check_network(config: Config) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,12 +21,15 @@ from nni_haloc.costs.device.torch_runtime import hardware
 from nni_haloc.costs.latency import measure_energy, measure_latency
 from nni_haloc.costs.table import CostTable, worthwhile
 from nni_haloc.inputs.labels import check_labels
+from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.registries import PREDICTORS, RULES, RUNTIMES
 from nni_haloc.plan.budget import Limit
+from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules import plan as plan_by_rule
 from nni_haloc.plan.rules.problem import Problem
 from nni_haloc.runs.folder import Figures, RunFolder, hold
+from nni_haloc.runs.hub import push_to_hub
 from nni_haloc.runs.kept import measured_of_budget
 from nni_haloc.runs.plausibility import guessing, warn_of_doubts
 from nni_haloc.runs.saved import save
@@ -44,6 +49,7 @@ from nni_haloc.utils.errors import DataError, expected_one_of
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.quiet import quiet
 from nni_haloc.utils.registry import Registry
+from nni_haloc.utils.versions import versions
 from nni_haloc.utils.wrapped import unwrapped
 
 _RECALIBRATION_BATCHES = 50
@@ -63,30 +69,76 @@ class Compressed:
             original also what that is judged by: ``images``, and ``chance``, the top-1 of guesses;
             of ``compressed`` also ``latency_ms_of_budget``, where latency is the budget: what it
             really takes, divided by the budget.
+        timing: what latencies were measured with: runtime, device, threads, shape of the input, ...
+        call: the call of `compress_model` that made it, as Python is written.
     """
 
     model: nn.Module
     plan: RankPlan
     costs: CostTable
     metrics: Mapping[str, Figures]
+    timing: Mapping[str, Any] = field(default_factory=dict)
+    call: str = ""
 
     def report(self) -> str:
         """Return a small table: original, compressed, change."""
         return summary_text(self.metrics)
 
-    def save(self, folder: str | Path) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        name: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write ranks, weights, costs and figures into a folder.
 
         ``nni_haloc.load(folder, model)`` makes the network from them and an instance of the
-        original one.
+        original one; with a name, ``nni_haloc.load(folder)`` will do.
+
+        Args:
+            folder: receives the files; it is made if it is not there.
+            name: of the original network, as `build_model` takes it: ``torchvision:resnet18``,
+                ``package.module:factory``, ...
+            arguments: keyword arguments of that network's factory.
+
+        Raises:
+            ValueError: if the network of that name is another one.
         """
+        model = None
+        if name is not None:
+            model = {"name": name, "arguments": dict(arguments or {})}
+            _check_same(build_model(name, arguments), self.plan, unwrapped(self.model))
         files = RunFolder(folder)
         with hold(files):
-            save(folder, self.model, self.plan)
+            save(folder, self.model, self.plan, model)
             self.costs.save(files.costs)
             original, compressed = (dict(self.metrics[key]) for key in ("original", "compressed"))
             compressed["bytes"] = files.weights.stat().st_size
-            files.write_metrics({"original": original, "finetune": compressed})
+            facts = {"timing": dict(self.timing), "call": self.call, "versions": versions()}
+            files.write_metrics({"original": original, "finetune": compressed}, **facts)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        name: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """Push the network to the hub, with a page of its figures; see `push_to_hub`.
+
+        Args:
+            repo_id: ``user/name``.
+            name: of the original network, see `save`.
+            arguments: of that network's factory.
+            options: ``private``, ``license``, ``message``, ``token`` and ``endpoint`` of
+                `nni_haloc.push_to_hub`.
+
+        Returns:
+            The address of the commit.
+        """
+        with TemporaryDirectory() as folder:
+            self.save(folder, name, arguments)
+            return push_to_hub(folder, repo_id, **options)
 
 
 def compress_model(
@@ -112,13 +164,6 @@ def compress_model(
     **search_options: Any,
 ) -> Compressed:
     """Compress a trained classification network to a share of its cost.
-
-    >>> from torch.utils.data import DataLoader, TensorDataset
-    >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 2))
-    >>> images = DataLoader(TensorDataset(torch.randn(64, 3, 8, 8)), 16)
-    >>> result = compress_model(net, images, metric="macs", budget=0.8, epochs=0)
-    >>> result.metrics["compressed"]["macs"] <= 0.8 * result.metrics["original"]["macs"]
-    True
 
     Args:
         model: the trained network; it is copied and never changed.
@@ -158,7 +203,16 @@ def compress_model(
         InfeasibleBudget: if no network of the rank space fits the budget; names the cheapest cost.
         ValueError: if nothing in the model can be searched, or labels are missing to train with.
         Diverged: if the search or the fine-tuning diverges.
+
+    Examples:
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 2))
+        >>> images = DataLoader(TensorDataset(torch.randn(64, 3, 8, 8)), 16)
+        >>> result = compress_model(net, images, metric="macs", budget=0.8, epochs=0)
+        >>> result.metrics["compressed"]["macs"] <= 0.8 * result.metrics["original"]["macs"]
+        True
     """
+    call = _call(locals())
     if not 0 < budget <= 1:
         expected = "expected a share of the original's cost, above 0 to 1"
         raise ValueError(f"budget: {expected}, found {budget}")
@@ -219,9 +273,40 @@ def compress_model(
         metrics["compressed"] |= measured_of_budget(
             [(task.limit.facts(plan.names), costs.identity)],
             timing.identity().get("device") or hardware(device),
-            lambda metric: known.get(metric) or measure_energy(network, example, timing),
+            lambda metric: (
+                known[metric] if metric in known else measure_energy(network, example, timing)
+            ),
         )
-    return Compressed(network, plan, costs, metrics)
+    measured = {**timing.identity(), "input": list(example.shape)}
+    return Compressed(network, plan, costs, metrics, measured, call)
+
+
+def _call(given: Mapping[str, Any]) -> str:
+    """Write a call of `compress_model` as Python, without arguments that are the defaults."""
+    parameters = inspect.signature(compress_model).parameters
+    values = {**given, **given["search_options"]}
+    del values["search_options"]
+    words = []
+    for key, value in values.items():
+        default = parameters[key].default if key in parameters else inspect.Parameter.empty
+        if key in ("model", "train_loader"):
+            words.append(key)
+        elif key == "val_loader":
+            words += [key] if value is not None else []
+        elif value is not default and value != default:
+            is_table = isinstance(value, CostTable)
+            text = f"CostTable.load({RunFolder('').costs.name!r})" if is_table else repr(value)
+            words.append(f"{key}={text}")
+    return f"compress_model({', '.join(words)})"
+
+
+def _check_same(named: nn.Module, plan: RankPlan, network: nn.Module) -> None:
+    """Raise a ValueError unless the plan makes a network like ``network`` of ``named``."""
+    try:
+        restructure(named, plan).load_state_dict(network.state_dict())
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"name: expected the network that was compressed: {reason}") from None
 
 
 def _ranks_for(rule: str, counted: bool) -> AllowedRanks:
@@ -260,8 +345,9 @@ class _Task:
         candidates = layers.candidates(self.allowed)
         pinned = [name for name in candidates if self.allowed.pins(name)]
         kept, dropped = worthwhile(candidates, [self.limit.costs], pinned)
+        left_alone = {**layers.left_alone, **dropped}
         if not kept:
-            raise ValueError(why_nothing(self.model, {**layers.left_alone, **dropped}))
+            raise ValueError(why_nothing(self.model, left_alone))
         problem = Problem(
             self.model,
             layers.specs,
@@ -271,6 +357,7 @@ class _Task:
             self.labels,
             seed=self.seed,
             train=self.train,
+            left_alone=left_alone,
         )
         plan = plan_by_rule(problem, rule)
         return plan, problem.network(plan.names)

@@ -9,7 +9,7 @@ from typing import Any
 from nni_haloc.costs.from_settings import may_differ
 from nni_haloc.inputs.config import EARLIER, Config
 from nni_haloc.inputs.registries import RULES, STAGES
-from nni_haloc.inputs.schema import Section
+from nni_haloc.inputs.schema.section import Section
 
 VERSION = 2
 

@@ -130,8 +130,10 @@ class Job:
     def _refused(self, error: Exception) -> DataError:
         """Return the error of a network that fails on the data's images."""
         shape = "x".join(map(str, self.example.shape[1:]))
-        expected = f"{self.config.model.name} does not take the data's images or classes"
-        return DataError(f"model: {expected} ({first_line(error)}); images are {shape}")
+        expected = f"expected a network for the data's images, {shape} (channels, height, width)"
+        found = f"found {self.config.model.name}, which fails on them ({first_line(error)})"
+        remedy = "set data.channels, data.size or model.arguments"
+        return DataError(f"model: {expected}, {found}; {remedy}")
 
     def at(self, config: Config, folder: str | Path) -> Job:
         """Return a job of the same data and network with other settings, in another folder."""
@@ -225,6 +227,12 @@ class Job:
         """The device that is timed, by the name that cost tables have for it."""
         known = runtime_of(self.config).identity()
         return known.get("device") or hardware(self.config.cost.device)
+
+    @property
+    def timing(self) -> dict[str, Any]:
+        """What latencies are measured with: runtime, device, threads, shape of the input, ..."""
+        batch = latency_input(self.config, self.example)
+        return {**runtime_of(self.config).identity(), "input": list(batch.shape)}
 
     def holds(self, plan: RankPlan) -> bool:
         """Tell whether an earlier start left the network of this plan in the folder."""

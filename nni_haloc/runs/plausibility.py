@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
+from nni_haloc.inputs.labels import IGNORED
 from nni_haloc.runs.folder import Figures
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.printing import percent
@@ -23,12 +24,15 @@ _CAUSES = "check the weights, the normalisation and the order of the classes"
 
 
 def guessing(labels: Tensor) -> Figures:
-    """Return what top-1 is judged by, from the labels ``(N,)`` that it was measured with.
+    """Return what top-1 is judged by, from the labels ``(N, ...)`` that it was measured with.
 
     Returns:
-        ``images``, how many they were, and ``chance``, the top-1 of guesses among their classes.
+        ``images``, how many have labels that count (`IGNORED` ones do not), and ``chance``, the
+        top-1 of guesses among their classes.
     """
-    return {"images": len(labels), "chance": 1 / max(1, len(labels.unique()))}
+    counted = labels != IGNORED
+    images = int(counted.reshape(len(labels), -1).any(1).sum()) if len(labels) else 0
+    return {"images": images, "chance": 1 / max(1, len(labels[counted].unique()))}
 
 
 def doubts(stages: Mapping[str, Figures]) -> dict[str, str]:

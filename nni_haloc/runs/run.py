@@ -69,6 +69,7 @@ def run_job(
         "parameters": dict(parameters or {}),
         "config": dump_config(job.config),
         "versions": versions(),
+        "timing": job.timing,
     }
     with hold(job.folder), job.active():
         stages = prepare(job)

@@ -52,7 +52,9 @@ def save(
             files.metrics_file.unlink(missing_ok=True)
 
 
-def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(
+    folder: str | Path, model: nn.Module | None = None, *, factories: bool = False
+) -> nn.Module:
     """Load the compressed network of a run's folder, in evaluation mode.
 
     It needs torch and safetensors, neither NNI nor Lightning.
@@ -61,6 +63,11 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         folder: a run's folder, or that of one of its stages.
         model: an instance of the original network, which is copied; needed where ``model.json``
             has no name for it.
+        factories: whether to import and call the factory (``package.module:factory``) that
+            ``model.json`` names: only for folders that you trust.
+
+    Returns:
+        The network.
 
     Raises:
         FileNotFoundError: names the file that is missing.
@@ -77,7 +84,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     facts = _read_facts(files)
     if model is None:
         try:
-            model = build_model(str(facts["name"]), facts.get("arguments"), factories=False)
+            model = build_model(str(facts["name"]), facts.get("arguments"), factories=factories)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{files.model}: {first_line(error)}") from None
     network = restructure(model, RankPlan.load(files.ranks))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import nni
-import torch.nn.functional as F
 from nni.nas.evaluator.pytorch import Lightning, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader
 from nni_haloc.inputs.labels import LabelCheck
 from nni_haloc.search.space import RankSpace
 from nni_haloc.space.modules import arguments_of
-from nni_haloc.space.outputs import logits_of
+from nni_haloc.space.outputs import cross_entropy, hits, logits_of
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.utils.processes import check_startable
 from nni_haloc.utils.quiet import quiet
@@ -43,7 +42,8 @@ class _Module(LightningModule):
         x, y = batch
         logits = self(x)
         y = self.checked(y, logits)
-        return {"loss": F.cross_entropy(logits, y), "top1": (logits.argmax(1) == y).float().mean()}
+        right, counted = hits(logits, y)
+        return {"loss": cross_entropy(logits, y), "top1": right / counted.clamp(min=1)}
 
     def configure_optimizers(self) -> Any:
         steps = math.ceil(self.steps_per_epoch / self.trainer.world_size)
@@ -104,7 +104,18 @@ def classification(
     ckpt_path: str | Path | None = None,
     **trainer: Any,
 ) -> Lightning:
-    """Deprecated: use `Classification`."""
+    """Make a `Classification`; this former name is deprecated.
+
+    Args:
+        train: see ``train_dataloaders`` there.
+        val: see ``val_dataloaders`` there.
+        recipe: see there.
+        ckpt_path: see there.
+        **trainer: options of Lightning's Trainer.
+
+    Returns:
+        The evaluator.
+    """
     warnings.warn(
         "nni_haloc.classification is now the class nni_haloc.Classification",
         DeprecationWarning,

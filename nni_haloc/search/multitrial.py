@@ -123,7 +123,7 @@ def run_multitrial(
     Raises:
         InfeasibleBudget: if no network is within the limits.
     """
-    check_feasible(space.candidates, limits)
+    check_feasible(space.candidates, limits, space.left_alone)
     chain = Chain(_STRATEGIES[strategy](seed=seed), _Repair(space, limits), Deduplication("replay"))
     with TemporaryDirectory() as folder, errors_alone("nni"):
         config = NasExperimentConfig(

@@ -13,7 +13,7 @@ from scipy.special import softmax
 from torch import Tensor
 
 from nni_haloc.costs.table import CostTable
-from nni_haloc.inputs.schema import SearchOptions
+from nni_haloc.inputs.schema.search import SearchOptions
 from nni_haloc.plan.budget import Limit, Scores
 from nni_haloc.search.objective import expected_cost, probability_loss_paper, settle
 from nni_haloc.search.space import RankSpace

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from nni_haloc.costs.table import CostTable
-from nni_haloc.inputs.schema import SearchOptions
+from nni_haloc.inputs.schema.search import SearchOptions
 from nni_haloc.plan.budget import Limit, Scores, check_feasible, choose
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.search.probabilities import SearchState
@@ -48,42 +48,9 @@ class Haloc(DARTS):
             from them, at the budget at once. None: all candidates start alike, and the expected
             cost moves to the budget by and by. (In the settings, ``search.start`` is a word.)
         seed: of the path sampling.
-        **options: any of the following, with the defaults of
-            `nni_haloc.inputs.schema.SearchOptions`.
-        lam: Eq. (9)'s lambda, weight of the feature-map term; 0 leaves it and the original's
-            forward pass out. Default 1.
-        lam_schedule: ``constant`` (default), or ``linear`` or ``cosine`` to fall to 0 over the
-            search.
-        approach: what lambda weighs, ``features`` (Eq. 8, default) or ``weights`` (the paper's
-            rejected alternative).
-        approach_share: the part of each batch that Eq. (8) is taken over, above 0 to 1; an
-            eighth, the default, does as well as all.
-        clip: the norm that the weights' gradients are cut to, 10 by default (None: not); small
-            ranks that are rarely sampled would diverge now and then.
-        objective: ``settle`` (default: after each step on the cross-entropy the expected cost is
-            put where it should be, see `objective.settle`) or ``paper`` (Eq. (7): multiplies by
-            ``eta * (E / budget)^theta``, of several limits the one that E exceeds most).
-        eta, theta: see `objective.probability_loss_paper`; both 1 by default.
-        alpha_lr: learning rate of alpha, 0.03 by default.
-        alpha_optimizer: ``adam`` (default) or ``sgd``. ``eta`` matters under SGD alone.
-        alpha_every: iterations from one of alpha's updates to the next, 8 by default; the weights
-            are updated in each.
-        start_scale: the loss that makes a candidate 1/e as probable, 0.005 by default.
-        warmup_epochs: epochs in which the weights alone are trained; none by default.
-        temperature: of the softmax over alpha, 1 by default.
-        compile: run the sampled paths as one dense network, compiled (see
-            `nni_haloc.training.compiled.Compiled`); faster where small operations are many, as on
-            CUDA devices. Not by default, and in one process only.
-        select: ``knapsack`` (default: best score within the budget) or ``argmax`` (the paper's; may
-            exceed the budget).
-        min_use: fraction of what a budget leaves above the cheapest network that the knapsack's
-            plan uses, where any does, 0.95 by default: scores are noisy, and rank left unused is
-            lost.
-        average: decay of the moving average that the result's weights are, below 1; 0.99 by
-            default, 0 for none. See `nni_haloc.training.averaging.MovingAverage`.
-        budget_range: two fractions of the original's cost. Each step of alpha draws a budget
-            between them, low ones more often, for which the next iterations sample their paths; so
-            one search learns for many budgets (`haloc front`). It ends at its own. None by default.
+        **options: keys of the settings' section ``search``, such as ``lam=0.5``: those of
+            `nni_haloc.inputs.schema.search.SearchOptions`, which says what each means, as ``haloc
+            settings search`` does.
 
     Raises:
         ValueError: for an option that does not exist or has a value out of its range, and unless
@@ -202,7 +169,8 @@ class Haloc(DARTS):
         if select == "argmax":
             choice = {name: layer.export({})[name] for name, layer in self.mixed_layers.items()}
         else:
-            choice = choose(self.scores(), limits, self.options.min_use)
+            left_alone = self.supernet.left_alone
+            choice = choose(self.scores(), limits, self.options.min_use, left_alone)
         main, *also = (
             {**limit.facts(choice), "expected_cost": self.state.known_cost(limit)}
             for limit in limits
@@ -255,10 +223,10 @@ class Haloc(DARTS):
         """
         if not isinstance(model, RankSpace):
             raise TypeError(f"Haloc searches a RankSpace, found {type(model).__name__}")
-        check_feasible(model.candidates, self.limits)
+        check_feasible(model.candidates, self.limits, model.left_alone)
         if self.options.budget_range is not None:
             least = Limit.of(self.costs, min(self.options.budget_range))
-            check_feasible(model.candidates, [least, *self.limits[1:]])
+            check_feasible(model.candidates, [least, *self.limits[1:]], model.left_alone)
         supernet = super().mutate_model(copy_of(model, {id(model.original): model.original}))
         # NNI replaces a module under the first of its names; the others must lead to the same one.
         mixed = {m.label: m for m in supernet.modules() if isinstance(m, MixedRankLayer)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nni_haloc.utils.errors import first_line
+from nni_haloc.utils.errors import first_line, no_endless_nesting
 from nni_haloc.utils.wrapped import unwrapped
 
 M = TypeVar("M", bound=nn.Module)
@@ -141,7 +141,7 @@ def call(model: nn.Module, example: Example) -> Any:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
+        with no_endless_nesting(), torch.no_grad():
             if isinstance(example, tuple):
                 return model(*example)
             args, named = arguments_of(model, example)

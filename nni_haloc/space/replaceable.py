@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 from nni_haloc.inputs.registries import LAYER_CLASSES
 from nni_haloc.space.modules import Example, call, copy_of, replace_modules
-from nni_haloc.utils.errors import first_line
+from nni_haloc.utils.errors import first_line, no_endless_nesting
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 """The layers that a rank space looks at: convolutions and linear layers."""
@@ -122,7 +122,9 @@ class Pass:
 
     def run(self, network: nn.Module, example: Example) -> None:
         """Run the network and note its output."""
-        leaves, structure = tree_flatten(call(network, example))
+        output = call(network, example)
+        with no_endless_nesting():
+            leaves, structure = tree_flatten(output)
         self.output = (
             structure,
             [tuple(v.shape) if isinstance(v, Tensor) else type(v) for v in leaves],

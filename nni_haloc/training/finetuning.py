@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics.functional.classification import multiclass_accuracy
 
-from nni_haloc.inputs.labels import LabelCheck, check_labels, images_and_labels
+from nni_haloc.inputs.labels import IGNORED, LabelCheck, check_labels, images_and_labels
+from nni_haloc.inputs.weights import is_finite
 from nni_haloc.space.frozen import let_train
 from nni_haloc.space.modules import arguments_of, copy_of, evaluating
-from nni_haloc.space.outputs import divergence, logits_of
+from nni_haloc.space.outputs import cross_entropy, divergence, hits, logits_of
 from nni_haloc.training.compiled import Compiled, Replayed
 from nni_haloc.training.divergence import DivergenceWatch
 from nni_haloc.training.recipe import Recipe
@@ -143,9 +143,15 @@ def predict(model: nn.Module, loader: DataLoader) -> tuple[Tensor, Tensor]:
 
 
 def top_accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
-    """Return the top-k accuracy, 0 to 1, of logits ``(N, classes)`` for labels ``(N,)``."""
-    classes = logits.shape[1]
-    return float(multiclass_accuracy(logits, labels, num_classes=classes, top_k=k, average="micro"))
+    """Return the top-k accuracy, 0 to 1, over the labels that count; see `hits`.
+
+    Raises:
+        DataError: if no label counts.
+    """
+    right, counted = (int(number) for number in hits(logits, labels, k))
+    if not counted:
+        raise DataError(f"labels: expected classes, found {IGNORED} (to be ignored) alone")
+    return right / counted
 
 
 def finetune(
@@ -168,7 +174,8 @@ def finetune(
 
     Args:
         model: the network.
-        train: training batches ``(images, labels)``.
+        train: training batches ``(images, labels)``; labels are class indices, of which -100 is
+            ignored where they have positions, or class probabilities of the logits' shape.
         recipe: how many epochs, and how they are trained.
         val: validation batches, run after each epoch.
         on_epoch: called after each epoch with its number, from 0, and a dict of ``train_loss`` and,
@@ -227,7 +234,7 @@ def finetune(
         fit.fit(task, train, val, ckpt_path=ckpt_path, weights_only=True)
         network.to(home)  # Lightning leaves it on the processor
     for name, value in network.state_dict().items():
-        if not torch.isfinite(value).all():
+        if not is_finite(value):
             raise Diverged(
                 f"the training diverged: {name} is no longer finite; lower its learning rate"
             )
@@ -254,7 +261,9 @@ class _Training(pl.LightningModule):
         self.distill, self.layers, self.feature_weight = distill, layers, feature_weight
         self.compiled: Compiled | None = None
         self.watch = DivergenceWatch("the training")
-        self.checked = LabelCheck()
+        self.checked = LabelCheck(soft=True)
+        self.hits = torch.zeros(2, dtype=torch.int64)
+        """Hits, and labels that count, of a round over the validation batches."""
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         self.checked.look(batch)
@@ -266,7 +275,7 @@ class _Training(pl.LightningModule):
             loss = self._taught(x, y, self.teacher[0].to(self.device))
         else:
             logits = self._run(x)
-            loss = F.cross_entropy(logits, self.checked(y, logits))
+            loss = cross_entropy(logits, self.checked(y, logits))
         self.watch.add(loss, self.current_epoch, batch_idx)
         if self.trainer.is_last_batch:
             self.watch.finish()
@@ -304,7 +313,7 @@ class _Training(pl.LightningModule):
             target = _logits(teacher, x)
         with _observed(ours, compare), self._seen_through():
             logits = self._run(x)
-        loss = F.cross_entropy(logits, self.checked(y, logits))
+        loss = cross_entropy(logits, self.checked(y, logits))
         if self.distill:
             distance = divergence(logits / TEMPERATURE, target / TEMPERATURE).mean()
             loss = (1 - self.distill) * loss + self.distill * TEMPERATURE**2 * distance
@@ -321,8 +330,14 @@ class _Training(pl.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
         logits = _logits(self.model, x)
-        top1 = (logits.argmax(1) == self.checked(y, logits)).float().mean()
-        self.log("val_top1", top1, batch_size=len(y), prog_bar=True, sync_dist=True)
+        self.hits += torch.stack(hits(logits, self.checked(y, logits)))
+
+    def on_validation_epoch_start(self) -> None:
+        self.hits = torch.zeros(2, dtype=torch.int64, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        right, counted = self.trainer.strategy.reduce(self.hits, reduce_op="sum")
+        self.log("val_top1", right / counted, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         steps = math.ceil(self.steps_per_epoch / self.trainer.world_size)

@@ -86,6 +86,20 @@ def needs(*packages: str, what: str, install: str) -> Iterator[None]:
         raise MissingPackage(message) from None
 
 
+@contextmanager
+def no_endless_nesting() -> Iterator[None]:
+    """Turn the error of lists and dicts that contain themselves into one line, for a block.
+
+    Raises:
+        HalocError: in the place of RecursionError.
+    """
+    try:
+        yield
+    except RecursionError:
+        expected = "expected tensors in lists and dicts, found one inside itself or far too deep"
+        raise HalocError(f"the network's inputs and outputs: {expected}") from None
+
+
 def printable(message: str, most: int = 1000) -> str:
     """Put a message on one line of at most ``most`` characters; escape what can't be printed."""
     line = "".join(

@@ -118,7 +118,8 @@ def whole(path: str | Path) -> Iterator[Path]:
     """Write a file in one step: it is never seen half written, after a power cut neither.
 
     The block writes to a new file beside it, which no other process knows. At the end it is synced
-    to the disk and takes the place of ``path``; a link there is replaced, not followed. If the
+    to the disk and takes the place of ``path``, with the permissions of the file that was there
+    (of a new one, those that the process gives); a link there is replaced, not followed. If the
     block fails, the old file stays.
 
     Args:
@@ -136,9 +137,11 @@ def whole(path: str | Path) -> Iterator[Path]:
     part = _unique(path)
     try:
         _remove_left(path)
-        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666))
+        kept = _permissions(path)
+        first = 0o666 if kept is None else kept | stat.S_IRUSR | stat.S_IWUSR
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, first))
         yield part
-        _sync(part, os.O_RDWR | _NO_LINK)
+        _sync(part, os.O_RDWR | _NO_LINK, kept)
         os.replace(part, path)
         with suppress(OSError):  # not every system can sync a folder
             _sync(path.parent, os.O_RDONLY)
@@ -237,10 +240,22 @@ def _unique(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
 
 
-def _sync(path: Path, flags: int) -> None:
-    """Wait until a file or a folder is on the disk."""
+def _permissions(path: Path) -> int | None:
+    """Return who may read, write and execute a file; None if there is none, or a link."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return None
+    # Not the bits by which a program runs with its owner's rights: what is written is another's.
+    return mode & 0o777 if stat.S_ISREG(mode) else None
+
+
+def _sync(path: Path, flags: int, permissions: int | None = None) -> None:
+    """Wait until a file or a folder is on the disk, with permissions if they are given."""
     number = os.open(path, flags)
     try:
+        if permissions is not None and hasattr(os, "fchmod"):
+            os.fchmod(number, permissions)
         os.fsync(number)
     finally:
         os.close(number)

@@ -1,4 +1,4 @@
-"""Parse JSON text strictly: each key once, no NaN, no numbers without end."""
+"""Parse JSON text strictly: each key once, whole characters, no NaN, no numbers without end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import re
 from typing import Any
 
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],]|[^\s{}\[\]:,"]+', re.DOTALL)
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half of a character in UTF-16, which no file can hold."""
+_HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 _MOST_DIGITS = 4000
 """Digits that an integer may have: long ones take time that grows with the square."""
 
@@ -24,19 +27,23 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
         finite: whether NaN, infinity and 1e999 are refused.
 
     Raises:
-        ValueError: if it is no JSON, has a key twice in one object, or such numbers; the
-            message names the line: ``line 7: costs.conv1: given twice``.
+        ValueError: if it is no JSON, has a key twice in one object, such numbers, or half of a
+            character; the message names the line: ``line 7: costs.conv1: given twice``.
     """
     try:
-        return json.loads(
+        content = json.loads(
             text,
             object_pairs_hook=_object,
             parse_int=_integer,
             parse_float=_float if finite else float,
             parse_constant=_constant if finite else float,
         )
-    except _Refused:
-        raise ValueError(_explain(text, finite)) from None
+        if _HALF_ESCAPED.search(text) and (problem := _first_problem(text, finite)):
+            raise _Refused(problem)
+        return content
+    except _Refused as error:
+        problem = str(error) or _first_problem(text, finite)
+        raise ValueError(problem or "not a JSON file") from None
     except RecursionError:
         raise ValueError("not a JSON file (nested too deeply)") from None
     except ValueError as error:
@@ -67,10 +74,21 @@ def _constant(text: str) -> float:
     raise _Refused
 
 
-def _explain(text: str, finite: bool) -> str:
+def half_of_a_character(text: str) -> str:
+    """Return why a text is refused that has half of a character; an empty text if it has none.
+
+    >>> half_of_a_character(chr(0xD800) + "a")
+    "expected text, found half of a character, '\\\\ud800'; write the character itself"
+    """
+    if found := _HALF.search(text):
+        return f"expected text, found half of a character, {found[0]!r}; write the character itself"
+    return ""
+
+
+def _first_problem(text: str, finite: bool) -> str:
     """Return the line and the dotted key of the first thing that `parse_json` refuses.
 
-    The text is valid JSON up to there.
+    The text is valid JSON up to there; it is empty if nothing is refused.
     """
     place: list[str | int] = []  # the key or the index in each open object or list
     seen: list[set[str] | None] = []  # the keys of each open object; None for a list
@@ -86,19 +104,19 @@ def _explain(text: str, finite: bool) -> str:
             last = place[-1]
             place[-1] = last + 1 if isinstance(last, int) else ""
         elif token[0] == '"':
-            keys = seen[-1] if seen else None
+            keys, value = seen[-1] if seen else None, json.loads(token)
+            problem = half_of_a_character(value)
             if keys is not None and not _is_value(text, match.start()):
-                key = json.loads(token)
-                place[-1] = key
-                problem = "given twice" if key in keys else ""
-                keys.add(key)
+                place[-1] = "" if problem else value
+                problem = problem or ("given twice" if value in keys else "")
+                keys.add(value)
         else:
             problem = _why_refused(token, finite)
         if problem:
             line = text.count("\n", 0, match.start()) + 1
-            where = ".".join(map(str, place))
+            where = ".".join(str(part) for part in place if part != "")
             return f"line {line}: {where}: {problem}" if where else f"line {line}: {problem}"
-    return "not a JSON file"
+    return ""
 
 
 def _is_value(text: str, start: int) -> bool:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from nni_haloc.utils.errors import no_endless_nesting
+
 _CHOSEN: ContextVar[torch.device | None] = ContextVar("working device", default=None)
 
 
@@ -79,7 +81,8 @@ def accelerated(*models: nn.Module) -> Iterator[torch.device]:
 
 def moved(value: Any, device: torch.device) -> Any:
     """Return a network's input on a device: a tensor, or lists and dicts with tensors in them."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
+    with no_endless_nesting():
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
 
 
 class HostCopy:

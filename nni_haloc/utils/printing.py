@@ -122,7 +122,10 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     for row in rows:
         table.add_row(*map(shown, row))
     with StringIO() as file:
-        console = Console(file=file, markup=False, force_terminal=False, width=400)
+        # In a notebook rich would show the table in the page, and the text would be empty.
+        console = Console(
+            file=file, markup=False, force_terminal=False, force_jupyter=False, width=400
+        )
         console.print(table)
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 

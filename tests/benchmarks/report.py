@@ -3,7 +3,8 @@
     python tests/benchmarks/report.py
 
 Each table stands between two comments of the page that name it. The rows are those of
-``minutes.py``, and of ``cuda.py --part short``, which are moved to docs/raw/short.jsonl.
+``minutes.py``, of ``latency_front.py``, and of ``cuda.py --part short``, which are moved to
+docs/raw/short.jsonl. The leaderboard in tests/benchmarks/README.md is written, too.
 """
 
 import json
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 DOCS = Path(__file__).parents[2] / "docs"
+BOARD = Path(__file__).with_name("README.md")
 OURS = ("haloc", "sensitivity-knapsack")
 RULES = ("uniform", "energy", "alds", "error-knapsack")
 NAMES = {
@@ -89,6 +91,56 @@ def minutes(rows: Sequence[Row], network: str) -> str:
     return table(["ranks by", "weights", *(f"{100 * b:g} %" for b in budgets), "s"], cells)
 
 
+def over_latency(rows: Sequence[Row]) -> str:
+    """Show top-1 and the measured share of the latency, for each rule and budget."""
+    shares = sorted({row["share"] for row in rows if row["method"] != "original"}, reverse=True)
+    cells = []
+    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "original"):
+        found = {row["share"]: row for row in rows if row["method"] == method}
+        shown = [
+            f"{100 * found[s]['test']:.1f} ({100 * found[s]['latency_share']:.0f} %)"
+            if s in found
+            else ""
+            for s in shares
+        ]
+        seconds = max(row["choose_s"] + row["fit_s"] for row in found.values())
+        cells.append([NAMES.get(method, method), *shown, f"{seconds:.0f}"])
+    return table(["ranks by", *(f"budget {100 * s:g} %" for s in shares), "s"], cells)
+
+
+def leaderboard(raw: Path) -> str:
+    """Show one budget of each study, a column for each way to choose ranks."""
+    methods = ("sensitivity-knapsack", "haloc", "alds", "energy", "uniform")
+    quick, latency = read(raw / "minutes.jsonl"), read(raw / "latency_front.jsonl")
+    lines = {
+        "EfficientNet-Lite0, 70 % of the MACs, no labels": {
+            row["method"]: row["top1"]
+            for row in quick
+            if (row["network"], row["budget"], row["weights"]) == ("lite0", 0.7, "reconstructed")
+        },
+        "VGG-16, half width, 30 % of the latency, no labels": {
+            row["method"]: row["test"] for row in latency if row["share"] == 0.3
+        },
+    }
+    for case, found in sorted(by_case(few_epochs(raw)).items()):
+        network, metric, fraction = case
+        if len(found.keys() & set(methods)) < 4 or network == "lite0":
+            continue
+        seeds = min(len(found[method]) for method in found.keys() & set(methods))
+        title = f"{NAMES[network]}, {100 * fraction:g} % of the {NAMES[metric]}, a few epochs"
+        lines[f"{title} ({seeds} seeds or more)"] = {
+            method: mean(row["test_top1"] for row in runs.values())
+            for method, runs in found.items()
+        }
+    cells = []
+    for name, top1 in lines.items():
+        best = max(top1[method] for method in methods if method in top1)
+        shown = [f"{100 * top1[method]:.1f}" if method in top1 else "" for method in methods]
+        marked = [f"**{text}**" if text == f"{100 * best:.1f}" else text for text in shown]
+        cells.append([name, *marked])
+    return table(["network, budget", *(NAMES.get(m, m) for m in methods)], cells)
+
+
 def by_case(rows: Sequence[Row]) -> dict[tuple[str, str, float], dict[str, dict[int, Row]]]:
     """Group rows by network and budget, then by method and seed; the last of equals counts."""
     found: dict[Any, Any] = defaultdict(lambda: defaultdict(dict))
@@ -155,6 +207,31 @@ def plot_minutes(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def plot_latency(rows: Sequence[Row], path: Path) -> None:
+    """Draw top-1 over the measured share of the latency, the original marked."""
+    figure = Figure(figsize=(7, 4), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    original = next(row for row in rows if row["method"] == "original")
+    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "original"):
+        points = sorted(
+            (100 * row["latency_share"], 100 * row["test"])
+            for row in rows
+            if row["method"] == method
+        )
+        ours = method in OURS
+        label = f"{NAMES.get(method, method)}{' (the default)' if ours else ''}"
+        width, size = (2.5, 7) if ours else (1.2, 5)
+        pairs = zip(*points, strict=True)
+        axes.plot(*pairs, "o-", color=COLORS[method], label=label, lw=width, ms=size)
+    axes.plot([100], [100 * original["test"]], "k*", ms=13, label="original")
+    axes.set_xlabel("measured latency, % of the original's")
+    axes.set_ylabel("top-1 on the test images, %")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 def plot_short(rows: Sequence[Row], path: Path) -> None:
     """Draw the seeds of each method and their mean, where three methods or more were run."""
     shown = {
@@ -206,7 +283,8 @@ def tables(raw: Path) -> dict[str, str]:
     """Return each table of the page by its name."""
     quick = read(raw / "minutes.jsonl")
     found = {f"minutes, {name}": minutes(quick, name) for name in ("lite0", "resnet20", "vgg16")}
-    return found | {"short": short(few_epochs(raw))}
+    over = over_latency(read(raw / "latency_front.jsonl"))
+    return found | {"latency front": over, "short": short(few_epochs(raw))}
 
 
 def few_epochs(raw: Path) -> list[dict[str, Any]]:
@@ -223,6 +301,9 @@ def main(
     for name, content in tables(docs / "raw").items():
         text = put(text, name, content)
     page.write_text(text, encoding="utf-8")
+    board = BOARD.read_text(encoding="utf-8")
+    BOARD.write_text(put(board, "leaderboard", leaderboard(docs / "raw")), encoding="utf-8")
+    plot_latency(read(docs / "raw" / "latency_front.jsonl"), docs / "images" / "latency-front.png")
     plot_minutes(read(docs / "raw" / "minutes.jsonl"), docs / "images" / "minutes.png")
     plot_short(few_epochs(docs / "raw"), docs / "images" / "short.png")
 

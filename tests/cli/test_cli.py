@@ -94,8 +94,8 @@ def test_a_search_of_a_model_that_does_not_take_the_images_is_one_line(tmp_path)
     )
     assert done.returncode == 2
     assert (
-        "haloc: model: resnet20 does not take the data's images or classes ("
-        in done.stderr.splitlines()[-1]
+        "haloc: model: expected a network for the data's images, 1x8x8 (channels, height, width), "
+        "found resnet20, which fails on them (" in done.stderr.splitlines()[-1]
     )
     assert "Traceback" not in done.stderr
 

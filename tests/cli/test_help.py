@@ -10,7 +10,7 @@ from helpers.commands import haloc
 from nni_haloc.costs.measure import measure_parser
 
 GROUPS = {
-    "Compress": ["run", "search", "train", "front", "throughput", "table"],
+    "Compress": ["run", "search", "train", "front", "throughput", "table", "settings"],
     "Costs": ["measure", "predict", "spec", "steps", "heatmap"],
     "After a run": ["plan", "prune", "quantize", "export", "bench", "report", "plot"],
     "NNI experiments": ["check", "create", "resume", "results"],

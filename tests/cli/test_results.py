@@ -104,3 +104,26 @@ def test_a_run_file_is_no_experiments_file():
         f"haloc: {DIGITS}: these are a run's settings, not an NNI experiment's file: "
         f"`haloc run {DIGITS}` runs them\n"
     )
+
+
+def test_the_command_prints_the_best_trials_and_draws_all(database, tmp_path):
+    finals = {0: (0.98, 50.0), 1: (0.97, 60.0), 2: (0.9, 20.0)}
+    statements = [(table,) for table in TABLES]
+    for number, (top1, macs) in finals.items():
+        parameters = {"parameter_id": number, "parameters": {"budget.fraction": macs / 100}}
+        event = (f"t{number}", "SUCCEEDED", json.dumps(parameters), "")
+        statements.append(("INSERT INTO TrialJobEvent VALUES (?, ?, ?, ?)", event))
+        figures = {"default": top1, "top1": top1, "macs": macs, "original_macs": 100.0}
+        figures["original_top1"] = 0.99
+        final = (f"t{number}", str(number), json.dumps(json.dumps(figures)))
+        statements.append(("INSERT INTO MetricData VALUES (?, ?, 'FINAL', ?)", final))
+    folder = database(*statements)
+    picture = tmp_path / "front.png"
+    done = haloc("results", "abc", "--folder", folder, "--pareto", picture, "--by", "macs")
+    assert done.returncode == 0, done.stderr
+    assert "2 best of 3 trials" in done.stdout
+    assert "t1" not in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    done = haloc("results", "abc", "--folder", folder, "--pareto", picture, "--by", "mac")
+    assert done.returncode == 2
+    assert "expected one of latency_ms, macs, params, found 'mac'" in done.stderr

@@ -1,6 +1,10 @@
 """The table at the end of a run."""
 
+from pathlib import Path
+
+from nni_haloc.cli.compress import code_of
 from nni_haloc.cli.summary import print_summary
+from nni_haloc.inputs.config import parse_config
 from nni_haloc.runs.summary import cost_line, short, summary
 
 ORIGINAL = {
@@ -64,6 +68,21 @@ def test_the_folder_and_the_next_commands_follow_the_table(tmp_path, capsys):
     assert folder == f"results: {tmp_path}"
     assert report.startswith(f"next:    haloc report {tmp_path} ")
     assert bench.startswith(f"         haloc bench {tmp_path} ")
+
+
+def test_the_next_command_names_the_folder_of_a_factory(tmp_path, capsys):
+    """`haloc bench` makes the original network, and calls a factory for folders named so alone."""
+    changes = {
+        "model": {"name": "my_net:make"},
+        "weights": "my_net.safetensors",
+        "data": {"name": "digits"},
+        "budget": {"fraction": 0.5},
+    }
+    own = parse_config(changes, "run.yml", files=False)
+    ours = parse_config(changes | {"model": {"name": "digits_cnn"}}, "run.yml", files=False)
+    assert [code_of(config, Path("a/run.yml")) for config in (own, ours)] == [" --code a", ""]
+    print_summary(tmp_path, {"original": ORIGINAL}, " --code a")
+    assert f"haloc bench {tmp_path} --code a " in capsys.readouterr().out
 
 
 def test_a_plans_cost_is_one_line_with_its_share_of_the_original():

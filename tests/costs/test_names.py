@@ -25,7 +25,7 @@ from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.registries import PREDICTORS, RUNTIMES
-from nni_haloc.inputs.schema import METRICS
+from nni_haloc.inputs.schema.values import METRICS
 from nni_haloc.space.names import DENSE
 from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.errors import MissingPackage, SettingsError

@@ -263,7 +263,7 @@ WRONG = {
         r"trialConcurency: unknown key; did you mean 'trialConcurrency'\?$",
     ),
     "a key twice": ({"max_trial_number": 3}, "max_trial_number: maxTrialNumber is there twice$"),
-    "a number as key": ({3: 4}, "3: unknown key$"),
+    "a number as key": ({3: 4}, "3: expected text as a key, found a number; put the key in quotes"),
     "weeks": ({"maxExperimentDuration": "2 weeks"}, "expected a duration above 0, such as 90s"),
     "hours and minutes": ({"maxTrialDuration": "1h30m"}, "maxTrialDuration: expected a duration"),
     "no time": ({"maxTrialDuration": "0s"}, "expected a duration above 0"),

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from nni_haloc.inputs.schema import Section
+from nni_haloc.inputs.schema.section import Section
 from nni_haloc.runs.folder import Figures, RunFolder
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages.stage import NetworkStage, Outcome, Report

@@ -9,6 +9,7 @@ LONG = (
     "tests/runs/test_distributed.py",
     "tests/runs/test_stages.py",
     "tests/space/test_torchvision.py",
+    "tests/test_notebooks.py",
     "tests/costs/test_regression.py",
 )
 """What takes long begins first, so that all workers end at nearly the same time."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.paths import DIGITS
+from helpers.paths import DIGITS, ROOT
 
 from nni_haloc.cli.compress import _settings
 from nni_haloc.cli.options import trust
@@ -138,3 +138,28 @@ def test_a_program_of_somebody_else_that_uses_us_finds_its_own_folder_first(tmp_
     words = [sys.executable, "-m", "theirs.main"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["pathlib.Path('x')", "pathlib.PurePosixPath('/')"])
+def test_places_that_are_no_text_are_no_hindrance(folder, tmp_path, place):
+    """Python itself takes no notice of them."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        f"import pathlib, sys\nsys.path[1:1] = [{place}]\nsys.path.append({place})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "nni_haloc.costs.measure", "--help"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "imported").exists(), (folder / "imported").read_text()
+
+
+def test_the_folder_of_code_is_added_beside_a_path_of_the_same_name(folder, path):
+    sys.path.insert(0, folder)
+    add_code(folder)
+    assert sys.path[-1] == str(folder)

@@ -177,7 +177,10 @@ def test_data_sets_with_one_shape_keep_it(folder):
 
 
 def test_a_network_for_other_channels_is_one_line(folder):
-    message = "model: resnet20 does not take the data's images or classes .*; images are 1x12x12$"
+    message = (
+        r"model: expected a network for the data's images, 1x12x12 \(channels, height, width\), "
+        r"found resnet20, which fails on them \(.*3 channels.*\); set data.channels, data.size or"
+    )
     with pytest.raises(DataError, match=message):
         Job(config(folder, channels=1), folder / "out")
 
@@ -201,7 +204,9 @@ def test_a_network_for_other_sizes_is_one_line(folder, monkeypatch, error):
     torch.save(Particular(error).state_dict(), folder / "w.pt")
     model = {"name": "particular", "arguments": {"error": error}}
     changed = settings.model_copy(update={"model": settings.model.model_copy(update=model)})
-    with pytest.raises(DataError, match=r"^model: particular .*\(expected 224, found 12\); images"):
+    with pytest.raises(
+        DataError, match=r"^model: .*12x12.*particular, .*\(expected 224, found 12\); set"
+    ):
         Job(changed, folder / "out")
 
 

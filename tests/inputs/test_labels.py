@@ -1,5 +1,7 @@
 """Labels that are no classes of the outputs are one line, wherever they are used."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ import nni_haloc
 from nni_haloc import DataError, Haloc, RankSpace, Recipe
 from nni_haloc.chain.pruning import prune
 from nni_haloc.inputs.labels import IGNORED, LabelCheck, check_labels
+from nni_haloc.plan.sensitivity import added_losses
 
 IMAGES = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 CLASSES = torch.arange(16) % 4
@@ -123,6 +126,9 @@ def test_they_are_refused_wherever_labels_are_used(use, case):
     labels, outputs, message = WRONG[case]
     if use is validate and outputs == 1:
         outputs, message = 4, "found float32"
+    if case == "one-hot" and use in (finetune, validate, teach):
+        use(network(outputs), labels)  # probabilities
+        labels, message = SEVERAL.float(), "sum to 1 for each image or position, found a sum of "
     with pytest.raises(DataError, match=message) as raised:
         use(network(outputs), labels)
     assert "\n" not in str(raised.value)
@@ -198,6 +204,140 @@ def test_positions_have_classes_of_their_own():
         check_labels(labels.transpose(1, 2), outputs)
     with pytest.raises(DataError, match=r"pass labels.squeeze\(1\)"):
         check_labels(labels[:, None], outputs)
+
+
+SOFT = 0.7 * ONE_HOT + 0.3 * ONE_HOT.roll(3, 0)
+"""Labels as mixup makes them."""
+
+
+class Mixed(nn.Module):
+    """Give logits whose best class is the first in all images."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+
+    def forward(self, x):
+        return self.bias.expand(len(x), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_probabilities_train_by_their_cross_entropy_and_count_by_the_largest(dtype):
+    found, net = {}, Mixed()
+    loss = -(SOFT.to(dtype).double() * net.bias.detach().double().log_softmax(0)).sum(1).mean()
+    batches = loader(SOFT.to(dtype))
+    nni_haloc.finetune(
+        net, batches, Recipe(1, lr=1e-12), batches, lambda _, found_: found.update(found_)
+    )
+    assert found["train_loss"] == pytest.approx(
+        float(loss), rel=1e-2 if dtype.itemsize < 4 else 1e-5
+    )
+    assert found["val_top1"] == float((SOFT.argmax(1) == 0).double().mean()) == 0.25
+
+
+NO_PROBABILITIES = {
+    "a sum of 2": (SOFT * 2, "found a sum of 2$"),
+    "one image alone": (torch.cat([SOFT[:15], SOFT[15:] * 0.5]), "found a sum of 0.5$"),
+    "negative": (SOFT - torch.eye(4)[[0] * 16] + torch.eye(4)[[1] * 16], "found negative ones or"),
+    "not a number": (SOFT * torch.nan, "found negative ones or NaN"),
+    "zeros": (SOFT * 0, "found a sum of 0$"),
+    "of other classes": (torch.eye(3)[CLASSES % 3], "found float32 of shape .*8, 3"),
+    "of one class": (torch.ones(16, 1), "found float32 of shape .*8, 1"),
+    "of each image": (torch.ones(16), "found float32 of shape .*8,"),
+    "by positions": (SOFT[..., None], "found float32 of shape .*8, 4, 1"),
+    "complex": (SOFT + 0j, "found complex64"),
+}
+
+
+@pytest.mark.parametrize("use", [finetune, validate, teach], ids=lambda use: use.__name__)
+@pytest.mark.parametrize("case", NO_PROBABILITIES)
+def test_floats_that_are_no_probabilities_are_refused(use, case):
+    labels, message = NO_PROBABILITIES[case]
+    with pytest.raises(DataError, match=message) as raised:
+        use(network(4), labels)
+    assert "\n" not in str(raised.value)
+
+
+class Pixels(nn.Module):
+    """Classify each pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu())
+
+
+def pixels(ignored):
+    """Labels of pixels, of which a share is ignored, and in the second half of the images all."""
+    random = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, 4, (16, 8, 8), generator=random)
+    labels[torch.rand(labels.shape, generator=random) < ignored] = IGNORED
+    labels[8:] = IGNORED
+    return labels
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.4, 0.99])
+def test_ignored_positions_are_in_no_accuracy(ignored):
+    torch.manual_seed(0)
+    net, labels, found = Pixels(), pixels(ignored), {}
+    with torch.no_grad():
+        best = net(IMAGES).numpy().argmax(1)
+    counted = labels.numpy() != IGNORED
+    expected = (best[counted] == labels.numpy()[counted]).mean()
+    batches = DataLoader(TensorDataset(IMAGES, labels), 5)
+    assert nni_haloc.accuracy(net, batches) == (pytest.approx(expected),)
+    assert nni_haloc.accuracy(net, batches, (4,)) == (1.0,)
+    nni_haloc.finetune(
+        net, batches, Recipe(1, lr=1e-12), batches, lambda _, metrics: found.update(metrics)
+    )
+    assert found["val_top1"] == pytest.approx(expected)
+    assert np.isfinite(found["train_loss"])
+
+
+def test_batches_of_ignored_labels_alone_change_nothing_and_are_no_accuracy():
+    net, labels = Pixels(), torch.full((16, 8, 8), IGNORED)
+    before = [p.detach().clone() for p in net.parameters()]
+    batches = DataLoader(TensorDataset(IMAGES, labels), 8)
+    nni_haloc.finetune(net, batches, Recipe(1, lr=0.1, weight_decay=0.0))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+    with pytest.raises(DataError, match="expected classes, found -100 .to be ignored. alone"):
+        nni_haloc.accuracy(net, batches)
+
+
+def test_a_searchs_batches_leave_ignored_labels_out():
+    torch.manual_seed(0)
+    net, labels = Pixels(), pixels(0.5)
+    evaluator = nni_haloc.Classification(loader(labels), loader(labels), Recipe(1))
+    evaluator.module.set_model(net)
+    with torch.no_grad():
+        step = evaluator.module.training_step((IMAGES, labels), 0)
+        logits = net(IMAGES)
+    counted = labels != IGNORED
+    right = logits.argmax(1)[counted] == labels[counted]
+    assert float(step["top1"]) == pytest.approx(float(right.double().mean()))
+    torch.testing.assert_close(step["loss"], nn.functional.cross_entropy(logits, labels))
+
+
+def test_sensitivities_are_means_over_the_labels_that_count():
+    torch.manual_seed(0)
+    net, labels = Pixels(), pixels(0.5)
+    space = RankSpace(net, IMAGES[:1])
+    added = added_losses(net, space.modules_by_layer, IMAGES, labels)
+    layer, name = next((a, b) for a, row in added.items() for b in row if b != "dense")
+    changed = copy.deepcopy(net)
+    changed.set_submodule(layer, space.modules_by_layer[layer][name])
+    for i, found in enumerate(added[layer][name]):
+        if i >= 8:
+            assert found == 0
+            continue
+        with torch.no_grad():
+            before, after = (
+                nn.functional.cross_entropy(m(IMAGES[i : i + 1]), labels[i : i + 1])
+                for m in (net, changed)
+            )
+        assert found == pytest.approx(float(after - before), abs=1e-5)
 
 
 def test_outputs_that_are_no_logits_are_named():

@@ -10,25 +10,15 @@ import pytest
 import torch
 import yaml
 from helpers.paths import DIGITS
+from helpers.schema import FIELDS, fields
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from nni_haloc.inputs.config import Config, dump_config, load_config, parse_config, set_dotted
-from nni_haloc.inputs.schema import FurtherLimit
+from nni_haloc.inputs.config import dump_config, load_config, parse_config, set_dotted
+from nni_haloc.inputs.schema.budget import FurtherLimit
 from nni_haloc.utils.errors import SettingsError
 from nni_haloc.utils.registry import Registry
 
-
-def fields(section=Config, place=()):
-    """Yield every dotted key of the settings and its field, sections and what is in them."""
-    for name, field in section.model_fields.items():
-        yield (*place, name), field
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if hasattr(kind, "model_fields"):
-                yield from fields(kind, (*place, name))
-
-
-FIELDS = dict(fields())
 KEYS = sorted(FIELDS)
 NUMBERS = [
     0, 1, -1, 2**31, 2**32, 2**63, 2**64, 10**400, 10**5000, 1e39, 1e308, 1e-46, 5e-324,

@@ -54,6 +54,62 @@ def test_a_key_that_is_given_twice_is_refused_with_its_line(text, message, expon
     assert refusal(text, exponents).startswith(message)
 
 
+NO_TEXT = {
+    "a boolean (true or false)": ["on", "Off", "yes", "NO", "true", "False"],
+    "null (nothing)": ["~", "null", "Null"],
+    "a number": ["1", "0x1", "1_000", "-3", "1.5", ".inf", ".nan", "012", "1:30"],
+}
+
+
+@pytest.mark.parametrize("exponents", [True, False])
+@pytest.mark.parametrize(
+    ("key", "kind"), [(key, kind) for kind, keys in NO_TEXT.items() for key in keys]
+)
+def test_a_key_that_yaml_takes_for_something_else_is_told_to_be_quoted(key, kind, exponents):
+    assert not isinstance(yaml.safe_load(key), str)
+    why = f"expected text as a key, found {kind}; put the key in quotes: "
+    assert refusal(f"a: 1\n{key}: 1", exponents) == f', line 2: {key}: {why}"{key}"'
+    for text, place in (
+        (f"a: 1\nb:\n  {key}: x", ", line 3: b"),
+        (f"b: {{c: [1, {{{key}: 1}}]}}", ": b.c.1"),
+        (f"x: &x\n  {key}: 1\ny: {{<<: *x}}", ", line 2: x"),
+    ):
+        assert refusal(text, exponents) == f'{place}.{key}: {why}"{key}"'
+    quoted = f"a: {{\"{key}\": 1, ? '{key}b' : 2, !!str {key}c: 3}}"
+    found = {"a": {key: 1, f"{key}b": 2, f"{key}c": 3}}
+    assert parse_yaml(quoted, exponents=exponents) == found
+
+
+def test_a_key_that_is_left_out_is_told_so():
+    assert refusal("a: 1\n?\n: 2").endswith('found null (nothing); put the key in quotes: ""')
+
+
+def test_a_key_that_is_a_date_to_nni_alone_is_one_to_nni_alone():
+    text = "a: {2026-01-02: 1}"
+    assert parse_yaml(text) == {"a": {"2026-01-02": 1}}
+    why = (
+        ': a.2026-01-02: expected text as a key, found a date; put the key in quotes: "2026-01-02"'
+    )
+    assert refusal(text, exponents=False) == why
+
+
+HALVES = ["\\ud800", "\\uDBFF", "\\udc00", "\\uDfFf", "\\ud83d\\ude00"]
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("exponents", [True, False])
+def test_half_of_a_character_is_told_with_key_and_line(half, exponents):
+    found = f"found half of a character, '{half[:6].lower()}'"
+    why = f"expected text, {found}; write the character itself"
+    assert refusal(f'a: 1\nb: "x{half}"', exponents) == f", line 2: b: {why}"
+    assert refusal(f'a: {{b: [1, "{half}"]}}', exponents) == f": a.b.1: {why}"
+    assert refusal(f'a:\n  "{half}": 1', exponents) == f", line 2: a: {why}"
+
+
+def test_whole_characters_are_no_halves():
+    assert parse_yaml('a: "\\U0001F600\\uE000\\uD7FF"') == {"a": "\U0001f600\ue000\ud7ff"}
+
+
 def test_the_same_key_in_different_sections_is_no_mistake():
     text = "a: {lr: 1}\nb: {lr: 2}\nc: [{lr: 3}, {lr: 4}]"
     assert parse_yaml(text, "run.yml") == yaml.safe_load(text)
@@ -117,7 +173,7 @@ NUMBER = "expected a number, found one of"
         ("a: 1\nb: x\0y", r", line 2: expected text, found the character '\x00'"),
         ("a: 1\nb: \x1b[31m", r", line 2: expected text, found the character '\x1b'"),
         ('a: "\\UFFFFFFFF"', "not valid YAML"),
-        ('a: "\\ud800"', "not a value of the kind 'str'"),
+        ('a: "\\ud800"', r": a: expected text, found half of a character, '\ud800'"),
         ("%YAML " + "9" * 5000 + ".1\n---\na: 1", ", line 1: not valid YAML"),
         ("a: !!bool x", ": a: not a value of the kind 'bool'"),
         ("a: !!int ''", ": a: not a value of the kind 'int'"),

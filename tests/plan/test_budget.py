@@ -266,6 +266,23 @@ def test_an_impossible_budget_names_the_cheapest_network():
         check_feasible(candidates, [Limit(table, math.nan)])
 
 
+@pytest.mark.parametrize("decide", [check_feasible, choose])
+def test_an_impossible_budget_names_the_share_that_no_candidate_changes(decide):
+    table = one({"dense": 10.0, "r2": 2.0}, 6.0, b={"dense": 24.0, "r2": 2.0})
+    reasons = {"b": "excluded", "c": "frozen", "d": "frozen"}
+    searched = {"a": {"dense": 1.0, "r2": 0.0}}
+    for limits in ([Limit(table, 31.9)], [Limit(table, 31.9), Limit(table, 40.0)]):
+        with pytest.raises(InfeasibleBudget) as refused:
+            decide(searched, limits, left_alone=reasons)
+        end = "; 75.00 % of the original's macs stay (b: excluded; c and 1 more: frozen)"
+        assert str(refused.value).endswith(f"0.8 of the original{end}")
+    # Where little or nothing of the cost is in other layers, the reasons are not to blame.
+    for fixed in (0.0, 0.9):
+        table = one({"dense": 10.0, "r2": 2.0}, fixed)
+        with pytest.raises(InfeasibleBudget, match="of the original$"):
+            decide(searched, [Limit(table, 1.0)], left_alone=reasons)
+
+
 @pytest.mark.parametrize("least", [1 / 3, 1e-7, 0.56789, 9.9995, 10.0, 1234.5])
 def test_the_fraction_that_a_refusal_names_is_accepted_as_the_budget(least):
     table = one({"dense": 20000.0, "r2": least}, 0.0)

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from nni_haloc.costs.table import CostTable
-from nni_haloc.inputs.schema import Rule
+from nni_haloc.inputs.schema.values import Rule
 from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rules import RULES, plan, scored
 from nni_haloc.plan.rules import learned as learning

@@ -9,7 +9,7 @@ from helpers.paths import DIGITS
 from nni_haloc import SettingsError
 from nni_haloc.inputs.config import config_type, dump_config, load_config, parse_config
 from nni_haloc.inputs.registries import STAGES
-from nni_haloc.inputs.schema import Section
+from nni_haloc.inputs.schema.section import Section
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.runs.stages import all_stages, clear
 from nni_haloc.runs.stages.stage import NetworkStage

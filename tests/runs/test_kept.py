@@ -190,3 +190,20 @@ def test_one_call_says_it_too(net, images, warnings, total, warned):
 def test_one_call_that_counts_has_no_such_figure(net, images):
     result = compress_model(net, DataLoader(images, 16), budget=0.6, metric="macs", epochs=0)
     assert not any("of_budget" in key for key in result.metrics["compressed"])
+
+
+def test_a_latency_of_zero_is_one_and_no_reason_to_measure_energy(net, images, monkeypatch):
+    """As a clock that is too coarse for the network measures it."""
+    monkeypatch.setattr(
+        "nni_haloc.runs.compress_model.measure_latency",
+        lambda networks, *_: dict.fromkeys(networks, 0.0),
+    )
+    monkeypatch.setattr(
+        "nni_haloc.runs.compress_model.measure_energy", lambda *_: pytest.fail("energy")
+    )
+    allowed = AllowedRanks()
+    counted = mac_table(net, images[:1], allowed)
+    table = CostTable("latency_ms", counted.costs, counted.fixed)
+    loader = DataLoader(TensorDataset(images, torch.zeros(64, dtype=torch.long)), 16)
+    result = compress_model(net, loader, budget=0.6, costs=table, allowed=allowed, epochs=0)
+    assert result.metrics["compressed"]["latency_ms_of_budget"] == 0.0

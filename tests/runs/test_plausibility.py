@@ -111,6 +111,10 @@ def test_what_was_not_measured_is_not_doubted(found):
 
 def test_chance_is_that_among_the_classes_that_are_there():
     assert guessing(torch.tensor([1, 3, 3, 5])) == {"images": 4, "chance": pytest.approx(1 / 3)}
+    positions = torch.tensor([[1, -100], [3, 3], [-100, -100], [5, 1]])
+    assert guessing(positions) == {"images": 3, "chance": pytest.approx(1 / 3)}
+    assert guessing(torch.full((2, 2), -100)) == {"images": 0, "chance": 1.0}
+    assert guessing(torch.empty(0, dtype=torch.long)) == {"images": 0, "chance": 1.0}
 
 
 def test_nni_gets_the_doubts_as_numbers():

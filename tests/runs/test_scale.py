@@ -1,4 +1,4 @@
-"""docs/how-to/many-machines.md: NNI's own classes take every experiment in it, and its arithmetic is right."""
+"""docs/how-to/many-machines.md: NNI's classes take its experiments, its arithmetic is right."""
 
 import re
 from pathlib import Path

@@ -16,10 +16,14 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules.learned import learned
 from nni_haloc.plan.rules.problem import Problem
 from nni_haloc.runs.compress_model import compress_model
+from nni_haloc.search.evaluator import Classification
+from nni_haloc.search.multitrial import run_multitrial
 from nni_haloc.search.space import RankSpace
+from nni_haloc.search.strategy import Haloc, run_search
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.training.finetuning import finetune
 from nni_haloc.training.recipe import Recipe
+from nni_haloc.utils.errors import InfeasibleBudget
 
 ALL = AllowedRanks(kinds=("conv", "pointwise", "linear"), step=2)
 QUIET = {"enable_progress_bar": False}
@@ -144,6 +148,41 @@ def test_the_rule_that_trains_trains_no_frozen_layer(net, images, labels, loader
     assert set(learned(problem)) == {"body.0", "point", "head"}
     assert torch.equal(trained[0].stem.weight, net.stem.weight)
     assert not torch.equal(trained[0].head.weight, net.head.weight)
+
+
+def by_search(net, images, loaders, allowed):
+    space = RankSpace(net, images[:1], allowed=allowed)
+    run_search(space, Classification(*loaders, Recipe(1)), Haloc(space.costs, 0.01))
+
+
+def by_trials(net, images, loaders, allowed):
+    space = RankSpace(net, images[:1], allowed=allowed)
+    run_multitrial(space, [Limit.of(space.costs, 0.01)], lambda _: 0.0, "random", 2)
+
+
+def by_a_rule(net, images, loaders, allowed):
+    compress_model(net, *loaders, metric="macs", budget=0.01, epochs=0, allowed=allowed)
+
+
+def by_a_plan(net, images, loaders, allowed):
+    space = RankSpace(net, images[:1], allowed=allowed)
+    strategy = Haloc(space.costs, 0.99)
+    run_search(space, Classification(*loaders, Recipe(1), **QUIET), strategy)
+    strategy.plan(0.01)
+
+
+@pytest.mark.parametrize("entrance", [by_search, by_trials, by_a_rule, by_a_plan])
+def test_a_budget_that_frozen_layers_exceed_says_so(net, images, loaders, entrance):
+    allowed = AllowedRanks(kinds=("conv", "pointwise", "linear"), step=2, exclude=("head",))
+    frozen(net, "stem", "norm", "point")
+    macs = mac_table(net, images[:1], allowed)
+    rest = 100 * macs.restrict({"body.0": {}})[1] / macs.original
+    with pytest.raises(InfeasibleBudget) as refused:
+        entrance(net, images, loaders, allowed)
+    message = str(refused.value)
+    assert f"; {rest:.2f} % of the original's macs stay (" in message
+    assert "stem and 1 more: frozen" in message
+    assert "head: excluded by name" in message
 
 
 def test_pruning_keeps_what_is_frozen(net, images):

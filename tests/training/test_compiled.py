@@ -9,7 +9,8 @@ from helpers.host_copies import no_waits_on
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nni_haloc.inputs.schema import Finetune, Quantize
+from nni_haloc.inputs.schema.chain import Quantize
+from nni_haloc.inputs.schema.training import Finetune
 from nni_haloc.training import compiled, finetuning
 from nni_haloc.training.compiled import Compiled, Replayed
 from nni_haloc.training.finetuning import accuracy, finetune, recalibrate

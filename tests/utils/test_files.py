@@ -57,6 +57,53 @@ def test_a_link_in_the_place_of_a_file_is_replaced(run, outside):
         assert (run / name).read_text() == "page"
 
 
+@pytest.fixture
+def umask():
+    """Set the process's mask of permissions for a test."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+MODES = [0o600, 0o640, 0o644, 0o664, 0o666, 0o755, 0o777, 0o444, 0o400]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such permissions")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0])
+@pytest.mark.parametrize("mode", [*MODES, 0o4755, 0o2775, 0o1666])
+def test_a_file_that_is_replaced_keeps_who_may_do_what(run, umask, mode, mask):
+    (run / "a.json").write_text("old")
+    (run / "a.json").chmod(mode)
+    umask(mask)
+    with whole(run / "a.json") as part:
+        # Nobody can read what is being written who could not read the file.
+        assert stat.S_IMODE(part.stat().st_mode) & ~(mode | 0o600) == 0
+        part.write_text("new")
+    assert stat.S_IMODE((run / "a.json").stat().st_mode) == mode & 0o777
+    assert (run / "a.json").read_text() == "new"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such permissions")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0])
+@pytest.mark.parametrize("there", ["nothing", "a link", "a dangling link"])
+def test_a_new_file_has_the_permissions_that_the_process_gives(run, outside, umask, mask, there):
+    (outside / "file").chmod(0o640)
+    if there != "nothing":
+        (run / "a.json").symlink_to(outside / ("file" if there == "a link" else "none"))
+    umask(mask)
+    write_json(run / "a.json", {})
+    assert stat.S_IMODE((run / "a.json").lstat().st_mode) == 0o666 & ~mask
+    assert stat.S_IMODE((outside / "file").stat().st_mode) == 0o640
+
+
+def test_permissions_of_a_library_that_writes_are_kept_too(run):
+    (run / "w.safetensors").write_text("old")
+    (run / "w.safetensors").chmod(0o640)
+    with whole(run / "w.safetensors") as part:
+        save_file({"a": zeros(1)}, part)
+    assert stat.S_IMODE((run / "w.safetensors").stat().st_mode) == 0o640
+
+
 @pytest.mark.parametrize("name", ["file.part", "file.123.part", "file.123-00c0ffee.part"])
 def test_a_link_under_the_name_of_a_partly_written_file_is_not_followed(run, outside, name):
     (run / name).symlink_to(outside / "file")

@@ -92,6 +92,10 @@ def test_a_key_that_is_given_twice_is_refused_with_its_place_and_its_line(value,
         ('{"fixed": [1,\n-Infinity]}', "line 2: fixed.1: expected a finite number, found -inf"),
         ('{"fixed": 1e999}', "line 1: fixed: expected a finite number, found 1e999"),
         ('{"fixed": ' + "9" * 5000 + "}", "line 1: fixed: expected a number, found one of 5000"),
+        (r'{"a": [1,' + "\n" + r'"x\ud800"]}', r"line 2: a.1: expected text, found half of a char"),
+        (r'{"a": {"\uDFFF": 1}}', r"line 1: a: expected text, found half .*, '\\udfff'; write"),
+        (r'"\ude00\ud83d"', r"line 1: expected text, found half of a character, '\\ude00'"),
+        (r'{"a": "\ud83d\ude00", "b": "\ud83d"}', "line 1: b: expected text, found half"),
         ("NaN", "line 1: expected a finite number, found nan"),
         ("{", r"not a JSON file \(Expecting property name .*line 1 column 2"),
         ("", "not a JSON file"),
@@ -105,6 +109,13 @@ def test_what_is_refused_is_one_line_with_key_and_line(text, message):
     with pytest.raises(ValueError, match=f"^{message}") as caught:
         parse_json(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", [r'"\ud83d\ude00"', r'"\\ud800"', r'{"\\\\ud800": "\uD83D\uDE00"}']
+)
+def test_pairs_of_halves_and_escaped_backslashes_are_no_halves(text):
+    assert parse_json(text) == json.loads(text)
 
 
 def test_numbers_that_are_not_finite_are_read_where_a_reader_takes_them():

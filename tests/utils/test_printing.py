@@ -76,6 +76,11 @@ def test_a_table_without_rows_has_its_headings(printed):
     assert "latency" in "\n".join(printed(None, []))
 
 
+def test_a_text_table_is_text_in_a_notebook_too(monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert text_table(("a", "b"), [("x", 1)]).splitlines() == ["a  b", "x  1"]
+
+
 def test_a_text_table_is_not_cut():
     lines = text_table(("a", "b"), [("x" * 100, None), ("y", 0.123456)]).splitlines()
     assert lines == [f"a{' ' * 101}b", "x" * 100, f"y{' ' * 101}0.1235"]

@@ -1,9 +1,12 @@
 """Wrapped networks are taken for what is in the wrapper, with its own layer names."""
 
+import copy
+
 import pytest
 import torch
 from helpers.networks import SmallNet
 from lightning_fabric import Fabric
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -40,6 +43,21 @@ def one_process(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
+def compiled_inside(*names, in_place=False):
+    """A wrapper that compiles parts of a network."""
+
+    def wrap(net):
+        for name in names:
+            module = net.get_submodule(name)
+            if in_place:
+                module.compile()
+            else:
+                net.set_submodule(name, torch.compile(module))
+        return net
+
+    return wrap
+
+
 WRAPPERS = {
     "DataParallel": nn.DataParallel,
     "DistributedDataParallel": DistributedDataParallel,
@@ -47,6 +65,10 @@ WRAPPERS = {
     "AveragedModel": AveragedModel,
     "Fabric": lambda net: Fabric(accelerator="cpu").setup(net),
     "one in another": lambda net: nn.DataParallel(torch.compile(net)),
+    "a compiled part": compiled_inside("body"),
+    "compiled layers": compiled_inside("body.0", "point", "head"),
+    "compiled in place": compiled_inside("", "body", "point", in_place=True),
+    "all of it, in and around": lambda net: torch.compile(compiled_inside("body.0", "body")(net)),
     "none": lambda net: net,
 }
 wrappers = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
@@ -109,3 +131,37 @@ def test_trainings_take_a_wrapped_network(net, loaders, wrap, one_process):
     data = DataLoader(loaders[0].dataset, 16)
     assert finetune(wrapped, data, Recipe(1, 0.1), data, teacher=wrapped, **QUIET) is wrapped
     assert not torch.equal(unwrapped(wrapped).head.weight, before)
+
+
+def result_of(net, data):
+    result = compress_model(net, data, data, metric="macs", budget=0.7, epochs=1, verbose=False)
+    return result.plan, result.model.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:.*has shuffling enabled.*", "ignore:.*sync_dist=True.*")
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("names", [("body",), ("body.0", "point"), ("stem", "body.0", "body")])
+def test_a_network_that_is_compiled_in_part_gives_the_same_plan_and_weights(
+    net, loaders, tmp_path, names, in_place
+):
+    """Hooks on layers of a compiled part, by which they are seen, would be passed over."""
+    data = DataLoader(loaders[0].dataset, 16)
+    plan, weights = result_of(copy.deepcopy(net), data)
+    compiled = compiled_inside(*names, in_place=in_place)(net)
+    before = {name: id(module) for name, module in compiled.named_modules()}
+    found, values = result_of(compiled, data)
+    assert found.ranks == plan.ranks
+    assert list(values) == list(weights)
+    assert all(torch.equal(values[name], weights[name]) for name in weights)
+    assert {name: id(module) for name, module in compiled.named_modules()} == before
+    save(tmp_path, compiled, RankPlan({}))
+    assert set(load_file(tmp_path / "weights.safetensors")) == set(SmallNet().state_dict())
+
+
+def test_what_is_not_compiled_is_itself():
+    net = SmallNet()
+    assert unwrapped(net) is net
+    net.body.compile()
+    assert unwrapped(net).stem is net.stem
+    assert unwrapped(net).body is not net.body
+    assert unwrapped(net).body[0].weight is net.body[0].weight

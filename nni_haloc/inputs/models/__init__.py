@@ -35,7 +35,9 @@ def build_model(
     """
     module_name, _, attribute = name.rpartition(":")
     if not factories and is_factory(name):
-        refused = "its factory is called for folders that you trust alone (--code FOLDER)"
+        refused = (
+            "its factory is called for folders that you trust alone (--code FOLDER, factories=True)"
+        )
         raise ValueError(f"model {name!r}: {refused}; or pass the original network")
     try:
         model = _factory(module_name, attribute)(**(arguments or {}))

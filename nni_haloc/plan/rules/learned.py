@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -18,7 +17,7 @@ from nni_haloc.plan.budget import Choice, Limit, check_feasible, choose
 from nni_haloc.plan.rules.problem import Problem, sees_every_rank
 from nni_haloc.space.frozen import let_train
 from nni_haloc.space.modules import copy_of
-from nni_haloc.space.outputs import logits_of
+from nni_haloc.space.outputs import cross_entropy, logits_of
 from nni_haloc.space.tucker import Tucker2, hosvd, reconstruct
 from nni_haloc.training.random_states import isolated_random_states
 from nni_haloc.utils.log import logger
@@ -76,7 +75,7 @@ def learned(problem: Problem) -> Choice:
                     [(weights[layer] - target).square().sum() for layer, target in targets.items()]
                 ).sum()
                 logits = logits_of(network(images.to(device)))
-                loss = F.cross_entropy(logits, checked(labels, logits).to(device))
+                loss = cross_entropy(logits, checked(labels, logits).to(device))
                 loss = loss + PENALTY * GROWTH**i / 2 * distance
                 optimizer.zero_grad()
                 loss.backward()

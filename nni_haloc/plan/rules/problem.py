@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class Problem:
         seed: of what a rule draws.
         train: batches of all training images, augmented, for rules that train.
         bf16: measure sensitivities in mixed precision, as the search's.
+        left_alone: name of each layer without candidates to the reason.
 
     Raises:
         InfeasibleBudget: if no choice keeps the limits.
@@ -57,9 +58,10 @@ class Problem:
     seed: int = 0
     train: DataLoader | None = None
     bf16: bool = False
+    left_alone: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_feasible(self.candidates, self.limits)
+        check_feasible(self.candidates, self.limits, self.left_alone)
 
     def holds(self, choice: Mapping[str, str]) -> bool:
         """Tell whether a choice keeps every limit."""

@@ -163,5 +163,6 @@ def _problem(job: Job) -> tuple[Problem, list[str], dict[str, str]]:
         config.seed,
         job.loader("train", shuffle=True),
         bf16,
+        left_alone,
     )
     return problem, pinned, left_alone

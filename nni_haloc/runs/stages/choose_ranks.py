@@ -9,8 +9,8 @@ from pytorch_lightning import Callback
 
 from nni_haloc.costs.analytic import param_table
 from nni_haloc.costs.from_settings import allowed_ranks_of
-from nni_haloc.inputs import schema
 from nni_haloc.inputs.config import Config, dump_config
+from nni_haloc.inputs.schema.search import Search, SearchOptions
 from nni_haloc.plan.budget import Limit, Scores, cheapest, check_feasible
 from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.runs.folder import SEARCH_VERSION, Figures, RunFolder, Training
@@ -46,7 +46,7 @@ class ChooseRanks(Stage):
     """
 
     name = "search"
-    settings = schema.Search
+    settings = Search
     title = "searched"
     training_title = "search"
 
@@ -184,10 +184,10 @@ def _prepare(job: Job) -> tuple[Haloc, RankSpace, KnownLayers]:
     method = None if r.decomposition == "auto" else r.decomposition
     nested = s.supernet == "nested"
     space = RankSpace(job.model, job.example, costs, allowed, calibration, method, nested)
-    check_feasible(space.candidates, limits)
+    check_feasible(space.candidates, limits, space.left_alone)
     _log_space(space, limits)
     start = _sensitivities(job, space) if s.start == "sensitivity" else None
-    options = s.model_dump(include=set(schema.SearchOptions.model_fields))
+    options = s.model_dump(include=set(SearchOptions.model_fields))
     pinned = [name for name in space.candidates if allowed.pins(name)]
     known = KnownLayers.of(space.specs, space.candidates, start, pinned, space.left_alone)
     return Haloc(limits, seed=config.seed, start=start, **options), space, known

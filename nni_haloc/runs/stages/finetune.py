@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nni_haloc.inputs import schema
+from nni_haloc.inputs.schema.training import Finetune as Settings
 from nni_haloc.runs.folder import Figures, RunFolder, Training
 from nni_haloc.runs.identity import finetuning_identity
 from nni_haloc.runs.job import Job
@@ -19,7 +19,7 @@ class Finetune(Stage):
     """Train the network of the chosen ranks; it becomes the run's own result."""
 
     name = "finetune"
-    settings = schema.Finetune
+    settings = Settings
     title = "compressed"
     training_title = "fine-tuning"
 
@@ -57,7 +57,7 @@ class Finetune(Stage):
             outcome.figures |= measured_of_budget(
                 limits_of_plan(job.config, before.plan, job.folder),
                 job.device,
-                lambda metric: known.get(metric) or job.energy(network),
+                lambda metric: known[metric] if metric in known else job.energy(network),
             )
         job.save(network, before.plan)
         if is_first():

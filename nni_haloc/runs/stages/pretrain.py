@@ -7,8 +7,8 @@ from typing import Any
 
 from safetensors.torch import save_model
 
-from nni_haloc.inputs import schema
 from nni_haloc.inputs.config import Config
+from nni_haloc.inputs.schema.training import Train as Settings
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import Figures, RunFolder, Training, hold
 from nni_haloc.runs.identity import section_identity
@@ -23,6 +23,7 @@ from nni_haloc.utils.errors import Diverged, SettingsError
 from nni_haloc.utils.files import whole
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
+from nni_haloc.utils.wrapped import unwrapped
 
 
 class Pretrain(Stage):
@@ -33,7 +34,7 @@ class Pretrain(Stage):
 
     name = "pretrain"
     section = "train"
-    settings = schema.Train
+    settings = Settings
     title = "original"
     training_title = "training"
     in_run = False
@@ -108,7 +109,7 @@ def train_original(config: Config, *, resume: bool = False) -> Figures:
         if not is_first():
             return {}
         with whole(out) as part:
-            save_model(outcome.network, str(part))
+            save_model(unwrapped(outcome.network), str(part))
         warn_of_doubts({"original": {**outcome.figures, **job.guessing(config.data.score)}})
     shown = ", ".join(f"{name} {100 * value:.2f} %" for name, value in outcome.figures.items())
     logger.info("%s: %s", out, shown)

@@ -6,7 +6,7 @@ from itertools import islice
 
 from torch import nn
 
-from nni_haloc.inputs import schema
+from nni_haloc.inputs.schema.chain import Prune as Settings
 from nni_haloc.runs.folder import Figures, RunFolder
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages.stage import NetworkStage, Outcome, Report
@@ -19,7 +19,7 @@ class Prune(NetworkStage):
     """Prune a copy of the network, speed it up and fine-tune it."""
 
     name = "prune"
-    settings = schema.Prune
+    settings = Settings
     folder = title = "pruned"
     training_title = "fine-tuning of the pruned network"
 

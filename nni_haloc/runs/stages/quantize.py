@@ -11,7 +11,7 @@ from torch import nn
 from nni_haloc.costs.device.measure import time_together
 from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
 from nni_haloc.costs.from_settings import latency_input
-from nni_haloc.inputs import schema
+from nni_haloc.inputs.schema.chain import Quantize as Settings
 from nni_haloc.runs.folder import METRICS_VERSION, Figures, RunFolder
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages.stage import NetworkStage, Outcome, Report
@@ -33,7 +33,7 @@ class Quantize(NetworkStage):
     """
 
     name = "quantize"
-    settings = schema.Quantize
+    settings = Settings
     folder = title = "quantized"
     training_title = "quantization-aware training"
 

@@ -15,7 +15,7 @@ from pytorch_lightning import seed_everything
 from torch import nn
 
 from nni_haloc.inputs.config import Config, dump_config
-from nni_haloc.inputs.schema import Section
+from nni_haloc.inputs.schema.section import Section
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import Figures, RunFolder, Training
 from nni_haloc.runs.identity import finetuning_identity, section_identity

@@ -10,8 +10,8 @@ from typing import Any
 from pytorch_lightning import seed_everything
 from torch import nn
 
-from nni_haloc.inputs.schema import Distilled
-from nni_haloc.inputs.schema import Training as Section
+from nni_haloc.inputs.schema.training import Distilled
+from nni_haloc.inputs.schema.training import Training as Section
 from nni_haloc.runs.folder import Figures, Training
 from nni_haloc.runs.job import Job, trainer_options
 from nni_haloc.runs.stages.stage import Report, ignore

@@ -1,0 +1,48 @@
+"""The section ``budget``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from nni_haloc.inputs.schema.paths import ExistingPath
+from nni_haloc.inputs.schema.section import Section, Words
+from nni_haloc.inputs.schema.values import Amount, Metric
+
+
+class Limit(Section):
+    """A limit on the whole network's cost, either relative or absolute."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The limit as a fraction of the original's cost."""
+    absolute: Amount | None = None
+    """The limit as a number in the metric's unit, in the place of `fraction`."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Limit:
+        if (self.fraction is None) == (self.absolute is None):
+            raise ValueError("expected either 'fraction' or 'absolute'")
+        return self
+
+    def of(self, original: float) -> float:
+        """Return the limit in the metric's unit, for an original that costs ``original``."""
+        return self.fraction * original if self.fraction is not None else float(self.absolute or 0)
+
+
+class FurtherLimit(Limit):
+    """A limit in another metric, or by another table."""
+
+    metric: Metric
+    """What this limit is in."""
+    table: Annotated[ExistingPath, Words("file")] | None = None
+    """A cost table made before, as `cost.table`."""
+
+
+class Budget(Limit):
+    """The limit in `cost.metric`, and any number of others; every one holds."""
+
+    also: Annotated[list[FurtherLimit], Words("list of limits")] = []
+    """Further limits: `[{metric: params, fraction: 0.4}]`, each with `fraction` or `absolute`, and
+    with `table` where it has one. A candidate stays that is cheaper than the dense layer in any of
+    the metrics. A run keeps their tables in `costs-also0.json` and so on."""

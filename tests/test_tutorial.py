@@ -1,0 +1,69 @@
+"""README and tutorial as a reader goes through them: every block of code is run."""
+
+import os
+import re
+import subprocess
+
+import pytest
+from helpers.nni_experiments import environment, free_port, nnictl, until_done
+from helpers.paths import DIGITS, ROOT
+
+from nni_haloc.inputs.data import digits
+from nni_haloc.inputs.models import build_model
+from nni_haloc.inputs.weights import load_weights
+
+BLOCK = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```', re.M | re.S)
+
+
+def blocks(page):
+    """The language, file name and text of each block of code."""
+    return [match.groups() for match in BLOCK.finditer((ROOT / page).read_text())]
+
+
+def test_the_readmes_python_runs_on_a_network_and_loaders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, data = build_model("digits_cnn"), digits()
+    load_weights(model, DIGITS / "digits.safetensors")
+    val_loader = data.loader("val", 64)
+    names = {"model": model, "train_loader": data.loader("train", 64), "val_loader": val_loader}
+    programs = [text for language, _, text in blocks("README.md") if language == "python"]
+    assert programs
+    for text in programs:
+        exec(compile(text, "README.md", "exec"), names)
+    assert names["network"](next(iter(val_loader))[0]).shape[1] == 10
+
+
+@pytest.fixture
+def home(tmp_path):
+    yield tmp_path
+    nnictl(tmp_path, "stop", "--all", check=False)
+
+
+def test_the_tutorial_runs_from_beginning_to_end(home):
+    folder = home / "work"
+    folder.mkdir()
+    port, number, lines = free_port(), None, 0
+    changed = environment(home) | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
+    for language, name, text in blocks("docs/tutorial.md"):
+        if name:
+            (folder / name).write_text(text)
+        if language != "console":
+            continue
+        for line in text.splitlines():
+            if line.startswith("pip "):
+                continue
+            line = line.replace("ID", number or "ID")
+            creates = line.startswith("nnictl create")
+            if creates:  # the same with patience: nnictl gives a busy machine three seconds
+                line = f"haloc create haloc.yml --port {port}"
+            done = subprocess.run(
+                ["bash", "-c", line], cwd=folder, env=changed, capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            lines += 1
+            if creates:
+                number = re.search(r"experiment (\w+):", done.stdout)[1]
+                until_done(port)
+    assert lines >= 10
+    assert {file.name for file in folder.iterdir()} >= {"first", "front.png"}
+    assert (folder / "first" / "export" / "model.onnx").is_file()
