@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,6 +60,13 @@ def run_command(
         ),
     ] = None,
     budget: Budget = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Take the ranks of this file (haloc plan --out, ranks.json); none are chosen.",
+        ),
+    ] = None,
     out: Out = Path("haloc-run"),
     set_: Changes = None,
     scale: Scale = None,
@@ -80,7 +87,11 @@ def run_command(
     """
     if rule is not None:
         _check_rule(rule, (SEARCH, *RULES))
-    _run(run_file, rule, budget, out, set_, scale, resume, json_)
+    if rule is not None and plan is not None:
+        raise SettingsError(f"--plan, --rule: expected one of them, found {plan} and {rule!r}")
+    given = {} if plan is None else {"rule": "plan", "plan": str(plan.absolute())}
+    options = {"rule": rule, "budget.fraction": budget, **given}
+    _run(run_file, options, out, set_, scale, resume, json_)
 
 
 @compress.command("search", rich_help_panel=COMPRESS)
@@ -240,7 +251,8 @@ def baseline_command(
     _check_rule(rule, RULES.names())
     typer.echo(f"haloc baseline is deprecated: use haloc run --rule {rule}", err=True)
     out = out or Path(f"haloc-baseline-{rule}")
-    _run(run_file, rule, budget, out, set_, scale, resume, json_=False)
+    options = {"rule": rule, "budget.fraction": budget}
+    _run(run_file, options, out, set_, scale, resume, json_=False)
 
 
 def _check_rule(rule: str, names: Sequence[str]) -> None:
@@ -250,17 +262,15 @@ def _check_rule(rule: str, names: Sequence[str]) -> None:
 
 def _run(
     run_file: Path,
-    rule: str | None,
-    budget: float | None,
+    options: Mapping[str, Any],
     out: Path,
     assignments: list[str] | None,
     scale: float | None,
     resume: bool,
     json_: bool,
 ) -> None:
-    options = {"rule": rule, "budget.fraction": budget}
-    words = [f"{key}={value}" for key, value in options.items() if value is not None]
-    config, changes = _settings(run_file, [*(assignments or []), *words], scale)
+    given = {key: value for key, value in options.items() if value is not None}
+    config, changes = _settings(run_file, assignments, scale, given)
     from nni_haloc.cli.summary import print_summary
     from nni_haloc.runs.folder import RunFolder
     from nni_haloc.runs.job import logged
@@ -286,7 +296,12 @@ def code_of(config: Any, run_file: Path) -> str:
 
 
 def _settings(
-    run_file: Path, assignments: list[str] | None, scale: float | None, *, training: bool = False
+    run_file: Path,
+    assignments: list[str] | None,
+    scale: float | None,
+    options: Mapping[str, Any] = {},
+    *,
+    training: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """Read a run's file; return its settings and what the command line changes in them."""
     from nni_haloc.experiments.check import refuse_experiment
@@ -294,7 +309,7 @@ def _settings(
     from nni_haloc.inputs.models import add_code, is_factory
 
     changes = dict(assignment(text) for text in assignments or [])
-    changes |= {} if scale is None else {"scale": scale}
+    changes |= {**options, **({} if scale is None else {"scale": scale})}
     refuse_experiment(run_file)
     config = load_config(run_file, changes, training=training)
     if is_factory(config.model.name):  # it may lie beside the file

@@ -13,6 +13,7 @@ from nni_haloc.cli.compress import compress
 from nni_haloc.cli.costs import costs
 from nni_haloc.cli.experiment import experiments
 from nni_haloc.cli.heatmap import heatmap
+from nni_haloc.cli.plan import plan
 from nni_haloc.cli.plot import plot
 from nni_haloc.cli.settings import settings
 from nni_haloc.cli.table import table
@@ -20,7 +21,7 @@ from nni_haloc.utils.errors import HalocError, out_of_memory, printable, reason_
 from nni_haloc.utils.interruption import stoppable
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
-for commands in (compress, table, settings, costs, heatmap, after, plot, experiments):
+for commands in (compress, table, settings, costs, heatmap, plan, after, plot, experiments):
     app.add_typer(commands)  # in the order of the work
 
 

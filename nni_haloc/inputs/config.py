@@ -16,7 +16,7 @@ from nni_haloc.inputs.schema.chain import Prune, Quantize
 from nni_haloc.inputs.schema.cost import Cost
 from nni_haloc.inputs.schema.data import Data
 from nni_haloc.inputs.schema.model import Model
-from nni_haloc.inputs.schema.paths import WeightsPath, check_uploaded, expanded
+from nni_haloc.inputs.schema.paths import ExistingPath, WeightsPath, check_uploaded, expanded
 from nni_haloc.inputs.schema.search import Search
 from nni_haloc.inputs.schema.section import Section
 from nni_haloc.inputs.schema.space import Space
@@ -58,6 +58,10 @@ class Config(Section):
     """How ranks are chosen: by one of the [rules](reference/rules.md), or by the `search`, which
     [has not been ahead of the default at equal compute](results.md#short-a-few-epochs) so far.
     `haloc search` and `preset: paper` search where no rule is named."""
+    plan: ExistingPath | None = None
+    """A file of ranks, `ranks.json` or what `haloc plan --out` writes, in the place of choosing
+    them: [ranks by hand](how-to/ranks-by-hand.md). `rule` is then `plan`; `haloc run --plan FILE`
+    sets both."""
     search: Search = Search()
     """The search, with `rule: search`: its options, and the training of the weights in it."""
     finetune: Finetune = Finetune()
@@ -91,7 +95,9 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _write_out(cls, content: Any) -> Any:
-        """Write ``budget: 0.5`` out as ``budget: {fraction: 0.5}``."""
+        """Write ``budget: 0.5`` out as ``budget: {fraction: 0.5}``; a plan's rule is ``plan``."""
+        if isinstance(content, dict) and content.get("plan") is not None:
+            content = {"rule": "plan", **content}
         if not isinstance(content, dict) or isinstance(content.get("budget", {}), (dict, Budget)):
             return content
         fraction = content["budget"]
@@ -112,6 +118,11 @@ class Config(Section):
         if warmup >= epochs:
             expected = f"must be below search.epochs ({epochs})"
             raise ValueError(f"search.warmup_epochs: {expected}, found {warmup}")
+        if self.plan is not None and self.rule != "plan":
+            expected = "expected 'plan', or none, beside the file 'plan'"
+            raise ValueError(f"rule: {expected}, found {self.rule!r}; leave one of them out")
+        if self.plan is None and self.rule == "plan":
+            raise ValueError("plan: the rule 'plan' needs a file (haloc plan FOLDER --out FILE)")
         return self
 
 
@@ -194,7 +205,7 @@ def dump_config(config: Config) -> dict[str, Any]:
 def _apply_preset(content: dict[str, Any], path: Path) -> None:
     """Set what the settings' ``preset`` fixes; refuse a setting that says otherwise."""
     preset = content.get("preset")
-    if preset == "paper":
+    if preset == "paper" and content.get("plan") is None:
         content.setdefault("rule", "search")
     for section, fixed in PRESETS.get(preset if isinstance(preset, str) else "", {}).items():
         values = content.setdefault(section, {})

@@ -40,7 +40,7 @@ def compress(
             decomposed so.
     """
     model = unwrapped(model)
-    specs = _specs(model, plan)
+    specs = layer_specs(model, plan)
     wanted = {
         name: {rank_name(rank): rank} for name, rank in plan.ranks.items() if rank is not None
     }
@@ -57,7 +57,7 @@ def restructure(model: nn.Module, plan: RankPlan) -> nn.Module:
     Their weights are random.
     """
     model = unwrapped(model)
-    specs, modules = _specs(model, plan), dict(model.named_modules())
+    specs, modules = layer_specs(model, plan), dict(model.named_modules())
     compressed, built = copy_of(model), {}
     for name, rank in plan.ranks.items():
         if rank is not None:
@@ -68,8 +68,12 @@ def restructure(model: nn.Module, plan: RankPlan) -> nn.Module:
     return compressed
 
 
-def _specs(model: nn.Module, plan: RankPlan) -> dict[str, LayerSpec]:
-    """Return the specifications of the plan's layers."""
+def layer_specs(model: nn.Module, plan: RankPlan) -> dict[str, LayerSpec]:
+    """Return the specifications of the plan's layers.
+
+    Raises:
+        ValueError: if the network does not have a layer, or it can't be decomposed so.
+    """
     modules = dict(model.named_modules())
     specs = {}
     for name, rank in plan.ranks.items():

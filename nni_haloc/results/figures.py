@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
 from nni_haloc.inputs.options import Decomposition
+from nni_haloc.plan.by_hand import Candidate, LayerRow
 from nni_haloc.space.tucker import decompose, reconstruct
 
 Columns = Mapping[str, Sequence[float]]
@@ -115,9 +117,9 @@ def finetuning(columns: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def rank_bars(plans: Mapping[str, Mapping[str, tuple[int, ...] | None]]) -> Figure:
-    """Draw Figure 4c: the rank of every layer.
+    """Draw Figure 4c: the rank of every layer, in a row of its own.
 
-    Where any layer has two ranks, r1 stands in a panel above r2. Dense layers are marked as such.
+    Where any layer has two ranks, r1 stands in a panel beside r2. Dense layers are marked as such.
 
     Args:
         plans: name of a plan to its ranks by layer; None is a dense layer.
@@ -127,10 +129,7 @@ def rank_bars(plans: Mapping[str, Mapping[str, tuple[int, ...] | None]]) -> Figu
     labels = ["rank (r1 = r2)"]
     if any(len(set(rank)) > 1 for rank in ranks):
         labels = ["rank r1 (output)", "rank r2 (input)"]
-    width = min(100, max(6.4, 0.35 * len(layers) * max(1, len(plans) / 2)))
-    height = 0.8 + 2.5 * len(labels) + 0.065 * max(map(len, layers), default=0)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(len(labels), sharex=True, sharey=True, squeeze=False)[:, 0]
+    figure, panels = _rows(layers, len(labels), max(1, len(plans) / 2))
     bar, handles = 0.8 / len(plans), []
     for i, (name, plan) in enumerate(plans.items()):
         style: dict[str, Any] = {
@@ -142,28 +141,109 @@ def rank_bars(plans: Mapping[str, Mapping[str, tuple[int, ...] | None]]) -> Figu
         handles.append(Patch(label=name, **style))
         places = {layer: layers.index(layer) + (i + 0.5) * bar - 0.4 for layer in plan}
         for side, axes in enumerate(panels):
-            heights = {places[layer]: rank[-side] for layer, rank in plan.items() if rank}
-            axes.bar(list(heights), list(heights.values()), bar, **style)
+            lengths = {places[layer]: rank[-side] for layer, rank in plan.items() if rank}
+            bars = axes.barh(list(lengths), list(lengths.values()), bar, **style)
+            axes.bar_label(bars, padding=2, fontsize=7)
             for layer, rank in plan.items():
                 if not rank:
                     _mark_dense(axes, places[layer], bar)
+    right = 1.12 * max(map(max, ranks), default=1)
     for axes, label in zip(panels, labels, strict=True):
-        axes.set_ylabel(label)
-        axes.yaxis.set_major_locator(MaxNLocator("auto", steps=(1, 2, 4, 8, 10), **_WHOLE))
-    panels[-1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
-    top = 1.05 * max(map(max, ranks), default=1)
-    panels[-1].set(xlim=(-0.6, len(layers) - 0.4), ylim=(0, top))
+        axes.set(xlabel=label, xlim=(0, right))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=(1, 2, 4, 8, 10), **_WHOLE))
     _legend(figure, list(plans), handles=handles)
     return figure
 
 
-def _mark_dense(axes: Any, place: float, width: float) -> None:
-    """Mark a layer that keeps its kernel by a pale bar over the whole height."""
-    whole = axes.get_xaxis_transform()
-    pale = {"facecolor": "0.95", "edgecolor": "0.5", "linestyle": ":", "linewidth": 0.8}
-    axes.bar(place, 1, width, transform=whole, zorder=0, **pale)
-    middle = {"ha": "center", "va": "center", "fontsize": 7}
-    axes.text(place, 0.5, "dense", transform=whole, rotation=90, **middle)
+_ROW = 0.21
+"""Inches of a row: a label of 8 points, and some air."""
+
+
+def _rows(layers: Sequence[str], panels: int, share: float = 1.0) -> tuple[Figure, list[Axes]]:
+    """Make panels side by side that share a row for each layer, the first one on top.
+
+    Args:
+        layers: names of the rows.
+        panels: how many.
+        share: how much higher than a line of text a row is.
+    """
+    names = 0.07 * max(map(len, layers), default=0)
+    size = 3.4 + names + 2.4 * panels, min(200, 1.1 + _ROW * share * max(2, len(layers)))
+    figure = Figure(figsize=size, layout="constrained")
+    found = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    found[0].set_yticks(range(len(layers)), layers, fontsize=8)
+    found[0].set_ylim(len(layers) - 0.4, -0.6)
+    return figure, list(found)
+
+
+def _mark_dense(axes: Axes, place: float, height: float) -> None:
+    """Mark a layer that keeps its kernel by a pale bar over the whole width."""
+    whole = axes.get_yaxis_transform()
+    pale: dict[str, Any] = {"facecolor": "0.95", "edgecolor": "0.5", "linestyle": ":"}
+    axes.barh(place, 1, height, transform=whole, zorder=0, linewidth=0.8, **pale)
+    middle: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
+    axes.text(0.5, place, "dense", transform=whole, **middle)
+
+
+def plan_rows(rows: Sequence[LayerRow], metric: str) -> Figure:
+    """Draw a plan: each layer's cost, dense and chosen, and how far it moves the outputs.
+
+    Args:
+        rows: the plan's layers; those that are left alone are not drawn.
+        metric: what the costs are in; empty where there are none.
+    """
+    rows = [row for row in rows if not row.left_alone]
+    measured = any(row.chosen.sensitivity is not None for row in rows)
+    figure, panels = _rows([row.layer for row in rows], 1 + measured)
+    places = range(len(rows))
+    whole = [row.dense.cost or 0.0 for row in rows]
+    costs = [row.chosen.cost or 0.0 for row in rows]
+    panels[0].barh(places, whole, 0.8, facecolor="0.88", edgecolor="0.5", linewidth=0.5)
+    panels[0].barh(places, costs, 0.8, facecolor="C0", edgecolor="black", linewidth=0.5)
+    right = max([*whole, *costs, 1e-12])
+    for place, row, *ends in zip(places, rows, whole, costs, strict=True):
+        panels[0].text(max(ends) + 0.01 * right, place, row.chosen.name, va="center", fontsize=7)
+    panels[0].set(xlabel=f"cost in {metric}: dense (pale), chosen", xlim=(0, 1.18 * right))
+    panels[0].xaxis.set_major_locator(MaxNLocator(5))
+    if right >= 1e4:
+        panels[0].xaxis.set_major_formatter(EngFormatter())
+    if measured:
+        _draw_sensitivities(panels[1], rows)
+        handles, _ = panels[1].get_legend_handles_labels()
+        figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8)
+    return figure
+
+
+def _draw_sensitivities(axes: Axes, rows: Sequence[LayerRow]) -> None:
+    """Draw the sensitivity of each layer's candidate and of its neighbours, on a log scale.
+
+    Nothing at all is at the left edge.
+    """
+    columns: list[tuple[str, str, str, list[Candidate | None]]] = [
+        ("next cheaper", "<", "C3", [row.cheaper for row in rows]),
+        ("chosen", "o", "C0", [row.chosen for row in rows]),
+        ("next dearer", ">", "C2", [row.dearer for row in rows]),
+    ]
+    spots = {
+        name: [
+            (each.sensitivity, place)
+            for place, each in enumerate(column)
+            if each is not None and each.sensitivity is not None
+        ]
+        for name, _, _, column in columns
+    }
+    known = [value for row in spots.values() for value, _ in row if value > 0]
+    left = min(known, default=0.1) / 3
+    for name, mark, colour, _ in columns:
+        x = [max(value, left) for value, _ in spots[name]]
+        y = [place for _, place in spots[name]]
+        axes.plot(x, y, mark, color=colour, markersize=4, label=name, clip_on=False)
+    axes.set(xscale="log", xlabel="sensitivity (nothing: left edge)")
+    axes.set_xlim(left=left, right=2 * max(known, default=1.0))
+    # Its own labels are formulas, which are switched off where names might be taken for some.
+    axes.xaxis.set_major_locator(LogLocator(numticks=6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(alpha=0.3)
 
 
 def _legend(figure: Figure, names: Sequence[str], **options: Any) -> None:

@@ -15,17 +15,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.registries import STAGES
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results import figures
 from nni_haloc.results.bench import TEXT, bench_table
+from nni_haloc.results.plan_table import PlanFiles, is_measured
 from nni_haloc.runs.folder import Figures, RunFolder
 from nni_haloc.runs.kept import OF_BUDGET
 from nni_haloc.runs.plausibility import doubts
 from nni_haloc.runs.run import RESULT, flatten, gains
 from nni_haloc.runs.stages import all_stages
-from nni_haloc.space.names import rank_name
 from nni_haloc.training import curves
 from nni_haloc.utils.errors import SettingsError
 from nni_haloc.utils.printing import percent
@@ -65,20 +64,14 @@ def html_report(path: str | Path) -> str:
     Raises:
         SettingsError: names the file, if there is no run or one of its files is damaged.
     """
-    given, folder = Path(path), RunFolder(path)
-    inside = RunFolder(folder.path / "haloc")
-    if inside.ranks.is_file():
-        folder = inside
-    if not folder.ranks.is_file():
-        expected = "expected the folder of a finished run (haloc run, haloc search, a trial)"
-        raise SettingsError(f"{folder.ranks}: no such file; {expected}")
-    plan = RankPlan.load(folder.ranks)
+    given, files = Path(path), PlanFiles.read(path)
+    folder, plan = files.folder, files.plan
     run = folder.read_metrics()
     stages = {name: _numbers(row) for name, row in folder.metrics().items()}
     config = run["config"]
     rows = _rows(stages)
     try:
-        layers, drawn = _layers(plan, folder), _drawn(plan, folder)
+        layers, drawn = _layers(files), _drawn(plan, folder)
     except OverflowError as error:
         raise SettingsError(f"{folder}: numbers too large to draw ({error})") from None
     repeated = {key: value for key, value in config.items() if key not in ("scale", "preset")}
@@ -211,26 +204,35 @@ def _cell(key: str, value: float) -> str:
     return f"{value:,.0f}" if key in ("macs", "params") else f"{value:.4g}"
 
 
-def _layers(plan: RankPlan, folder: RunFolder) -> dict[str, Any]:
-    """Return a row for each layer: its rank, its candidates, and its cost before and after."""
-    table = CostTable.load(folder.costs) if folder.costs.is_file() else None
+def _layers(files: PlanFiles) -> dict[str, Any]:
+    """Return a row for each layer: rank, candidates, cost before and after, sensitivity, reason."""
     rows = []
-    for layer, rank in plan.ranks.items():
-        costs = table.costs.get(layer, {}) if table else {}
-        dense, chosen = costs.get("dense", math.nan), costs.get(rank_name(rank), math.nan)
-        share = chosen / dense
-        known = math.isfinite(share)
+    for row in files.rows():
+        dense, chosen = row.dense.cost, row.chosen.cost
+        share = chosen / dense if dense and chosen and not row.left_alone else None
         rows.append(
             {
-                "layer": layer,
-                "rank": _rank(rank),
-                "candidates": str(len(costs)) if costs else "",
-                "costs": [_cost(dense), _cost(chosen)],
-                "share": percent(share) if known else "",
-                "bar": round(100 * min(1.0, share), 1) if known else None,
+                "layer": row.layer,
+                "alone": row.left_alone,
+                "rank": _rank(files.plan.ranks.get(row.layer)),
+                "candidates": str(row.number) if row.number else "",
+                "costs": [_cost(dense), "" if row.left_alone else _cost(chosen)],
+                "share": percent(share),
+                "bar": None if share is None else round(100 * min(1.0, share), 1),
+                "sensitivity": "" if row.left_alone else _digits(row.chosen.sensitivity),
+                "reason": row.reason,
             }
         )
-    return {"metric": table.metric if table else "", "rows": rows}
+    return {
+        "metric": files.costs.metric if files.costs else "",
+        "measured": is_measured(files),
+        "reasons": any(row["reason"] for row in rows),
+        "rows": rows,
+    }
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
 
 
 def _rank(rank: tuple[int, ...] | None) -> str:
@@ -239,8 +241,8 @@ def _rank(rank: tuple[int, ...] | None) -> str:
     return " x ".join(map(str, rank if len(set(rank)) > 1 else rank[:1]))
 
 
-def _cost(cost: float) -> str:
-    if not math.isfinite(cost):
+def _cost(cost: float | None) -> str:
+    if cost is None:
         return ""
     return f"{cost:,.4g}" if cost < 1e4 else f"{cost:,.0f}"
 

@@ -22,6 +22,7 @@ from nni_haloc.runs.job import Job
 from nni_haloc.runs.limits import limits_at_hand
 from nni_haloc.runs.run import prepare
 from nni_haloc.runs.stages.by_rule import known_candidates, rank_spaces
+from nni_haloc.runs.stages.given_plan import RULE, fit_plan
 from nni_haloc.space.modules import materialised
 from nni_haloc.space.ranks import find_layers
 from nni_haloc.space.summary import why_nothing
@@ -73,7 +74,13 @@ def check_runs(configs: Sequence[Config], *, elsewhere: bool = False) -> None:
 
 
 def _check_budgets(config: Config, model: nn.Module, example: Tensor) -> None:
-    """Check that there are layers to search, and a network within those budgets that are known."""
+    """Check that there are layers to search, and a network within those budgets that are known.
+
+    Of a given plan, check that it fits the network.
+    """
+    if config.rule == RULE:
+        fit_plan(config, model, example)
+        return
     with as_one_line():
         spaces = rank_spaces(config)
         limits = limits_at_hand(config, model, example, spaces[0])

@@ -84,19 +84,20 @@ class Finished:
         A stage's network stands under the name of its folder, in the order of the pipeline.
         """
         with as_one_line():
-            original = self._untrained()
+            original = self.original()
             load_weights(original, self.config.weights)
             stages = {
-                name: load(folder.path, self._untrained())
+                name: load(folder.path, self.original())
                 for name, folder in self.folder.stages().items()
             }
             return {"original": original.eval(), "compressed": self.network(), **stages}
 
     def network(self) -> nn.Module:
         """Return the folder's own network."""
-        return load(self.folder.path, self._untrained())
+        return load(self.folder.path, self.original())
 
-    def _untrained(self) -> nn.Module:
+    def original(self) -> nn.Module:
+        """Return the original network, untrained."""
         model = self.config.model
         return build_model(model.name, model.arguments, factories=self.factories)
 

@@ -39,12 +39,13 @@ class RunFolder:
 
     A run leaves in its folder::
 
-        ranks.json  costs.json  weights.safetensors  model.json  metrics.json  search.json  log.txt
+        ranks.json  layers.json  costs.json  weights.safetensors  model.json  metrics.json
+        search.json  log.txt
         search/      state and history of the search
         finetuning/  state and history of the fine-tuning
         pruned/, quantized/, ...   a folder for each further stage, with the same files
 
-    Commands add ``bench.json``, ``report.html``, ``export/`` and ``front/``.
+    Commands add ``bench.json``, ``report.html``, ``plan.png``, ``export/`` and ``front/``.
 
     Args:
         path: the folder; it need not exist.
@@ -53,6 +54,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.ranks = self.path / "ranks.json"
+        self.layers = self.path / "layers.json"
         self.costs = self.path / "costs.json"
         self.weights = self.path / "weights.safetensors"
         self.model = self.path / "model.json"
@@ -61,6 +63,7 @@ class RunFolder:
         self.log = self.path / "log.txt"
         self.bench = self.path / "bench.json"
         self.report = self.path / "report.html"
+        self.plan_picture = self.path / "plan.png"
         self.export = self.path / "export"
         self.front = self.path / "front"
         self.throughput = self.path / "throughput.json"
@@ -137,7 +140,7 @@ class RunFolder:
         if self.metrics_file.exists():
             logger.info("%s: replacing the results of an earlier run", self)
         files = [self.ranks, self.weights, self.metrics_file, self.model, self.bench]
-        files += [self.search_file, self.report]
+        files += [self.search_file, self.report, self.layers, self.plan_picture]
         for file in files:
             file.unlink(missing_ok=True)
         folders = [self.searching.path, self.finetuning.path, self.front, self.export]
@@ -206,6 +209,22 @@ class RunFolder:
             expected = f"metrics of version {METRICS_VERSION}"
             raise SettingsError(f"{self.metrics_file}: expected {expected}, found {version!r}")
         return content
+
+
+def find_run(path: str | Path) -> RunFolder:
+    """Return the folder of a run or a search, or the one that a trial's folder has in it.
+
+    Raises:
+        SettingsError: names the file that is missing.
+    """
+    folder = RunFolder(path)
+    inside = RunFolder(folder.path / "haloc")
+    if inside.ranks.is_file():
+        folder = inside
+    if not folder.ranks.is_file():
+        expected = "expected the folder of a finished run (haloc run, haloc search, a trial)"
+        raise SettingsError(f"{folder.ranks}: no such file; {expected}")
+    return folder
 
 
 def hold(folder: RunFolder, out: str | Path | None = None) -> AbstractContextManager[None]:

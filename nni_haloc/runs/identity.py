@@ -31,7 +31,9 @@ def search_identity(config: Config) -> dict[str, Any]:
             continue
         unused = _KEYS.get(section, set())
         content |= {f"{section}.{key}": v for key, v in values.items() if key not in unused}
-    for key in ("weights", "data.val_list", "cost.table"):
+    if config.plan is None:
+        del content["plan"]  # earlier versions had none
+    for key in ("weights", "data.val_list", "cost.table", *(["plan"] if config.plan else [])):
         content[key] = _digest(content[key])
     if isinstance(content["data.classes"], str):
         content["data.classes"] = _digest(content["data.classes"])
@@ -41,7 +43,7 @@ def search_identity(config: Config) -> dict[str, Any]:
         content["data.root"] = str(Path(content["data.root"]).resolve())
     # Earlier versions wrote null for what is "paper" now.
     if config.rank_space.equal is None:
-        pairs = config.rule != "search" and getattr(RULES[config.rule], "pairs", False)
+        pairs = config.rule in RULES and getattr(RULES[config.rule], "pairs", False)
         content["rank_space.equal"] = not (pairs and may_differ(config))
     step = content["rank_space.step"]
     content["rank_space.step"] = {"paper": None, None: "eighth"}.get(step, step)

@@ -135,8 +135,10 @@ class LayerSpec:
         if isinstance(module, nn.Linear):
             return cls(name, "linear", module.in_features, module.out_features, input_shapes, bias)
         if not isinstance(module, nn.Conv2d) or module.groups != 1:
+            groups = f" of {module.groups} groups" if isinstance(module, nn.Conv2d) else ""
+            found = f"{type(module).__name__}{groups}"
             raise TypeError(
-                f"{name}: expected an nn.Linear or an ungrouped nn.Conv2d, found {module}"
+                f"{name}: expected an nn.Linear or an ungrouped nn.Conv2d, found {found}"
             )
         return cls(
             name,

@@ -169,6 +169,7 @@ def test_a_run_leaves_its_folder(finished):
     assert {p.name for p in finished.iterdir()} == {
         "costs.json",
         "finetuning",
+        "layers.json",
         "log.txt",
         "metrics.json",
         "model.json",

@@ -12,7 +12,7 @@ from nni_haloc.costs.measure import measure_parser
 GROUPS = {
     "Compress": ["run", "search", "train", "front", "throughput", "table", "settings"],
     "Costs": ["measure", "predict", "spec", "steps", "heatmap"],
-    "After a run": ["prune", "quantize", "export", "bench", "report", "plot"],
+    "After a run": ["plan", "prune", "quantize", "export", "bench", "report", "plot"],
     "NNI experiments": ["check", "create", "resume", "results"],
 }
 COMMANDS = [name for names in GROUPS.values() for name in names]

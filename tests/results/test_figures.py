@@ -21,9 +21,10 @@ from nni_haloc.costs.analytic import param_table
 from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
+from nni_haloc.plan.by_hand import Candidate, LayerRow
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results import plots
-from nni_haloc.results.figures import discrepancy, losses, parameters, rank_bars
+from nni_haloc.results.figures import discrepancy, losses, parameters, plan_rows, rank_bars
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import search_only
 from nni_haloc.runs.stages.choose_ranks import search
@@ -197,32 +198,70 @@ def test_curves_and_bars_are_what_they_are_of(folder):
     assert list(line.get_ydata()) == [2.0, 1.5, 4.0]
     plan = RankPlan.load(folder[0] / "ranks.json").ranks
     (axes,) = rank_bars({"a": plan}).axes
-    assert heights(axes) == [rank[0] for rank in plan.values() if rank]
-    assert [text.get_text() for text in axes.texts] == ["dense"] * sum(
-        rank is None for rank in plan.values()
+    ranks = [rank[0] for rank in plan.values() if rank]
+    assert lengths(axes) == ranks
+    assert sorted(text.get_text() for text in axes.texts) == sorted(
+        ["dense"] * (len(plan) - len(ranks)) + [str(rank) for rank in ranks]
     )
 
 
-def heights(axes):
+def lengths(axes):
     """Of the bars that show a rank."""
-    return [bar.get_height() for bar in axes.patches if bar.get_data_transform() == axes.transData]
+    return [bar.get_width() for bar in axes.patches if bar.get_data_transform() == axes.transData]
+
+
+@pytest.mark.parametrize("layers", [1, 3, 20, 64])
+def test_rows_of_layers_do_not_overlap(layers):
+    """Neither the names at the left, nor the ranks at the bars; the first layer is on top."""
+    names = [f"layer{i // 9}.{i % 9}.conv" for i in range(layers)]
+    plan = {name: (8 * i + 8,) * 2 if i % 7 else None for i, name in enumerate(names)}
+    rows = [
+        LayerRow(name, Candidate("r8", 1.0, 0.1), Candidate("dense", 2.0, 0.0), None, None, "")
+        for name in names
+    ]
+    for figure in (rank_bars({"a": plan}), plan_rows(rows, "macs")):
+        figure.canvas.draw()
+        axes = figure.axes[0]
+        assert [label.get_text() for label in axes.get_yticklabels()] == names
+        for texts in (axes.get_yticklabels(), axes.texts):
+            boxes = sorted((text.get_window_extent() for text in texts), key=lambda box: -box.y0)
+            assert len(boxes) == layers
+            assert all(a.y0 > b.y1 - 0.5 for a, b in itertools.pairwise(boxes))
+
+
+def test_the_picture_of_a_plan_has_its_costs_and_sensitivities():
+    dense = Candidate("dense", 100.0, 0.0)
+    rows = [
+        LayerRow("a", Candidate("r8", 40.0, 0.2), dense, Candidate("r4", 20.0, 0.5), dense, ""),
+        LayerRow("b", dense, dense, None, None, ""),
+        LayerRow("fc", dense, dense, None, None, "left alone: linear", left_alone=True),
+    ]
+    costs, moves = plan_rows(rows, "macs").axes
+    assert [bar.get_width() for bar in costs.patches] == [100, 100, 40, 100]
+    found = {line.get_label(): list(line.get_xdata()) for line in moves.lines}
+    edge = moves.get_xlim()[0]
+    assert found["next cheaper"] == [0.5]
+    assert found["chosen"] == [0.2, pytest.approx(edge)]
+    bare = [
+        LayerRow("a", Candidate("r8", 4.0, None), Candidate("dense", 9.0, None), *[None] * 2, "")
+    ]
+    assert len(plan_rows(bare, "macs").axes) == 1
 
 
 def test_both_ranks_are_shown_where_they_differ():
     output, input_ = rank_bars({"a": {"conv": (8, 2), "fc": (4,), "last": None}}).axes
-    assert (output.get_ylabel(), input_.get_ylabel()) == ("rank r1 (output)", "rank r2 (input)")
-    assert (heights(output), heights(input_)) == ([8, 4], [2, 4])
+    assert (output.get_xlabel(), input_.get_xlabel()) == ("rank r1 (output)", "rank r2 (input)")
+    assert (lengths(output), lengths(input_)) == ([8, 4], [2, 4])
 
 
 def test_a_dense_layer_does_not_look_like_rank_0():
-    """A bar from the bottom of the axes to their top, which says so."""
+    """A bar from the left of the axes to their right, which says so."""
     (axes,) = rank_bars({"a": {"conv": (8, 8), "last": None}, "b": {"last": (6, 6)}}).axes
     (bar,) = (bar for bar in axes.patches if bar.get_data_transform() != axes.transData)
     box, whole = bar.get_window_extent(), axes.get_window_extent()
-    assert (box.y0, box.y1) == pytest.approx((whole.y0, whole.y1))
-    (text,) = axes.texts
-    assert text.get_text() == "dense"
-    assert box.x0 < text.get_window_extent().x0 < text.get_window_extent().x1 < box.x1
+    assert (box.x0, box.x1) == pytest.approx((whole.x0, whole.x1))
+    (text,) = (text for text in axes.texts if text.get_text() == "dense")
+    assert box.y0 < (text.get_window_extent().y0 + text.get_window_extent().y1) / 2 < box.y1
 
 
 def test_pairs_of_ranks_have_the_share_and_the_error_that_tensorly_finds():

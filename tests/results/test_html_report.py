@@ -82,9 +82,10 @@ def test_a_page_says_what_the_folder_holds_and_leaves_out_the_rest(folder):
         not {"pruned", "quantized (simulated)", "float32 in ONNX Runtime", "int8 in ONNX Runtime"}
         & rows.keys()
     )
-    assert rows["a"] == ["8", "2", "100", "25", "25.0 %"]
-    assert rows["b"] == ["dense", "1", "50", "50", "100.0 %"]
-    assert rows["c"] == ["4 x 6", "2", "10", "5", "50.0 %"]
+    dearer = "the cheapest: dense takes {} more of the network's cost"
+    assert rows["a"] == ["8", "2", "100", "25", "25.0 %", dearer.format("46.9 %")]
+    assert rows["b"] == ["dense", "1", "50", "50", "100.0 %", "dense: every low rank is dearer"]
+    assert rows["c"] == ["4 x 6", "2", "10", "5", "50.0 %", dearer.format("3.1 %")]
     assert all(text in page.text for text in ("digits_cnn", "9.8.7", "uniform", "12.5", "0.8532"))
     assert page.tags.count("img") == 1  # the ranks
     assert not any(text in page.text for text in ("Curves", "Side by side", "top-1, pruned"))

@@ -82,6 +82,8 @@ def test_clearing_leaves_what_is_not_a_runs(tmp_path):
         folder.model,
         folder.bench,
         folder.search_file,
+        folder.layers,
+        folder.plan_picture,
         folder.searching.checkpoint,
         folder.finetuning.history,
         folder.front / "front.json",

@@ -154,7 +154,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 METRICS = ("macs", "params", "activation_bytes", "latency_ms", "cycles", "energy_pj", "energy_mj")
 Metric = Annotated[str, AfterValidator(_metric), Words(", ".join(f"`{name}`" for name in METRICS))]
-Rule = Annotated[str, AfterValidator(OneOf(("search", RULES)))]
+Rule = Annotated[str, AfterValidator(OneOf(("search", "plan", RULES)))]
 Predictor = Annotated[str, AfterValidator(OneOf((PREDICTORS,)))]
 RuntimeName = Annotated[str, AfterValidator(OneOf((RUNTIMES,)))]
 DataName = Annotated[str, AfterValidator(OneOf((DATA,)))]

@@ -11,12 +11,14 @@ from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.costs.table import CostTable, worthwhile
 from nni_haloc.inputs.config import Config
 from nni_haloc.plan.compression import restructure
+from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules import RULES, Problem, plan
 from nni_haloc.runs.identity import finetuning_identity
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.limits import limits_of
 from nni_haloc.runs.stages import clear
+from nni_haloc.runs.stages.given_plan import RULE, given_plan
 from nni_haloc.runs.summary import cost_line
 from nni_haloc.space.names import Rank
 from nni_haloc.space.ranks import AllowedRanks, Layers, find_layers
@@ -24,6 +26,7 @@ from nni_haloc.space.summary import why_nothing
 from nni_haloc.training import checkpoint
 from nni_haloc.utils.errors import SettingsError, UnusableCheckpoint, as_one_line, first_line
 from nni_haloc.utils.log import logger
+from nni_haloc.utils.processes import is_first
 
 
 def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
@@ -54,9 +57,7 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
     rule = job.config.rule
     try:
         with as_one_line():
-            problem = _problem(job)
-            chosen = plan(problem, rule)
-            network = problem.network(chosen.names)
+            chosen, network, known = given_plan(job) if rule == RULE else _choose(job)
     except torch.linalg.LinAlgError as error:  # a rule's own; a candidate's names its layer
         failed = f"a singular value decomposition failed ({first_line(error)})"
         raise SettingsError(f"rule: {rule}: {failed}") from None
@@ -65,7 +66,19 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
     if not (resume and job.holds(chosen)):
         clear(job.folder)
         job.save(network, chosen)
+    if is_first():
+        known.save(job.folder.layers)
     return chosen, network
+
+
+def _choose(job: Job) -> tuple[RankPlan, nn.Module, KnownLayers]:
+    """Return the rule's plan, its network, and what is known of the layers."""
+    problem, pinned, left_alone = _problem(job)
+    chosen = plan(problem, job.config.rule)
+    evidence = problem.__dict__.get("evidence")  # where the rule has asked for it
+    added = None if evidence is None else evidence.added
+    known = KnownLayers.of(problem.specs, problem.candidates, added, pinned, left_alone)
+    return chosen, problem.network(chosen.names), known
 
 
 def _read_back(job: Job) -> tuple[RankPlan, nn.Module]:
@@ -118,8 +131,12 @@ def known_candidates(
     return candidates
 
 
-def _problem(job: Job) -> Problem:
-    """Return what the rule chooses from: candidates, limits and calibration images."""
+def _problem(job: Job) -> tuple[Problem, list[str], dict[str, str]]:
+    """Return what the rule chooses from: candidates, limits and calibration images.
+
+    Returns:
+        The problem, the layers that are pinned, and why each other layer is left alone.
+    """
     config, r = job.config, job.config.rank_space
     spaces = rank_spaces(config)
     allowed = spaces[0]
@@ -135,7 +152,7 @@ def _problem(job: Job) -> Problem:
     images, labels = job.splits.labelled("plain", r.calibration_images, config.seed)
     bf16 = config.search.precision == "bf16-mixed"
     method = None if r.decomposition == "auto" else r.decomposition
-    return Problem(
+    problem = Problem(
         job.model,
         layers.specs,
         candidates,
@@ -148,3 +165,4 @@ def _problem(job: Job) -> Problem:
         bf16,
         left_alone,
     )
+    return problem, pinned, left_alone

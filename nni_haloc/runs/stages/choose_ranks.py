@@ -12,12 +12,14 @@ from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.inputs.config import Config, dump_config
 from nni_haloc.inputs.schema.search import Search, SearchOptions
 from nni_haloc.plan.budget import Limit, Scores, cheapest, check_feasible
+from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.runs.folder import SEARCH_VERSION, Figures, RunFolder, Training
 from nni_haloc.runs.identity import search_identity
 from nni_haloc.runs.job import Job, trainer_options
 from nni_haloc.runs.limits import limits_of, table_files, with_tables
 from nni_haloc.runs.stages import clear
 from nni_haloc.runs.stages.by_rule import by_rule
+from nni_haloc.runs.stages.given_plan import RULE, fit_plan
 from nni_haloc.runs.stages.stage import Outcome, Report, Stage
 from nni_haloc.runs.stages.training import recipe_of
 from nni_haloc.runs.summary import cost_line
@@ -49,7 +51,9 @@ class ChooseRanks(Stage):
     training_title = "search"
 
     def check(self, job: Job) -> None:
-        """Warn of settings of the search that a rule does not use."""
+        """Check that a given plan fits; warn of settings of the search that a rule does not use."""
+        if job.config.rule == RULE:
+            fit_plan(job.config, job.model, job.example)
         if unused := _unused(job.config):
             keys, rule = ", ".join(f"search.{key}" for key in unused), job.config.rule
             logger.warning("%s: not used by the rule %r; 'rule: search' searches", keys, rule)
@@ -144,9 +148,11 @@ def run_or_read_search(job: Job, report: Report, *, resume: bool) -> Haloc:
     elif resume:
         logger.info("no state of an earlier run in %s: starting from the beginning", job.folder)
     with as_one_line():
-        strategy, space = _prepare(job.at(config, job.folder.path))
+        strategy, space, known = _prepare(job.at(config, job.folder.path))
     if saved is None:
         clear(job.folder)  # only now: the settings have proved good
+        if is_first():
+            known.save(job.folder.layers)
     unfinished = saved is None or saved["epochs"] < recipe_of(config.search).rounds
     # Each process reads a finished search back for itself.
     options = trainer_options(job.config, searching=True) if unfinished else {}
@@ -160,7 +166,7 @@ def run_or_read_search(job: Job, report: Report, *, resume: bool) -> Haloc:
     return strategy
 
 
-def _prepare(job: Job) -> tuple[Haloc, RankSpace]:
+def _prepare(job: Job) -> tuple[Haloc, RankSpace, KnownLayers]:
     """Make the cost tables, the rank space and the strategy; refuse an impossible budget."""
     config = job.config
     r, s, allowed = config.rank_space, config.search, allowed_ranks_of(config)
@@ -182,7 +188,9 @@ def _prepare(job: Job) -> tuple[Haloc, RankSpace]:
     _log_space(space, limits)
     start = _sensitivities(job, space) if s.start == "sensitivity" else None
     options = s.model_dump(include=set(SearchOptions.model_fields))
-    return Haloc(limits, seed=config.seed, start=start, **options), space
+    pinned = [name for name in space.candidates if allowed.pins(name)]
+    known = KnownLayers.of(space.specs, space.candidates, start, pinned, space.left_alone)
+    return Haloc(limits, seed=config.seed, start=start, **options), space, known
 
 
 def _log_space(space: RankSpace, limits: list[Limit]) -> None:
