@@ -78,6 +78,8 @@ def as_settings(content):
     whole = {"weights": "w.pth", "budget": 0.5, **content}
     for section, name in {"model": "digits_cnn", "data": "digits"}.items():
         whole[section] = {"name": name, **whole.get(section, {})}
+    if whole.get("rule") == "plan":
+        whole = {"plan": "plan.json", **whole}
     return parse_config(whole, "page", Path(), files=False)
 
 
