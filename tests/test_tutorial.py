@@ -23,7 +23,7 @@ def blocks(page):
 def test_the_readmes_python_runs_on_a_network_and_loaders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, data = build_model("digits_cnn"), digits()
-    load_weights(model, DIGITS / "digits.safetensors")
+    load_weights(model, DIGITS.with_name("digits.safetensors"))
     val_loader = data.loader("val", 64)
     names = {"model": model, "train_loader": data.loader("train", 64), "val_loader": val_loader}
     programs = [text for language, _, text in blocks("README.md") if language == "python"]
