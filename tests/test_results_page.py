@@ -1,9 +1,12 @@
 """The arithmetic of docs/results.md, and that its tables are those of the published rows."""
 
+import hashlib
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
-from benchmarks import report
+from benchmarks import figures, report
 from helpers.paths import ROOT
 from scipy import stats
 
@@ -66,3 +69,41 @@ def test_the_published_rows_are_each_there_once(file, keys):
     rows = [json.loads(line) for line in (DOCS / "raw" / file).read_text().splitlines()]
     named = [tuple(row.get(key) for key in keys) for row in rows]
     assert len(named) == len(set(named)) > 10
+
+
+PICTURES = sorted(
+    {
+        found
+        for page in [ROOT / "README.md", *DOCS.rglob("*.md")]
+        for found in re.findall(r"\]\([./\w-]*images/([^)]+)\)", page.read_text())
+    }
+)
+
+
+def test_every_picture_is_shown_somewhere():
+    files = {file.relative_to(figures.IMAGES).as_posix() for file in figures.IMAGES.rglob("*.*")}
+    assert files - {"figures.yml"} == set(PICTURES) == set(figures.notes())
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_was_drawn_from_the_rows_as_they_are_now(name):
+    made = figures.notes()[name]
+    assert {"command", "commit", "date", "inputs"} == made.keys()
+    for file, digest in made["inputs"].items():
+        assert figures.digest(ROOT / file) == digest, f"{file} has changed: {made['command']}"
+
+
+def test_what_made_a_picture_is_noted_again_when_its_rows_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    monkeypatch.setattr(figures.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="abc\n"))
+    file, rows = tmp_path / "figures.yml", tmp_path / "rows.jsonl"
+    rows.write_text("1")
+    figures.note(tmp_path / "a.png", "draw", [rows], file)
+    first = figures.notes(file)
+    assert first["a.png"]["inputs"] == {"rows.jsonl": hashlib.sha256(b"1").hexdigest()[:16]}
+    monkeypatch.setattr(figures.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="def\n"))
+    figures.note(tmp_path / "a.png", "draw", [rows], file)
+    assert figures.notes(file) == first
+    rows.write_text("2")
+    figures.note(tmp_path / "a.png", "draw", [rows], file)
+    assert figures.notes(file)["a.png"]["commit"] == "def"

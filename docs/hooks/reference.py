@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
 from commands_page import commands
 from errors_page import family, messages
 from settings_page import preset, settings
@@ -13,7 +14,7 @@ from settings_page import preset, settings
 
 def on_page_markdown(markdown: str, page, **_) -> str:
     """Do it while mkdocs builds a page."""
-    return written_out(page.file.src_uri, markdown)
+    return with_captions(written_out(page.file.src_uri, markdown))
 
 
 def written_out(address: str, markdown: str) -> str:
@@ -35,6 +36,20 @@ def written_out(address: str, markdown: str) -> str:
         text = re.sub(r"\]\((?!https?:|#)", "](../", write())  # links are relative to docs/
         markdown = markdown.replace(place, text)
     return markdown
+
+
+def with_captions(markdown: str) -> str:
+    """Say below each picture what made it: command, commit and date."""
+    made = yaml.safe_load((TOP / "docs" / "images" / "figures.yml").read_text(encoding="utf-8"))
+
+    def caption(found: re.Match[str]) -> str:
+        note = made[found[1]]
+        if note["command"] == "drawn by hand":
+            return found[0]
+        told = f"`{note['command']}`, commit {note['commit']}, {note['date']}"
+        return f"{found[0]}\n<small>Made by {told}.</small>\n"
+
+    return re.sub(r"^!\[[^\]]*\]\([./]*images/([^)]+)\)$", caption, markdown, flags=re.M)
 
 
 def _from_the_top(name: str) -> str:

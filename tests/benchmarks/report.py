@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from benchmarks.figures import note
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -303,9 +304,16 @@ def main(
     page.write_text(text, encoding="utf-8")
     board = BOARD.read_text(encoding="utf-8")
     BOARD.write_text(put(board, "leaderboard", leaderboard(docs / "raw")), encoding="utf-8")
-    plot_latency(read(docs / "raw" / "latency_front.jsonl"), docs / "images" / "latency-front.png")
-    plot_minutes(read(docs / "raw" / "minutes.jsonl"), docs / "images" / "minutes.png")
-    plot_short(few_epochs(docs / "raw"), docs / "images" / "short.png")
+    rows = {
+        "latency-front": (plot_latency, read(docs / "raw" / "latency_front.jsonl")),
+        "minutes": (plot_minutes, read(docs / "raw" / "minutes.jsonl")),
+        "short": (plot_short, few_epochs(docs / "raw")),
+    }
+    for name, (plot, found) in rows.items():
+        picture = docs / "images" / f"{name}.png"
+        plot(found, picture)
+        raw = docs / "raw" / f"{name.replace('-', '_')}.jsonl"
+        note(picture, "python tests/benchmarks/report.py", [raw])
 
 
 if __name__ == "__main__":
