@@ -26,10 +26,12 @@ from nni_haloc.costs.device.measured_file import read_measurements, subject
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.costs.table import CostTable
 from nni_haloc.experiments.check import check_experiment
+from nni_haloc.inputs.classes import class_names
 from nni_haloc.inputs.config import load_config, load_space
 from nni_haloc.inputs.weights import load_weights
 from nni_haloc.inputs.yaml_files import read_search_space
 from nni_haloc.plan.compression import restructure
+from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.runs.saved import load
@@ -261,6 +263,36 @@ def test_a_plan(tmp_path, net, content):
     plan = refused_or_read(RankPlan.load, file)
     if plan is not None:
         refused_or_read(lambda _: restructure(net, plan), "the plan's")
+
+
+LAYERS = {
+    "version": 1,
+    "layers": {
+        "stem": {"kind": "conv", "sensitivities": {"dense": 0.0, "r4x2": 0.5, "r2": None}},
+        "point": {"kind": "pointwise", "pinned": True, "sensitivities": {"r3": 0.1}},
+        "head": {"left_alone": "frozen"},
+    },
+}
+
+
+@given(content=changed(LAYERS))
+@FUZZED
+def test_what_is_known_of_layers(tmp_path, content):
+    file = tmp_path / "case" / "layers.json"
+    file.write_text(json.dumps(content))
+    known = refused_or_read(KnownLayers.load, file)
+    if known is not None:
+        known.save(file)
+        assert KnownLayers.load(file) == known
+
+
+@given(data=damaged("cat\ndog\nétoile\n".encode()))
+@FUZZED
+def test_a_file_of_classes(tmp_path, data):
+    file = tmp_path / "case" / "classes.txt"
+    file.write_bytes(data)
+    names = refused_or_read(class_names, file)
+    assert names is None or len(set(names)) == len(names) > 0
 
 
 COSTS = {
