@@ -170,6 +170,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def hits(logits: Tensor, labels: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     """Count the labels that are among the k classes of the largest logits. No device is waited for.
 
+    >>> import torch
     >>> logits = torch.tensor([[0.1, 0.9], [0.8, 0.2]])
     >>> hits(logits, torch.tensor([1, 1]))
     (tensor(1), tensor(2))
