@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nni_haloc.experiments.state import find_experiment, is_running, last_errors
 from nni_haloc.utils.errors import SettingsError, first_line
+from nni_haloc.utils.interruption import uninterrupted
 from nni_haloc.utils.quiet import silent
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ def _patient() -> Iterator[list[Any]]:
     def start_manager(words: list[str], **options: Any) -> Any:
         patience = {"NNI_HALOC_PATIENCE": str(PATIENCE)}
         words = [words[0], "--require", str(_PRELOADED), *words[1:]]
-        started.append(start(words, **options, env=os.environ | patience))
+        with uninterrupted():
+            started.append(start(words, **options, env=os.environ | patience))
         return started[-1]
 
     def wait(port: int, retry: int = 0, url_prefix: str | None = None) -> None:

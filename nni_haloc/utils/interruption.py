@@ -62,6 +62,27 @@ class _Signals:
 
 
 @contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let a signal that comes while the block runs take effect right after it.
+
+    So that a process is never started and then lost before anybody knows of it. In another thread
+    than the main one, which gets no signals, nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    handlers = {n: signal.signal(n, lambda number, _: received.append(number)) for n in _NAMES}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
+
+
+@contextmanager
 def stoppable(command: str, kept: Callable[[], str] = lambda: "") -> Iterator[None]:
     """End the process with one line if Ctrl-C or SIGTERM comes while the block runs.
 

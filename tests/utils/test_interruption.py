@@ -3,12 +3,14 @@
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from helpers.commands import Fork
 from helpers.paths import DIGITS
 
-from nni_haloc.utils.interruption import stoppable
+from nni_haloc.utils.interruption import _Signals, stoppable, uninterrupted
 
 MANY = ["--set", "search.epochs=1000", "--set", "finetune.epochs=1000"]
 
@@ -142,3 +144,41 @@ def test_what_a_destructor_raises_without_a_signal_is_told(monkeypatch):
     with stoppable("haloc"):
         Broken()
     assert [str(error) for error in told] == ["broken"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_a_process_that_is_started_is_known(number):
+    """Otherwise it would go on, and nobody would know whom to end."""
+    known = []
+
+    def started_and_lost():
+        signal.raise_signal(number)
+        return "a process"
+
+    with pytest.raises(KeyboardInterrupt), stopping():
+        try:
+            with uninterrupted():
+                known.append(started_and_lost())
+            known.append("not reached")
+        finally:
+            assert known == ["a process"]
+
+
+@contextmanager
+def stopping():
+    """What a command does about signals."""
+    signals = _Signals()
+    try:
+        yield
+    finally:
+        signals.restore()
+
+
+def test_in_another_thread_signals_are_left_alone():
+    def same_handler():
+        before = signal.getsignal(signal.SIGINT)
+        with uninterrupted():
+            return signal.getsignal(signal.SIGINT) is before
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(same_handler).result()
