@@ -76,10 +76,10 @@ def run_command(
     """Compress a trained network: choose ranks, decompose, fine-tune.
 
     With --resume, the run goes on from what an interrupted run of the same
-    settings left in the folder; if nothing is there, it starts anew. Settings
-    that the search does not depend on may have changed, those of finetune above
-    all: fine-tuning then starts anew. Any other change is refused by name. A rule
-    that was interrupted starts anew. Without --resume, the run replaces what is
+    settings left in the folder; if nothing is there, it starts anew. You may
+    change settings that the choice of ranks does not use, mainly those of
+    finetune: fine-tuning then starts anew. Any other change is refused by name. A
+    rule that was interrupted starts anew. Without --resume, the run replaces what is
     in the folder.
 
     The run ends with a table of the original and the compressed network. With

@@ -44,5 +44,5 @@ class Budget(Limit):
 
     also: Annotated[list[FurtherLimit], Words("list of limits")] = []
     """Further limits: `[{metric: params, fraction: 0.4}]`, each with `fraction` or `absolute`, and
-    with `table` where it has one. A candidate stays that is cheaper than the dense layer in any of
-    the metrics. A run keeps their tables in `costs-also0.json` and so on."""
+    with `table` where it has one. Candidates are kept if they are cheaper than the dense layer in
+    at least one of the metrics. A run keeps their tables in `costs-also0.json` and so on."""

@@ -16,7 +16,8 @@ class SearchOptions(Section):
     """Options of the search, those of `nni_haloc.Haloc`."""
 
     lam: NonNegative = 1.0
-    """λ of Eq. 9, weight of the feature-map term. 0 leaves the term and the original's pass out."""
+    """How strongly the searched layers' outputs are pulled towards the original's (λ of Eq. 9); for
+    `rule: search` alone. Larger keeps them closer; 0 turns it off and saves the original's pass."""
     lam_schedule: LamSchedule = "constant"
     """How λ changes: `linear` and `cosine` let it fall to 0 over the search."""
     approach: Literal["features", "weights"] = "features"
