@@ -8,8 +8,10 @@ import pytest
 from helpers.nni_experiments import environment, free_port, nnictl, until_done
 from helpers.paths import DIGITS, ROOT
 
+from nni_haloc import compress_model
 from nni_haloc.inputs.data import digits
 from nni_haloc.inputs.models import build_model
+from nni_haloc.inputs.registries import RULES
 from nni_haloc.inputs.weights import load_weights
 
 BLOCK = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```', re.M | re.S)
@@ -67,3 +69,13 @@ def test_the_tutorial_runs_from_beginning_to_end(home):
     assert lines >= 10
     assert {file.name for file in folder.iterdir()} >= {"first", "front.png"}
     assert (folder / "first" / "export" / "model.onnx").is_file()
+
+
+def test_the_rule_of_the_page_on_extending_keeps_the_budget(monkeypatch):
+    (text,) = [text for _, _, text in blocks("docs/how-to/extend.md") if "high-ranks" in text]
+    monkeypatch.setattr(RULES, "_added", dict(RULES._added))
+    exec(compile(text, "extend.md", "exec"), {})
+    data, model = digits(), build_model("digits_cnn")
+    loaders = data.loader("train", 64), data.loader("val", 64)
+    result = compress_model(model, *loaders, budget=0.3, metric="macs", epochs=0, rule="high-ranks")
+    assert 0.28 < result.plan.chosen_by["cost"] / result.plan.chosen_by["original_cost"] <= 0.3

@@ -100,7 +100,7 @@ def test_the_command_prints_one_key_or_all(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     one = haloc("settings", "search.lam")
     assert one.returncode == 0
-    assert one.stdout.startswith("search.lam: number, 0 or more; default 1\n    λ of Eq. 9")
+    assert one.stdout.startswith("search.lam: number, 0 or more; default 1\n    How strongly")
     everything = haloc("settings").stdout
     assert one.stdout in everything
     assert max(map(len, everything.splitlines())) <= 60
