@@ -336,7 +336,7 @@ def refit(
         wished = ", ".join(f"{layer} at {name}" for layer, name in list(wishes.items())[:_SHOWN])
         more = ", ..." if len(wishes) > _SHOWN else ""
         raise InfeasibleBudget(
-            f"--set: with {wished}{more}, {str(error).removeprefix('budget: ')};"
+            f"--set: with {wished}{more}, {error.fact.removeprefix('budget: ')};"
             " choose lower ranks, or run with a higher budget"
         ) from None
     ranks = {layer: parse_rank(choice[layer], known.kinds[layer]) for layer in choice}

@@ -29,9 +29,9 @@ from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.finished import Finished
 from nni_haloc.runs.folder import RunFolder, find_run
-from nni_haloc.runs.summary import cost_line, short
+from nni_haloc.runs.summary import cost_line
 from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line, reason_of
-from nni_haloc.utils.printing import percent, print_table
+from nni_haloc.utils.printing import percent, print_table, short
 from nni_haloc.utils.quiet import quiet
 
 TEXT = ("layer", "reason", "rank before", "rank after", "")

@@ -133,8 +133,13 @@ def test_labels_and_a_validation_loader_are_asked_for_before_anything_is_done(ne
 
 
 def test_an_impossible_budget_can_be_caught_by_its_class(net, data):
-    with pytest.raises(InfeasibleBudget):
+    with pytest.raises(InfeasibleBudget, match=r"^budget: .*; set 0\.\d+ or more") as refused:
         compress_model(net, *data, metric="macs", budget=0.001)
+    enough = refused.value.least / refused.value.costs.original + 1e-9
+    result = compress_model(
+        net, *data, metric="macs", budget=enough, epochs=0, costs=refused.value.costs
+    )
+    assert result.costs is refused.value.costs  # what was measured is not measured again
 
 
 def test_it_says_nothing_unless_asked():
