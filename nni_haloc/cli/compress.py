@@ -183,7 +183,7 @@ def front_command(
     nni_haloc.load takes. Nothing is fine-tuned.
     """
     fractions = comma_separated("--budgets", budgets, float, "fractions")
-    factories = trust(code)
+    factories = trust(code, folder)
     with needs_plots("front"):
         from nni_haloc.results.front import pareto_front
 

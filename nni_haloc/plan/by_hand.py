@@ -181,7 +181,7 @@ def _but(chosen: Candidate, other: Candidate) -> str:
 
 
 def movement(choice: Mapping[str, str], known: KnownLayers) -> float | None:
-    """Return the foretold movement of the outputs: the sum of a choice's sensitivities.
+    """Return the predicted change of the outputs: the sum of a choice's sensitivities.
 
     Args:
         choice: layer to candidate.

@@ -275,7 +275,7 @@ def print_plan(files: PlanFiles) -> None:
     for cost in facts["costs"]:
         print(cost_line(cost))
     if facts["movement"] is not None:
-        print(f"foretold movement of the outputs: {facts['movement']:.3g}, sum of sensitivities")
+        print(f"predicted change of the outputs: {facts['movement']:.3g}, sum of sensitivities")
     else:
         print(f"no sensitivities: {_why_not_measured(files)}")
 
@@ -320,7 +320,7 @@ def print_change(content: Mapping[str, Any]) -> None:
         for old, new in zip(before["costs"], after["costs"], strict=True)
     ]
     movements = [f"{each['movement']:.3g}" for each in (before, after)]
-    lines.append(["foretold movement of the outputs", "0", *movements, ""])
+    lines.append(["predicted change of the outputs", "0", *movements, ""])
     if "latency_ms" in content:
         times = content["latency_ms"]
         cells = [f"{times[name]:.4g}" for name in ("original", "before", "after")]

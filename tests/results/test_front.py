@@ -186,7 +186,7 @@ def test_mistakes_are_one_line(folder, tmp_path):
         "arguments": {"path": str(tmp_path / "called")},
     }
     torch.save(content, tmp_path / "search" / "checkpoint.ckpt")
-    with pytest.raises(HalocError, match="its factory is called for folders that you trust alone"):
+    with pytest.raises(HalocError, match="made by code of your own; pass load"):
         pareto_front(tmp_path, [0.5])
     assert not (tmp_path / "called").exists()
 

@@ -117,7 +117,7 @@ def test_a_state_without_its_plan_is_one_line(finished, tmp_path, content):
             "--rule: expected one of uniform, energy, .*, found 'search'",
         ),
         (
-            ["baseline", DIGITS, "--rule", "uniform", "--budget", "30%"],
+            ["run", DIGITS, "--rule", "uniform", "--budget", "30%"],
             "--budget: .*'30%'; write 0.3",
         ),
         (
