@@ -102,7 +102,7 @@ def _stage(
     """Run one more stage on a finished run, and print its figures."""
     settings = {f"{stage}.{key}": value for key, value in options.items() if value is not None}
     settings |= dict(map(assignment, changes or []))
-    factories = trust(code)
+    factories = trust(code, folder)
     from nni_haloc.runs.finished import Finished, apply_stage, stage_folder
     from nni_haloc.runs.folder import RunFolder
     from nni_haloc.runs.job import logged
@@ -111,7 +111,13 @@ def _stage(
     target = stage_folder(RunFolder(folder), stage, out)
     with logged(RunFolder(out or folder), target):
         figures = apply_stage(folder, stage, settings, out, factories=factories, resume=resume)
+    if stage == "prune":
+        from nni_haloc.cli.summary import print_networks
+
+        print_networks({**RunFolder(folder).metrics(), stage: figures})
+        return typer.echo(f"results: {target}")
     print_table(str(target), ("figure", "value"), list(figures.items()), text={"figure"})
+    return None
 
 
 @after.command("export", rich_help_panel=AFTER)
@@ -133,7 +139,7 @@ def export_command(
 
     The table that it prints says what was checked of each file.
     """
-    factories = trust(code)
+    factories = trust(code, folder)
     from nni_haloc.results.export import FORMATS, export
 
     formats = some_of("--format", format_, list(FORMATS))
@@ -171,7 +177,7 @@ def bench_command(
     json_: Json = False,
 ) -> None:
     """Time the original and all stages in torch and ONNX Runtime."""
-    factories = trust(code)
+    factories = trust(code, folder)
     sizes = None if batch is None else comma_separated("--batch", batch, int, "numbers")
     from nni_haloc.results.bench import bench, print_bench
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +27,8 @@ from nni_haloc.cli.options import (
     trust,
 )
 from nni_haloc.inputs.registries import RULES
-from nni_haloc.utils.errors import SettingsError
-from nni_haloc.utils.printing import percent, print_table
+from nni_haloc.utils.errors import InfeasibleBudget, SettingsError, expected_one_of
+from nni_haloc.utils.printing import percent, print_table, short
 
 compress = typer.Typer()
 
@@ -41,7 +41,7 @@ def _rules_with(start: str) -> list[str]:
 
 
 Budget = Annotated[
-    float | None,
+    str | None,
     typer.Option(
         metavar="FRACTION", help="Fraction of the original's cost (default: as in RUN.yml)."
     ),
@@ -90,7 +90,11 @@ def run_command(
     if rule is not None and plan is not None:
         raise SettingsError(f"--plan, --rule: expected one of them, found {plan} and {rule!r}")
     given = {} if plan is None else {"rule": "plan", "plan": str(plan.absolute())}
-    options = {"rule": rule, "budget.fraction": budget, **given}
+    options = {
+        "rule": rule,
+        "budget.fraction": None if budget is None else _number(budget),
+        **given,
+    }
     _run(run_file, options, out, set_, scale, resume, json_)
 
 
@@ -108,7 +112,7 @@ def search_command(
     rule it refuses the folder, and the search stays. Here, --resume works as in
     haloc run.
     """
-    config, _ = _settings(run_file, set_, scale)
+    config, changes = _settings(run_file, set_, scale)
     if config.rule != SEARCH and "rule" in config.model_fields_set:
         raise SettingsError(
             f"rule: haloc search needs {SEARCH!r}, found {config.rule!r}; haloc run takes any rule"
@@ -120,7 +124,7 @@ def search_command(
     from nni_haloc.runs.run import search_only
     from nni_haloc.utils.processes import is_first
 
-    with logged(RunFolder(out)):
+    with logged(RunFolder(out)), _naming_budget(_places(set_, changes)):
         search_only(config, out, resume=resume)
     if is_first():
         following = {
@@ -179,10 +183,9 @@ def front_command(
     nni_haloc.load takes. Nothing is fine-tuned.
     """
     fractions = comma_separated("--budgets", budgets, float, "fractions")
-    factories = trust(code)
+    factories = trust(code, folder)
     with needs_plots("front"):
         from nni_haloc.results.front import pareto_front
-        from nni_haloc.runs.summary import short
 
     content = pareto_front(folder, fractions, out, factories=factories)
     original = content["original"]
@@ -251,13 +254,31 @@ def baseline_command(
     _check_rule(rule, RULES.names())
     typer.echo(f"haloc baseline is deprecated: use haloc run --rule {rule}", err=True)
     out = out or Path(f"haloc-baseline-{rule}")
-    options = {"rule": rule, "budget.fraction": budget}
+    options = {"rule": rule, "budget.fraction": None if budget is None else _number(budget)}
     _run(run_file, options, out, set_, scale, resume, json_=False)
 
 
 def _check_rule(rule: str, names: Sequence[str]) -> None:
     if rule not in names:
-        raise SettingsError(f"--rule: expected one of {', '.join(names)}, found {rule!r}")
+        raise SettingsError(f"--rule: {expected_one_of(names, rule)}")
+
+
+def _number(text: str) -> float | str:
+    """Return the number that a text is; another text as it is, for the settings to refuse."""
+    try:
+        return float(text) if "." in text or not text.isdigit() else int(text)
+    except ValueError:
+        return text
+
+
+@contextmanager
+def _naming_budget(places: Mapping[str, str]) -> Iterator[None]:
+    """Let a refused budget that is from the command line begin with the option."""
+    try:
+        yield
+    except InfeasibleBudget as error:
+        keys = [key for key in ("budget.fraction", "budget.absolute", "budget") if key in places]
+        raise error.where(places[keys[0]]) if keys and error.first else error from None
 
 
 def _run(
@@ -278,7 +299,8 @@ def _run(
     from nni_haloc.utils.processes import is_first
 
     folder = RunFolder(out)
-    with logged(folder), redirect_stdout(sys.stderr):  # as Lightning's progress
+    places = _places(assignments, changes)
+    with logged(folder), redirect_stdout(sys.stderr), _naming_budget(places):
         run(config, out, parameters=changes, resume=resume)
     if is_first():
         stages = folder.metrics()
@@ -293,6 +315,14 @@ def code_of(config: Any, run_file: Path) -> str:
     from nni_haloc.inputs.models import is_factory
 
     return f" --code {run_file.parent}" if is_factory(config.model.name) else ""
+
+
+def _places(assignments: Iterable[str] | None, changes: Iterable[str]) -> dict[str, str]:
+    """Return what to call each setting that the command line changes."""
+    options = {"rule": "--rule", "budget.fraction": "--budget", "plan": "--plan"}
+    options["scale"] = "--scale"
+    by_set = {text.partition("=")[0] for text in assignments or []}
+    return {key: f"--set {key}" if key in by_set else options.get(key, key) for key in changes}
 
 
 def _settings(
@@ -311,7 +341,8 @@ def _settings(
     changes = dict(assignment(text) for text in assignments or [])
     changes |= {**options, **({} if scale is None else {"scale": scale})}
     refuse_experiment(run_file)
-    config = load_config(run_file, changes, training=training)
+    places = _places(assignments, changes)
+    config = load_config(run_file, changes, training=training, places=places)
     if is_factory(config.model.name):  # it may lie beside the file
         add_code(run_file.parent)
     return config, changes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,13 @@ from nni_haloc.cli.options import NNI, Json, needs_plots, print_json
 from nni_haloc.experiments.check import check_experiment
 from nni_haloc.experiments.front import COSTS, draw_front, front_of
 from nni_haloc.experiments.manager import create, resume, warm_up_manager
-from nni_haloc.experiments.results import trial_folders, trial_results, why_no_trials
+from nni_haloc.experiments.results import (
+    cost_metric,
+    trial_folders,
+    trial_results,
+    why_failed,
+    why_no_trials,
+)
 from nni_haloc.experiments.state import is_running
 from nni_haloc.utils.errors import SettingsError, as_one_line, expected_one_of
 from nni_haloc.utils.printing import print_table
@@ -56,7 +63,7 @@ def create_command(
     ],
     port: Port = 8080,
 ) -> None:
-    """Check an experiment, and create it with patience.
+    """Check an experiment, and create it; waits longer than nnictl on a slow machine.
 
     nnictl create gives NNI's manager some three seconds to start, and the manager
     gives its tuner ten. On a slow machine both may be too few; here they have
@@ -97,6 +104,21 @@ def _print_front(rows: list[dict[str, Any]], cost: str, picture: Path, json_: bo
     return typer.echo(f"all trials: {picture}")
 
 
+def _check_finished(experiment: str, rows: list[dict[str, Any]]) -> None:
+    """Raise `SettingsError` if no trial has reported a result yet."""
+    if not any("default" in row for row in rows):
+        states = Counter(row["status"].lower() for row in rows if row["status"])
+        known = ", ".join(f"{number} {state}" for state, number in states.items())
+        message = f"no trial has finished yet{f' ({known})' if known else ''}"
+        raise SettingsError(f"experiment {experiment!r}: {message}")
+
+
+def _own_cost(folder: Path, experiment: str) -> str:
+    """Return the cost that an experiment's budget limits, if a front may be drawn over it."""
+    own = cost_metric(folder, experiment)
+    return own if own in COSTS else COSTS[0]
+
+
 def _print_running(number: str, port: int) -> None:
     typer.echo(f"experiment {number}: http://127.0.0.1:{port}")
     typer.echo(f"results: haloc results {number}; end: nnictl stop {number}")
@@ -123,19 +145,26 @@ def results_command(
         ),
     ] = None,
     by: Annotated[
-        str, typer.Option(metavar="COST", help=f"Cost of --pareto: {', '.join(COSTS)}.")
-    ] = COSTS[0],
+        str | None,
+        typer.Option(
+            metavar="COST",
+            help=f"Cost of --pareto: {', '.join(COSTS)} (default: the experiment's own).",
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Print the parameters and the results of all trials.
 
-    If there are none, the command says why.
+    If there are none, the command says why; below the table it says why trials
+    failed, and where their logs are.
     """
-    if by not in COSTS:
+    if by is not None and by not in COSTS:
         raise SettingsError(f"--by: {expected_one_of(COSTS, by)}")
     folder = folder.expanduser()
     if pareto is not None:
-        return _print_front(trial_results(folder, experiment), by, pareto, json_)
+        results = trial_results(folder, experiment)
+        _check_finished(experiment, results)
+        return _print_front(results, by or _own_cost(folder, experiment), pareto, json_)
     places = trial_folders(folder, experiment) if folders else {}
     rows = [] if folders else trial_results(folder, experiment)
     if not rows and not places:
@@ -151,6 +180,8 @@ def results_command(
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[row.get(column) for column in columns] for row in rows]
     print_table(f"experiment {experiment}", columns, cells, text={"trial", "status"})
+    for trial, (cause, log) in why_failed(folder, experiment).items():
+        typer.echo(f"{trial} failed: {cause or 'no error is in its log'} ({log})")
     if any(row["status"] == "RUNNING" for row in rows) and not is_running(experiment):
         goes_on = f"haloc resume {experiment} goes on with trials that were RUNNING"
         typer.echo(f"the experiment is not running on this machine; {goes_on}", err=True)

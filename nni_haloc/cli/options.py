@@ -124,13 +124,33 @@ def some_of(option: str, text: str, names: list[str]) -> list[str]:
     return chosen
 
 
-def trust(code: Path | None) -> bool:
-    """Make the modules in ``code`` importable; return whether a model's own factory may run."""
+def trust(code: Path | None, folder: Path | None = None) -> bool:
+    """Make the modules in ``code`` importable; return whether a model's own factory may run.
+
+    Raises:
+        SettingsError: if the network of ``folder`` is made by a factory, and no code is given.
+    """
+    if code is None and folder is not None and (name := _factory_of(folder)):
+        remedy = "add --code FOLDER-OF-THE-CODE to run it"
+        raise SettingsError(f"{folder} was made by code of your own, {name}; {remedy}")
     if code is not None:
         from nni_haloc.inputs.models import add_code
 
         add_code(code)
     return code is not None
+
+
+def _factory_of(folder: Path) -> str | None:
+    """Return the name of the factory that makes a folder's original network, if it has one."""
+    from nni_haloc.inputs.models import is_factory
+    from nni_haloc.runs.folder import RunFolder
+    from nni_haloc.utils.files import read_json
+
+    try:
+        name = read_json(RunFolder(folder).model).get("name")
+    except (OSError, ValueError):  # whoever reads the folder says what is wrong with it
+        return None
+    return name if isinstance(name, str) and is_factory(name) else None
 
 
 def needs_plots(command: str) -> AbstractContextManager[None]:

@@ -22,6 +22,18 @@ def print_summary(folder: Path, stages: Mapping[str, Mapping[str, float]], code:
             `nni_haloc.runs.folder.RunFolder.metrics` returns them.
         code: option for commands that make the original network again.
     """
+    print_networks(stages)
+    print_next(
+        folder,
+        {
+            f"haloc report {folder}": "one HTML page on the run",
+            f"haloc bench {folder}{code}": "every stage timed, in torch and ONNX Runtime",
+        },
+    )
+
+
+def print_networks(stages: Mapping[str, Mapping[str, float]]) -> None:
+    """Print a column for each stage's network, and the change by the compression."""
     titles = {stage.name: stage.title for stage in all_stages()}
     networks = {
         titles.get(name) or name: {key: v for key, v in figures.items() if is_number(v)}
@@ -30,13 +42,6 @@ def print_summary(folder: Path, stages: Mapping[str, Mapping[str, float]], code:
     columns, rows = summary(networks)
     if rows:
         print_table("", columns, rows, text={columns[0]})
-    print_next(
-        folder,
-        {
-            f"haloc report {folder}": "one HTML page on the run",
-            f"haloc bench {folder}{code}": "every stage timed, in torch and ONNX Runtime",
-        },
-    )
 
 
 def print_next(folder: Path, commands: Mapping[str, str]) -> None:

@@ -79,7 +79,12 @@ def check_experiment(path: str | Path) -> str:
         check_measuring(path, arguments[1:], parameters, code)
         return "trials measure a cost table"
     _refuse_minimizing(path, algorithms)
-    check_settings(code / arguments[0], parameters, None if here else code)
+    run_file = code / arguments[0]
+    if not run_file.is_file():
+        raise SettingsError(f"{path}: trialCommand: {arguments[0]}: no such file in {code}")
+    file = content.get("searchSpaceFile")
+    where = f"{path}: searchSpace." if file is None else f"{path.parent / str(file)}: "
+    check_settings(run_file, parameters, where, None if here else code)
     return f"trials run {arguments[0]}, searching {', '.join(parameters[0]) or 'nothing'}"
 
 

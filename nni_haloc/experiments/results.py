@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
-from nni_haloc.experiments.state import find_experiment, is_running, last_errors, why_nothing
-from nni_haloc.utils.errors import SettingsError, first_line
+from nni_haloc.experiments.program import trial_arguments
+from nni_haloc.experiments.state import (
+    find_experiment,
+    is_running,
+    last_errors,
+    last_lines,
+    why_nothing,
+)
+from nni_haloc.utils.errors import SettingsError, first_line, printable
 
 Content = dict[str, Any]
+
+_ERROR = re.compile(
+    r"(?:\d\d:\d\d:\d\d ERROR |haloc: )(.+)"
+    r"|((?:[A-Za-z_]\w*\.)*[A-Za-z_]*(?:Error|Exception|Interrupt)\b.*)"
+)
+"""A line of a trial's log, or of its standard error, that says what went wrong."""
 
 
 def trial_results(folder: str | Path, experiment: str) -> list[dict[str, Any]]:
@@ -117,6 +131,64 @@ def trial_folders(folder: str | Path, experiment: str) -> dict[str, str]:
         remote = host in machines
         places[trial] = _fetch(machines[host], there, trial) if remote else f"{path}/haloc"
     return places
+
+
+def cost_metric(folder: str | Path, experiment: str) -> str | None:
+    """Return ``cost.metric`` of an experiment's run file; None where it can't be read here."""
+    from nni_haloc.inputs.yaml_files import read_yaml
+
+    try:
+        (profiles,) = _select(
+            folder,
+            experiment,
+            "SELECT params FROM ExperimentProfile ORDER BY revision DESC LIMIT 1",
+        )
+        profile = json.loads(profiles[0][0])
+        arguments = trial_arguments(Path(experiment), str(profile["trialCommand"]))
+        file = Path(profile.get("trialCodeDirectory") or ".") / (arguments or [""])[0]
+        metric = read_yaml(file)["cost"]["metric"]
+    except (SettingsError, ValueError, LookupError, TypeError):
+        return None
+    return metric if isinstance(metric, str) else None
+
+
+def why_failed(folder: str | Path, experiment: str) -> dict[str, tuple[str, str]]:
+    """Return why each failed trial failed, by its id.
+
+    Args:
+        folder: where NNI keeps its experiments.
+        experiment: the experiment's id.
+
+    Returns:
+        The last error that the trial's log or its standard error tells of, empty if there is none,
+        and the place of the log.
+
+    Raises:
+        SettingsError: if there is no such experiment, or its database can't be read.
+    """
+    events, paths = _select(
+        folder,
+        experiment,
+        "SELECT trialJobId, event FROM TrialJobEvent ORDER BY rowid",
+        "SELECT trialJobId, logPath FROM TrialJobEvent WHERE logPath <> '' ORDER BY rowid",
+    )
+    status, places = dict(events), dict(paths)
+    return {
+        trial: _last_error(places.get(trial, "")) for trial in status if status[trial] == "FAILED"
+    }
+
+
+def _last_error(place: str) -> tuple[str, str]:
+    """Return the last error of a trial's folder, and the file that tells of it."""
+    logs = [f"{place}/haloc/log.txt", f"{place}/trial.stderr", f"{place}/stderr"]
+    for log in logs:
+        errors = [
+            match[1] or match[2] for line in last_lines(Path(log)) if (match := _ERROR.match(line))
+        ]
+        if errors:
+            return printable(errors[-1], 300), log
+    there = [log for log in logs if Path(log).is_file()]
+    return "", (there or [place])[-1]
 
 
 def _machines(profile: str) -> dict[str, Content]:

@@ -105,14 +105,16 @@ def last_errors(own: Path) -> list[str]:
     """
     found: dict[str, str] = {}
     for name, (who, pattern) in _LOGS.items():
-        lines = [match[1] for line in _tail(own / "log" / name) if (match := pattern.match(line))]
+        lines = [
+            match[1] for line in last_lines(own / "log" / name) if (match := pattern.match(line))
+        ]
         lines = [line for line in lines if _AT_THE_END not in line]
         if lines and who not in found:
             found[who] = lines[-1].strip()[:300]
     return [f"{who}: {line}" for who, line in found.items()]
 
 
-def _tail(path: Path) -> list[str]:
+def last_lines(path: Path) -> list[str]:
     """Return the last lines of a log; none if it can't be read."""
     try:
         with path.open("rb") as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nni_haloc.experiments.algorithms import Algorithm
-from nni_haloc.utils.errors import HalocError, SettingsError
+from nni_haloc.utils.errors import HalocError, InfeasibleBudget, SettingsError
 
 if TYPE_CHECKING:
     from nni_haloc.inputs.config import Config
@@ -48,13 +48,14 @@ def parameters_to_try(
 
 
 def check_settings(
-    run_file: Path, parameters: Sequence[Parameters], uploaded: Path | None = None
+    run_file: Path, parameters: Sequence[Parameters], space: str, uploaded: Path | None = None
 ) -> None:
     """Read a run's settings with each of some parameters, and check the runs as far as can be.
 
     Args:
         run_file: the settings.
         parameters: what the trials are given.
+        space: what messages call the search space, in front of a key of it.
         uploaded: the folder that NNI sends to another machine, if the runs are to be there.
 
     Raises:
@@ -62,12 +63,17 @@ def check_settings(
     """
     from nni_haloc.inputs.config import load_config
 
-    configs = [load_config(run_file, each, uploaded=uploaded) for each in parameters]
+    places = {key: f"{space}{key}" for each in parameters for key in each}
+    configs = [load_config(run_file, each, uploaded=uploaded, places=places) for each in parameters]
     from nni_haloc.runs.check import check_runs
 
     try:
         with _importable(run_file.parent, configs):
             check_runs(configs, elsewhere=uploaded is not None)
+    except InfeasibleBudget as error:
+        keys = [key for key in ("budget.fraction", "budget.absolute", "budget") if key in places]
+        by_tuner = bool(keys) and error.first
+        raise error.where(places[keys[0]] if by_tuner else f"{run_file}: budget") from None
     except HalocError as error:
         raise type(error)(f"{run_file}: {error}") from None
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError, create_model, model_validator
 
 from nni_haloc.inputs.registries import STAGES
-from nni_haloc.inputs.schema.budget import Budget
+from nni_haloc.inputs.schema.budget import Budget, check_fraction
 from nni_haloc.inputs.schema.chain import Prune, Quantize
 from nni_haloc.inputs.schema.cost import Cost
 from nni_haloc.inputs.schema.data import Data
@@ -101,15 +102,10 @@ class Config(Section):
         if not isinstance(content, dict) or isinstance(content.get("budget", {}), (dict, Budget)):
             return content
         fraction = content["budget"]
-        if not _is_number(fraction):
-            expected = "expected a fraction of the original's cost, or keys and values"
-            raise ValueError(f"budget: {expected}, found {brief(fraction)}")
-        if not 0 < fraction <= 1:
-            found = brief(fraction)
-            expected = "expected a fraction of the original's cost, above 0 to 1"
-            absolute = f"; write budget: {{absolute: {found}}} for a number in the metric's unit"
-            remedy = absolute if 1 < fraction < math.inf else ""
-            raise ValueError(f"budget: {expected}, found {found}{remedy}")
+        try:
+            check_fraction(fraction)
+        except ValueError as error:
+            raise ValueError(f"budget: {error}") from None
         return {**content, "budget": {"fraction": fraction}}
 
     @model_validator(mode="after")
@@ -149,6 +145,7 @@ def load_config(
     *,
     training: bool = False,
     uploaded: Path | None = None,
+    places: Mapping[str, str] | None = None,
 ) -> Config:
     """Read and validate a run's file.
 
@@ -162,6 +159,8 @@ def load_config(
         training: whether the run is to make the file ``weights``, which then need not be there.
         uploaded: the folder that is sent to another machine, if the run is to be there. Relative
             paths must lie inside; absolute ones are that machine's and are not looked for here.
+        places: what to call the place of a change that is wrong, by its key: ``--set weights``. By
+            default the file's name and the key.
 
     Returns:
         The settings, with absolute paths and with ``preset`` and ``scale`` applied.
@@ -170,8 +169,12 @@ def load_config(
         SettingsError: names the file and the key.
     """
     path = Path(path)
+    with _naming(places or {}, path):
+        return _load(path, dict(changes or {}), training, uploaded)
+
+
+def _load(path: Path, changes: dict[str, Any], training: bool, uploaded: Path | None) -> Config:
     content = read_yaml(path)
-    changes = dict(changes or {})
     content["rank_space"] = changes.pop("rank_space", content.get("rank_space", {}))
     if isinstance(content["rank_space"], str):
         content["rank_space"] = _space_file(path, content["rank_space"], uploaded)
@@ -180,6 +183,19 @@ def load_config(
     _apply_preset(content, path)
     context = {"training": training, "uploaded": uploaded}
     return _scaled(_validated(config_type(), content, path, path.parent, **context))
+
+
+@contextmanager
+def _naming(places: Mapping[str, str], path: Path) -> Iterator[None]:
+    """Let an error in a change begin with the place that the change comes from."""
+    try:
+        yield
+    except SettingsError as error:
+        text = str(error).removeprefix(f"{path}: ")
+        for key in sorted(places, key=len, reverse=True):
+            if text.startswith((f"{key}: ", f"{key}.")):
+                raise SettingsError(f"{places[key]}{text.removeprefix(key)}") from None
+        raise
 
 
 def config_type() -> type[Config]:
@@ -337,7 +353,7 @@ def set_dotted(content: dict[str, Any], dotted: str, value: Any) -> None:
         SettingsError: if the key's section is a plain value.
     """
     *sections, key = dotted.split(".")
-    if dotted == "budget" and _is_number(value):
+    if dotted == "budget" and not isinstance(value, dict):
         sections, key = ["budget"], "fraction"
     if sections == ["budget"] and _is_number(content.get("budget")):
         content["budget"] = {"fraction": content["budget"]}

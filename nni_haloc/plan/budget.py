@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from nni_haloc.costs.device.costs_file import amount
 from nni_haloc.costs.table import CostTable
 from nni_haloc.space.summary import by_reason
 from nni_haloc.utils.errors import InfeasibleBudget
-from nni_haloc.utils.printing import percent
 from nni_haloc.utils.quiet import without_prints
 
 _ROOM = 1e4
@@ -63,10 +63,12 @@ class Limit:
     Attributes:
         costs: the table.
         budget: the limit, in the table's unit.
+        is_share: whether it was given as a fraction of the original's cost; for messages.
     """
 
     costs: CostTable
     budget: float
+    is_share: bool = False
 
     @classmethod
     def of(
@@ -96,7 +98,7 @@ class Limit:
                     "budget: expected a fraction of the original's cost, above 0 to 1, found"
                     f" {fraction}; for a number of {costs.metric} use {name}"
                 )
-            return cls(costs, fraction * costs.original)
+            return cls(costs, fraction * costs.original, is_share=True)
         if absolute is not None and fraction is None:
             if not 0 < absolute < math.inf:
                 raise ValueError(
@@ -133,7 +135,7 @@ class Limit:
         }
 
     def __str__(self) -> str:
-        return f"{self.budget:.6g} {self.costs.metric}"
+        return amount(self.budget, self.costs.metric)
 
 
 def cheapest(candidates: Candidates, costs: CostTable) -> Choice:
@@ -158,8 +160,8 @@ def check_feasible(
             or beside those before it, and the share of the cost that no candidate changes.
         UndecidedBudget: if the solver cannot decide (several tight limits and very many layers).
     """
-    for limit in limits:
-        _refuse_unless_met(limit, cheapest(candidates, limit.costs), "", left_alone)
+    for i, limit in enumerate(limits):
+        _refuse_unless_met(limit, cheapest(candidates, limit.costs), "", left_alone, i == 0)
     choice = cheapest(candidates, limits[0].costs)
     for i, limit in enumerate(limits):
         if not limit.holds(choice):
@@ -384,18 +386,47 @@ def _refuse_unless_met(
     cheapest_choice: Mapping[str, str],
     beside: str,
     left_alone: Mapping[str, str] | None,
+    first: bool = False,
 ) -> None:
     """Raise `InfeasibleBudget` if a limit's cheapest choice is above it."""
     if not limit.holds(cheapest_choice):
         least = limit.costs.total(cheapest_choice)
-        # All its digits: as a budget, it is accepted.
-        cost = f"{repr(least).removesuffix('.0')} {limit.costs.metric}"
-        fraction = _fraction_within(least, limit.costs.original)
+        budget, cost = _told_apart(limit.budget, least, limit.costs.metric)
+        share = f"{least / limit.costs.original:.3g}"
         raise InfeasibleBudget(
-            f"budget: {limit} is below the cheapest network{beside}, {cost}"
-            f", which is {fraction} of the original"
-            f"{_kept_as_it_is(limit, cheapest_choice, left_alone)}"
+            f"budget: {budget} is below the cheapest network{beside}, {cost}"
+            f", {share} of the original's",
+            f"{_remedy(limit, least)}{_kept_as_it_is(limit, cheapest_choice, left_alone)}",
+            costs=limit.costs,
+            least=least,
+            first=first,
         )
+
+
+def _told_apart(budget: float, least: float, metric: str) -> tuple[str, str]:
+    """Write two costs with as many digits as tell them apart, three at least."""
+    for digits in range(3, 18):
+        texts = amount(budget, metric, digits), amount(least, metric, digits)
+        if texts[0] != texts[1]:
+            break
+    return texts
+
+
+def _remedy(limit: Limit, least: float) -> str:
+    """Say which budget is enough, and what makes a latency's share of the layers larger."""
+    original = limit.costs.original
+    if not limit.is_share:
+        remedy = f"set absolute: {_rounded_up(least, 1.0, 3)} or more"
+    elif least <= original:
+        remedy = f"set {_rounded_up(least, original, 2)} or more"
+    else:
+        remedy = "no share will do: layers are pinned to ranks that cost more than the original"
+    if limit.costs.metric == "latency_ms":
+        remedy += (
+            ", or a larger batch_size, memory_format channels_last"
+            " (see docs: Meet a latency budget)"
+        )
+    return remedy
 
 
 def _kept_as_it_is(
@@ -408,17 +439,17 @@ def _kept_as_it_is(
     rest = limit.costs.restrict({layer: {} for layer in cheapest_choice})[1]
     if not left_alone or rest <= min(limit.budget, limit.costs.total(cheapest_choice) / 2):
         return ""
-    share = percent(rest / limit.costs.original, 2)
-    return f"; {share} of the original's {limit.costs.metric} stay ({by_reason(left_alone)})"
+    share = f"{rest / limit.costs.original:.3g}"
+    return f"; {share} of the original's stays as it is ({by_reason(left_alone)})"
 
 
-def _fraction_within(cost: float, original: float) -> str:
-    """Return a cost as a fraction of the original's, rounded up to four digits.
+def _rounded_up(cost: float, original: float, digits: int) -> str:
+    """Return a cost as a multiple of another one, rounded up to a few digits.
 
-    As a budget, the fraction is accepted.
+    As a budget, it is accepted.
     """
-    step = 10.0 ** (math.floor(math.log10(cost / original)) - 3)
+    step = 10.0 ** (math.floor(math.log10(cost / original)) + 1 - digits)
     steps = math.ceil(cost / original / step)
-    while float(text := f"{steps * step:.4g}") * original < cost:
+    while float(text := f"{float(f'{steps * step:.{digits}g}'):.15g}") * original < cost:
         steps += 1
     return text

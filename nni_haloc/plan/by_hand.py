@@ -181,7 +181,7 @@ def _but(chosen: Candidate, other: Candidate) -> str:
 
 
 def movement(choice: Mapping[str, str], known: KnownLayers) -> float | None:
-    """Return the foretold movement of the outputs: the sum of a choice's sensitivities.
+    """Return the predicted change of the outputs: the sum of a choice's sensitivities.
 
     Args:
         choice: layer to candidate.
@@ -336,7 +336,7 @@ def refit(
         wished = ", ".join(f"{layer} at {name}" for layer, name in list(wishes.items())[:_SHOWN])
         more = ", ..." if len(wishes) > _SHOWN else ""
         raise InfeasibleBudget(
-            f"--set: with {wished}{more}, {str(error).removeprefix('budget: ')};"
+            f"--set: with {wished}{more}, {error.fact.removeprefix('budget: ')};"
             " choose lower ranks, or run with a higher budget"
         ) from None
     ranks = {layer: parse_rank(choice[layer], known.kinds[layer]) for layer in choice}

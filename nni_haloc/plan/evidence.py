@@ -199,7 +199,12 @@ def check_enough_images(
         images: the calibration images, ``(N, ...)``.
     """
     alone, error = evidence.of(choice)
-    logger.info("sensitivities: the chosen candidates one at a time add %.3f +- %.3f", alone, error)
+    logger.info(
+        "sensitivities: the chosen candidates, one at a time, move the outputs by %.3f ± %.3f"
+        " in all",
+        alone,
+        error,
+    )
     chosen = {layer: {name: candidates[layer][name]} for layer, name in choice.items()}
     within, beyond = divergence_within_and_beyond(model, chosen, build, images)
     if beyond > BEYOND * within:

@@ -61,14 +61,19 @@ def export(
         return [(name, *FORMATS[name](run, network, target)) for name in names]
 
 
+def _told(difference: float) -> str:
+    """Say how far a file's outputs are from those of torch."""
+    return f"{difference:.1e} from torch" if difference else "identical to torch"
+
+
 def _export_onnx(run: Finished, network: nn.Module, out: Path) -> Exported:
     difference = export_onnx(network, run.example(2), out / ONNX_FILE)
-    return out / ONNX_FILE, f"in ONNX Runtime, {difference:.1e} from torch"
+    return out / ONNX_FILE, f"in ONNX Runtime, {_told(difference)}"
 
 
 def _export_program(run: Finished, network: nn.Module, out: Path) -> Exported:
     difference = export_program(network, run.example(2), out / PROGRAM_FILE)
-    return out / PROGRAM_FILE, f"loaded back, {difference:.1e} from torch"
+    return out / PROGRAM_FILE, f"loaded back, {_told(difference)}"
 
 
 def _export_safetensors(run: Finished, network: nn.Module, out: Path) -> Exported:

@@ -10,6 +10,7 @@ from pytorch_lightning import seed_everything
 from torch import nn
 
 from nni_haloc.inputs.config import parse_config
+from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import RunFolder, hold
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages.choose_ranks import run_or_read_search
@@ -156,6 +157,10 @@ def plot(content: dict[str, Any], path: str | Path) -> None:
 def _finished_search(folder: RunFolder, factories: bool) -> Job:
     """Return the job of the finished search that a folder holds."""
     path = folder.searching.checkpoint
+    rule = _rule_of(folder)
+    if not path.is_file() and rule not in (None, "search"):
+        remedy = "front needs a search: haloc search RUN.yml, or haloc run RUN.yml --rule search"
+        raise SettingsError(f"{folder} was made by the rule {rule}; {remedy}")
     if not path.is_file():
         expected = "expected the folder of a search (haloc search, haloc run)"
         raise SettingsError(f"{path}: no such file; {expected}")
@@ -170,6 +175,14 @@ def _finished_search(folder: RunFolder, factories: bool) -> Job:
             f"continue with haloc run RUN.yml --resume --out {folder}"
         )
     return Job(config, folder.path, factories=factories)
+
+
+def _rule_of(folder: RunFolder) -> str | None:
+    """Return the rule that chose a folder's ranks, as far as the folder says."""
+    try:
+        return RankPlan.load(folder.ranks).chosen_by.get("rule")
+    except (OSError, ValueError):
+        return None
 
 
 def _recalibrated(job: Job, network: nn.Module) -> nn.Module:

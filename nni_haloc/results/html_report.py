@@ -25,6 +25,7 @@ from nni_haloc.runs.kept import OF_BUDGET
 from nni_haloc.runs.plausibility import doubts
 from nni_haloc.runs.run import RESULT, flatten, gains
 from nni_haloc.runs.stages import all_stages
+from nni_haloc.runs.summary import ROWS
 from nni_haloc.training import curves
 from nni_haloc.utils.errors import SettingsError
 from nni_haloc.utils.printing import percent
@@ -35,7 +36,7 @@ _COLUMNS = {
     "latency_ms": "latency, ms",
     "macs": "MACs",
     "params": "parameters",
-    "bytes": "file",
+    "bytes": "file of weights",
     "latency_ms_of_budget": "latency, of the budget",
     "energy_mj_of_budget": "energy, of the budget",
 }
@@ -86,7 +87,7 @@ def html_report(path: str | Path) -> str:
         batch=_flat(config.get("cost", {})).get("batch_size", ""),
         texts=TEXT,
         bench=bench_table(folder.bench) if folder.bench.is_file() else None,
-        metrics={key: _shown(value) for key, value in flatten(stages).items()},
+        metrics={_name_of(key): _shown(value) for key, value in flatten(stages).items()},
         layers=layers,
         drawn=drawn,
         parameters={key: _shown(value) for key, value in run["parameters"].items()},
@@ -132,6 +133,16 @@ def _shown(value: Any) -> str:
         if value.is_integer() and abs(value) < 1e15
         else f"{value:,.6g}"
     )
+
+
+def _name_of(key: str) -> str:
+    """Return the name of a figure as in the table of ``haloc run``; others as they are."""
+    for stage, title in (("original_", "original: "), ("pruned_", "pruned: "), ("", "")):
+        name = key.removeprefix(stage)
+        if key.startswith(stage) and name in ROWS:
+            return f"{title}{ROWS[name][0]}{', ms' if name == 'latency_ms' else ''}"
+    known = {"macs_reduction": "MACs: reduction", "params_reduction": "parameters: reduction"}
+    return known.get(key, key)
 
 
 def _rows(stages: Mapping[str, Figures]) -> dict[str, Figures]:

@@ -29,9 +29,9 @@ from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.finished import Finished
 from nni_haloc.runs.folder import RunFolder, find_run
-from nni_haloc.runs.summary import cost_line, short
+from nni_haloc.runs.summary import cost_line
 from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line, reason_of
-from nni_haloc.utils.printing import percent, print_table
+from nni_haloc.utils.printing import percent, print_table, short
 from nni_haloc.utils.quiet import quiet
 
 TEXT = ("layer", "reason", "rank before", "rank after", "")
@@ -275,7 +275,7 @@ def print_plan(files: PlanFiles) -> None:
     for cost in facts["costs"]:
         print(cost_line(cost))
     if facts["movement"] is not None:
-        print(f"foretold movement of the outputs: {facts['movement']:.3g}, sum of sensitivities")
+        print(f"predicted change of the outputs: {facts['movement']:.3g}, sum of sensitivities")
     else:
         print(f"no sensitivities: {_why_not_measured(files)}")
 
@@ -320,7 +320,7 @@ def print_change(content: Mapping[str, Any]) -> None:
         for old, new in zip(before["costs"], after["costs"], strict=True)
     ]
     movements = [f"{each['movement']:.3g}" for each in (before, after)]
-    lines.append(["foretold movement of the outputs", "0", *movements, ""])
+    lines.append(["predicted change of the outputs", "0", *movements, ""])
     if "latency_ms" in content:
         times = content["latency_ms"]
         cells = [f"{times[name]:.4g}" for name in ("original", "before", "after")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from pytorch_lightning import seed_everything
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from nni_haloc.costs.analytic import COUNTED
 from nni_haloc.costs.counts import count_macs, count_params
@@ -23,6 +24,7 @@ from nni_haloc.costs.table import CostTable, worthwhile
 from nni_haloc.inputs.labels import check_labels
 from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.registries import PREDICTORS, RULES, RUNTIMES
+from nni_haloc.inputs.schema.search import SearchOptions
 from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
@@ -33,7 +35,7 @@ from nni_haloc.runs.hub import push_to_hub
 from nni_haloc.runs.kept import measured_of_budget
 from nni_haloc.runs.plausibility import guessing, warn_of_doubts
 from nni_haloc.runs.saved import save
-from nni_haloc.runs.summary import summary_text
+from nni_haloc.runs.summary import cost_line, summary_line, summary_text
 from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, run_search
@@ -45,8 +47,8 @@ from nni_haloc.training.finetuning import accuracy, finetune, predict, recalibra
 from nni_haloc.training.random_states import isolated_random_states
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.training.reconstruction import reconstruct_blocks
-from nni_haloc.utils.errors import DataError, expected_one_of
-from nni_haloc.utils.log import logger
+from nni_haloc.utils.errors import DataError, brief, expected_one_of, unknown_key
+from nni_haloc.utils.log import log_to, logger
 from nni_haloc.utils.quiet import quiet
 from nni_haloc.utils.registry import Registry
 from nni_haloc.utils.versions import versions
@@ -56,7 +58,7 @@ _RECALIBRATION_BATCHES = 50
 _OR_WITHOUT = " to train with (epochs=0 needs none)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Compressed:
     """Hold a compressed network, its ranks, and figures before and after.
 
@@ -80,6 +82,10 @@ class Compressed:
     timing: Mapping[str, Any] = field(default_factory=dict)
     call: str = ""
 
+    def __repr__(self) -> str:
+        networks = (f"{name}: {summary_line(row)}" for name, row in self.metrics.items())
+        return f"Compressed({'; '.join(networks)})"
+
     def report(self) -> str:
         """Return a small table: original, compressed, change."""
         return summary_text(self.metrics)
@@ -93,7 +99,8 @@ class Compressed:
         """Write ranks, weights, costs and figures into a folder.
 
         ``nni_haloc.load(folder, model)`` makes the network from them and an instance of the
-        original one; with a name, ``nni_haloc.load(folder)`` will do.
+        original one. With the name of a built-in network, ``nni_haloc.load(folder)`` will do; with
+        that of a factory, ``nni_haloc.load(folder, factories=True)``.
 
         Args:
             folder: receives the files; it is made if it is not there.
@@ -192,7 +199,8 @@ def compress_model(
             the CUDA device, if there is one, in any case.
         calibration_images: training images for decomposition, sensitivities and blocks.
         seed: of path sampling and shuffling.
-        verbose: whether to show progress bars.
+        verbose: whether to log what is done to standard error, as `haloc run` does, and to show
+            progress bars.
         search_options: further options of `nni_haloc.Haloc`.
 
     Returns:
@@ -213,6 +221,7 @@ def compress_model(
         True
     """
     call = _call(locals())
+    _check_arguments(model, train_loader, val_loader, device, search_options)
     if not 0 < budget <= 1:
         expected = "expected a share of the original's cost, above 0 to 1"
         raise ValueError(f"budget: {expected}, found {budget}")
@@ -226,7 +235,7 @@ def compress_model(
         raise ValueError(f"{name}: an option of the search, and the rule is {rule!r}")
     trained = recipe.epochs > 0 or rule == "search"
     allowed = allowed or _ranks_for(rule, costs is None and metric in COUNTED)
-    with quiet(), isolated_random_states():
+    with quiet(), isolated_random_states(), log_to() if verbose else nullcontext():
         seed_everything(seed, verbose=False)
         images, labels = _calibration(train_loader, calibration_images)
         model = unwrapped(model)
@@ -239,6 +248,7 @@ def compress_model(
         labels = _classes(model, images, labels, needed=trained)
         original = model if memory_format == "contiguous" else _channels_last(model)
         before = _judged(original, val_loader)
+        logger.info("original: %s", summary_line({**before, **_count(original, images[:1])}))
         told = warn_of_doubts({"original": before})
         example = images[:1].repeat(batch_size, *[1] * (images.dim() - 1))
         options = {"device": device, "memory_format": memory_format}
@@ -246,13 +256,17 @@ def compress_model(
         if costs is None:
             batch = example if metric in MEASURED else images[:1]
             make = _known(PREDICTORS, "metric", metric).table
+            doing = "measuring" if metric in MEASURED else "computing"
+            logger.info("%s %s of every candidate", doing, metric)
             costs = make(original, batch, allowed, timing, lambda done, of: None)
         task = _Task(original, images, labels, train_loader, Limit.of(costs, budget), allowed, seed)
+        logger.info("choosing ranks: %s, %d calibration images", rule, len(images))
         if rule == "search":
             how = search_recipe or Recipe(epochs=1, lr=0.02, schedule="constant")
             plan, network = task.search(val_loader, how, verbose, search_options)
         else:
             plan, network = task.apply_rule(rule)
+        logger.info("%s: %s", rule, cost_line(plan.chosen_by))
         network.to(home)  # a search leaves it on the processor
         reconstructed = not trained and reconstruct_blocks(
             network, original, images, list(plan.ranks), seed=seed
@@ -277,8 +291,35 @@ def compress_model(
                 known[metric] if metric in known else measure_energy(network, example, timing)
             ),
         )
+        logger.info("compressed: %s", summary_line(metrics["compressed"]))
     measured = {**timing.identity(), "input": list(example.shape)}
     return Compressed(network, plan, costs, metrics, measured, call)
+
+
+def _check_arguments(
+    model: Any, train_loader: Any, val_loader: Any, device: str, options: Mapping[str, Any]
+) -> None:
+    """Raise a TypeError or a ValueError for arguments that are something else by mistake."""
+    if isinstance(model, Mapping):
+        remedy = "build the network, and give it the weights by load_state_dict"
+        found = f"a {type(model).__name__}, such as a state dict"
+        raise TypeError(f"model: expected an nn.Module, found {found}; {remedy}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, found {brief(model)}")
+    for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
+        if isinstance(loader, (Tensor, Dataset)):
+            found, remedy = type(loader).__name__, "wrap it in a DataLoader"
+            raise TypeError(f"{name}: expected a DataLoader, found a {found}; {remedy}")
+    own = [
+        name for name in inspect.signature(compress_model).parameters if name != "search_options"
+    ]
+    for name in options:
+        if name not in SearchOptions.model_fields:
+            raise TypeError(f"{name}: {unknown_key(name, [*own, *SearchOptions.model_fields])}")
+    if device == "gpu":
+        raise ValueError(
+            "device: expected torch's name of a device, found 'gpu'; did you mean 'cuda'?"
+        )
 
 
 def _call(given: Mapping[str, Any]) -> str:

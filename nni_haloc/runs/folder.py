@@ -102,6 +102,8 @@ class RunFolder:
         Raises:
             SettingsError: names the file that is missing.
         """
+        if not self.path.is_dir():
+            raise SettingsError(f"{self}: no such folder; expected that of a finished run")
         for file in (self.ranks, self.weights):
             if not file.is_file():
                 raise SettingsError(f"{file}: no such file; expected the folder of a finished run")

@@ -22,6 +22,8 @@ _KEYS = {"data": {"workers", "score", "download"}, "search": {"tensorboard"}}
 def search_identity(config: Config) -> dict[str, Any]:
     """Return what a search's state depends on: dotted settings to values, files by content."""
     content: dict[str, Any] = {"version": VERSION}
+    # Other keys follow from it; see `check_same`.
+    content |= {"scale": config.scale} if config.scale != 1 else {}
     left_out = {*_WHOLE_SECTIONS, *_SETTINGS, *STAGES.foreign()}
     for section, values in config.model_dump(mode="json").items():
         if section in left_out:

@@ -316,6 +316,11 @@ def _check_trainer(config: Config) -> None:
     if config.rule == "search" and config.search.compile and processes > 1:
         expected = "expected false with several processes"
         raise SettingsError(f"search.compile: {expected}, found true with {processes}")
+    wanted = config.trainer.accelerator
+    metal = wanted == "gpu" and torch.backends.mps.is_available()
+    if wanted in ("gpu", "cuda") and not (torch.cuda.is_available() or metal):
+        expected = "expected auto or cpu, because torch finds no GPU on this machine"
+        raise SettingsError(f"trainer.accelerator: {expected}, found {wanted!r}")
     try:
         with quiet():
             trainer = Trainer(**trainer_options(config), logger=False, enable_checkpointing=False)

@@ -12,6 +12,7 @@ from nni_haloc.costs.analytic import COUNTED
 from nni_haloc.costs.from_settings import cost_table, predictor_of
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import Config
+from nni_haloc.inputs.schema.budget import Limit as BudgetSection
 from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import RunFolder
@@ -32,7 +33,7 @@ def limits_of(
     limits = []
     for (key, cost, budget), path in zip(_sections(config), files, strict=True):
         table = cost_table(config, key, cost.metric, cost.table, model, example, allowed, path)
-        limits.append(Limit(table, budget.of(table.original)))
+        limits.append(_limit(table, budget))
     if is_first():
         given = {config.cost.table, *(also.table for also in config.budget.also)}
         for limit, path in zip(limits, files, strict=True):
@@ -54,7 +55,7 @@ def limits_at_hand(
         if cost.table is not None or predictor_of(config, key, cost.metric) in COUNTED:
             where = Path()  # nothing is measured that would be left there
             table = cost_table(config, key, cost.metric, cost.table, model, example, allowed, where)
-            limits.append(Limit(table, budget.of(table.original)))
+            limits.append(_limit(table, budget))
     return limits
 
 
@@ -62,6 +63,11 @@ def _sections(config: Config) -> list[tuple[str, Any, Any]]:
     """Return for each limit its key, and the sections that have its table and its budget."""
     also = [(f"budget.also.{i}", limit, limit) for i, limit in enumerate(config.budget.also)]
     return [("cost", config.cost, config.budget), *also]
+
+
+def _limit(table: CostTable, budget: BudgetSection) -> Limit:
+    """Return the limit that a section of the settings sets in a table's metric."""
+    return Limit(table, budget.of(table.original), budget.fraction is not None)
 
 
 def table_files(folder: RunFolder, config: Config) -> list[Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nni_haloc.inputs.config import Config, dump_config
+from nni_haloc.inputs.schema.data import Data
 from nni_haloc.runs.folder import Figures, hold
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.plausibility import doubt_figures, warn_of_doubts
@@ -76,6 +77,7 @@ def run_job(
         original = {**job.score(job.model), **job.count(job.model)}
         original |= job.guessing(job.config.data.score)
         logger.info("original: %s", summary_line(original))
+        log_normalisation(job.config.data)
         figures: dict[str, Figures] = {"original": original}
         told = warn_of_doubts(figures)
         outcome: Outcome | None = None
@@ -95,6 +97,14 @@ def run_job(
     if not is_first():
         return {}
     return flatten(figures)
+
+
+def log_normalisation(data: Data) -> None:
+    """Log which of ImageNet's numbers images of a folder are normalised by, for want of others."""
+    missing = [key for key in ("mean", "std") if getattr(data, key) is None]
+    if data.name == "folder" and missing:
+        keys = ", ".join(f"data.{key}" for key in missing)
+        logger.info("images normalised by ImageNet's %s (%s)", " and ".join(missing), keys)
 
 
 def prepare(job: Job) -> list[Stage]:
@@ -121,6 +131,7 @@ def search_only(config: Config, folder: str | Path, *, resume: bool = False) -> 
     with hold(job.folder), job.active():
         top1 = job.accuracy(job.model, job.loader("val"))["top1"]
         logger.info("original: %.2f %% top-1 (validation)", 100 * top1)
+        log_normalisation(config.data)
         warn_of_doubts({"original": {"top1": top1, **job.guessing("val")}})
         return search(job, ignore, resume=resume)
 

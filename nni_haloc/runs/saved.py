@@ -70,13 +70,15 @@ def load(
         The network.
 
     Raises:
-        FileNotFoundError: names the file that is missing.
+        FileNotFoundError: names the folder or the file that is missing.
         ValueError: names the file that is damaged or does not fit.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_model
 
     files = RunFolder(folder)
+    if not files.path.is_dir():
+        raise FileNotFoundError(f"{files}: no such folder")
     for file in (files.ranks, files.weights, *([files.model] if model is None else [])):
         if not file.is_file():
             hint = "; pass the original network: load(folder, model)" if file == files.model else ""

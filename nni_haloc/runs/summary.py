@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nni_haloc.runs.folder import Figures
-from nni_haloc.utils.printing import percent, text_table
+from nni_haloc.utils.printing import percent, short, text_table
 
 ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "top1": ("top-1", lambda share: percent(share, 2)),
     "top5": ("top-5", lambda share: percent(share, 2)),
     "latency_ms": ("latency", "{:.4g} ms".format),
-    "macs": ("MACs", lambda count: short(count)),
-    "params": ("parameters", lambda count: short(count)),
+    "macs": ("MACs", short),
+    "params": ("parameters", short),
     "bytes": ("file of weights", lambda count: short(count, "B")),
     "latency_ms_of_budget": ("latency, of the budget", percent),
     "energy_mj_of_budget": ("energy, of the budget", percent),
@@ -79,11 +79,3 @@ def _change(key: str, first: float | None, last: float | None) -> str:
     if key in _ACCURACIES:
         return f"{100 * (last - first):+.2f} points"
     return f"{100 * (last / first - 1):+.1f} %" if first else ""
-
-
-def short(count: float, unit: str = "") -> str:
-    """Write a count with four digits and its thousands: ``1.494 M``, ``85.2 kB``."""
-    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.4g} {prefix}{unit}"
-    return f"{count:.4g} {unit}".rstrip()

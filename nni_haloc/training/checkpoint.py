@@ -65,6 +65,10 @@ def check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) ->
         UnusableCheckpoint: if they differ; the message names what does.
     """
     differ = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if "scale" in differ:  # what the user has set comes first; alone it means nothing
+        differ = [key for key in ("scale", *differ) if key != "scale" or len(differ) > 1]
+        differ = list(dict.fromkeys(differ))
+        there, here = {"scale": 1.0, **there}, {"scale": 1.0, **here}
     if differ:
         more = f", and {len(differ) - 1} more" if len(differ) > 1 else ""
         shown = f"{differ[0]}: {there.get(differ[0])!r} there, {here.get(differ[0])!r} here{more}"

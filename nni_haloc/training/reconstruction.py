@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nni_haloc.space.blocks import blocks_of
 from nni_haloc.space.modules import evaluating
+from nni_haloc.utils.log import logger
 from nni_haloc.utils.placement import accelerated
 from nni_haloc.utils.reentrant import no_reentrant_checkpoints
 from nni_haloc.utils.wrapped import unwrapped
@@ -97,6 +98,7 @@ def reconstruct_blocks(
         images = images.to(device).clone()
         shown, hidden = order[few:].to(device), order[:few].to(device)
         names = blocks_of(original, images[:3].clone(), layers)
+        logger.info("training %d blocks to give the original's outputs", len(names))
         targets = _outputs(original, names, images, batch_size)
         chain = _Chain(network, images, batch_size)
         for name in names:

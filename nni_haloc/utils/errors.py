@@ -31,7 +31,33 @@ class DataError(HalocError):
 
 
 class InfeasibleBudget(HalocError):
-    """No network of the rank space fits the budget; the message names the cheapest cost."""
+    """No network of the rank space fits the budget; the message names the cheapest cost.
+
+    Attributes:
+        fact: the message without the remedy.
+        costs: the `CostTable` that the budget is in, which need not be measured again; None where
+            several budgets exclude each other.
+        least: the cost of the cheapest network, in the table's unit.
+        first: whether it is the budget itself that can't be met, not a further one of ``also``.
+    """
+
+    def __init__(
+        self,
+        fact: str,
+        remedy: str = "",
+        *,
+        costs: Any = None,
+        least: float | None = None,
+        first: bool = False,
+    ) -> None:
+        super().__init__(f"{fact}; {remedy}" if remedy else fact)
+        self.fact, self.remedy = fact, remedy
+        self.costs, self.least, self.first = costs, least, first
+
+    def where(self, place: str) -> InfeasibleBudget:
+        """Return the same error, which names the place that the budget comes from."""
+        fact, remedy = (f"{place}: {self.fact.removeprefix('budget: ')}", self.remedy)
+        return InfeasibleBudget(fact, remedy, costs=self.costs, least=self.least, first=self.first)
 
 
 class Diverged(HalocError, ArithmeticError):

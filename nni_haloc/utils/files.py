@@ -140,8 +140,9 @@ def whole(path: str | Path) -> Iterator[Path]:
         kept = _permissions(path)
         first = 0o666 if kept is None else kept | stat.S_IRUSR | stat.S_IWUSR
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, first))
-        yield part
-        _sync(part, os.O_RDWR | _NO_LINK, kept)
+        made = stat.S_IMODE(part.stat().st_mode)
+        yield part  # the block may replace it: safetensors does, by a file for this user alone
+        _sync(part, os.O_RDWR | _NO_LINK, made if kept is None else kept)
         os.replace(part, path)
         with suppress(OSError):  # not every system can sync a folder
             _sync(path.parent, os.O_RDONLY)

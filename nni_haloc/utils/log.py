@@ -52,13 +52,13 @@ class _File(logging.FileHandler):
 
 
 @contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """Log what happens in the block to a file and to standard error.
+def log_to(path: Path | None = None) -> Iterator[None]:
+    """Log what happens in the block to standard error and, if one is named, to a file.
 
     Of several processes only the first one logs.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is made. None is standard error alone.
 
     Raises:
         SettingsError: if nothing can be written there.
@@ -82,7 +82,9 @@ def log_to(path: Path) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _handlers(path: Path) -> list[logging.Handler]:
+def _handlers(path: Path | None) -> list[logging.Handler]:
+    if path is None:
+        return [logging.StreamHandler()]
     try:
         make_folder(path.parent)
         return [_File(path, encoding="utf-8"), logging.StreamHandler()]

@@ -136,6 +136,15 @@ def shown(value: Any) -> str:
     return printable(text)
 
 
+def short(count: float, unit: str = "", digits: int = 4) -> str:
+    """Write a count with a few digits and its thousands: ``1.494 M``, ``85.2 kB``."""
+    count = float(f"{count:.{digits}g}")
+    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.{max(digits, 15)}g} {prefix}{unit}"
+    return f"{count:.{digits}g} {unit}".rstrip()
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """Return a share as a percentage; nothing for None."""
     return "" if share is None else f"{100 * share:.{digits}f} %"

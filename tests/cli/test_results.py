@@ -127,3 +127,73 @@ def test_the_command_prints_the_best_trials_and_draws_all(database, tmp_path):
     done = haloc("results", "abc", "--folder", folder, "--pareto", picture, "--by", "mac")
     assert done.returncode == 2
     assert "expected one of latency_ms, macs, params, found 'mac'" in done.stderr
+
+
+def test_a_front_before_any_trial_has_finished_says_so(database, tmp_path):
+    event = "INSERT INTO TrialJobEvent VALUES (?, ?, ?, ?)"
+    parameters = json.dumps({"parameter_id": 0, "parameters": {"budget.fraction": 0.5}})
+    folder = database(*((table,) for table in TABLES), (event, ("t1", "RUNNING", parameters, "")))
+    done = haloc("results", "abc", "--folder", folder, "--pareto", tmp_path / "front.png")
+    message = "haloc: experiment 'abc': no trial has finished yet (1 running)\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
+@pytest.mark.parametrize("metric", ["macs", "params", "energy_pj", None])
+def test_a_front_is_over_the_experiments_own_cost(database, tmp_path, metric):
+    cost = "" if metric is None else f"cost: {{metric: {metric}}}\n"
+    (tmp_path / "run.yml").write_text(f"{cost}budget: 0.5\n")
+    profile = {"trialCommand": "python3 -m nni_haloc.trial run.yml"}
+    profile["trialCodeDirectory"] = str(tmp_path)
+    event = "INSERT INTO TrialJobEvent VALUES (?, ?, ?, ?)"
+    figures = {"default": 0.9, "top1": 0.9, "original_top1": 0.95}
+    for each in ("macs", "params", "latency_ms"):
+        figures |= {each: 1.0, f"original_{each}": 2.0}
+    parameters = json.dumps({"parameter_id": 0, "parameters": {"budget.fraction": 0.5}})
+    final = json.dumps(json.dumps(figures))
+    folder = database(
+        *((table,) for table in TABLES),
+        (event, ("t1", "SUCCEEDED", parameters, "")),
+        ("INSERT INTO MetricData VALUES ('t1', '0', 'FINAL', ?)", (final,)),
+        ("INSERT INTO ExperimentProfile VALUES (?, 1)", (json.dumps(profile),)),
+    )
+    done = haloc("results", "abc", "--folder", folder, "--pareto", tmp_path / "front.png")
+    assert done.returncode == 0, done.stderr
+    assert f"{metric if metric in ('macs', 'params') else 'latency_ms'}, % of" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "cause"),
+    [
+        (
+            "haloc/log.txt",
+            "10:00:00 INFO a\n10:00:01 ERROR budget: 1 ms is below\n",
+            "budget: 1 ms",
+        ),
+        (
+            "trial.stderr",
+            "Traceback\n  x\nModuleNotFoundError: No module named 'shapes'\n",
+            "Module",
+        ),
+        ("stderr", "haloc: weights: no such file\n", "weights: no such file"),
+        ("haloc/log.txt", "10:00:00 INFO a\n", "no error is in its log"),
+    ],
+)
+def test_each_failed_trial_is_told_with_its_cause_and_its_log(
+    database, tmp_path, file, text, cause
+):
+    log = tmp_path / "trials" / "t1" / file
+    log.parent.mkdir(parents=True)
+    log.write_text(text)
+    event = "INSERT INTO TrialJobEvent VALUES (?, ?, ?, ?)"
+    rows = [
+        (event, (f"t{i}", status, json.dumps({"parameter_id": i, "parameters": {"a": i}}), path))
+        for i, status, path in (
+            (1, "RUNNING", str(tmp_path / "trials" / "t1")), (1, "FAILED", ""), (2, "WAITING", ""),
+        )
+    ]  # fmt: skip
+    folder = database(*((table,) for table in TABLES), *rows)
+    done = haloc("results", "abc", "--folder", folder)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if " failed: " in line]
+    assert line.startswith(f"t1 failed: {cause}")
+    assert line.endswith(f"({log})")

@@ -5,7 +5,8 @@ from pathlib import Path
 from nni_haloc.cli.compress import code_of
 from nni_haloc.cli.summary import print_summary
 from nni_haloc.inputs.config import parse_config
-from nni_haloc.runs.summary import cost_line, short, summary
+from nni_haloc.runs.summary import cost_line, summary
+from nni_haloc.utils.printing import short
 
 ORIGINAL = {
     "top1": 0.9871, "top5": 0.9995, "latency_ms": 1.25, "macs": 1_493_632, "params": 65_834,
@@ -58,6 +59,7 @@ def test_counts_are_short():
     assert [short(n) for n in counts] == [
         "0", "999", "1 k", "65.83 k", "1.494 M", "1.819 G",
     ]  # fmt: skip
+    assert [short(n, digits=3) for n in (999.6, 999_960, 27_648)] == ["1 k", "1 M", "27.6 k"]
     assert [short(n, "B") for n in (270_000, 12)] == ["270 kB", "12 B"]
 
 

@@ -244,11 +244,11 @@ WRONG = {
     "a value for Batch": (tuner("Batch"), "expected settings and their values .*Batch gives 0.5$"),
     "a slip inside of Batch": (
         {**tuner("Batch"), **space("all", "choice", {"budget.fractoin": 0.5})},
-        r"run\.yml: budget\.fractoin: unknown key",
+        r"haloc\.yml: searchSpace\.budget\.fractoin: unknown key; did you mean 'fraction'",
     ),
     "no network within a budget": (
         space("budget.fraction", "choice", 0.5, 0.001),
-        r"run\.yml: budget: 1493\.63 macs is below the cheapest network, 84864 macs",
+        r"haloc\.yml: searchSpace\.budget\.fraction: 1\.49 k MACs is below .*84\.9 k",
     ),
     "no network at the end of a range": (
         {**tuner("Random"), **space("budget.fraction", "uniform", 0.01, 0.5)},
@@ -394,7 +394,7 @@ WRONG_RUN = {
     ),
     "two budgets that exclude each other": (
         {"budget": {"fraction": 0.5, "also": [{"metric": "params", "fraction": 0.01}]}},
-        "budget: .* params is below the cheapest network",
+        r"run\.yml: budget: .* parameters is below the cheapest network",
     ),
     "a predictor of something else": (
         {"cost": {"metric": "macs", "predictor": "params"}},

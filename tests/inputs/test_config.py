@@ -1,11 +1,13 @@
 """A run's settings: every mistake is one line that names the file and the key."""
 
+import math
+
 import pytest
 import yaml
-from helpers.paths import ROOT
+from helpers.paths import DIGITS, ROOT
 
 from nni_haloc.inputs.config import Config, load_config, parse_config
-from nni_haloc.utils.errors import HalocError
+from nni_haloc.utils.errors import HalocError, SettingsError
 
 GOOD = {
     "model": {"name": "digits_cnn"},
@@ -230,3 +232,32 @@ def test_weights_to_be_trained_need_not_be_there(write, tmp_path):
     assert load_config(write(GOOD), changes, training=True).weights == str(
         tmp_path / "none.safetensors"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        (30, r"found 30; write 0\.3 for 30 %, or budget: \{absolute: 30\}, a number in the m.*"),
+        (450, r"found 450; write budget: \{absolute: 450\}, a number in the metric's unit"),
+        ("30%", r"found '30%'; write 0\.3"),
+        ("12.5 %", r"found '12\.5 %'; write 0\.125"),
+        ("half", "found 'half'"),
+        (True, "found True"),
+        (0, "found 0"),
+        (math.nan, "found nan"),
+    ],
+)
+@pytest.mark.parametrize("key", ["budget", "budget.fraction"])
+def test_a_budget_that_is_no_fraction_is_told_what_may_be_meant(key, given, remedy):
+    message = f"{key}.*: expected a fraction of the original's cost"
+    with pytest.raises(SettingsError, match=f"{message}, above 0 to 1, {remedy}$"):
+        load_config(DIGITS, {key: given})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("weights", "none.pt"), ("finetune.epochz", 3), ("scale", 2), ("budget.fraction", 30)],
+)
+def test_a_change_that_is_wrong_is_told_by_the_place_that_it_comes_from(key, value):
+    with pytest.raises(SettingsError, match=f"^here {key}: (?!.*run.yml)"):
+        load_config(DIGITS, {"seed": 1, key: value}, places={"seed": "there", key: f"here {key}"})

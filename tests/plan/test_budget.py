@@ -73,18 +73,18 @@ def check(scores, limits):
     if not fitting:
         with pytest.raises(InfeasibleBudget) as error:
             choose(scores, limits)
-        refused_rightly(scores, limits, str(error.value))
+        refused_rightly(scores, limits, error.value)
         return
     choice = choose(scores, limits)
     assert all(limit.costs.total(choice) <= limit.budget for limit in limits)
     assert score(scores, choice) >= max(score(scores, c) for c in fitting) - 1e-4
 
 
-def refused_rightly(scores, limits, message):
+def refused_rightly(scores, limits, error):
     """The number named is the least cost in the refused table, among the choices within the limits
     before it where the message says so.
     """
-    named = float(re.search(r", (\S+) macs, which", message)[1])
+    message, named = str(error), error.least
     if "within" not in message:
         assert any(
             named == min(map(limit.costs.total, every(scores))) > limit.budget for limit in limits
@@ -202,7 +202,7 @@ def test_where_the_solver_gives_up_every_budget_that_can_be_met_is_met(gives_up,
     with pytest.raises(InfeasibleBudget) as error:
         choose(scores, limits, use)
     if "no network is within" not in str(error.value):
-        refused_rightly(scores, limits, str(error.value))
+        refused_rightly(scores, limits, error.value)
 
 
 def test_where_the_solver_can_not_even_tell_that_there_is_no_network_it_says_so(
@@ -223,13 +223,13 @@ def test_where_the_solver_can_not_even_tell_that_there_is_no_network_it_says_so(
         "r4",
     ]
     with pytest.raises(
-        InfeasibleBudget, match=r"^budget: no network is within 13\.9 macs and 13\.1 params$"
+        InfeasibleBudget, match=r"^budget: no network is within 13\.9 MACs and 13\.1 parameters$"
     ):
         check_feasible(layers, limits)
     monkeypatch.setattr("nni_haloc.plan.budget._FEASIBILITY_NODES", 0)
     with pytest.raises(
         UndecidedBudget,
-        match=r"found no network within 13\.9 macs and 13\.1 params, which is no proof",
+        match=r"found no network within 13\.9 MACs and 13\.1 parameters, which is no proof",
     ):
         check_feasible(layers, limits)
 
@@ -251,7 +251,7 @@ def test_a_limit_counts_what_is_not_searched():
     table = one({"dense": 10.0, "r2": 2.0}, 1.0, b={"dense": 10.0, "r2": 2.0})
     scores = {"a": {"dense": 1.0, "r2": 0.0}}
     assert choose(scores, [Limit(table, 20.9)]) == {"a": "r2"}
-    with pytest.raises(InfeasibleBudget, match="below the cheapest network, 13 macs"):
+    with pytest.raises(InfeasibleBudget, match="below the cheapest network, 13 MACs"):
         choose(scores, [Limit(table, 12.9)])
 
 
@@ -259,11 +259,47 @@ def test_an_impossible_budget_names_the_cheapest_network():
     table = one({"dense": 10.0, "r2": 2.0}, 3.0)
     candidates = {"a": ["dense", "r2"]}
     assert table.total(cheapest(candidates, table)) == 5.0
-    message = r"^budget: 4\.9 macs is below the cheapest network, 5 macs, which is 0\.3847 of the"
-    with pytest.raises(InfeasibleBudget, match=f"{message} original$"):
+    message = "budget: 4.9 MACs is below the cheapest network, 5 MACs, 0.385 of the original's"
+    with pytest.raises(InfeasibleBudget) as refused:
         check_feasible(candidates, [Limit(table, 4.9)])
+    assert str(refused.value) == f"{message}; set absolute: 5 or more"
+    assert (refused.value.costs, refused.value.least) == (table, 5.0)
+    with pytest.raises(InfeasibleBudget) as refused:
+        check_feasible(candidates, [Limit.of(table, 4.9 / 13)])
+    assert str(refused.value) == f"{message}; set 0.39 or more"
     with pytest.raises(InfeasibleBudget):
         check_feasible(candidates, [Limit(table, math.nan)])
+
+
+@pytest.mark.parametrize(
+    ("metric", "budget", "least", "message"),
+    [
+        (
+            "latency_ms",
+            1.45445,
+            1.8448419923515758,
+            "1.45 ms is below the cheapest network, 1.84 ms",
+        ),
+        ("macs", 14936.3, 84864.0, "14.9 k MACs is below the cheapest network, 84.9 k MACs"),
+        ("params", 999.0, 1e6, "999 parameters is below the cheapest network, 1 M parameters"),
+        ("energy_mj", 1234.5, 2000.0, "1230 mJ is below the cheapest network, 2000 mJ"),
+        ("macs", 84863.0, 84864.0, "84.863 k MACs is below the cheapest network, 84.864 k MACs"),
+        ("cycles", 7.0, 9.0, "7 cycles is below the cheapest network, 9 cycles"),
+    ],
+)
+def test_a_refused_budget_is_told_in_units_of_people(metric, budget, least, message):
+    table = one({"dense": 1e7, "r2": least}, metric=metric)
+    with pytest.raises(InfeasibleBudget) as refused:
+        check_feasible({"a": ["r2"]}, [Limit(table, budget)])
+    assert message in str(refused.value)
+    timed = "or a larger batch_size, memory_format channels_last (see docs: Meet a latency budget)"
+    assert str(refused.value).endswith(timed) == (metric == "latency_ms")
+
+
+def test_a_network_dearer_than_the_original_has_no_share_that_will_do():
+    table = one({"dense": 10.0, "r2": 12.0})
+    with pytest.raises(InfeasibleBudget, match=r"1.2 of the original's; no share will do: layers"):
+        check_feasible({"a": ["r2"]}, [Limit.of(table, 1.0)])
 
 
 @pytest.mark.parametrize("decide", [check_feasible, choose])
@@ -274,12 +310,14 @@ def test_an_impossible_budget_names_the_share_that_no_candidate_changes(decide):
     for limits in ([Limit(table, 31.9)], [Limit(table, 31.9), Limit(table, 40.0)]):
         with pytest.raises(InfeasibleBudget) as refused:
             decide(searched, limits, left_alone=reasons)
-        end = "; 75.00 % of the original's macs stay (b: excluded; c and 1 more: frozen)"
-        assert str(refused.value).endswith(f"0.8 of the original{end}")
+        end = "; 0.75 of the original's stays as it is (b: excluded; c and 1 more: frozen)"
+        assert str(refused.value).endswith(f"0.8 of the original's; set absolute: 32 or more{end}")
     # Where little or nothing of the cost is in other layers, the reasons are not to blame.
     for fixed in (0.0, 0.9):
         table = one({"dense": 10.0, "r2": 2.0}, fixed)
-        with pytest.raises(InfeasibleBudget, match="of the original$"):
+        with pytest.raises(
+            InfeasibleBudget, match="of the original's; set absolute: [0-9.]+ or more$"
+        ):
             decide(searched, [Limit(table, 1.0)], left_alone=reasons)
 
 
@@ -287,17 +325,17 @@ def test_an_impossible_budget_names_the_share_that_no_candidate_changes(decide):
 def test_the_fraction_that_a_refusal_names_is_accepted_as_the_budget(least):
     table = one({"dense": 20000.0, "r2": least}, 0.0)
     with pytest.raises(InfeasibleBudget) as refused:
-        check_feasible({"a": ["r2"]}, [Limit(table, least / 2)])
-    fraction = float(str(refused.value).split("which is ")[1].split(" of")[0])
+        check_feasible({"a": ["r2"]}, [Limit(table, least / 2, is_share=True)])
+    fraction = float(re.search(r"set (\S+) or more", str(refused.value))[1])
     assert check_feasible({"a": ["r2"]}, [Limit.of(table, fraction)]) == {"a": "r2"}
-    assert fraction * table.original < least * 1.0011
+    assert fraction * table.original < least * 1.11
 
 
 def test_the_cost_that_a_refusal_names_is_accepted_as_the_budget():
     table = one({"dense": 10.0, "r2": 1 / 3}, 1e6)
     with pytest.raises(InfeasibleBudget) as error:
         check_feasible({"a": ["r2"]}, [Limit(table, 1e6)])
-    named = float(re.search(r", (\S+) macs, which", str(error.value))[1])
+    named = float(re.search(r"set absolute: (\S+) or more", str(error.value))[1])
     assert check_feasible({"a": ["r2"]}, [Limit(table, named)]) == {"a": "r2"}
 
 
@@ -307,7 +345,7 @@ def test_limits_that_conflict_name_the_least_cost_within_the_others():
     params = one({"dense": 10.0, "r2": 7.0, "r4": 3.0}, metric="params")
     candidates = {"a": ["dense", "r2", "r4"]}
     assert check_feasible(candidates, [Limit(macs, 6.0), Limit(params, 3.0)]) == {"a": "r4"}
-    message = r"budget: 6\.5 params is below the cheapest network within 5 macs, 7 params"
+    message = "budget: 6.5 parameters is below the cheapest network within 5 MACs, 7 parameters"
     with pytest.raises(InfeasibleBudget, match=message):
         check_feasible(candidates, [Limit(macs, 5.0), Limit(params, 6.5)])
 

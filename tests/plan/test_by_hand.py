@@ -203,8 +203,8 @@ def test_what_a_refit_needs_is_told_where_it_is_missing():
     with pytest.raises(InfeasibleBudget) as error:
         refit(start, limits, measured, {"a": "dense"})
     assert str(error.value) == (
-        "--set: with a at dense, 5 macs is below the cheapest network, 10 macs, which is 1 of the"
-        " original; choose lower ranks, or run with a higher budget"
+        "--set: with a at dense, 5 MACs is below the cheapest network, 10 MACs, 1 of the"
+        " original's; choose lower ranks, or run with a higher budget"
     )
     with pytest.raises(ValueError, match="does not say its budget"):
         limits_of_file(start, [table])

@@ -144,10 +144,12 @@ def test_measured_costs_in_no_order_are_kept_too(net, images, labels, monkeypatc
 
 
 def test_a_budget_below_the_cheapest_network_is_refused(net, images, labels):
-    message = r"budget: \S+ macs is below the cheapest network, \d+ macs, which is 0\.\d+ of the"
+    message = (
+        r"budget: \S+ MACs is below the cheapest network, \S+ k MACs, 0\.\d+ of the original's"
+    )
     with pytest.raises(InfeasibleBudget, match=message):
         problem(net, images, labels, (0.01,))
-    with pytest.raises(InfeasibleBudget, match="params is below the cheapest network"):
+    with pytest.raises(InfeasibleBudget, match="parameters is below the cheapest network"):
         problem(net, images, labels, (0.5, 0.01))
 
 

@@ -66,8 +66,8 @@ def test_the_front_has_one_point_for_each_feasible_budget(content):
     assert content["infeasible"] == [
         {
             "fraction": 0.05,
-            "reason": "budget: 74681.6 macs is below the cheapest network, 84864 macs, "
-            "which is 0.05682 of the original",
+            "reason": "budget: 74.7 k MACs is below the cheapest network, 84.9 k MACs, "
+            "0.0568 of the original's; set 0.057 or more",
         }
     ]
 
@@ -162,7 +162,7 @@ def test_the_command_prints_a_table(folder, tmp_path):
     )
     assert f"{100 * point['cost_fraction']:.1f} %" in row
     assert str(tmp_path / "0.5") in row
-    assert "84864 macs" in done.stdout
+    assert "84.9 k MACs" in done.stdout
 
 
 def test_mistakes_are_one_line(folder, tmp_path):
@@ -186,7 +186,7 @@ def test_mistakes_are_one_line(folder, tmp_path):
         "arguments": {"path": str(tmp_path / "called")},
     }
     torch.save(content, tmp_path / "search" / "checkpoint.ckpt")
-    with pytest.raises(HalocError, match="its factory is called for folders that you trust alone"):
+    with pytest.raises(HalocError, match="made by code of your own; pass load"):
         pareto_front(tmp_path, [0.5])
     assert not (tmp_path / "called").exists()
 

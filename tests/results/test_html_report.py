@@ -145,7 +145,7 @@ CHAIN = {
 }  # fmt: skip
 """What such a run leaves today."""
 ROWS = {
-    "network": ["top-1", "latency, ms", "MACs", "parameters", "file"],
+    "network": ["top-1", "latency, ms", "MACs", "parameters", "file of weights"],
     "original": ["90.00 %", "3", "100", "100"],
     "compressed": ["89.00 %", "2", "50", "30", "4.0 kB"],
     "pruned": ["84.00 %", "1.5", "20", "10", "2.5 kB"],

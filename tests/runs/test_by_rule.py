@@ -116,7 +116,10 @@ def test_a_state_without_its_plan_is_one_line(finished, tmp_path, content):
             ["baseline", DIGITS, "--rule", "search"],
             "--rule: expected one of uniform, energy, .*, found 'search'",
         ),
-        (["baseline", DIGITS, "--rule", "uniform", "--budget", "30%"], "'--budget'"),
+        (
+            ["run", DIGITS, "--rule", "uniform", "--budget", "30%"],
+            "--budget: .*'30%'; write 0.3",
+        ),
         (
             ["search", DIGITS, "--set", "rule=uniform"],
             "rule: haloc search needs 'search', found 'uniform'",
@@ -145,8 +148,8 @@ def test_settings_of_a_search_that_does_not_run_are_a_warning(tmp_path, caplog, 
 
 def test_an_impossible_budget_is_one_line_and_leaves_no_plan(tmp_path):
     config = load_config(DIGITS, {"rule": "vbmf", "budget.fraction": 0.001})
-    message = r"^budget: 1493\.63 macs is below the cheapest network, \d+ macs, which is 0\.\d+ of"
-    with pytest.raises(HalocError, match=f"{message} the original$"):
+    message = r"^budget: 1\.49 k MACs is below the cheapest network, \S+ k MACs, 0\.\d+ of"
+    with pytest.raises(HalocError, match=f"{message} the original's; set 0.[0-9]+ or more"):
         by_rule(Job(config, tmp_path))
     assert not (tmp_path / "ranks.json").exists()
 

@@ -133,8 +133,13 @@ def test_labels_and_a_validation_loader_are_asked_for_before_anything_is_done(ne
 
 
 def test_an_impossible_budget_can_be_caught_by_its_class(net, data):
-    with pytest.raises(InfeasibleBudget):
+    with pytest.raises(InfeasibleBudget, match=r"^budget: .*; set 0\.\d+ or more") as refused:
         compress_model(net, *data, metric="macs", budget=0.001)
+    enough = refused.value.least / refused.value.costs.original + 1e-9
+    result = compress_model(
+        net, *data, metric="macs", budget=enough, epochs=0, costs=refused.value.costs
+    )
+    assert result.costs is refused.value.costs  # what was measured is not measured again
 
 
 def test_it_says_nothing_unless_asked():
@@ -170,3 +175,39 @@ def test_an_old_name_works_for_one_release_and_says_its_new_one(name):
         warnings.simplefilter("always")
         assert getattr(nni_haloc, name) is nni_haloc.pareto_front
     assert "nni_haloc.pareto_front" in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_loader": "tensor"}, "train_loader: .*found a Tensor; wrap it in a DataLoader"),
+        ({"train_loader": "dataset"}, "train_loader: .*TensorDataset; wrap it in a DataLoader"),
+        ({"val_loader": "dataset"}, "val_loader: .*TensorDataset; wrap it in a DataLoader"),
+        ({"model": "state"}, "model: expected an nn.Module, found a .*state dict; build"),
+        ({"model": "resnet18"}, "model: expected an nn.Module, found 'resnet18'"),
+        ({"epoch": 3}, "^epoch: unknown key; did you mean 'epochs'"),
+        ({"alpha_Ir": 3}, "^alpha_Ir: unknown key; did you mean 'alpha_lr'"),
+        ({"device": "gpu"}, "^device: .*found 'gpu'; did you mean 'cuda'"),
+    ],
+)
+def test_an_argument_that_is_something_else_is_one_line(net, images, data, change, message):
+    others = {"tensor": images, "dataset": TensorDataset(images), "state": net.state_dict()}
+    given = {"model": net, "train_loader": data[0], "val_loader": data[1], "metric": "macs"}
+    changed = {k: others.get(v, v) if isinstance(v, str) else v for k, v in change.items()}
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        compress_model(**{**given, **changed})
+    assert "\n" not in str(error.value)
+
+
+def test_verbose_logs_what_is_done_without_training_too(net, data, capsys):
+    result = compress_model(net, *data, metric="macs", budget=0.8, epochs=0, verbose=True)
+    told = capsys.readouterr().err
+    for line in (
+        "original: top-1 ", "computing macs of every candidate", "choosing ranks: sensitivity-kna",
+        "sensitivity-knapsack: ", "blocks to give the original's outputs", "compressed: top-1 ",
+    ):  # fmt: skip
+        assert f" INFO {line}" in told or line in told
+    compress_model(net, *data, metric="macs", budget=0.8, epochs=0)
+    assert not capsys.readouterr().err
+    assert repr(result).startswith("Compressed(original: top-1 ")
+    assert len(repr(result)) < 300

@@ -116,7 +116,7 @@ def test_a_plan_is_shown_with_costs_sensitivities_and_reasons(finished, command)
     assert content["movement"] == math.fsum(rows[x]["chosen"]["sensitivity"] for x in ranks)
     text = command("plan", finished)
     assert all(layer in text for layer in rows)
-    assert "foretold movement of the outputs" in text
+    assert "predicted change of the outputs" in text
 
 
 def test_a_rank_set_by_hand_has_the_others_refitted_and_the_plan_runs(finished, tmp_path, command):
@@ -143,7 +143,7 @@ def test_a_rank_set_by_hand_has_the_others_refitted_and_the_plan_runs(finished, 
     assert new.chosen_by["cost"] == content["after"]["costs"][0]["cost"] == cost
     text = command("plan", finished, "--set", wish)
     assert "set by hand" in text
-    assert "foretold movement of the outputs" in text
+    assert "predicted change of the outputs" in text
 
     out = tmp_path / "run"
     done = haloc("run", DIGITS, "--plan", file, *SHORT, "--out", out)

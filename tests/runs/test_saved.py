@@ -332,3 +332,8 @@ def test_a_compressed_network_runs_in_other_formats(mobile, dtype):
     assert out.dtype == dtype
     off = (out.double() - expected).norm()
     assert off <= 8 * spread + 1e-12 * expected.norm()
+
+
+def test_a_folder_that_is_not_there_is_told_as_such(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none: no such folder$"):
+        load(tmp_path / "none")

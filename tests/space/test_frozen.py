@@ -176,11 +176,11 @@ def test_a_budget_that_frozen_layers_exceed_says_so(net, images, loaders, entran
     allowed = AllowedRanks(kinds=("conv", "pointwise", "linear"), step=2, exclude=("head",))
     frozen(net, "stem", "norm", "point")
     macs = mac_table(net, images[:1], allowed)
-    rest = 100 * macs.restrict({"body.0": {}})[1] / macs.original
+    rest = macs.restrict({"body.0": {}})[1] / macs.original
     with pytest.raises(InfeasibleBudget) as refused:
         entrance(net, images, loaders, allowed)
     message = str(refused.value)
-    assert f"; {rest:.2f} % of the original's macs stay (" in message
+    assert f"; {rest:.3g} of the original's stays as it is (" in message
     assert "stem and 1 more: frozen" in message
     assert "head: excluded by name" in message
 

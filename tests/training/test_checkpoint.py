@@ -293,3 +293,14 @@ def test_no_latency_is_measured_again(tmp_path):
     assert (done := haloc(*words, "--resume")).returncode == 0, done.stderr
     assert "measuring" not in done.stderr
     assert [(tmp_path / name).read_text() for name in ("costs.json", "costs-also0.json")] == tables
+
+
+def test_settings_that_follow_from_scale_are_told_by_scale(tmp_path):
+    plain, scaled = (search_identity(load_config(DIGITS, {"scale": n})) for n in (1, 0.1))
+    for there, here, words in (
+        (scaled, plain, r"scale: 0\.1 there, 1\.0 here"),
+        (plain, scaled, r"scale: 1\.0 there, 0\.1 here"),
+    ):
+        with pytest.raises(UnusableCheckpoint, match=rf"\({words}, and \d+ more\)"):
+            checkpoint.check_same(tmp_path, there, here)
+    checkpoint.check_same(tmp_path, plain, {**plain, "scale": 0.5})  # nothing follows from it

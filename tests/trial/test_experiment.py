@@ -73,7 +73,7 @@ def test_a_trial_that_cannot_succeed_fails_with_its_line(tmp_path):
         assert [r["status"] for r in trial_results(tmp_path / "nni-experiments", number)] == [
             "FAILED"
         ]
-    line = "budget: 1493.63 macs is below the cheapest network, 84864 macs"
+    line = "budget: 1.49 k MACs is below the cheapest network, 84.9 k MACs"
     for log in (
         Path(trial["logPath"]) / "trial.stderr",
         Path(trial["logPath"]) / "haloc" / "log.txt",

@@ -314,3 +314,14 @@ def test_folders_are_noted_for_a_blocks_time_alone(run):
     with hold_folder(run), hold_folder(run):
         assert run in files.own_folders
     assert run not in files.own_folders
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_a_new_file_of_weights_has_the_permissions_that_the_process_gives(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with whole(tmp_path / "new.safetensors") as part:
+            save_file({"a": zeros(2)}, part)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new.safetensors").stat().st_mode) == 0o666 & ~mask

@@ -10,6 +10,7 @@ from typing import Any
 from nni_haloc.inputs.registries import PREDICTORS
 from nni_haloc.space.names import DENSE
 from nni_haloc.utils.files import read_json
+from nni_haloc.utils.printing import short
 
 COSTS_VERSION = 1
 MOST_BYTES = 256 << 20
@@ -28,6 +29,22 @@ UNITS = {
 """This package's metrics and their units in ``costs.json``."""
 MEASURED = {"latency_ms": "ms", "energy_mj": "mJ"}
 """The metrics that are measured on a device, and their units' symbols."""
+
+_SYMBOLS = {
+    "macs": "MACs",
+    "params": "parameters",
+    "activation_bytes": "B",
+    "energy_pj": "pJ",
+    **MEASURED,
+}
+
+
+def amount(cost: float, metric: str, digits: int = 3) -> str:
+    """Write a cost as people do: ``1.45 ms``, ``27.6 k MACs``."""
+    symbol = _SYMBOLS.get(metric) or unit_of(metric)
+    if metric in MEASURED:
+        return f"{float(f'{cost:.{digits}g}'):.{max(digits, 15)}g} {symbol}"
+    return f"{short(cost, digits=digits)} {symbol}"
 
 
 def unit_of(metric: Any) -> str:

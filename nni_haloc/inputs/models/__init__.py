@@ -35,10 +35,8 @@ def build_model(
     """
     module_name, _, attribute = name.rpartition(":")
     if not factories and is_factory(name):
-        refused = (
-            "its factory is called for folders that you trust alone (--code FOLDER, factories=True)"
-        )
-        raise ValueError(f"model {name!r}: {refused}; or pass the original network")
+        refused = "made by code of your own; pass load(folder, model)"
+        raise ValueError(f"model {name!r}: {refused}, or factories=True if you trust the folder")
     try:
         model = _factory(module_name, attribute)(**(arguments or {}))
     except (ImportError, AttributeError, TypeError, ValueError) as error:

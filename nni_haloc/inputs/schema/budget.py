@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+import re
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from nni_haloc.inputs.schema.paths import ExistingPath
 from nni_haloc.inputs.schema.section import Section, Words
 from nni_haloc.inputs.schema.values import Amount, Metric
+from nni_haloc.utils.errors import brief
+
+
+def check_fraction(value: Any) -> Any:
+    """Check a budget that is a fraction of the original's cost; numbers above 1 get a remedy.
+
+    Raises:
+        ValueError: says what was expected, what was found, and what may be meant.
+    """
+    percentage = re.fullmatch(r"\s*([0-9]{1,2}(?:\.[0-9]+)?)\s*%\s*", str(value))
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and 0 < value <= 1:
+        return value
+    remedy = ""
+    if percentage:
+        remedy = f"; write {float(percentage[1]) / 100:.6g}"
+    elif is_number and 1 < value < math.inf:
+        share = f"{value / 100:.6g} for {value:g} %, or " if value < 100 else ""
+        remedy = (
+            f"; write {share}budget: {{absolute: {brief(value)}}}, a number in the metric's unit"
+        )
+    expected = "expected a fraction of the original's cost, above 0 to 1"
+    raise ValueError(f"{expected}, found {brief(value)}{remedy}")
 
 
 class Limit(Section):
     """A limit on the whole network's cost, either relative or absolute."""
 
-    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    fraction: Annotated[float, Field(gt=0, le=1), BeforeValidator(check_fraction)] | None = None
     """The limit as a fraction of the original's cost."""
     absolute: Amount | None = None
     """The limit as a number in the metric's unit, in the place of `fraction`."""

@@ -116,6 +116,8 @@ def _device(value: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}(:[0-9]{1,4})?", value):
         expected = "expected the name of a device, such as cpu, cuda or cuda:1"
         raise ValueError(f"{expected}, found {brief(value)}")
+    if value == "gpu":
+        raise ValueError("expected torch's name of a device, found 'gpu'; did you mean 'cuda'?")
     return value
 
 
