@@ -16,7 +16,7 @@ from torch import nn
 
 from nni_haloc.chain.exporting import OnnxNetwork, export_onnx, export_program, quantize_onnx
 from nni_haloc.costs.counts import count_macs
-from nni_haloc.costs.device import onnx_files
+from nni_haloc.costs.device import exporting, onnx_files
 from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
 from nni_haloc.inputs.config import load_config, parse_config
@@ -186,7 +186,8 @@ def test_a_file_that_differs_from_torch_is_refused(write, damage, net, tmp_path,
             network.head.bias.data.copy_(bias)
 
     bias = net.head.bias.detach().clone()
-    monkeypatch.setattr(onnx_files, "traced", damaged)
+    for home in (onnx_files, exporting):
+        monkeypatch.setattr(home, "traced", damaged)
     with pytest.raises(
         ValueError, match=r"net\.\w+: expected torch's outputs.*they differ by (0.01|inf)"
     ):

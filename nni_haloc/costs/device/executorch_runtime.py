@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,8 @@ from nni_haloc.utils.log import logger
 from nni_haloc.utils.versions import processor
 
 _INSTALL = "nni-haloc[executorch]"
+_LOADED: WeakSet[_Program] = WeakSet()
+"""The programs that are loaded."""
 
 
 def _portable() -> ModuleType:
@@ -133,22 +138,39 @@ class ExecuTorchRuntime(Runtime):
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
-        """Let ExecuTorch have this runtime's number of threads for a block's time."""
-        with _hushed():
-            before = _portable()._threadpool_get_thread_count()
-        wanted = before if self.threads is None else self.threads
-        try:
-            _set_threads(wanted)
-            yield
-        finally:
-            _set_threads(before)
+        """Let ExecuTorch have this runtime's number of threads.
+
+        It keeps them after the block, because programs that are loaded hold on to the threads.
+
+        Raises:
+            RuntimeError: if programs are loaded that run on another number of threads.
+        """
+        _set_threads(self.threads or _own_choice())
+        yield
+
+
+@cache
+def _own_choice() -> int:
+    """Return the number of threads that ExecuTorch takes by itself; before anybody changes it."""
+    with _hushed():
+        return _portable()._threadpool_get_thread_count()
 
 
 def _set_threads(threads: int) -> None:
+    """Let ExecuTorch have a number of threads: all its programs share them."""
     portable = _portable()
-    if portable._threadpool_get_thread_count() != threads:
-        with _hushed():
-            portable._unsafe_reset_threadpool(threads)
+    own = _own_choice()
+    found = portable._threadpool_get_thread_count()
+    if found == threads:
+        return
+    gc.collect()
+    if _LOADED:  # they would go on with threads that are gone, and the process would end
+        raise RuntimeError(
+            f"threads: expected {found}, which ExecuTorch's programs in this process run on, found "
+            f"{threads} (by itself it takes {own}); let go of those programs first"
+        )
+    with _hushed():
+        portable._unsafe_reset_threadpool(threads)
 
 
 @contextmanager
@@ -181,6 +203,7 @@ class _Program:
         with _hushed():
             self._module = portable._load_for_executorch_from_buffer(content)
             self.meta = self._module.method_meta("forward")
+        _LOADED.add(self)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Any]:
         return self._module.run_method("forward", inputs)
