@@ -273,6 +273,12 @@ def quantized(model: Any, batches: Sequence[Sequence[Any]]) -> Any:
 
     advanced = AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE)
     with quietly(), _clear_errors():
+        # NNCF looks for weights in constants; those of a specification's models are computed.
+        from openvino.passes import ConstantFolding, Manager
+
+        passes = Manager()
+        passes.register_pass(ConstantFolding())
+        passes.run_passes(model)
         return nncf.quantize(
             model,
             nncf.Dataset(list(batches)),
