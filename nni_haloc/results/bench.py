@@ -168,7 +168,6 @@ def _shown(content: Mapping[str, Any]) -> tuple[list[str], list[list[str | None]
         "latency_ms": ("latency, ms", "{:.3g}".format),
         "spread_ms": ("spread, ms", lambda n: f"{n:.2g}" if n < 100 else f"{n:.0f}"),
         "images_per_s": ("images/s", "{:,.0f}".format),
-        "made_s": ("made in, s", "{:.1f}".format),
         "file_bytes": ("file, kB", lambda n: f"{n / 1e3:,.0f}"),
         "macs": ("MACs", lambda n: f"{n / 1e6:,.1f} M"),
         "params": ("parameters", "{:,}".format),

@@ -6,8 +6,8 @@
 
 It appends rows to docs/raw/runtimes.jsonl and writes the table of docs/benchmarks.md. All passes
 of all runtimes are timed in alternation, on one thread, for one image of 224 x 224. Weights are
-random, which changes no time. The fastest plan is that of the lowest latency at the MACs, by a cost table
-that is measured in the runtime.
+random, which changes no time. The fastest plan is that of the lowest latency at the MACs, by a cost
+table that is measured in the runtime.
 """
 
 import json
