@@ -58,7 +58,6 @@ class TensorRtRuntime(OnnxBased):
                 contiguous images, or for a CUDA graph.
             MissingPackage: if TensorRT is not installed.
         """
-        _tensorrt()
         check_options(
             "tensorrt",
             device=(device.partition(":")[0], ("cuda",)),
@@ -66,6 +65,7 @@ class TensorRtRuntime(OnnxBased):
             memory_format=(memory_format, ("contiguous",)),
             graph=(graph, (False,)),
         )
+        _tensorrt()
         from nni_haloc.costs.device.torch_runtime import TorchRuntime
 
         TorchRuntime(device)  # it checks that the device is there
