@@ -487,7 +487,8 @@ def test_bench_refuses_in_one_line(run, options, message):
         ),
         (
             ["export", "none", "--format", "onnx,tf"],
-            "haloc: --format: expected some of onnx, program, safetensors, int8, found 'tf'",
+            "haloc: --format: expected some of onnx, program, safetensors, int8, openvino, "
+            "openvino-int8, executorch, found 'tf'",
         ),
         (
             ["bench", "none", "--batch", "1,x"],
