@@ -29,9 +29,14 @@ def long_description() -> str:
 
 NNI_PLATFORMS = "platform_machine == 'x86_64' or platform_machine == 'AMD64'"
 """NNI has wheels for these alone."""
+ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+TENSORRT = [*ONNX, "tensorrt>=10; platform_machine == 'x86_64'"]
+"""It is gigabytes large and of use on NVIDIA devices alone, so tests do without it."""
 EXTRAS = {
     "plots": ["matplotlib>=3.9", "jinja2>=3.1"],
-    "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
+    "onnx": ONNX,
+    "openvino": [*ONNX, "openvino>=2025.0", "nncf>=2.15"],
+    "executorch": ["executorch>=1.0"],
     "sampling": ["scikit-learn>=1.5"],
     "accelerator": [
         "zigzag-dse>=3.9,<4; python_version >= '3.11'",
@@ -113,6 +118,7 @@ setup(
     ],
     extras_require={
         **EXTRAS,
+        "tensorrt": TENSORRT,
         "test": [*TEST, *(package for extra in EXTRAS.values() for package in extra)],
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=1.0", "mkdocs-jupyter>=0.25"],
     },

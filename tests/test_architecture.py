@@ -102,12 +102,16 @@ SHAPES = {"digits_cnn": (1, 1, 8, 8), "torchvision:squeezenet1_1": (1, 3, 64, 64
         "costs.device.measure",
         "costs.device.runtime",
         "costs.device.onnx_runtime",
+        "costs.device.openvino_runtime",
+        "costs.device.tensorrt_runtime",
         "chain",
         "inputs.registries",
     ],
 )
 def test_a_module_that_a_bare_device_imports_is_cheap(module):
-    assert not loaded_by(f"import nni_haloc.{module}") & (HEAVY | {"torch", "numpy", "onnxruntime"})
+    assert not loaded_by(f"import nni_haloc.{module}") & (
+        HEAVY | {"torch", "numpy", "onnxruntime", "openvino", "nncf", "tensorrt"}
+    )
 
 
 @pytest.mark.parametrize(("runtime", "other"), [("torch", "onnxruntime"), ("onnxruntime", "torch")])

@@ -126,7 +126,10 @@ def export_command(
     format_: Annotated[
         str,
         typer.Option(
-            "--format", metavar="FORMATS", help="Formats: some of onnx, program, safetensors, int8."
+            "--format",
+            metavar="FORMATS",
+            help="Formats: some of onnx, program, safetensors, int8, openvino, openvino-int8, "
+            "executorch.",
         ),
     ] = "onnx,program,safetensors,int8",
     out: Annotated[
@@ -167,6 +170,13 @@ def bench_command(
             metavar="NAME", help="Images of the accuracies, val or test (default: as in the run)."
         ),
     ] = None,
+    runtimes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Runtimes, such as torch,onnxruntime,openvino (default: those installed).",
+        ),
+    ] = None,
     data: Annotated[
         bool,
         typer.Option(
@@ -176,14 +186,21 @@ def bench_command(
     code: Code = None,
     json_: Json = False,
 ) -> None:
-    """Time the original and all stages in torch and ONNX Runtime."""
+    """Time the original and all stages in every runtime."""
     factories = trust(code, folder)
     sizes = None if batch is None else comma_separated("--batch", batch, int, "numbers")
+    names = None if runtimes is None else comma_separated("--runtimes", runtimes, str, "names")
     from nni_haloc.results.bench import bench, print_bench
 
     with redirect_stdout(sys.stderr):  # standard output is for the result
         content = bench(
-            folder, sizes, threads, split if data else None, data=data, factories=factories
+            folder,
+            sizes,
+            threads,
+            split if data else None,
+            runtimes=names,
+            data=data,
+            factories=factories,
         )
     if json_:
         print_json(content)

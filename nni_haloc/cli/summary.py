@@ -27,7 +27,7 @@ def print_summary(folder: Path, stages: Mapping[str, Mapping[str, float]], code:
         folder,
         {
             f"haloc report {folder}": "one HTML page on the run",
-            f"haloc bench {folder}{code}": "every stage timed, in torch and ONNX Runtime",
+            f"haloc bench {folder}{code}": "every stage timed, in every runtime",
         },
     )
 

@@ -72,7 +72,8 @@ def measure_parser() -> Parser:
         "--runtime",
         metavar="NAME",
         default="torch",
-        help="What runs the layers: torch, onnxruntime, or one that another package adds.",
+        help="What runs the layers: torch, torch-compile, onnxruntime, openvino, executorch, "
+        "tensorrt, or one that another package adds.",
     )
     add(
         "--device",
@@ -80,7 +81,12 @@ def measure_parser() -> Parser:
         default="cpu",
         help="Torch's name of the device: cpu, cuda, cuda:1, mps.",
     )
-    add("--dtype", metavar="NAME", default="float32", help="Number format: float32, float16, ...")
+    add(
+        "--dtype",
+        metavar="NAME",
+        default="float32",
+        help="Number format: float32, float16, ...; openvino also has int8.",
+    )
     add(
         "--memory-format",
         choices=("contiguous", "channels_last"),

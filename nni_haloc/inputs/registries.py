@@ -51,7 +51,11 @@ RUNTIMES: Registry[Any] = Registry(
     "nni_haloc.runtimes",
     {
         "torch": "nni_haloc.costs.device.torch_runtime:TorchRuntime",
+        "torch-compile": "nni_haloc.costs.device.compiled_runtime:CompiledRuntime",
         "onnxruntime": "nni_haloc.costs.device.onnx_runtime:OnnxRuntime",
+        "openvino": "nni_haloc.costs.device.openvino_runtime:OpenVinoRuntime",
+        "executorch": "nni_haloc.costs.device.executorch_runtime:ExecuTorchRuntime",
+        "tensorrt": "nni_haloc.costs.device.tensorrt_runtime:TensorRtRuntime",
     },
 )
 """Classes that run and time networks, like `nni_haloc.costs.device.runtime.Runtime`."""

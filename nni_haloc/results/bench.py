@@ -1,29 +1,36 @@
-"""Time the original network and every stage of a run side by side, in torch and ONNX Runtime."""
+"""Time the original network and every stage of a run side by side, in every runtime at hand."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
-from safetensors.torch import save_model
 from torch import nn
 
-from nni_haloc.chain.exporting import OnnxNetwork, export_onnx, quantize_onnx
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.device.measure import time_together
 from nni_haloc.costs.device.measured_file import spread
-from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
-from nni_haloc.costs.device.runtime import Run, Runtime, check_threads
-from nni_haloc.costs.device.torch_runtime import TorchRuntime
+from nni_haloc.costs.device.runtime import Deployed, Run, Runtime, check_threads, make_runtime
+from nni_haloc.inputs.registries import RUNTIMES
+from nni_haloc.inputs.schema.cost import Cost
 from nni_haloc.inputs.schema.values import MOST
 from nni_haloc.runs.finished import Finished
 from nni_haloc.runs.folder import hold
-from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line, brief
+from nni_haloc.utils.errors import (
+    HalocError,
+    MissingPackage,
+    SettingsError,
+    as_one_line,
+    brief,
+    expected_one_of,
+    first_line,
+)
 from nni_haloc.utils.files import read_json, write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.printing import percent, print_table
@@ -41,6 +48,7 @@ def bench(
     threads: int | None = None,
     split: str | None = None,
     *,
+    runtimes: Sequence[str] | None = None,
     data: bool = True,
     factories: bool = False,
     rounds: int = 5,
@@ -48,14 +56,17 @@ def bench(
 ) -> dict[str, Any]:
     """Time a finished run's original network and every stage that its folder holds.
 
-    For each batch size each stage has a row in torch, one in ONNX Runtime and one there in int8.
-    Their passes are timed in alternation. A row that can't be timed says why.
+    For each batch size each stage has a row in each runtime, and one more there in int8 if the
+    runtime has it. Their passes are timed in alternation. A row that can't be timed says why.
 
     Args:
         folder: the run's folder; it receives ``bench.json``.
         batch_sizes: images in a batch (None: the settings' one).
         threads: processor threads (None: the settings').
         split: images of the accuracies, ``val`` or ``test`` (None: the settings' ``data.score``).
+        runtimes: names of `nni_haloc.inputs.registries.RUNTIMES` (None: those whose packages are
+            installed here). A runtime that can't do what the settings' ``cost`` says, such as
+            another device, runs on the processor.
         data: whether the data are at hand. Without them there are neither accuracies nor int8.
         factories: see `Finished`.
         rounds: medians that are taken of each row; the row has their median and their
@@ -82,22 +93,18 @@ def bench(
         check_threads(threads)
     if split not in SPLITS:
         raise SettingsError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
+    clocks = _runtimes(runtimes, cost, threads)
     networks = run.networks()
-    with as_one_line():
-        runtime = TorchRuntime(
-            cost.device,
-            memory_format=cost.memory_format,
-            threads=threads,
-            graph=cost.graph,
-            tf32=cost.tf32,
-        )
-    onnx, rows = OnnxRuntime(threads), []
+    rows: list[dict[str, Any]] = []
     surroundings = run.job.active() if data else quiet()  # data: as in the run itself
-    with hold(run.folder), surroundings, TemporaryDirectory() as scratch, runtime.pinned():
+    with hold(run.folder), surroundings, TemporaryDirectory() as scratch, ExitStack() as pinned:
+        for runtime in clocks.values():
+            if not isinstance(runtime, HalocError):
+                pinned.enter_context(runtime.pinned())
         forms = [
             form
             for stage, network in networks.items()
-            for form in _forms(run, stage, network, Path(scratch), threads, data)
+            for form in _forms(run, stage, network, Path(scratch), clocks, data)
         ]
         for form in forms:
             network = networks[form.facts["stage"]]
@@ -109,14 +116,14 @@ def bench(
                 form.facts["top1"] = run.job.accuracy(form.network, run.job.loader(split))["top1"]
             logger.info("%s", ", ".join(map(str, form.facts.values())))
         for size in sizes:
-            rows += _timed(forms, run.example(size).shape, runtime, onnx, rounds, min_run_time)
-        identities = {
-            "torch": runtime.identity(),
-            "onnxruntime": onnx.identity() if find_spec("onnxruntime") else None,
-        }
+            rows += _timed(forms, run.example(size).shape, rounds, min_run_time)
         content = {
             "version": VERSION,
-            **identities,
+            "runtimes": {
+                name: runtime.identity()
+                for name, runtime in clocks.items()
+                if not isinstance(runtime, HalocError)
+            },
             "split": split if data else None,
             "rounds": rounds,
             "rows": rows,
@@ -140,8 +147,10 @@ def bench_table(path: Path) -> dict[str, Any]:
     try:
         content = read_json(path, "bench", VERSION)
         heads, rows = _shown(content)
-        torch = content["torch"]
-        device = f"{torch['device']}, {torch['runtime']}, threads: {torch['threads']}"
+        identities = content.get("runtimes") or {"torch": content["torch"]}
+        first = next(iter(identities.values()))
+        versions = ", ".join(each["runtime"] for each in identities.values())
+        device = f"{first['device']}, {versions}, threads: {first['threads']}"
         return {"heads": heads, "rows": rows, "rounds": content["rounds"], "device": device}
     except HalocError:
         raise
@@ -173,88 +182,134 @@ def _shown(content: Mapping[str, Any]) -> tuple[list[str], list[list[str | None]
     return [columns[key][0] for key in used], cells
 
 
+def _runtimes(
+    names: Sequence[str] | None, cost: Cost, threads: int | None
+) -> dict[str, Runtime | HalocError]:
+    """Make the runtimes of some names (None: those at hand), or the reasons why there are none."""
+    made: dict[str, Runtime | HalocError] = {}
+    for name in RUNTIMES.names() if names is None else names:
+        if name not in RUNTIMES:
+            raise SettingsError(f"runtimes: {expected_one_of(RUNTIMES.names(), name)}")
+        try:
+            made[name] = _runtime(name, cost, threads)
+        except HalocError as error:
+            if names is None:
+                logger.info("without %s: %s", name, error)
+            else:
+                made[name] = error
+    return made
+
+
+def _runtime(name: str, cost: Cost, threads: int | None) -> Runtime:
+    """Make a runtime as the settings say; if it can't do that, on the processor."""
+    asked: dict[str, Any] = {
+        "device": cost.device,
+        "memory_format": cost.memory_format,
+        "graph": cost.graph,
+        "tf32": cost.tf32,
+    }
+    with as_one_line():
+        try:
+            return make_runtime(name, threads=threads, **asked)
+        except MissingPackage:
+            raise
+        except ValueError:
+            if name == "torch":  # what the run itself used
+                raise
+            return make_runtime(name, threads=threads)
+
+
 @dataclass
 class _Form:
     """A stage's network in one runtime and precision, or the ``reason`` why there is none."""
 
     facts: dict[str, Any]
-    file: Path
-    network: Any = None
+    runtime: Runtime | None = None
+    deployed: Deployed | None = None
     reason: str = ""
+
+    @property
+    def network(self) -> Any:
+        return self.deployed and self.deployed.network
 
     @property
     def any_batch(self) -> bool:
         return self.network is not None and getattr(self.network, "batch", None) is None
 
-    def ready(self, shape: Sequence[int], runtime: TorchRuntime, onnx: OnnxRuntime) -> Run:
+    def ready(self, shape: Sequence[int]) -> Run:
         """Return a forward pass to time; raise ValueError with the reason if there is none."""
-        if self.network is None:
+        if self.deployed is None:
             raise ValueError(self.reason)
-        if not isinstance(self.network, OnnxNetwork):
-            return runtime.ready(self.network, tuple(shape), copied=False)
-        if self.network.batch not in (None, shape[0]):
-            raise ValueError(f"takes batches of {self.network.batch} alone")
-        return onnx.ready(str(self.file), shape[0])
+        if self.deployed.batch not in (None, shape[0]):
+            raise ValueError(f"takes batches of {self.deployed.batch} alone")
+        return self.deployed.ready(tuple(shape))
 
 
 def _forms(
-    run: Finished, stage: str, network: nn.Module, scratch: Path, threads: int | None, data: bool
+    run: Finished,
+    stage: str,
+    network: nn.Module,
+    scratch: Path,
+    runtimes: Mapping[str, Runtime | HalocError],
+    data: bool,
 ) -> Iterator[_Form]:
-    weights, plain, small = (
-        scratch / f"{stage}{ending}" for ending in (".safetensors", ".onnx", "-int8.onnx")
-    )
+    """Make a stage's network ready for each runtime, in each of its precisions."""
+    for name, runtime in runtimes.items():
+        facts = {"stage": stage, "runtime": name, "precision": "float32"}
+        if isinstance(runtime, HalocError):
+            yield _Form(facts, reason=str(runtime))
+            continue
+        for precision in runtime.precisions:
+            form = _Form(facts | {"precision": precision}, runtime)
+            if precision != "float32" and not data:
+                continue
+            start = time.perf_counter()
+            try:
+                images = None if precision == "float32" else run.calibration_images()
+                form.deployed = runtime.deploy(network, run.example(2), scratch / stage, images)
+                form.facts["file_bytes"] = sum(f.stat().st_size for f in form.deployed.files)
+            except (ValueError, RuntimeError, OSError) as error:
+                form.reason = first_line(error)
+            form.facts["made_s"] = time.perf_counter() - start
+            yield form
+            if form.deployed is None:
+                break  # the other precisions are made of this one
 
-    def form(runtime: str, precision: str, file: Path, write: Callable[[], Any]) -> _Form:
-        made = _Form({"stage": stage, "runtime": runtime, "precision": precision}, file)
-        try:
-            write()
-            made.network = network if runtime == "torch" else OnnxNetwork(file, threads)
-            made.facts["file_bytes"] = file.stat().st_size
-        except (ValueError, OSError) as error:
-            made.reason = str(error)
-        return made
 
-    yield form("torch", "float32", weights, lambda: save_model(network, str(weights)))
-    found = form(
-        "onnxruntime", "float32", plain, lambda: export_onnx(network, run.example(2), plain)
-    )
-    yield found
-    if data and found.network is not None:
-        yield form(
-            "onnxruntime",
-            "int8",
-            small,
-            lambda: quantize_onnx(plain, run.calibration_images(), small),
-        )
+class _Clocks:
+    """Times each pass by its own runtime's clock.
+
+    Args:
+        runtimes: the passes' runtimes, by the passes' identities.
+    """
+
+    def __init__(self, runtimes: Mapping[int, Runtime]) -> None:
+        self._runtimes = runtimes
+
+    def once(self, run: Run) -> float:
+        return self._runtimes[id(run)].once(run)
 
 
 def _timed(
-    forms: Sequence[_Form],
-    shape: Sequence[int],
-    runtime: TorchRuntime,
-    onnx: OnnxRuntime,
-    rounds: int,
-    min_run_time: float,
+    forms: Sequence[_Form], shape: Sequence[int], rounds: int, min_run_time: float
 ) -> list[dict[str, Any]]:
     """Time all forms at one batch size; return their rows."""
-    runs: dict[str, Run] = {}
     rows = []
+    groups: dict[str, dict[str, Run]] = {}  # those of a device are timed in alternation
+    clocks: dict[int, Runtime] = {}
     for i, form in enumerate(forms):
         row = {**form.facts, "batch_size": shape[0]}
         try:
-            runs[str(i)] = form.ready(shape, runtime, onnx)
+            ready = form.ready(shape)
+            assert form.runtime is not None
+            clocks[id(ready)] = form.runtime
+            groups.setdefault(form.runtime.identity()["device"], {})[str(i)] = ready
         except (ValueError, RuntimeError) as error:
-            row["reason"] = str(error)
+            row["reason"] = first_line(error)
         rows.append(row)
-    clocks: list[tuple[Runtime, dict[str, Run]]] = [(runtime, runs)]
-    if runtime.device != "cpu":  # another device is timed by its own clock
-        onnx_runs = {i: run for i, run in runs.items() if rows[int(i)]["runtime"] != "torch"}
-        clocks = [
-            (runtime, {i: run for i, run in runs.items() if i not in onnx_runs}),
-            (onnx, onnx_runs),
-        ]
-    for clock, group in clocks:
-        found = [time_together(group, clock, min_run_time) for _ in range(rounds)] if group else []
+    for group in groups.values():
+        clock = cast(Runtime, _Clocks(clocks))
+        found = [time_together(group, clock, min_run_time) for _ in range(rounds)]
         for name in group:
             times = [1e3 * each[name] for each in found]
             latency = median(times)

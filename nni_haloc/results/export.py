@@ -12,10 +12,14 @@ from torch import nn
 from nni_haloc.chain.exporting import export_onnx, export_program, quantize_onnx
 from nni_haloc.runs.finished import Finished
 from nni_haloc.runs.folder import hold
-from nni_haloc.utils.errors import SettingsError, as_one_line
+from nni_haloc.utils.errors import SettingsError, as_one_line, needs
 from nni_haloc.utils.files import make_folder, whole
 
 ONNX_FILE, PROGRAM_FILE, INT8_FILE = "model.onnx", "model.pt2", "model-int8.onnx"
+OPENVINO_FILE, OPENVINO_INT8_FILE = "model.xml", "model-int8.xml"
+EXECUTORCH_FILE = "model.pte"
+_CALIBRATED = ("int8", "openvino-int8")
+"""Formats that need training images."""
 
 Exported = tuple[Path, str]
 """The file that was written, and what was checked of it."""
@@ -34,8 +38,8 @@ def export(
 
     Args:
         folder: the run's folder, or a stage's.
-        formats: some of `FORMATS` (None: all). ``int8`` is calibrated on training images and needs
-            the run's data; the others do not.
+        formats: some of `FORMATS` (None: `DEFAULT`). ``int8`` and ``openvino-int8`` are calibrated
+            on training images and need the run's data; the others do not.
         out: receives the files; None is ``folder/export``.
         factories: see `Finished`.
 
@@ -46,11 +50,11 @@ def export(
         SettingsError: for a folder that is none of a finished run, an unknown format, a network
             that can't be exported, and an ``out`` that is the run's folder.
     """
-    names = list(FORMATS) if formats is None else list(formats)
+    names = list(DEFAULT) if formats is None else list(formats)
     for name in names:
         if name not in FORMATS:
             raise SettingsError(f"format: expected some of {', '.join(FORMATS)}, found {name!r}")
-    run = Finished(folder, data="int8" in names, factories=factories)
+    run = Finished(folder, data=bool({*names} & {*_CALIBRATED}), factories=factories)
     target = Path(out or run.folder.export)
     if target.resolve() == run.folder.path.resolve():
         raise SettingsError(f"--out: expected another folder than the run's, found {target}")
@@ -92,10 +96,38 @@ def _export_int8(run: Finished, network: nn.Module, out: Path) -> Exported:
     return out / INT8_FILE, "runs in ONNX Runtime"
 
 
+def _export_openvino(run: Finished, network: nn.Module, out: Path) -> Exported:
+    from nni_haloc.costs.device.openvino_runtime import export_openvino
+
+    difference = export_openvino(network, run.example(2), out / OPENVINO_FILE)
+    return out / OPENVINO_FILE, f"in OpenVINO, {difference:.1e} from torch"
+
+
+def _export_openvino_int8(run: Finished, network: nn.Module, out: Path) -> Exported:
+    from nni_haloc.costs.device.openvino_runtime import export_openvino
+
+    file, images = out / OPENVINO_INT8_FILE, run.calibration_images()
+    difference = export_openvino(network, run.example(2), file, images)
+    return file, f"in OpenVINO, in 8 bits, {difference:.1e} from torch"
+
+
+def _export_executorch(run: Finished, network: nn.Module, out: Path) -> Exported:
+    with needs("executorch", what="export to ExecuTorch", install="nni-haloc[executorch]"):
+        from nni_haloc.costs.device.executorch_runtime import export_executorch
+    difference = export_executorch(network, run.example(1), out / EXECUTORCH_FILE)
+    return out / EXECUTORCH_FILE, f"in ExecuTorch, one image, {difference:.1e} from torch"
+
+
+DEFAULT = ("onnx", "program", "safetensors", "int8")
+"""Formats that are written if none is named."""
 FORMATS: dict[str, Callable[[Finished, nn.Module, Path], Exported]] = {
     "onnx": _export_onnx,
     "program": _export_program,
     "safetensors": _export_safetensors,
     "int8": _export_int8,
+    "openvino": _export_openvino,
+    "openvino-int8": _export_openvino_int8,
+    "executorch": _export_executorch,
 }
-"""Formats by name: ONNX, a program of `torch.export`, safetensors, and ONNX in 8 bits."""
+"""Formats by name: ONNX, a program of `torch.export`, safetensors, ONNX in 8 bits, OpenVINO's files
+in float32 and in 8 bits, and an ExecuTorch program for XNNPACK."""

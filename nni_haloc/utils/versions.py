@@ -8,7 +8,8 @@ from pathlib import Path
 
 _PACKAGES = (
     "nni-haloc", "nni", "torch", "torchvision", "pytorch-lightning", "torchmetrics", "tensorly",
-    "numpy", "scipy", "scikit-learn", "safetensors", "onnx", "onnxruntime",
+    "numpy", "scipy", "scikit-learn", "safetensors", "onnx", "onnxruntime", "openvino", "nncf",
+    "executorch",
 )  # fmt: skip
 
 

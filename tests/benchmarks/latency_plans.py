@@ -12,6 +12,7 @@ accuracy.
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any
@@ -86,13 +87,7 @@ def compare(work: Path, batch: int, form: Any, rounds: int, step: int) -> dict[s
     times, macs = CostTable.load(file), mac_table(model, example, allowed)
     plans = {"uniform": uniform(model, example, allowed)}
     for name, skipped in (("fastest", ()), ("fastest without dense", ("dense",))):
-        scores = {
-            layer: {c: -cost for c, cost in row.items() if c not in skipped}
-            for layer, row in times.costs.items()
-        }
-        plans[name] = ranks(
-            choose(scores, [Limit(macs, (1 + NEAR) * MACS)], (1 - NEAR) / (1 + NEAR))
-        )
+        plans[name] = fastest(times, macs, skipped)
     networks = {"original": model} | {
         name: restructure(model, plan) for name, plan in plans.items()
     }
@@ -120,6 +115,15 @@ def compare(work: Path, batch: int, form: Any, rounds: int, step: int) -> dict[s
         "macs": counts,
         "plans": {name: plan.names for name, plan in plans.items()},
     }
+
+
+def fastest(times: CostTable, macs: CostTable, skipped: Collection[str] = ()) -> RankPlan:
+    """Return the plan of the lowest cost in ``times`` at `MACS`, without the candidates skipped."""
+    scores = {
+        layer: {c: -cost for c, cost in row.items() if c not in skipped}
+        for layer, row in times.costs.items()
+    }
+    return ranks(choose(scores, [Limit(macs, (1 + NEAR) * MACS)], (1 - NEAR) / (1 + NEAR)))
 
 
 def ranks(choice: dict[str, str]) -> RankPlan:

@@ -14,9 +14,9 @@ import torch
 from helpers.paths import DIGITS
 from torch import nn
 
-from nni_haloc.chain import exporting
 from nni_haloc.chain.exporting import OnnxNetwork, export_onnx, export_program, quantize_onnx
 from nni_haloc.costs.counts import count_macs
+from nni_haloc.costs.device import exporting, onnx_files
 from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
 from nni_haloc.inputs.config import load_config, parse_config
@@ -175,7 +175,7 @@ def test_what_onnx_does_not_have_is_one_line(tmp_path, capfd):
 )
 def test_a_file_that_differs_from_torch_is_refused(write, damage, net, tmp_path, monkeypatch):
     """The exporter's fault is put in by hand: what it traces is another network."""
-    traced = exporting._traced
+    traced = onnx_files.traced
 
     def damaged(network, example):
         with torch.no_grad():
@@ -186,7 +186,8 @@ def test_a_file_that_differs_from_torch_is_refused(write, damage, net, tmp_path,
             network.head.bias.data.copy_(bias)
 
     bias = net.head.bias.detach().clone()
-    monkeypatch.setattr(exporting, "_traced", damaged)
+    for home in (onnx_files, exporting):
+        monkeypatch.setattr(home, "traced", damaged)
     with pytest.raises(
         ValueError, match=r"net\.\w+: expected torch's outputs.*they differ by (0.01|inf)"
     ):
@@ -397,14 +398,16 @@ def quickly(monkeypatch):
         }
         torch.onnx.export(network, (example,), str(file), **options)
 
-    monkeypatch.setattr("nni_haloc.results.bench.export_onnx", export)
+    monkeypatch.setattr("nni_haloc.costs.device.onnx_files.export_onnx", export)
 
 
 def test_bench_has_a_row_for_each_stage_timed_in_alternation(run, quickly, calls, capsys):
     shutil.copytree(
         run, run / "export", ignore=shutil.ignore_patterns("export")
     )  # an export is no stage
-    content = bench(run, [1, 64], 1, "val", rounds=2, min_run_time=0)
+    content = bench(
+        run, [1, 64], 1, "val", runtimes=["torch", "onnxruntime"], rounds=2, min_run_time=0
+    )
     shutil.rmtree(run / "export")
     assert content == json.loads((run / "bench.json").read_text())
     (run / "bench.json").unlink()
@@ -445,10 +448,10 @@ def test_bench_without_data_or_onnx_runtime_still_times_torch(damaged, calls, mo
     def missing(*arguments):
         raise ValueError("export to ONNX: needs the package onnxscript")
 
-    monkeypatch.setattr("nni_haloc.results.bench.export_onnx", missing)
+    monkeypatch.setattr("nni_haloc.costs.device.onnx_files.export_onnx", missing)
     folder = damaged("")
     shutil.rmtree(folder / "pruned")
-    content = bench(folder, data=False, rounds=1, min_run_time=0)
+    content = bench(folder, runtimes=["torch", "onnxruntime"], data=False, rounds=1, min_run_time=0)
     assert [(row["stage"], row.get("reason")) for row in content["rows"]] == [
         (stage, reason)
         for stage in ("original", "compressed")
@@ -484,7 +487,8 @@ def test_bench_refuses_in_one_line(run, options, message):
         ),
         (
             ["export", "none", "--format", "onnx,tf"],
-            "haloc: --format: expected some of onnx, program, safetensors, int8, found 'tf'",
+            "haloc: --format: expected some of onnx, program, safetensors, int8, openvino, "
+            "openvino-int8, executorch, found 'tf'",
         ),
         (
             ["bench", "none", "--batch", "1,x"],

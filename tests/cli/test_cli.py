@@ -335,11 +335,12 @@ def test_json_is_all_that_a_run_prints(tmp_path):
 
 
 def test_json_is_all_that_bench_prints(finished):
-    done = haloc("bench", finished, "--batch", 2, "--threads", 1, "--json")
+    done = haloc("bench", finished, "--batch", 2, "--threads", 1, "--runtimes", "torch", "--json")
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
     assert content == json.loads((finished / "bench.json").read_text())
     assert {row["stage"] for row in content["rows"]} == {"original", "compressed"}
+    assert {row["runtime"] for row in content["rows"]} == {"torch"}
 
 
 MODEL = ["--model", "digits_cnn", "--input", "1x8x8"]

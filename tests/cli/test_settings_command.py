@@ -44,7 +44,11 @@ def test_every_key_of_the_schema_is_listed_once_with_a_meaning():
             "`warm_hooi`, `hosvd`, `hooi`, `data` or `auto`",
             "auto",
         ),
-        ("cost.runtime", "`torch` or `onnxruntime`", "torch"),
+        (
+            "cost.runtime",
+            "`torch`, `torch-compile`, `onnxruntime`, `openvino`, `executorch` or `tensorrt`",
+            "torch",
+        ),
         ("budget.also[].table", "file", ""),
         ("data.in_memory", "`false`, `true` or `device`", "false"),
         ("weights", "file", "required"),

@@ -456,7 +456,7 @@ def test_onnx_runtimes_errors_are_one_line(tmp_path, spec):
         (["--sample", "0.5", "--where", "in-place"], "--sample"),
         (["--runtime", "onnxruntime", "--device", "cuda"], "runtime onnxruntime: device: expected"),
         (["--runtime", "onnxruntime", "--dtype", "bfloat16"], "runtime onnxruntime: dtype"),
-        (["--runtime", "tflite"], "runtime: expected one of torch, onnxruntime, found 'tflite'"),
+        (["--runtime", "tflite"], "executorch, tensorrt, found 'tflite'"),
         (["--rounds", "0"], "rounds"),
         (["--graph"], "graph: expected a CUDA device, such as cuda, found 'cpu'; leave graph out"),
         (["--runtime", "onnxruntime", "--graph"], "runtime onnxruntime: graph: expected False"),

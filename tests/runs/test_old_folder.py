@@ -14,7 +14,7 @@ import nni_haloc
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.inputs.data import digits
 from nni_haloc.results.bench import bench
-from nni_haloc.results.export import FORMATS, export
+from nni_haloc.results.export import DEFAULT, export
 from nni_haloc.results.html_report import html_report
 from nni_haloc.runs.finished import Finished, apply_stage
 from nni_haloc.runs.folder import RunFolder
@@ -133,7 +133,7 @@ def test_it_is_exported_in_every_format(folder):
             logits = torch.from_numpy(session.run(None, {inputs.name: images.numpy()})[0])
             top1 = float((logits.argmax(1) == labels).float().mean())
             assert top1 == pytest.approx(FLAT["haloc_top1"], abs=0.01 if name == "int8" else 1e-6)
-    assert len(list((folder / "export").iterdir())) == len(FORMATS) + 2  # with ranks and model
+    assert len(list((folder / "export").iterdir())) == len(DEFAULT) + 2  # with ranks and model
     assert (folder / "weights.safetensors").read_bytes() == before
 
 

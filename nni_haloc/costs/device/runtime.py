@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.inputs.options import MOST_PROCESSES
@@ -14,7 +15,7 @@ from nni_haloc.inputs.registries import RUNTIMES
 from nni_haloc.utils.errors import brief
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Run = Callable[[], Any]
 """A forward pass, ready to be timed."""
@@ -24,13 +25,35 @@ _LONGEST = 3600
 """Seconds that an entry may run for in a round."""
 
 
+@dataclass(frozen=True)
+class Deployed:
+    """A whole network, made ready for a runtime.
+
+    Attributes:
+        network: computes the network's outputs for images ``(N, ...)``, as the runtime does it.
+        ready: returns a forward pass on random inputs of a shape, batch included, warmed up.
+        files: what was written of the network.
+        batch: the only batch size that it takes (None: any).
+    """
+
+    network: nn.Module
+    ready: Callable[[tuple[int, ...]], Run]
+    files: tuple[Path, ...]
+    batch: int | None = None
+
+
 class Runtime(Protocol):
     """Run the entries of a specification, so that they can be timed.
 
     Another package adds a runtime by a class with these methods and an entry point in the group
     ``nni_haloc.runtimes``. A class that derives from this one has `prepare`, `once`, `energy` and
-    `pinned` already and writes the other four.
+    `pinned` already and writes the other four; with `deploy`, it has rows in ``haloc bench``.
+
+    Attributes:
+        precisions: the number formats that `deploy` can give a network.
     """
+
+    precisions: ClassVar[tuple[str, ...]] = ("float32",)
 
     @classmethod
     def from_options(
@@ -86,6 +109,28 @@ class Runtime(Protocol):
         """
         ...
 
+    def deploy(
+        self, network: nn.Module, example: Tensor, stem: Path, images: Tensor | None = None
+    ) -> Deployed:
+        """Make a trained network ready for this runtime, as a file of the runtime's own format.
+
+        Args:
+            network: what to deploy; it is left as it is.
+            example: an input, ``(N, ...)``, of which only the shape counts.
+            stem: path of the files that are written, without their ending. A file that is there
+                already, of the same network, is used.
+            images: training images, not augmented, by which the network is quantized to 8 bits
+                (None: it stays in float32).
+
+        Raises:
+            ValueError: if the network can't be deployed, or its outputs are not torch's.
+            MissingPackage: if a package that this needs is not installed.
+        """
+        raise ValueError(
+            f"{type(self).__name__}: expected a runtime that takes whole networks from torch "
+            "(the method deploy), found none"
+        )
+
     def once(self, run: Run) -> float:
         """Run one pass and return its seconds."""
         start = time.perf_counter()
@@ -110,6 +155,22 @@ class Runtime(Protocol):
     def pinned(self) -> AbstractContextManager[None]:
         """Return a context in which the runtime has its number of threads and its precision."""
         return nullcontext()
+
+
+def check_options(runtime: str, **options: tuple[Any, tuple[Any, ...]]) -> None:
+    """Check the options of a runtime that can do only some of them.
+
+    Args:
+        runtime: its name.
+        options: by its name, each option's value and the values that the runtime can do.
+
+    Raises:
+        ValueError: names the option and what was expected.
+    """
+    for option, (value, can) in options.items():
+        if value not in can:
+            expected = " or ".join(map(repr, can))
+            raise ValueError(f"runtime {runtime}: {option}: expected {expected}, found {value!r}")
 
 
 def check_threads(threads: int | None, name: str = "threads") -> None:

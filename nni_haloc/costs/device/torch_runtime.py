@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from time import perf_counter
 from typing import Any, cast, get_args
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from nni_haloc.costs.device.energy import BETWEEN_READINGS, energy_counter, energy_of_a_pass
 from nni_haloc.costs.device.replay import Replay
-from nni_haloc.costs.device.runtime import Run, Runtime, check_threads
+from nni_haloc.costs.device.runtime import Deployed, Run, Runtime, check_threads
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.inputs.options import Kind, MemoryFormat
 from nni_haloc.space.layers import LayerSpec
@@ -157,25 +158,17 @@ class TorchRuntime(Runtime):
         Raises:
             ValueError: if the specification has neither network nor program.
         """
-        entries = {
-            layer: spec.entries[row[choice.get(layer, DENSE)]] for layer, row in spec.layers.items()
-        }
-        specs = {layer: layer_spec(layer, entry.layer) for layer, entry in entries.items()}
-        if spec.module is not None:
-            model = copy_of(spec.module)
-        elif spec.program is not None:
-            model = Replay(spec.program, specs)
-        else:
-            raise ValueError("the specification has no program of the network")
-        replace_modules(
-            model,
-            {
-                layer: specs[layer].build(entries[layer].rank)
-                for layer, name in choice.items()
-                if name != DENSE
-            },
-        )
-        return self.ready(model, spec.input, copied=True)
+        return self.ready(network_of(spec, choice), spec.input, copied=True)
+
+    def deploy(
+        self, network: nn.Module, example: Tensor, stem: Path, images: Tensor | None = None
+    ) -> Deployed:
+        """Make a trained network ready: as it is, with a file of its weights."""
+        from safetensors.torch import save_model
+
+        file = stem.with_name(f"{stem.name}.safetensors")
+        save_model(network, str(file))
+        return Deployed(network, lambda shape: self.ready(network, shape, copied=False), (file,))
 
     def ready(self, module: nn.Module, *shapes: tuple[int, ...], copied: bool = True) -> Run:
         """Return a forward pass of a module on random inputs, warmed up.
@@ -201,15 +194,21 @@ class TorchRuntime(Runtime):
                 for x in inputs
             ]
 
-        def run() -> list[Tensor]:
-            with torch.inference_mode():
-                return [model(x) for x in inputs]
-
+        run = self._pass_of(model, inputs)
         ready = _Captured(run, self.device) if self.graph else run
         for _ in range(2):  # memory is allocated, and the library chooses its algorithms
             ready()
         self._wait()
         return ready
+
+    def _pass_of(self, model: nn.Module, inputs: list[Tensor]) -> Run:
+        """Return a forward pass of a model and inputs that are ready on the device."""
+
+        def run() -> list[Tensor]:
+            with torch.inference_mode():
+                return [model(x) for x in inputs]
+
+        return run
 
     def once(self, run: Run) -> float:
         """Run one pass and return its seconds, on a CUDA device by the device's own clock.
@@ -365,6 +364,37 @@ def _keep_memory() -> bool:
         return all(library.mallopt(option, size) for option, size in _MALLOC)
     except (OSError, AttributeError, TypeError):
         return False
+
+
+def network_of(spec: Specification, choice: Mapping[str, str]) -> nn.Module:
+    """Build a specification's network: a copy of itself, or its recorded program without it.
+
+    Args:
+        spec: the specification, which may have no layers.
+        choice: layer name to candidate name; other layers are dense.
+
+    Raises:
+        ValueError: if the specification has neither network nor program.
+    """
+    entries = {
+        layer: spec.entries[row[choice.get(layer, DENSE)]] for layer, row in spec.layers.items()
+    }
+    specs = {layer: layer_spec(layer, entry.layer) for layer, entry in entries.items()}
+    if spec.module is not None:
+        model = copy_of(spec.module)
+    elif spec.program is not None:
+        model = Replay(spec.program, specs)
+    else:
+        raise ValueError("the specification has no program of the network")
+    replace_modules(
+        model,
+        {
+            layer: specs[layer].build(entries[layer].rank)
+            for layer, name in choice.items()
+            if name != DENSE
+        },
+    )
+    return model
 
 
 def layer_spec(name: str, fields: Mapping[str, Any]) -> LayerSpec:

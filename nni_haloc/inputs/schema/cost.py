@@ -27,8 +27,9 @@ class Cost(Section):
     """A `costs.json` made before (`haloc measure`), or a CSV file of your own measurements. Without
     it the run counts or measures."""
     runtime: RuntimeName = "torch"
-    """What runs networks while they are timed. `onnxruntime` is for processors, in float32 and
-    contiguous (`nni-haloc[onnx]`)."""
+    """What runs networks while they are timed. `onnxruntime`, `openvino` and `executorch` are for
+    processors, in float32 and contiguous, `tensorrt` for NVIDIA devices; each needs
+    [an extra](how-to/measure-your-device.md#runtimes)."""
     batch_size: Annotated[int, Field(ge=1, le=1 << 16)] = 1
     """Images in a batch while latency is measured."""
     memory_format: MemoryFormat = "contiguous"

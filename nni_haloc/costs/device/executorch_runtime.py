@@ -1,0 +1,291 @@
+"""Timing with ExecuTorch and XNNPACK, as phones run networks, and its files (``.pte``)."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from nni_haloc.costs.device.exporting import OpenedNetwork, checked, plain_copy, quietly
+from nni_haloc.costs.device.runtime import Deployed, Run, Runtime, check_options, check_threads
+from nni_haloc.costs.device.spec import Specification
+from nni_haloc.costs.device.torch_runtime import layer_spec, network_of
+from nni_haloc.utils.errors import first_line, needs
+from nni_haloc.utils.files import whole
+from nni_haloc.utils.log import logger
+from nni_haloc.utils.versions import processor
+
+_INSTALL = "nni-haloc[executorch]"
+_LOADED: WeakSet[_Program] = WeakSet()
+"""The programs that are loaded."""
+
+
+def _portable() -> ModuleType:
+    """Import ExecuTorch's runtime for Python; if it is not installed, say so on one line."""
+    with needs("executorch", what="ExecuTorch", install=_INSTALL), quietly():
+        import executorch.extension.pybindings.portable_lib as portable
+    return portable
+
+
+@dataclass(frozen=True)
+class ExecuTorchRuntime(Runtime):
+    """Times with ExecuTorch, whose operations XNNPACK computes, in float32.
+
+    Each entry, and the network, is exported and lowered by itself, which takes seconds. What
+    XNNPACK has no kernel for is computed by ExecuTorch's portable ones.
+
+    Attributes:
+        threads: processor threads (None: ExecuTorch's own choice).
+    """
+
+    threads: int | None = None
+
+    @classmethod
+    def from_options(
+        cls,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        memory_format: str = "contiguous",
+        threads: int | None = None,
+        graph: bool = False,
+        tf32: bool = True,
+    ) -> ExecuTorchRuntime:
+        """Make the runtime; see `Runtime.from_options`. A processor has no TF32.
+
+        Raises:
+            ValueError: if an option asks for anything but the processor, float32 and contiguous
+                images, or for a CUDA graph.
+            MissingPackage: if ExecuTorch is not installed.
+        """
+        check_options(
+            "executorch",
+            device=(device, ("cpu",)),
+            dtype=(dtype, ("float32",)),
+            memory_format=(memory_format, ("contiguous",)),
+            graph=(graph, (False,)),
+        )
+        check_threads(threads)
+        _portable()
+        return cls(threads)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the times hold for; see `Runtime.identity`."""
+        return {
+            "runtime": f"executorch {version('executorch')}",
+            "device": processor(),
+            "dtype": "float32",
+            "memory_format": "contiguous",
+            "threads": self.threads or "default",
+        }
+
+    def entry(self, spec: Specification, index: int) -> Run:
+        """Return a forward pass of one entry; see `Runtime.entry`."""
+        entry = spec.entries[index]
+        layer = layer_spec("", entry.layer)
+        layer.check_rank(entry.rank)
+        return self.ready(_Calls(layer.build(entry.rank)), *layer.input_shapes)
+
+    def network(self, spec: Specification, choice: Mapping[str, str]) -> Run:
+        """Return a forward pass of the whole network; see `Runtime.network`."""
+        return self.ready(network_of(spec, choice), spec.input)
+
+    def deploy(
+        self, network: nn.Module, example: Tensor, stem: Path, images: Tensor | None = None
+    ) -> Deployed:
+        """Make a trained network ready for one image, as a ``.pte``; see `Runtime.deploy`."""
+        file = stem.with_name(f"{stem.name}.pte")
+        with self.pinned():
+            export_executorch(network, example[:1], file)
+            opened = open_executorch(file)
+        shape = (1, *example.shape[1:])
+        return Deployed(
+            opened, lambda _: self._pass_of(file.read_bytes(), [shape]), (file,), opened.batch
+        )
+
+    def ready(self, module: nn.Module, *shapes: tuple[int, ...]) -> Run:
+        """Return a forward pass of a module on random inputs, warmed up.
+
+        Args:
+            module: it is set to evaluation mode.
+            shapes: of its inputs.
+        """
+        return self._pass_of(
+            _lowered(module.eval(), [torch.randn(shape) for shape in shapes]), shapes
+        )
+
+    def _pass_of(self, program: bytes, shapes: Sequence[tuple[int, ...]]) -> Run:
+        """Return a forward pass of a program on random inputs, warmed up."""
+        inputs = [torch.randn(shape) for shape in shapes]
+        with self.pinned():
+            loaded = _Program(program)
+            for _ in range(2):
+                loaded(inputs)
+        return lambda: loaded(inputs)
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Let ExecuTorch have this runtime's number of threads.
+
+        It keeps them after the block, because programs that are loaded hold on to the threads.
+
+        Raises:
+            RuntimeError: if programs are loaded that run on another number of threads.
+        """
+        _set_threads(self.threads or _own_choice())
+        yield
+
+
+@cache
+def _own_choice() -> int:
+    """Return the number of threads that ExecuTorch takes by itself; before anybody changes it."""
+    with _hushed():
+        return _portable()._threadpool_get_thread_count()
+
+
+def _set_threads(threads: int) -> None:
+    """Let ExecuTorch have a number of threads: all its programs share them."""
+    portable = _portable()
+    own = _own_choice()
+    found = portable._threadpool_get_thread_count()
+    if found == threads:
+        return
+    gc.collect()
+    if _LOADED:  # they would go on with threads that are gone, and the process would end
+        raise RuntimeError(
+            f"threads: expected {found}, which ExecuTorch's programs in this process run on, found "
+            f"{threads} (by itself it takes {own}); let go of those programs first"
+        )
+    with _hushed():
+        portable._unsafe_reset_threadpool(threads)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Hide what ExecuTorch's C++ code writes on standard error, for a block's time."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+class _Program:
+    """Runs a program that is in memory; called with its inputs, it returns its outputs.
+
+    Args:
+        content: of the ``.pte`` file. ExecuTorch reads it while it runs.
+
+    Raises:
+        RuntimeError: if it is no program.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        portable = _portable()
+        self._content = content
+        with _hushed():
+            self._module = portable._load_for_executorch_from_buffer(content)
+            self.meta = self._module.method_meta("forward")
+        _LOADED.add(self)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Any]:
+        return self._module.run_method("forward", inputs)
+
+
+class _Calls(nn.Module):
+    """Calls a layer once for each of its inputs."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.layer(x) for x in inputs)
+
+
+def _lowered(module: nn.Module, inputs: Sequence[Tensor]) -> bytes:
+    """Export a module and lower it to XNNPACK; return the program."""
+    with needs("executorch", what="ExecuTorch", install=_INSTALL), quietly():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+    start = time.perf_counter()
+    try:
+        with quietly():
+            program = torch.export.export(module, tuple(inputs))
+            edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            lowered = edge.to_executorch().buffer
+    except Exception as error:  # of many kinds; some come from the network's own code
+        raise RuntimeError(f"ExecuTorch can't lower it: {first_line(error)}") from None
+    logger.debug("ExecuTorch: lowered in %.1f s", time.perf_counter() - start)
+    return lowered
+
+
+def export_executorch(
+    network: nn.Module, example: Tensor, file: str | Path, *, tolerance: float = 1e-4
+) -> float:
+    """Write a network as an ExecuTorch program (``.pte``), whose operations XNNPACK computes.
+
+    It takes the example's batch size alone. Its outputs are compared with torch's.
+
+    Args:
+        network: what to export; it is left as it is.
+        example: an input, ``(N, ...)``, of which only the shape counts.
+        file: the file; it keeps its old content if something fails.
+        tolerance: largest difference, as a share of the largest output (or of 1).
+
+    Returns:
+        The largest difference of any output.
+
+    Raises:
+        ValueError: if the network can't be exported, or an output differs by more.
+        MissingPackage: if ExecuTorch is not installed.
+    """
+    with whole(file) as part:
+        try:
+            lowered = _lowered(plain_copy(network, example), [torch.zeros_like(example)])
+        except RuntimeError as error:
+            raise ValueError(f"{file}: {first_line(error)}") from None
+        Path(part).write_bytes(lowered)
+        return checked(network, open_executorch(part), example, False, file, tolerance)
+
+
+def open_executorch(file: str | Path) -> OpenedNetwork:
+    """Open a ``.pte`` file of one input as a network that ExecuTorch runs on the processor.
+
+    Args:
+        file: the file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if ExecuTorch can't read it.
+        MissingPackage: if ExecuTorch is not installed.
+    """
+    _portable()
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        program = _Program(Path(file).read_bytes())
+    except RuntimeError as error:
+        raise ValueError(f"{file}: {first_line(error)}") from None
+
+    def run(x: Any) -> list[Any]:
+        return [y.numpy() for y in program([torch.from_numpy(x)])]
+
+    return OpenedNetwork(run, [], program.meta.input_tensor_meta(0).sizes()[0])
