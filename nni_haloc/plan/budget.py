@@ -63,10 +63,12 @@ class Limit:
     Attributes:
         costs: the table.
         budget: the limit, in the table's unit.
+        fraction: the limit as a fraction of the original's cost, where it was given as one.
     """
 
     costs: CostTable
     budget: float
+    fraction: float | None = None
 
     @classmethod
     def of(
@@ -96,7 +98,7 @@ class Limit:
                     "budget: expected a fraction of the original's cost, above 0 to 1, found"
                     f" {fraction}; for a number of {costs.metric} use {name}"
                 )
-            return cls(costs, fraction * costs.original)
+            return cls(costs, fraction * costs.original, fraction)
         if absolute is not None and fraction is None:
             if not 0 < absolute < math.inf:
                 raise ValueError(

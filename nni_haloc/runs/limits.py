@@ -32,7 +32,7 @@ def limits_of(
     limits = []
     for (key, cost, budget), path in zip(_sections(config), files, strict=True):
         table = cost_table(config, key, cost.metric, cost.table, model, example, allowed, path)
-        limits.append(Limit(table, budget.of(table.original)))
+        limits.append(Limit(table, budget.of(table.original), budget.fraction))
     if is_first():
         given = {config.cost.table, *(also.table for also in config.budget.also)}
         for limit, path in zip(limits, files, strict=True):
@@ -74,6 +74,8 @@ def limits_of_plan(
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Return what a run's plan says of each limit, and the identity of the limit's cost table.
 
+    What it says has ``fraction``, too: the budget as a share of the original's cost, or None.
+
     Args:
         config: the settings.
         plan: the plan.
@@ -82,7 +84,9 @@ def limits_of_plan(
     facts = [plan.chosen_by, *plan.chosen_by.get("also", [])]
     files = table_files(folder, config)
     known = [CostTable.load(path).identity if path.is_file() else {} for path in files]
-    return list(zip(facts, known, strict=False))
+    asked = [budget.fraction for _, _, budget in _sections(config)]
+    told = zip(facts, asked, known, strict=False)
+    return [({**fact, "fraction": fraction}, identity) for fact, fraction, identity in told]
 
 
 def with_tables(config: Config, folder: RunFolder, tables: list[str]) -> Config:

@@ -34,6 +34,18 @@ class InfeasibleBudget(HalocError):
     """No network of the rank space fits the budget; the message names the cheapest cost."""
 
 
+class BudgetMissed(HalocError):
+    """The planned network, timed as a whole, does not keep its budget; nothing is trained.
+
+    Attributes:
+        plan: the `RankPlan` that was timed, for those who use it all the same.
+    """
+
+    def __init__(self, message: str, plan: Any = None) -> None:
+        super().__init__(message)
+        self.plan = plan
+
+
 class Diverged(HalocError, ArithmeticError):
     """A loss, a weight or a logit is no longer finite."""
 
