@@ -221,11 +221,7 @@ def compress_model(
         True
     """
     call = _call(locals())
-    if not 0 < budget <= 1:
-        expected = "expected a share of the original's cost, above 0 to 1"
-        raise ValueError(f"budget: {expected}, found {budget}")
-    if check not in get_args(Check):
-        raise ValueError(f"check: {expected_one_of(get_args(Check), check)}")
+    _check_budget(budget, check)
     recipe = recipe or Recipe(epochs=epochs, lr=0.02, schedule="onecycle")
     asked = bool(search_options) or search_recipe is not None
     rule = rule or ("search" if asked else "sensitivity-knapsack")
@@ -312,6 +308,15 @@ def _call(given: Mapping[str, Any]) -> str:
             text = f"CostTable.load({RunFolder('').costs.name!r})" if is_table else repr(value)
             words.append(f"{key}={text}")
     return f"compress_model({', '.join(words)})"
+
+
+def _check_budget(budget: float, check: str) -> None:
+    """Raise a ValueError for a budget that is no share, or an unknown check."""
+    if not 0 < budget <= 1:
+        expected = "expected a share of the original's cost, above 0 to 1"
+        raise ValueError(f"budget: {expected}, found {budget}")
+    if check not in get_args(Check):
+        raise ValueError(f"check: {expected_one_of(get_args(Check), check)}")
 
 
 def _check_same(named: nn.Module, plan: RankPlan, network: nn.Module) -> None:

@@ -109,39 +109,44 @@ class Verdict:
     @property
     def is_slower(self) -> bool:
         """Whether a network with low ranks is not faster than the original for certain."""
-        return self.share.low >= 1 and any(name != DENSE for name in self.plan.names.values())
+        return self.share.low >= 1 and not _is_dense(self.plan)
 
     @property
     def is_missed(self) -> bool:
         """Whether the budget is missed for certain, by more than measurements differ."""
         return self.is_slower or self.of_budget.low > TOLERANCE
 
-    def tighter(self, candidates: Mapping[str, Mapping[str, Any]]) -> Limit | None:
-        """Return the limit with a budget in its table that allows for the table's error.
+    def factor(self) -> float:
+        """Return the table's error: how many times its costs the plan's low ranks take.
 
-        The error is learned as one factor on what low ranks save: where the table has a share of s
-        and the clock m, they save (1 - m) / (1 - s) times what the table says.
+        It is the one factor on these costs with which the table has the network's share as timed.
+        """
+        costs, names = self.limit.costs, self.plan.names
+        low = math.fsum(costs.costs[x][name] for x, name in names.items() if name != DENSE)
+        if not low:
+            return 1.0
+        return 1 + (self.share.middle * costs.original - costs.total(names)) / low
+
+    def tighter(self, factor: float, candidates: Mapping[str, Mapping[str, Any]]) -> Limit:
+        """Return the limit in a table whose low ranks cost ``factor`` times as much.
+
+        Its budget is the one that was asked for; where no network is within it, that of the
+        cheapest one.
 
         Args:
+            factor: see `factor`.
             candidates: layer name to the names of its candidates.
-
-        Returns:
-            The limit; that of the cheapest network, where no network is within the budget with
-            that error; None if the plan is the cheapest already.
         """
-        costs = self.limit.costs
-        cost, original = costs.total(self.plan.names), costs.original
-        least = costs.total({**self.plan.names, **cheapest(candidates, costs)})
-        if cost <= least:
-            return None
-        asked = self.share.middle / self.of_budget.middle
-        saved, by_table = 1 - self.share.middle, 1 - cost / original
-        budget = least
-        if saved > 0 and by_table > 0:
-            budget = (1 - (1 - asked) * by_table / saved) * original
-        # A plan may leave some of its budget unused: below its cost there is another one.
-        below = math.nextafter(cost, 0.0)
-        return replace(self.limit, budget=max(least, min(budget, below)))
+        table = self.limit.costs
+        rows = {
+            layer: {name: cost * (1.0 if name == DENSE else factor) for name, cost in row.items()}
+            for layer, row in table.costs.items()
+        }
+        costs = replace(table, costs=rows)
+        asked = self.share.middle / self.of_budget.middle * table.original
+        return replace(
+            self.limit, costs=costs, budget=max(asked, costs.total(cheapest(candidates, costs)))
+        )
 
     def facts(self) -> dict[str, float]:
         """Return the figures for the reader of the plan."""
@@ -178,10 +183,11 @@ def keep_promise(
 ) -> RankPlan:
     """Make a plan whose network, timed as a whole and not yet trained, keeps its latency budget.
 
-    A plan that is over the budget is made again for a budget in the cost table that allows for the
-    table's error, three times at most. Only what is certain counts: the whole confidence interval
-    is above the budget. Limits in other metrics, and of other devices, are left to their tables. A
-    table that does not say its device is not trusted to be this one's: then nothing is refused.
+    A plan that is over the budget is made again, three times at most, by a table that is corrected
+    by its error so far: a factor on the costs of low ranks. Only what is certain counts: the whole
+    confidence interval is above the budget. Limits in other metrics, and of other devices, are left
+    to their tables. A table that does not say its device is not trusted to be this one's: then
+    nothing is refused.
 
     Args:
         limits: what the whole network may cost; every one holds.
@@ -206,26 +212,33 @@ def keep_promise(
     here = [i for i, limit in enumerate(limits) if _is_of(limit, device)]
     if check == "off" or not here:
         return plan
-    tightened, tries = list(limits), 0
+    tightened, factors = list(limits), dict.fromkeys(here, 1.0)
     tried: list[tuple[RankPlan, list[Verdict]]] = []
     while True:
         rounds = clock(plan)
         verdicts = [Verdict.of(limits[i], plan, rounds) for i in here]
-        tried.append((_as_asked(plan, limits, tightened, verdicts), verdicts))
-        for i, verdict in zip(here, verdicts, strict=True):
+        tried.append((_as_asked(plan, limits, verdicts[0], factors[here[0]]), verdicts))
+        for verdict in verdicts:
             logger.info("%s: %s", METRIC, verdict)
-            if verdict.is_over or verdict.is_slower:
-                tightened[i] = verdict.tighter(candidates) or tightened[i]
-        if tries == _TRIES or not any(each.is_over or each.is_slower for each in verdicts):
+        if len(tried) > _TRIES or not any(each.is_over or each.is_slower for each in verdicts):
             break
+        for i, verdict in zip(here, verdicts, strict=True):
+            if verdict.is_over or verdict.is_slower:
+                factors[i] = max(factors[i], verdict.factor())
+                tightened[i] = verdict.tighter(factors[i], candidates)
         try:
             again = make_plan(tightened)
         except InfeasibleBudget:  # together with the other limits
             break
-        if again.ranks == plan.ranks:
+        asked = min(each.share.middle / each.of_budget.middle for each in verdicts)
+        if again.ranks == plan.ranks or (_is_dense(again) and asked < 1):
             break
-        plan, tries = again, tries + 1
-        logger.info("%s: the plan is made again for a tighter budget, %s", METRIC, tightened[0])
+        logger.info(
+            "%s: a tighter plan: low ranks take %.3g times their costs in the table",
+            METRIC,
+            max(factors.values()),
+        )
+        plan = again
     plan, verdicts = min(tried, key=lambda each: max(v.of_budget.middle for v in each[1]))
     _warn_of_drift(verdicts[0])
     for i, verdict in zip(here, verdicts, strict=True):
@@ -267,6 +280,11 @@ def time_rounds(
     return rounds
 
 
+def _is_dense(plan: RankPlan) -> bool:
+    """Tell whether a plan leaves the original network as it is."""
+    return all(rank is None for rank in plan.ranks.values())
+
+
 def _is_narrow(rounds: Rounds) -> bool:
     share = Interval.of([planned / original for original, planned in rounds])
     return share.high / share.low <= (1 + _NARROW) ** 2
@@ -277,29 +295,17 @@ def _is_of(limit: Limit, device: str) -> bool:
     return limit.costs.metric == METRIC and limit.costs.identity.get("device", device) == device
 
 
-def _as_asked(
-    plan: RankPlan, limits: Sequence[Limit], tightened: Sequence[Limit], verdicts: list[Verdict]
-) -> RankPlan:
-    """Return a plan whose facts have the budgets that were asked for, and what was measured."""
-    first, *others = limits
+def _as_asked(plan: RankPlan, limits: Sequence[Limit], verdict: Verdict, factor: float) -> RankPlan:
+    """Return a plan with the facts of the limits that were asked for, and what was measured."""
+    first, *others = (limit.facts(plan.names) for limit in limits)
     told = plan.chosen_by.get("also", [])
     facts = {
         **plan.chosen_by,
-        "budget": first.budget,
-        "also": [{**f, "budget": x.budget} for f, x in zip(told, others, strict=True)],
-        "timed": {
-            **verdicts[0].facts(),
-            "table_budget": _table_budget(verdicts[0], limits, tightened),
-        },
+        **first,
+        "also": [{**before, **now} for before, now in zip(told, others, strict=True)],
+        "timed": {**verdict.facts(), "table_factor": factor},
     }
     return RankPlan(plan.ranks, facts)
-
-
-def _table_budget(verdict: Verdict, limits: Sequence[Limit], tightened: Sequence[Limit]) -> float:
-    """Return the budget in the table that the plan was made for."""
-    return next(
-        now.budget for limit, now in zip(limits, tightened, strict=True) if limit is verdict.limit
-    )
 
 
 def _warn_of_drift(verdict: Verdict) -> None:
