@@ -397,6 +397,7 @@ def _refuse_unless_met(
             f"budget: {limit} is below the cheapest network{beside}, {cost}"
             f", which is {fraction} of the original"
             f"{_kept_as_it_is(limit, cheapest_choice, left_alone)}"
+            f"{''.join(f'; the table is doubtful: {doubt}' for doubt in limit.costs.doubts()[:1])}"
         )
 
 

@@ -16,8 +16,8 @@ from torch import nn
 from nni_haloc.chain.exporting import OnnxNetwork, export_onnx, quantize_onnx
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.device.measure import time_together
-from nni_haloc.costs.device.measured_file import spread
 from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
+from nni_haloc.costs.device.quality import spread
 from nni_haloc.costs.device.runtime import Run, Runtime, check_threads
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
 from nni_haloc.inputs.schema.values import MOST

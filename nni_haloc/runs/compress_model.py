@@ -32,6 +32,7 @@ from nni_haloc.plan.rules.problem import Problem
 from nni_haloc.runs.folder import Figures, RunFolder, hold
 from nni_haloc.runs.hub import push_to_hub
 from nni_haloc.runs.kept import measured_of_budget
+from nni_haloc.runs.limits import check_table
 from nni_haloc.runs.plausibility import guessing, warn_of_doubts
 from nni_haloc.runs.promise import Check, Rounds, keep_promise, time_rounds
 from nni_haloc.runs.saved import save
@@ -253,6 +254,7 @@ def compress_model(
             batch = example if metric in MEASURED else images[:1]
             make = _known(PREDICTORS, "metric", metric).table
             costs = make(original, batch, allowed, timing, lambda done, of: None)
+        check_table(costs)
         here = timing.identity().get("device") or hardware(device)
         limit = Limit.of(costs, budget)
         promise = _Promise(original, tuple(example.shape), timing, here, check)
