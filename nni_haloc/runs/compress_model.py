@@ -198,7 +198,7 @@ def compress_model(
         calibration_images: training images for decomposition, sensitivities and blocks.
         check: what becomes of a plan that misses a latency budget when its network, untrained, is
             timed as a whole, after up to three tighter plans: ``refuse`` raises `BudgetMissed`,
-            ``warn`` goes on, ``off`` does not time it.
+            ``warn`` goes on, ``skip`` does not time it.
         seed: of path sampling and shuffling.
         verbose: whether to show progress bars.
         search_options: further options of `nni_haloc.Haloc`.

@@ -22,7 +22,7 @@ from nni_haloc.space.names import DENSE
 from nni_haloc.utils.errors import BudgetMissed, InfeasibleBudget
 from nni_haloc.utils.log import logger
 
-Check = Literal["refuse", "warn", "off"]
+Check = Literal["refuse", "warn", "skip"]
 Rounds = Sequence[tuple[float, float]]
 """Milliseconds of the original and of the planned network in each round of a measurement."""
 METRIC = "latency_ms"
@@ -195,7 +195,7 @@ def keep_promise(
         candidates: layer name to the names of its candidates.
         clock: times a plan's network and the original in alternation.
         device: this device, by the name that cost tables have for it.
-        check: what becomes of a plan that misses its budget: ``refuse``, ``warn``, or ``off`` (no
+        check: what becomes of a plan that misses its budget: ``refuse``, ``warn``, or ``skip`` (no
             network is timed).
         where: says where the plan is kept, for the message of a refusal.
 
@@ -210,7 +210,7 @@ def keep_promise(
     """
     plan = make_plan(limits)
     here = [i for i, limit in enumerate(limits) if _is_of(limit, device)]
-    if check == "off" or not here:
+    if check == "skip" or not here:
         return plan
     tightened, factors = list(limits), dict.fromkeys(here, 1.0)
     tried: list[tuple[RankPlan, list[Verdict]]] = []

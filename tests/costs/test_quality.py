@@ -369,7 +369,7 @@ def test_one_call_doubts_the_table_that_it_is_given(net, images, warned):
     counted = mac_table(net, images[:1], allowed)
     fixed = 20 * counted.original
     costs = CostTable("latency_ms", counted.costs, fixed, quality={"fixed_share": 0.95})
-    options = {"costs": costs, "allowed": allowed, "epochs": 0, "check": "off"}
+    options = {"costs": costs, "allowed": allowed, "epochs": 0, "check": "skip"}
     compress_model(net, DataLoader(images, 16), budget=0.99, **options)
     assert any("are fixed, so that no budget below 0.95" in line for line in warned())
 

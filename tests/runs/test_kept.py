@@ -122,7 +122,7 @@ def digits_table(path, metric, total, **identity):
 
 def changes(table, **others):
     section = {"cost.metric": "latency_ms", "cost.table": str(table), "cost.batch_size": 4}
-    return SHORT | section | {"budget.fraction": 0.5, "budget.check": "off"} | others
+    return SHORT | section | {"budget.fraction": 0.5, "budget.check": "skip"} | others
 
 
 def test_a_run_by_a_table_that_is_wrong_says_so_everywhere(tmp_path, warnings, capsys):
@@ -198,7 +198,7 @@ def test_one_call_says_it_too(net, images, warnings, total, warned):
     costs = {x: {c: v * scale for c, v in row.items()} for x, row in counted.costs.items()}
     table = CostTable("latency_ms", costs, counted.fixed * scale)
     result = compress_model(
-        net, loader, budget=0.6, costs=table, allowed=allowed, epochs=0, check="off"
+        net, loader, budget=0.6, costs=table, allowed=allowed, epochs=0, check="skip"
     )
     figures = result.metrics["compressed"]
     share = figures["latency_ms"] / (0.6 * table.original)
@@ -227,6 +227,6 @@ def test_a_latency_of_zero_is_one_and_no_reason_to_measure_energy(net, images, m
     table = CostTable("latency_ms", counted.costs, counted.fixed)
     loader = DataLoader(TensorDataset(images, torch.zeros(64, dtype=torch.long)), 16)
     result = compress_model(
-        net, loader, budget=0.6, costs=table, allowed=allowed, epochs=0, check="off"
+        net, loader, budget=0.6, costs=table, allowed=allowed, epochs=0, check="skip"
     )
     assert result.metrics["compressed"]["latency_ms_of_budget"] == 0.0

@@ -184,7 +184,7 @@ def test_the_kept_plan_runs_all_the_same_when_it_is_given(set_clock, tmp_path, t
     ("settings", "warned", "timed_before"),
     [
         ({"budget.check": "warn"}, True, True),
-        ({"budget.check": "off"}, False, False),
+        ({"budget.check": "skip"}, False, False),
         ({"device": "another"}, False, False),
     ],
 )
@@ -256,7 +256,7 @@ def test_one_call_promises_the_same(net, images, labels, set_clock, low_rank, re
 
 
 def test_one_call_says_which_checks_there_are(net, images):
-    with pytest.raises(ValueError, match="check: expected one of refuse, warn, off, found 'ask'"):
+    with pytest.raises(ValueError, match="check: expected one of refuse, warn, skip, found 'ask'"):
         compress_model(net, DataLoader(images, 16), check="ask")
 
 

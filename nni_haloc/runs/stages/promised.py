@@ -44,9 +44,9 @@ def promised_plan(
     """
     check: Check = job.config.budget.check
     trainer = job.config.trainer
-    if check != "off" and (trainer.devices * trainer.num_nodes > 1 or start_together()):
+    if check != "skip" and (trainer.devices * trainer.num_nodes > 1 or start_together()):
         logger.info("budget.check: the planned network is not timed where several processes train")
-        check = "off"
+        check = "skip"
     if check == "refuse" and not refusable:
         check = "warn"
     shape = tuple(latency_input(job.config, job.example).shape)
