@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from nni_haloc.training.recipe import Recipe
     from nni_haloc.training.reconstruction import reconstruct_blocks
     from nni_haloc.utils.errors import (
+        BudgetMissed,
         DataError,
         Diverged,
         HalocError,
@@ -121,6 +122,7 @@ _HOMES = {
     "training.recipe": ("Recipe",),
     "training.reconstruction": ("reconstruct_blocks",),
     "utils.errors": (
+        "BudgetMissed",
         "DataError",
         "Diverged",
         "HalocError",

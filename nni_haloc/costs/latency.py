@@ -82,7 +82,12 @@ def measured_table(
     spec = runtime.prepare(specify(model, example_input, allowed, program=False), model)
     state = measure(spec, runtime, None, timing, progress, metric=metric)
     return CostTable(
-        state["metric"], state["costs"], state["fixed"], state["identity"], state["spread"]
+        state["metric"],
+        state["costs"],
+        state["fixed"],
+        state["identity"],
+        state.get("spread", {}),
+        state["quality"],
     )
 
 

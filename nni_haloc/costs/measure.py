@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from nni_haloc.costs.device.costs_file import MEASURED
 from nni_haloc.costs.device.measure import measure
 from nni_haloc.costs.device.measured_file import merge, refuse_to_overwrite
+from nni_haloc.costs.device.quality import doubts_about
 from nni_haloc.costs.device.runtime import Runtime, Timing, check_threads, make_runtime
 from nni_haloc.costs.device.spec import Specification, draw, share
 from nni_haloc.utils.errors import first_line, printable, reason_of
 from nni_haloc.utils.files import write_json
 from nni_haloc.utils.interruption import stoppable
+from nni_haloc.utils.log import logger
 from nni_haloc.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -104,7 +106,13 @@ def measure_parser() -> Parser:
         default=Timing.where,
         help="Measure layers alone, or in-place: in the network.",
     )
-    add("--rounds", type=int, metavar="N", default=Timing.rounds, help="Passes over all entries.")
+    add(
+        "--rounds",
+        type=int,
+        metavar="N",
+        default=Timing.rounds,
+        help="Passes over all entries; from 3 on, up to 3 N until the error is below 2 %%.",
+    )
     add(
         "--min-run-time",
         type=float,
@@ -145,6 +153,10 @@ def measure_main(arguments: Sequence[str] | None = None) -> int:
     options = measure_parser().parse_args(arguments)
     content = _merged(options) if options.merge else _measured(options)
     write_json(options.out, content)
+    if "costs" in content:
+        metric, costs, fixed = (content[key] for key in ("metric", "costs", "fixed"))
+        for doubt in doubts_about(metric, costs, fixed, content["quality"]):
+            logger.warning("%s: %s", options.out, doubt)
     entries = sum(len(row) for row in content["runs"].values())
     print(
         json.dumps(_facts(options.out, content, entries), indent=2)
@@ -382,24 +394,27 @@ def _part(text: str) -> tuple[int, int]:
 
 def _facts(out: Path, content: dict[str, Any], entries: int) -> dict[str, Any]:
     """Return what ``--json`` prints: file, number of measured entries, cost of the network."""
-    facts = {key: content.get(key) for key in ("metric", "unit", "original")}
+    facts = {key: content.get(key) for key in ("metric", "unit", "original", "quality")}
     return {"file": str(out), "entries": entries, "spread": _spread(content), **facts}
 
 
 def _spread(content: dict[str, Any]) -> float | None:
-    """Return the median relative spread of the entries; None for one worker's part."""
-    if "costs" not in content:
-        return None
-    spread = sorted(value for row in content["spread"].values() for value in row.values())
-    return spread[len(spread) // 2]
+    """Return the median relative spread; None for one worker's part and after a single round."""
+    spread: float | None = content.get("quality", {}).get("spread")
+    return spread
 
 
 def _summary(content: dict[str, Any]) -> str:
-    spread = _spread(content)
-    if spread is None:
+    if "costs" not in content:
         return "this worker's share is measured; `haloc measure --merge` makes the table"
     original = f"the network takes {content['original']:.4g} {MEASURED[content['metric']]}"
-    return f"{original}; median spread of an entry {100 * spread:.1f} %"
+    spread, error = _spread(content), content["quality"].get("standard_error")
+    if spread is None or error is None:
+        return f"{original}; measured in one round, so that its error is unknown"
+    return (
+        f"{original}; median spread of an entry {100 * spread:.1f} %, standard error of a whole "
+        f"network {100 * error:.1f} %"
+    )
 
 
 def main() -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from nni_haloc.costs.device.costs_file import (
     LARGEST,
+    MEASURED,
     MOST_BYTES,
     costs_content,
     read_costs,
     unit_of,
 )
+from nni_haloc.costs.device.quality import doubts_about, quality_of
 from nni_haloc.space.names import DENSE, Rank
 from nni_haloc.utils.errors import brief
 from nni_haloc.utils.files import is_number, read_text, write_json
@@ -35,6 +37,7 @@ class CostTable:
             versions, ...); two tables are comparable only where it agrees.
         spread: for measured costs, how far the single times lie apart (interquartile range over
             median).
+        quality: for measured costs, how far they can be trusted (`nni_haloc.costs.device.quality`).
 
     Raises:
         ValueError: if a cost is not positive, or a layer has no dense candidate.
@@ -45,6 +48,7 @@ class CostTable:
     fixed: float
     identity: Mapping[str, Any] = field(default_factory=dict)
     spread: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    quality: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         unit_of(self.metric)
@@ -60,6 +64,12 @@ class CostTable:
         if not (is_number(self.fixed) and 0 <= self.fixed <= LARGEST):
             expected = f"expected {_range(self.fixed, 'a number >= 0')}"
             raise ValueError(f"fixed cost: {expected}, found {brief(self.fixed)}")
+        self._check_facts()
+        floats = {layer: {c: float(x) for c, x in row.items()} for layer, row in self.costs.items()}
+        object.__setattr__(self, "costs", floats)  # the file of a user may have integers
+
+    def _check_facts(self) -> None:
+        """Raise ValueError for a spread below 0, or a figure of the quality that is no number."""
         for layer, row in self.spread.items():
             for candidate, share in row.items():
                 if not (is_number(share) and share >= 0):
@@ -67,8 +77,9 @@ class CostTable:
                         f"spread: layer {layer!r}, candidate {candidate!r}: "
                         f"expected a number >= 0, found {brief(share)}"
                     )
-        floats = {layer: {c: float(x) for c, x in row.items()} for layer, row in self.costs.items()}
-        object.__setattr__(self, "costs", floats)  # the file of a user may have integers
+        for name, figure in self.quality.items():
+            if not is_number(figure):
+                raise ValueError(f"quality: {name}: expected a number, found {brief(figure)}")
 
     @property
     def original(self) -> float:
@@ -102,6 +113,12 @@ class CostTable:
             The fixed cost, then the cost of each layer, in the metric's unit.
         """
         return [self.fixed, *(row[choice.get(layer, DENSE)] for layer, row in self.costs.items())]
+
+    def doubts(self) -> list[str]:
+        """Say what makes a measured table doubtful, each with its numbers and the remedy."""
+        if self.metric not in MEASURED:
+            return []
+        return doubts_about(self.metric, self.costs, self.fixed, dict(self.quality))
 
     def restrict(
         self, candidates: Mapping[str, Mapping[str, Any]]
@@ -146,7 +163,10 @@ class CostTable:
             OSError: if it can't be written.
         """
         write_json(
-            path, costs_content(self.metric, self.identity, self.fixed, self.costs, self.spread)
+            path,
+            costs_content(
+                self.metric, self.identity, self.fixed, self.costs, self.spread, self.quality
+            ),
         )
 
     @classmethod
@@ -175,17 +195,25 @@ class CostTable:
             if not isinstance(content.get("identity", {}), Mapping):
                 raise ValueError(f"identity: expected a mapping, found {content['identity']!r}")
             rows = {layer: dict(row) for layer, row in content["costs"].items()}
-            return cls(
+            table = cls(
                 content["metric"],
                 rows,
                 content["fixed"],
                 content.get("identity", {}),
                 content.get("spread", {}),
             )
+            return replace(table, quality=_quality(content))
         except KeyError as error:
             raise ValueError(f"{path}: {error.args[0]}: missing") from None
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def _quality(content: Mapping[str, Any]) -> Mapping[str, float]:
+    """Return the figures of a measured table; files of earlier versions hold what they are of."""
+    if "quality" in content:
+        return dict(content["quality"])
+    return quality_of(content) if content["metric"] in MEASURED and "runs" in content else {}
 
 
 def _range(cost: Any, kind: str) -> str:

@@ -63,12 +63,12 @@ class Limit:
     Attributes:
         costs: the table.
         budget: the limit, in the table's unit.
-        is_share: whether it was given as a fraction of the original's cost; for messages.
+        fraction: the limit as a fraction of the original's cost, where it was given as one.
     """
 
     costs: CostTable
     budget: float
-    is_share: bool = False
+    fraction: float | None = None
 
     @classmethod
     def of(
@@ -98,7 +98,7 @@ class Limit:
                     "budget: expected a fraction of the original's cost, above 0 to 1, found"
                     f" {fraction}; for a number of {costs.metric} use {name}"
                 )
-            return cls(costs, fraction * costs.original, is_share=True)
+            return cls(costs, fraction * costs.original, fraction)
         if absolute is not None and fraction is None:
             if not 0 < absolute < math.inf:
                 raise ValueError(
@@ -396,7 +396,8 @@ def _refuse_unless_met(
         raise InfeasibleBudget(
             f"budget: {budget} is below the cheapest network{beside}, {cost}"
             f", {share} of the original's",
-            f"{_remedy(limit, least)}{_kept_as_it_is(limit, cheapest_choice, left_alone)}",
+            f"{_remedy(limit, least)}{_kept_as_it_is(limit, cheapest_choice, left_alone)}"
+            f"{''.join(f'; the table is doubtful: {doubt}' for doubt in limit.costs.doubts()[:1])}",
             costs=limit.costs,
             least=least,
             first=first,
@@ -415,7 +416,7 @@ def _told_apart(budget: float, least: float, metric: str) -> tuple[str, str]:
 def _remedy(limit: Limit, least: float) -> str:
     """Say which budget is enough, and what makes a latency's share of the layers larger."""
     original = limit.costs.original
-    if not limit.is_share:
+    if limit.fraction is None:
         remedy = f"set absolute: {_rounded_up(least, 1.0, 3)} or more"
     elif least <= original:
         remedy = f"set {_rounded_up(least, original, 2)} or more"

@@ -15,7 +15,7 @@ from torch import nn
 
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.device.measure import time_together
-from nni_haloc.costs.device.measured_file import spread
+from nni_haloc.costs.device.quality import spread
 from nni_haloc.costs.device.runtime import Deployed, Run, Runtime, check_threads, make_runtime
 from nni_haloc.inputs.registries import RUNTIMES
 from nni_haloc.inputs.schema.cost import Cost

@@ -37,8 +37,10 @@ _COLUMNS = {
     "macs": "MACs",
     "params": "parameters",
     "bytes": "file of weights",
+    "measured_share": "latency, of the original",
     "latency_ms_of_budget": "latency, of the budget",
     "energy_mj_of_budget": "energy, of the budget",
+    "budget_met": "budget met",
 }
 """Figures of the table of networks, and their headings."""
 _FIRST_ROWS = ("original", STAGES[RESULT].title)
@@ -208,8 +210,10 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 def _cell(key: str, value: float) -> str:
     if key in ("top1", "top5"):
         return percent(value, 2)
-    if key in OF_BUDGET.values():
+    if key in (*OF_BUDGET.values(), "measured_share"):
         return percent(value)
+    if key == "budget_met":
+        return "yes" if value else "no"
     if key == "bytes":
         return f"{value / 1000:,.1f} kB"
     return f"{value:,.0f}" if key in ("macs", "params") else f"{value:.4g}"

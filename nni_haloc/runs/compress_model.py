@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pytorch_lightning import seed_everything
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from nni_haloc.costs.analytic import COUNTED
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.device.costs_file import MEASURED
+from nni_haloc.costs.device.runtime import Runtime
 from nni_haloc.costs.device.torch_runtime import hardware
 from nni_haloc.costs.latency import measure_energy, measure_latency
 from nni_haloc.costs.table import CostTable, worthwhile
@@ -25,7 +26,7 @@ from nni_haloc.inputs.labels import check_labels
 from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.registries import PREDICTORS, RULES, RUNTIMES
 from nni_haloc.inputs.schema.search import SearchOptions
-from nni_haloc.plan.budget import Limit
+from nni_haloc.plan.budget import Limit, choose
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules import plan as plan_by_rule
@@ -33,7 +34,9 @@ from nni_haloc.plan.rules.problem import Problem
 from nni_haloc.runs.folder import Figures, RunFolder, hold
 from nni_haloc.runs.hub import push_to_hub
 from nni_haloc.runs.kept import measured_of_budget
+from nni_haloc.runs.limits import check_table
 from nni_haloc.runs.plausibility import guessing, warn_of_doubts
+from nni_haloc.runs.promise import Check, Rounds, keep_promise, time_rounds
 from nni_haloc.runs.saved import save
 from nni_haloc.runs.summary import cost_line, summary_line, summary_text
 from nni_haloc.search.evaluator import Classification
@@ -69,8 +72,9 @@ class Compressed:
         metrics: figures of ``original`` and ``compressed``: ``macs`` (for one image), ``params``,
             ``latency_ms`` and, where labels are at hand, ``top1`` on the validation loader. Of the
             original also what that is judged by: ``images``, and ``chance``, the top-1 of guesses;
-            of ``compressed`` also ``latency_ms_of_budget``, where latency is the budget: what it
-            really takes, divided by the budget.
+            of ``compressed``, where latency is the budget, also ``latency_ms_of_budget``: what it
+            really takes, divided by the budget; ``measured_share``: the same divided by the
+            original's latency; and ``budget_met``: 1 or 0.
         timing: what latencies were measured with: runtime, device, threads, shape of the input, ...
         call: the call of `compress_model` that made it, as Python is written.
     """
@@ -166,6 +170,7 @@ def compress_model(
     runtime: str = "torch",
     device: str = "cpu",
     calibration_images: int = 512,
+    check: Check = "refuse",
     seed: int = 0,
     verbose: bool = False,
     **search_options: Any,
@@ -198,6 +203,9 @@ def compress_model(
         device: what latency is measured on, by torch's name: ``cpu``, ``cuda``, ... Training takes
             the CUDA device, if there is one, in any case.
         calibration_images: training images for decomposition, sensitivities and blocks.
+        check: what becomes of a plan that misses a latency budget when its network, untrained, is
+            timed as a whole, after up to three tighter plans: ``refuse`` raises `BudgetMissed`,
+            ``warn`` goes on, ``skip`` does not time it.
         seed: of path sampling and shuffling.
         verbose: whether to log what is done to standard error, as `haloc run` does, and to show
             progress bars.
@@ -209,6 +217,7 @@ def compress_model(
     Raises:
         DataError: if labels are not classes of the network's outputs.
         InfeasibleBudget: if no network of the rank space fits the budget; names the cheapest cost.
+        BudgetMissed: if the plan's network misses its latency budget; the error has the ``plan``.
         ValueError: if nothing in the model can be searched, or labels are missing to train with.
         Diverged: if the search or the fine-tuning diverges.
 
@@ -222,9 +231,7 @@ def compress_model(
     """
     call = _call(locals())
     _check_arguments(model, train_loader, val_loader, device, search_options)
-    if not 0 < budget <= 1:
-        expected = "expected a share of the original's cost, above 0 to 1"
-        raise ValueError(f"budget: {expected}, found {budget}")
+    _check_budget(budget, check)
     recipe = recipe or Recipe(epochs=epochs, lr=0.02, schedule="onecycle")
     asked = bool(search_options) or search_recipe is not None
     rule = rule or ("search" if asked else "sensitivity-knapsack")
@@ -259,7 +266,11 @@ def compress_model(
             doing = "measuring" if metric in MEASURED else "computing"
             logger.info("%s %s of every candidate", doing, metric)
             costs = make(original, batch, allowed, timing, lambda done, of: None)
-        task = _Task(original, images, labels, train_loader, Limit.of(costs, budget), allowed, seed)
+        check_table(costs)
+        here = timing.identity().get("device") or hardware(device)
+        limit = Limit.of(costs, budget)
+        promise = _Promise(original, tuple(example.shape), timing, here, check)
+        task = _Task(original, images, labels, train_loader, limit, allowed, seed, promise)
         logger.info("choosing ranks: %s, %d calibration images", rule, len(images))
         if rule == "search":
             how = search_recipe or Recipe(epochs=1, lr=0.02, schedule="constant")
@@ -285,11 +296,12 @@ def compress_model(
             metrics[name]["latency_ms"] = latency
         known = {"latency_ms": metrics["compressed"]["latency_ms"]}
         metrics["compressed"] |= measured_of_budget(
-            [(task.limit.facts(plan.names), costs.identity)],
-            timing.identity().get("device") or hardware(device),
+            [({**limit.facts(plan.names), "fraction": budget}, costs.identity)],
+            here,
             lambda metric: (
                 known[metric] if metric in known else measure_energy(network, example, timing)
             ),
+            {"latency_ms": metrics["original"]["latency_ms"]},
         )
         logger.info("compressed: %s", summary_line(metrics["compressed"]))
     measured = {**timing.identity(), "input": list(example.shape)}
@@ -341,6 +353,15 @@ def _call(given: Mapping[str, Any]) -> str:
     return f"compress_model({', '.join(words)})"
 
 
+def _check_budget(budget: float, check: str) -> None:
+    """Raise a ValueError for a budget that is no share, or an unknown check."""
+    if not 0 < budget <= 1:
+        expected = "expected a share of the original's cost, above 0 to 1"
+        raise ValueError(f"budget: {expected}, found {budget}")
+    if check not in get_args(Check):
+        raise ValueError(f"check: {expected_one_of(get_args(Check), check)}")
+
+
 def _check_same(named: nn.Module, plan: RankPlan, network: nn.Module) -> None:
     """Raise a ValueError unless the plan makes a network like ``network`` of ``named``."""
     try:
@@ -357,6 +378,33 @@ def _ranks_for(rule: str, counted: bool) -> AllowedRanks:
 
 
 @dataclass(frozen=True)
+class _Promise:
+    """What is needed to time a planned network beside the original."""
+
+    model: nn.Module
+    shape: tuple[int, ...]
+    runtime: Runtime
+    device: str
+    check: Check
+
+    def plan(
+        self,
+        limit: Limit,
+        make_plan: Callable[[Sequence[Limit]], RankPlan],
+        candidates: Mapping[str, Mapping[str, Any]],
+    ) -> RankPlan:
+        """Make a plan whose network, untrained, keeps its latency budget; see `keep_promise`."""
+
+        def clock(plan: RankPlan) -> Rounds:
+            with isolated_random_states():
+                planned = restructure(self.model, plan)
+                return time_rounds(self.model, planned, self.shape, self.runtime)
+
+        where = "; the error's attribute 'plan' has the ranks"
+        return keep_promise([limit], make_plan, candidates, clock, self.device, self.check, where)
+
+
+@dataclass(frozen=True)
 class _Task:
     """A network, the data to choose its ranks by, and the limit on its cost."""
 
@@ -367,6 +415,7 @@ class _Task:
     limit: Limit
     allowed: AllowedRanks
     seed: int
+    promise: _Promise
 
     def search(
         self, val: Any, recipe: Recipe, verbose: bool, options: Mapping[str, Any]
@@ -374,10 +423,18 @@ class _Task:
         """Choose ranks by the search; return the plan, and its network with searched weights."""
         space = RankSpace(self.model, self.images[:1], self.limit.costs, self.allowed, self.images)
         start = space.sensitivities(self.images)
+
+        def first_plan(limits: Sequence[Limit]) -> RankPlan:
+            choice = choose(start, limits)
+            return RankPlan({x: space.candidates[x][name] for x, name in choice.items()})
+
+        self.promise.plan(self.limit, first_plan, space.candidates)  # before the search is paid for
         strategy = Haloc([self.limit], start=start, seed=self.seed, **options)
         evaluator = Classification(self.train, val, recipe, enable_progress_bar=verbose)
         run_search(space, evaluator, strategy)
-        plan = strategy.plan()
+        plan = self.promise.plan(
+            self.limit, lambda limits: strategy.plan(limits=limits), space.candidates
+        )
         return plan, strategy.network(plan)
 
     def apply_rule(self, rule: str) -> tuple[RankPlan, nn.Module]:
@@ -400,7 +457,13 @@ class _Task:
             train=self.train,
             left_alone=left_alone,
         )
-        plan = plan_by_rule(problem, rule)
+
+        def make(limits: Sequence[Limit]) -> RankPlan:
+            return plan_by_rule(
+                problem if limits[0] is self.limit else problem.within(limits), rule
+            )
+
+        plan = self.promise.plan(self.limit, make, kept)
         return plan, problem.network(plan.names)
 
 

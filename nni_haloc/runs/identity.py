@@ -15,7 +15,11 @@ VERSION = 2
 
 _WHOLE_SECTIONS = ("finetune", "prune", "quantize", "train")
 _SETTINGS = ("scale", "recalibration_batches", "threads")
-_KEYS = {"data": {"workers", "score", "download"}, "search": {"tensorboard"}}
+_KEYS = {
+    "budget": {"check"},
+    "data": {"workers", "score", "download"},
+    "search": {"tensorboard"},
+}
 """Settings that the state of a search does not depend on."""
 
 

@@ -12,31 +12,38 @@ from nni_haloc.utils.log import logger
 
 OF_BUDGET = {metric: f"{metric}_of_budget" for metric in MEASURED}
 """The figure of each measured metric: the network's measured cost, divided by the budget."""
-_MOST = 1.05
-"""Above this the budget counts as not kept: two measurements of one network differ by less."""
+TOLERANCE = 1.03
+"""Up to this share of it the budget counts as met: two measurements of one network differ so."""
 
 
 def measured_of_budget(
     limits: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]],
     device: str,
     measure: Callable[[str], float],
+    original: Mapping[str, float] | None = None,
 ) -> Figures:
     """Measure the finished network in the metric of each limit; divide by the budget.
 
-    A budget is kept by the cost table, which may be wrong: then this is the figure that says so. It
-    is a warning above 1.05. A limit of another device can't be looked at here, and has no figure.
+    A budget is kept by the cost table, which may be wrong: then these are the figures that say so.
+    Above 1.03 it is a warning. A limit of another device can't be looked at here: no figure.
 
     Args:
-        limits: what a plan says of each limit (`nni_haloc.plan.budget.Limit.facts`), and the
-            identity of the limit's cost table.
+        limits: what a plan says of each limit (`nni_haloc.plan.budget.Limit.facts`), with its
+            ``fraction`` where the budget is one of the original's cost, and the identity of the
+            limit's cost table.
         device: this device, by the name that identities have for it.
         measure: returns the finished network's cost in a metric, for the batch of the tables.
+        original: the original's cost by metric, as far as it was measured beside the network's.
 
     Returns:
         ``latency_ms_of_budget``, ``energy_mj_of_budget``, as far as there are such limits: 1 is the
-        budget itself. Of two limits in one metric it is the larger one.
+        budget itself. Of two limits in one metric it is the larger one. ``measured_share``, the
+        network's latency over the original's, where a limit is one of latency; and ``budget_met``,
+        1 if all of these limits are met, else 0. A fraction is met if that much of the original's
+        latency is, as it was measured beside the network's.
     """
     shares: Figures = {}
+    kept: list[bool] = []
     for facts, identity in limits:
         metric, budget = facts.get("metric"), facts.get("budget")
         if metric not in MEASURED or not budget:
@@ -51,9 +58,14 @@ def measured_of_budget(
             continue
         key = OF_BUDGET[metric]
         shares[key] = max(cost / budget, shares.get(key, 0.0))
-        if cost > _MOST * budget:
+        if cost > TOLERANCE * budget:
             _warn(metric, cost, facts)
-    return shares
+        beside, fraction = (original or {}).get(metric), facts.get("fraction")
+        if beside and metric == "latency_ms":
+            shares["measured_share"] = cost / beside
+        asked = fraction * beside if beside and fraction is not None else budget
+        kept.append(cost <= TOLERANCE * asked)
+    return {**shares, "budget_met": float(all(kept))} if kept else shares
 
 
 def _warn(metric: str, cost: float, facts: Mapping[str, Any]) -> None:

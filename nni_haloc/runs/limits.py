@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nni_haloc.costs.analytic import COUNTED
+from nni_haloc.costs.device.quality import is_useless
 from nni_haloc.costs.from_settings import cost_table, predictor_of
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import Config
@@ -17,8 +18,9 @@ from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.space.ranks import AllowedRanks
-from nni_haloc.utils.errors import UnusableCheckpoint
+from nni_haloc.utils.errors import SettingsError, UnusableCheckpoint
 from nni_haloc.utils.files import whole
+from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
 
 
@@ -33,6 +35,7 @@ def limits_of(
     limits = []
     for (key, cost, budget), path in zip(_sections(config), files, strict=True):
         table = cost_table(config, key, cost.metric, cost.table, model, example, allowed, path)
+        check_table(table, cost.table)
         limits.append(_limit(table, budget))
     if is_first():
         given = {config.cost.table, *(also.table for also in config.budget.also)}
@@ -40,6 +43,24 @@ def limits_of(
             if str(path) not in given:
                 limit.costs.save(path)
     return limits
+
+
+def check_table(table: CostTable, file: str | None = None) -> None:
+    """Warn of what makes a measured table doubtful; refuse one that says next to nothing.
+
+    Args:
+        table: the table.
+        file: where it comes from (None: it was measured just now).
+
+    Raises:
+        SettingsError: if its error is far too large; says the number and the remedy.
+    """
+    where = f"cost table {file}" if file else "cost table"
+    doubts = table.doubts()
+    if doubts and is_useless(dict(table.quality)):
+        raise SettingsError(f"{where}: {doubts[0]}")
+    for doubt in doubts:
+        logger.warning("%s: %s", where, doubt)
 
 
 def limits_at_hand(
@@ -67,7 +88,7 @@ def _sections(config: Config) -> list[tuple[str, Any, Any]]:
 
 def _limit(table: CostTable, budget: BudgetSection) -> Limit:
     """Return the limit that a section of the settings sets in a table's metric."""
-    return Limit(table, budget.of(table.original), budget.fraction is not None)
+    return Limit(table, budget.of(table.original), budget.fraction)
 
 
 def table_files(folder: RunFolder, config: Config) -> list[Path]:
@@ -80,6 +101,8 @@ def limits_of_plan(
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Return what a run's plan says of each limit, and the identity of the limit's cost table.
 
+    What it says has ``fraction``, too: the budget as a share of the original's cost, or None.
+
     Args:
         config: the settings.
         plan: the plan.
@@ -88,7 +111,9 @@ def limits_of_plan(
     facts = [plan.chosen_by, *plan.chosen_by.get("also", [])]
     files = table_files(folder, config)
     known = [CostTable.load(path).identity if path.is_file() else {} for path in files]
-    return list(zip(facts, known, strict=False))
+    asked = [budget.fraction for _, _, budget in _sections(config)]
+    told = zip(facts, asked, known, strict=False)
+    return [({**fact, "fraction": fraction}, identity) for fact, fraction, identity in told]
 
 
 def with_tables(config: Config, folder: RunFolder, tables: list[str]) -> Config:

@@ -133,7 +133,7 @@ def search_only(config: Config, folder: str | Path, *, resume: bool = False) -> 
         logger.info("original: %.2f %% top-1 (validation)", 100 * top1)
         log_normalisation(config.data)
         warn_of_doubts({"original": {"top1": top1, **job.guessing("val")}})
-        return search(job, ignore, resume=resume)
+        return search(job, ignore, resume=resume)[0]
 
 
 def flatten(figures: Mapping[str, Figures]) -> Figures:

@@ -15,8 +15,10 @@ ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "macs": ("MACs", short),
     "params": ("parameters", short),
     "bytes": ("file of weights", lambda count: short(count, "B")),
+    "measured_share": ("latency, of the original", percent),
     "latency_ms_of_budget": ("latency, of the budget", percent),
     "energy_mj_of_budget": ("energy, of the budget", percent),
+    "budget_met": ("budget met", lambda met: "yes" if met else "no"),
 }
 """Rows of the table: a figure's name, its heading, and how it is written."""
 _ACCURACIES = ("top1", "top5")

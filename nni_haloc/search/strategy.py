@@ -146,6 +146,7 @@ class Haloc(DARTS):
         *,
         absolute: float | None = None,
         select: str | None = None,
+        limits: Sequence[Limit] | None = None,
     ) -> RankPlan:
         """Choose the ranks; with ``knapsack`` within every limit.
 
@@ -154,6 +155,7 @@ class Haloc(DARTS):
                 original's cost, above 0 to 1.
             absolute: the same as a number in the table's unit.
             select: ``knapsack`` or ``argmax`` in the place of the search's own option.
+            limits: limits by the same tables, with other budgets, in the place of the search's.
 
         Returns:
             The plan, with the facts of its choice.
@@ -162,7 +164,7 @@ class Haloc(DARTS):
             InfeasibleBudget: if no network is within the limits.
             ValueError: for a budget out of its range, or two of them.
         """
-        first, *others = self.limits
+        first, *others = limits or self.limits
         if budget is not None or absolute is not None:
             first = Limit.of(self.costs, budget, absolute, "absolute")
         limits, select = [first, *others], select or self.options.select

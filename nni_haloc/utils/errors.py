@@ -60,6 +60,18 @@ class InfeasibleBudget(HalocError):
         return InfeasibleBudget(fact, remedy, costs=self.costs, least=self.least, first=self.first)
 
 
+class BudgetMissed(HalocError):
+    """The planned network, timed as a whole, does not keep its budget; nothing is trained.
+
+    Attributes:
+        plan: the `RankPlan` that was timed, for those who use it all the same.
+    """
+
+    def __init__(self, message: str, plan: Any = None) -> None:
+        super().__init__(message)
+        self.plan = plan
+
+
 class Diverged(HalocError, ArithmeticError):
     """A loss, a weight or a logit is no longer finite."""
 

@@ -369,4 +369,4 @@ def test_json_of_measuring_says_where_the_table_is(tmp_path):
     assert (content["file"], content["metric"]) == (str(out), "latency_ms")
     assert content["original"] == pytest.approx(table.original)
     assert content["entries"] == sum(map(len, json.loads(out.read_text())["runs"].values()))
-    assert content["spread"] >= 0
+    assert content["spread"] is None  # of a single round it is unknown

@@ -325,7 +325,7 @@ def test_an_impossible_budget_names_the_share_that_no_candidate_changes(decide):
 def test_the_fraction_that_a_refusal_names_is_accepted_as_the_budget(least):
     table = one({"dense": 20000.0, "r2": least}, 0.0)
     with pytest.raises(InfeasibleBudget) as refused:
-        check_feasible({"a": ["r2"]}, [Limit(table, least / 2, is_share=True)])
+        check_feasible({"a": ["r2"]}, [Limit(table, least / 2, least / 2 / table.original)])
     fraction = float(re.search(r"set (\S+) or more", str(refused.value))[1])
     assert check_feasible({"a": ["r2"]}, [Limit.of(table, fraction)]) == {"a": "r2"}
     assert fraction * table.original < least * 1.11

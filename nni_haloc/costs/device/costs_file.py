@@ -67,6 +67,7 @@ def costs_content(
     fixed: float,
     costs: Mapping[str, Mapping[str, float]],
     spread: Mapping[str, Mapping[str, float]],
+    quality: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``costs.json`` for a finished table; see `CostTable`."""
     return {
@@ -78,6 +79,7 @@ def costs_content(
         "original": math.fsum([fixed, *(row[DENSE] for row in costs.values())]),
         "costs": {layer: dict(row) for layer, row in costs.items()},
         **({"spread": {layer: dict(row) for layer, row in spread.items()}} if spread else {}),
+        **({"quality": dict(quality)} if quality else {}),
     }
 
 

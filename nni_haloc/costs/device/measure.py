@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from nni_haloc.costs.device.clock import PassClock
 from nni_haloc.costs.device.costs_file import COSTS_VERSION, UNITS
 from nni_haloc.costs.device.measured_file import (
     NETWORK,
@@ -20,6 +21,7 @@ from nni_haloc.costs.device.measured_file import (
     subject,
     unmeasured,
 )
+from nni_haloc.costs.device.quality import ENOUGH
 from nni_haloc.costs.device.runtime import Run, Runtime, Timing
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.space.names import DENSE
@@ -32,23 +34,40 @@ _FEWEST = 5
 """Passes that are timed at least, however long each takes."""
 _BETWEEN_WRITES = 1.0
 """Seconds between two writings of what is measured."""
+_BUSY = 0.85
+"""Share of the cores that the best round kept busy; a round below it was disturbed."""
 _VISITS = 8
 """How often per round the whole network is timed: an error in `fixed` shifts every prediction."""
 
 
 def time_together(
-    runs: Mapping[str, Run], runtime: Runtime, min_run_time: float
+    runs: Mapping[str, Run],
+    runtime: Runtime,
+    min_run_time: float,
+    clock: PassClock | None = None,
 ) -> dict[str, float]:
     """Time several forward passes in alternation, so that a disturbance falls on all of them.
+
+    Each turn goes the other way round: a machine that grows slower favours none of them.
+
+    Args:
+        runs: passes by name.
+        runtime: what runs them.
+        min_run_time: seconds for which each of them runs.
+        clock: the runtime's clock, where there is one already.
 
     Returns:
         Median seconds by name.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order, clock = list(runs), clock or PassClock(runtime)
     end = time.perf_counter() + min_run_time * len(runs)
-    while len(next(iter(times.values()))) < _FEWEST or time.perf_counter() < end:
-        for name, run in runs.items():
-            times[name].append(runtime.once(run))
+    turns = 0
+    while turns < _FEWEST or turns % 2 or time.perf_counter() < end:
+        for name in order:
+            times[name].append(clock.once(runs[name]))
+        order.reverse()
+        turns += 1
     return {name: median(values) for name, values in times.items()}
 
 
@@ -104,34 +123,105 @@ def _measure(
     state = _state_to_go_on_with(spec, identity, metric, out)
     runs: dict[str, dict[str, list[float]]] = state.setdefault("runs", {})
     whole: list[float] = state.setdefault(NETWORK, [])
-    missing, seen = [], Counter[int | None]()
-    for index in timing.rounds * _one_round(mine):
-        if seen[index] >= len(_kept(runs, whole, users, index)):
-            missing.append(index)
-        seen[index] += 1
+    one, rounds, watch = _one_round(mine), timing.rounds, _Watch(timing.rounds)
     with runtime.pinned(), _kept_on_disk(out, state) as keep:
-        for done, index in enumerate(missing):
-            progress(done, len(missing))
-            kept = _kept(runs, whole, users, index)
-            try:
-                kept.append(_measured(spec, runtime, index, timing, metric))
-            # The device is gone, out of memory or can't run this entry; or somebody wrote the
-            # specification by hand and it makes no sense.
-            except (RuntimeError, TypeError, LookupError, AttributeError) as error:
-                what = "the network"
-                if index is not None:
-                    what = "layer {!r}, candidate {!r}".format(*users[index])
-                where = f"is in {out}" if out else "is lost"
-                raise ValueError(
-                    f"{what}: {_reason(error)}; what was measured until then {where}"
-                ) from None
-            state["identity"] |= {"date": time.strftime("%Y-%m-%d"), "runs": timing.rounds}
-            keep()
-    progress(len(missing), len(missing))
+        clock = PassClock(runtime)
+        while True:
+            missing = _missing(rounds, one, lambda index: _kept(runs, whole, users, index))
+            for done, index in enumerate(missing):
+                progress(done, len(missing))
+                values = _kept(runs, whole, users, index)
+                with _named(users, index, out):
+                    values.append(_measured(spec, runtime, index, timing, metric, clock))
+                watch.note(values, clock, last=(done + 1) % len(one) == 0)
+                state["identity"] |= {"date": time.strftime("%Y-%m-%d"), "runs": rounds}
+                keep()
+            progress(len(missing), len(missing))
+            if watch.throw_away():
+                state["identity"]["thrown_away"] = watch.thrown
+            elif rounds >= timing.most_rounds or _is_precise(spec, state):
+                break
+            else:
+                rounds += 1
     state |= {} if unmeasured(spec, state) else finished(spec, state)
     if out is not None:
         write_json(out, state)
     return state
+
+
+def _missing(
+    rounds: int, one: Sequence[int | None], kept: Callable[[int | None], list[float]]
+) -> list[int | None]:
+    """List what is to be measured until every entry has a value of each round."""
+    missing, seen = [], Counter[int | None]()
+    for index in rounds * list(one):
+        if seen[index] >= len(kept(index)):
+            missing.append(index)
+        seen[index] += 1
+    return missing
+
+
+def _is_precise(spec: Specification, state: Mapping[str, Any]) -> bool:
+    """Tell whether a network's cost is known well enough, or can't be known: one worker's part."""
+    if unmeasured(spec, state):
+        return True
+    return finished(spec, state)["quality"].get("standard_error", math.inf) <= ENOUGH
+
+
+@contextmanager
+def _named(
+    users: Mapping[int, tuple[str, str]], index: int | None, out: str | Path | None
+) -> Iterator[None]:
+    """Say which entry can't be measured: the device is gone, out of memory or can't run it.
+
+    Or somebody wrote the specification by hand, and it makes no sense.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, LookupError, AttributeError) as error:
+        what = "the network"
+        if index is not None:
+            what = "layer {!r}, candidate {!r}".format(*users[index])
+        where = f"is in {out}" if out else "is lost"
+        raise ValueError(
+            f"{what}: {_reason(error)}; what was measured until then {where}"
+        ) from None
+
+
+class _Watch:
+    """Find the rounds on several threads in which other programs used the processor.
+
+    In them the passes kept fewer cores busy, because threads waited for each other.
+
+    Args:
+        most: how many rounds are thrown away at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.thrown = most, 0
+        self._now: list[tuple[list[float], float]] = []
+        self._rounds: list[tuple[float, list[tuple[list[float], float]]]] = []
+
+    def note(self, values: list[float], clock: PassClock, *, last: bool) -> None:
+        """Note the value that was added to ``values``; ``last`` ends the round."""
+        self._now.append((values, values[-1]))
+        if last:
+            cores = clock.take_cores()
+            if cores is not None:
+                self._rounds.append((cores, self._now))
+            self._now = []
+
+    def throw_away(self) -> bool:
+        """Take the values of disturbed rounds out of their lists; tell whether there were any."""
+        best = max((cores for cores, _ in self._rounds), default=0.0)
+        bad = [noted for cores, noted in self._rounds if cores < _BUSY * best]
+        if not bad or self.thrown + len(bad) > self.most:
+            return False
+        self._rounds = [noted for noted in self._rounds if noted[0] >= _BUSY * best]
+        self.thrown += len(bad)
+        for values, value in (each for noted in bad for each in noted):
+            values.remove(value)
+        return True
 
 
 @contextmanager
@@ -169,7 +259,7 @@ def _state_to_go_on_with(
         "identity": {},
     }
     before = state["identity"]
-    kept_facts = {key: before[key] for key in ("date", "runs") if key in before}
+    kept_facts = {key: before[key] for key in ("date", "runs", "thrown_away") if key in before}
     state["identity"] = (
         identity | kept_facts | {"geometry": before.get("geometry", {}) | identity["geometry"]}
     )
@@ -186,7 +276,12 @@ def _reason(error: Exception) -> str:
 
 
 def _measured(
-    spec: Specification, runtime: Runtime, index: int | None, timing: Timing, metric: str
+    spec: Specification,
+    runtime: Runtime,
+    index: int | None,
+    timing: Timing,
+    metric: str,
+    clock: PassClock,
 ) -> float:
     """Return what an entry costs in the metric's unit, or the whole network for None.
 
@@ -197,23 +292,23 @@ def _measured(
     dense = index is None or all(spec.layers[layer][DENSE] == index for layer in layers)
     if dense or timing.where == "alone":
         run = runtime.network(spec, {}) if index is None else runtime.entry(spec, index)
-        return _costs({"": run}, runtime, timing, metric)[""]
+        return _costs({"": run}, runtime, timing, metric, clock)[""]
     choice = {
         layer: next(name for name, i in spec.layers[layer].items() if i == index)
         for layer in layers
     }
     runs = {"before": runtime.network(spec, {}), "after": runtime.network(spec, choice)}
-    costs = _costs(runs, runtime, timing, metric)
+    costs = _costs(runs, runtime, timing, metric, clock)
     return (costs["after"] - costs["before"]) / len(layers)
 
 
 def _costs(
-    runs: Mapping[str, Run], runtime: Runtime, timing: Timing, metric: str
+    runs: Mapping[str, Run], runtime: Runtime, timing: Timing, metric: str, clock: PassClock
 ) -> dict[str, float]:
     """Return what passes cost, by name: milliseconds or millijoules."""
     if metric == "energy_mj":
         return {name: runtime.energy(run, timing.min_run_time) for name, run in runs.items()}
-    seconds = time_together(runs, runtime, timing.min_run_time)
+    seconds = time_together(runs, runtime, timing.min_run_time, clock)
     return {name: 1e3 * value for name, value in seconds.items()}
 
 

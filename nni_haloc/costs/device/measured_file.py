@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 from nni_haloc.costs.device.costs_file import (
@@ -16,6 +16,7 @@ from nni_haloc.costs.device.costs_file import (
     read_costs,
     unit_of,
 )
+from nni_haloc.costs.device.quality import quality_of, spread
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.space.names import DENSE
 from nni_haloc.utils.errors import brief
@@ -69,11 +70,16 @@ def finished(
         predicted: cost and relative error of entries that were not measured.
 
     Returns:
-        The content of a finished ``costs.json``, without the values themselves.
+        The content of a finished ``costs.json``, without the values themselves. The spread of what
+        was measured once is unknown, and left out.
     """
     users, where = spec.first_users(), state["identity"]["where"]
     centre = {pair: median(values) for pair, values in _measured_pairs(state["runs"])}
-    wide = {pair: spread(values) for pair, values in _measured_pairs(state["runs"])}
+    wide = {
+        pair: spread(values)
+        for pair, values in _measured_pairs(state["runs"])
+        if len(values) > 1  # of one value it is unknown
+    }
     for index, (value, error) in (predicted or {}).items():
         centre[users[index]], wide[users[index]] = value, error * value
     costs: dict[str, dict[str, float]] = {}
@@ -86,9 +92,14 @@ def finished(
             if where == "in-place" and candidate != DENSE:
                 value = max(_LEAST * dense, dense + value)
             costs[layer][candidate] = value
-            spreads[layer][candidate] = wide[users[index]] / value
+            if users[index] in wide:
+                spreads[layer][candidate] = wide[users[index]] / value
+    spreads = {layer: row for layer, row in spreads.items() if row}
     fixed = max(0.0, median(state[NETWORK]) - sum(row[DENSE] for row in costs.values()))
-    return costs_content(state["metric"], state["identity"], fixed, costs, spreads)
+    content = costs_content(state["metric"], state["identity"], fixed, costs, spreads)
+    thrown = state["identity"].get("thrown_away")
+    quality = {**quality_of({**state, **content}), **({"thrown_away": thrown} if thrown else {})}
+    return {**content, "quality": quality}
 
 
 def refuse_to_overwrite(path: str | Path) -> None:
@@ -241,11 +252,3 @@ def _measured_pairs(
         for candidate, values in row.items()
         if values
     ]
-
-
-def spread(values: list[float]) -> float:
-    """Return the interquartile range."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return high - low

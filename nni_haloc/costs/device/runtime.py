@@ -220,13 +220,22 @@ class Timing:
     Attributes:
         where: ``alone`` times each entry by itself; ``in-place`` times the network with the
             candidate swapped in against the network as it was, in alternation.
-        rounds: passes over all entries.
+        rounds: passes over all entries; there are more until `most_rounds`, as long as the standard
+            error of a whole network is above 2 %.
         min_run_time: seconds for which each entry is timed in a round.
     """
 
     where: Where = "alone"
     rounds: int = 5
     min_run_time: float = 0.05
+
+    @property
+    def most_rounds(self) -> int:
+        """Rounds after which measuring ends: three times `rounds`; of one or two no more than them.
+
+        So few are a first look, which says nothing of its error.
+        """
+        return 3 * self.rounds if self.rounds > 2 else self.rounds
 
     def __post_init__(self) -> None:
         if not 1 <= self.rounds <= _MOST_ROUNDS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -67,6 +67,10 @@ class FurtherLimit(Limit):
 class Budget(Limit):
     """The limit in `cost.metric`, and any number of others; every one holds."""
 
+    check: Literal["refuse", "warn", "skip"] = "refuse"
+    """What becomes of a plan that misses a latency budget when its network, untrained, is
+    [timed as a whole](how-to/latency-budget.md#the-promise), after up to three tighter plans:
+    `refuse` ends the run before anything is trained, `warn` goes on, `skip` does not time it."""
     also: Annotated[list[FurtherLimit], Words("list of limits")] = []
     """Further limits: `[{metric: params, fraction: 0.4}]`, each with `fraction` or `absolute`, and
     with `table` where it has one. Candidates are kept if they are cheaper than the dense layer in

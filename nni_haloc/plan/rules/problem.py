@@ -63,6 +63,20 @@ class Problem:
     def __post_init__(self) -> None:
         check_feasible(self.candidates, self.limits, self.left_alone)
 
+    def within(self, limits: Sequence[Limit]) -> Problem:
+        """Return the same problem with other limits; what is known of the candidates is kept.
+
+        Args:
+            limits: in the place of this problem's.
+
+        Raises:
+            InfeasibleBudget: if no choice keeps them.
+        """
+        other = copy.copy(self)
+        object.__setattr__(other, "limits", limits)
+        other.__post_init__()
+        return other
+
     def holds(self, choice: Mapping[str, str]) -> bool:
         """Tell whether a choice keeps every limit."""
         return all(limit.holds(choice) for limit in self.limits)

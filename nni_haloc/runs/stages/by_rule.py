@@ -10,6 +10,7 @@ from torch import nn
 from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.costs.table import CostTable, worthwhile
 from nni_haloc.inputs.config import Config
+from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
@@ -19,6 +20,7 @@ from nni_haloc.runs.job import Job
 from nni_haloc.runs.limits import limits_of
 from nni_haloc.runs.stages import clear
 from nni_haloc.runs.stages.given_plan import RULE, given_plan
+from nni_haloc.runs.stages.promised import promised_plan
 from nni_haloc.runs.summary import cost_line
 from nni_haloc.space.names import Rank
 from nni_haloc.space.ranks import AllowedRanks, Layers, find_layers
@@ -45,6 +47,7 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
     Raises:
         SettingsError: for settings that turn out not to fit.
         UnusableCheckpoint: where the folder holds the state of other settings.
+        BudgetMissed: where the plan's network, timed as a whole, misses its latency budget.
     """
     if resume and job.folder.finetuning.checkpoint.exists():
         return _read_back(job)
@@ -74,7 +77,12 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
 def _choose(job: Job) -> tuple[RankPlan, nn.Module, KnownLayers]:
     """Return the rule's plan, its network, and what is known of the layers."""
     problem, pinned, left_alone = _problem(job)
-    chosen = plan(problem, job.config.rule)
+
+    def make(limits: Sequence[Limit]) -> RankPlan:
+        return plan(problem if limits is problem.limits else problem.within(limits), rule)
+
+    rule = job.config.rule
+    chosen = promised_plan(job, problem.limits, make, problem.candidates)
     evidence = problem.__dict__.get("evidence")  # where the rule has asked for it
     added = None if evidence is None else evidence.added
     known = KnownLayers.of(problem.specs, problem.candidates, added, pinned, left_alone)

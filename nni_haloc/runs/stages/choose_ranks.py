@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from pytorch_lightning import Callback
@@ -11,8 +12,9 @@ from nni_haloc.costs.analytic import param_table
 from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.inputs.config import Config, dump_config
 from nni_haloc.inputs.schema.search import Search, SearchOptions
-from nni_haloc.plan.budget import Limit, Scores, cheapest, check_feasible
+from nni_haloc.plan.budget import Limit, Scores, cheapest, check_feasible, choose
 from nni_haloc.plan.known_layers import KnownLayers
+from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import SEARCH_VERSION, Figures, RunFolder, Training
 from nni_haloc.runs.identity import search_identity
 from nni_haloc.runs.job import Job, trainer_options
@@ -20,6 +22,7 @@ from nni_haloc.runs.limits import limits_of, table_files, with_tables
 from nni_haloc.runs.stages import clear
 from nni_haloc.runs.stages.by_rule import by_rule
 from nni_haloc.runs.stages.given_plan import RULE, fit_plan
+from nni_haloc.runs.stages.promised import promised_plan
 from nni_haloc.runs.stages.stage import Outcome, Report, Stage
 from nni_haloc.runs.stages.training import recipe_of
 from nni_haloc.runs.summary import cost_line
@@ -65,8 +68,7 @@ class ChooseRanks(Stage):
     def run(self, job: Job, before: Outcome | None, report: Report, resume: bool) -> Outcome:
         """Choose the ranks, or read back those that an interrupted run has chosen."""
         if job.config.rule == "search":
-            strategy = search(job, report, resume=resume)
-            plan = strategy.plan()
+            strategy, plan = search(job, report, resume=resume)
             network = strategy.network(plan)
         else:
             plan, network = by_rule(job, resume)
@@ -99,7 +101,7 @@ def _unused(config: Config) -> list[str]:
     return sorted(config.search.model_fields_set - used - scaled)
 
 
-def search(job: Job, report: Report, *, resume: bool = False) -> Haloc:
+def search(job: Job, report: Report, *, resume: bool = False) -> tuple[Haloc, RankPlan]:
     """Search, and leave the plan, the network with the searched weights and the costs.
 
     A search that is already finished is read back, and its network is left as it is.
@@ -108,16 +110,43 @@ def search(job: Job, report: Report, *, resume: bool = False) -> Haloc:
         job: the run's settings, data, network and folder.
         report: takes the figures of each epoch.
         resume: whether to go on from the state in the folder.
+
+    Returns:
+        The search and its plan.
+
+    Raises:
+        BudgetMissed: if the plan's network, timed as a whole, misses its latency budget.
     """
     strategy = run_or_read_search(job, report, resume=resume)
-    plan = strategy.plan()
+    plan = _plan_in_training(job) if resume else None
+    if plan is None:
+        plan = promised_plan(
+            job,
+            strategy.limits,
+            lambda limits: strategy.plan(limits=limits),
+            strategy.supernet.candidates,
+        )
     for fact in (plan.chosen_by, *plan.chosen_by["also"]):
         logger.info("plan: %s", cost_line(fact))
     if not (resume and job.holds(plan)):  # the network there may be fine-tuned already
         job.save(strategy.network(plan), plan)
     if is_first() and not (resume and _is_described(job.folder)):
         write_json(job.folder.search_file, describe_search(strategy))
-    return strategy
+    return strategy, plan
+
+
+def _plan_in_training(job: Job) -> RankPlan | None:
+    """Return the plan that a fine-tuning has begun with, where it was timed; else None.
+
+    Timed again, it might be another one.
+    """
+    if not job.folder.finetuning.checkpoint.exists():
+        return None
+    try:
+        plan = RankPlan.load(job.folder.ranks)
+    except (OSError, ValueError):
+        return None
+    return plan if "timed" in plan.chosen_by else None
 
 
 def _is_described(folder: RunFolder) -> bool:
@@ -148,7 +177,7 @@ def run_or_read_search(job: Job, report: Report, *, resume: bool) -> Haloc:
     elif resume:
         logger.info("no state of an earlier run in %s: starting from the beginning", job.folder)
     with as_one_line():
-        strategy, space, known = _prepare(job.at(config, job.folder.path))
+        strategy, space, known = _prepare(job.at(config, job.folder.path), first=saved is None)
     if saved is None:
         clear(job.folder)  # only now: the settings have proved good
         if is_first():
@@ -166,8 +195,11 @@ def run_or_read_search(job: Job, report: Report, *, resume: bool) -> Haloc:
     return strategy
 
 
-def _prepare(job: Job) -> tuple[Haloc, RankSpace, KnownLayers]:
-    """Make the cost tables, the rank space and the strategy; refuse an impossible budget."""
+def _prepare(job: Job, *, first: bool) -> tuple[Haloc, RankSpace, KnownLayers]:
+    """Make the cost tables, the rank space and the strategy; refuse an impossible budget.
+
+    The first start of a search also refuses a latency budget that proves too low for the clock.
+    """
     config = job.config
     r, s, allowed = config.rank_space, config.search, allowed_ranks_of(config)
     limits = limits_of(config, job.model, job.example, allowed, job.folder)
@@ -187,10 +219,34 @@ def _prepare(job: Job) -> tuple[Haloc, RankSpace, KnownLayers]:
     check_feasible(space.candidates, limits, space.left_alone)
     _log_space(space, limits)
     start = _sensitivities(job, space) if s.start == "sensitivity" else None
+    if first:
+        _check_promise(job, space, limits, start)
     options = s.model_dump(include=set(SearchOptions.model_fields))
     pinned = [name for name in space.candidates if allowed.pins(name)]
     known = KnownLayers.of(space.specs, space.candidates, start, pinned, space.left_alone)
     return Haloc(limits, seed=config.seed, start=start, **options), space, known
+
+
+def _check_promise(
+    job: Job, space: RankSpace, limits: Sequence[Limit], start: Scores | None
+) -> None:
+    """Refuse a latency budget that no plan near the search's keeps, before the search is paid for.
+
+    The plan that is timed is the best one by the scores that the search starts from; without
+    them, the cheapest one.
+    """
+
+    def make(limits: Sequence[Limit]) -> RankPlan:
+        choice = (
+            check_feasible(space.candidates, limits, space.left_alone)
+            if start is None
+            else choose(start, limits, job.config.search.min_use, space.left_alone)
+        )
+        first, *also = (limit.facts(choice) for limit in limits)
+        ranks = {layer: space.candidates[layer][name] for layer, name in choice.items()}
+        return RankPlan(ranks, {"rule": "sensitivity", **first, "also": also})
+
+    promised_plan(job, limits, make, space.candidates)
 
 
 def _log_space(space: RankSpace, limits: list[Limit]) -> None:

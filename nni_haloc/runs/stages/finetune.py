@@ -58,6 +58,7 @@ class Finetune(Stage):
                 limits_of_plan(job.config, before.plan, job.folder),
                 job.device,
                 lambda metric: known[metric] if metric in known else job.energy(network),
+                outcome.original,
             )
         job.save(network, before.plan)
         if is_first():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.limits import limits_of
+from nni_haloc.runs.stages.promised import promised_plan
 from nni_haloc.space.names import DENSE, Rank
 from nni_haloc.space.ranks import AllowedRanks, Layers, find_layers
 from nni_haloc.space.replaceable import LAYERS
@@ -47,7 +48,13 @@ def given_plan(job: Job) -> tuple[RankPlan, nn.Module, KnownLayers]:
     method = None if r.decomposition == "auto" else r.decomposition
     with as_one_line(where=f"plan: {config.plan}"):
         network = compress(job.model, plan, images, method)
-    chosen = RankPlan(plan.ranks, _facts(config, plan, limits))
+    chosen = promised_plan(
+        job,
+        limits,
+        lambda limits: RankPlan(plan.ranks, _facts(config, plan, limits)),
+        candidates,
+        refusable=False,
+    )
     known = KnownLayers.of(layers.specs, candidates, None, (), layers.left_alone)
     return chosen, network, known
 
@@ -98,7 +105,7 @@ def _reasons(config: Config, model: nn.Module, example: Tensor, layers: Layers) 
     return {name: alone.get(name, _OTHERS) for name in layers.left_alone}
 
 
-def _facts(config: Config, plan: RankPlan, limits: list[Limit]) -> Mapping[str, object]:
+def _facts(config: Config, plan: RankPlan, limits: Sequence[Limit]) -> Mapping[str, object]:
     """Return how the plan was chosen, and what it costs; warn of a budget that it exceeds."""
     for limit in limits:
         if not limit.holds(plan.names):
