@@ -63,10 +63,10 @@ def create_command(
     ],
     port: Port = 8080,
 ) -> None:
-    """Check an experiment, and create it; waits longer than nnictl on a slow machine.
+    """Check an experiment, and create it; waits on slow machines.
 
-    nnictl create gives NNI's manager some three seconds to start, and the manager
-    gives its tuner ten. On a slow machine both may be too few; here they have
+    It waits longer than nnictl on a slow machine: nnictl create gives NNI's manager
+    some three seconds to start, and the manager gives its tuner ten; here they have
     minutes. The commands of nnictl hold for the experiment.
     """
     check_experiment(experiment_file)

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import pytest
 import yaml
+from helpers.commands import haloc
 from helpers.paths import DIGITS
 from helpers.short_runs import SHORT
 from safetensors.torch import load_file
@@ -196,3 +197,12 @@ def test_the_log_of_a_full_disk_is_told_once(tmp_path, capsys):
         capsys.readouterr().err
         == "/dev/full: no log from here on: [Errno 28] No space left on device\n"
     )
+
+
+@pytest.mark.parametrize("command", ["export", "bench", "prune", "quantize"])
+def test_a_folder_made_by_code_of_ones_own_asks_for_it(tmp_path, command):
+    (tmp_path / "model.json").write_text('{"name": "shapenet:ShapeNet", "arguments": {}}')
+    done = haloc(command, tmp_path)
+    remedy = "add --code FOLDER-OF-THE-CODE to run it"
+    message = f"{tmp_path} was made by code of your own, shapenet:ShapeNet; {remedy}"
+    assert (done.returncode, done.stderr) == (2, f"haloc: {message}\n")

@@ -246,3 +246,12 @@ def test_budgets_below_those_searched_for_are_a_warning(folder, tmp_path, range_
     (line,) = [line for line in lines if line.startswith("budgets ")]
     assert line.startswith("budgets 0.15: " if range_ else "budgets 0.15, 0.25: ")
     assert "search.budget_range: [0.15, " in line
+
+
+def test_a_front_of_a_run_by_a_rule_says_what_it_needs(tmp_path):
+    RankPlan({"a": (2, 2)}, {"rule": "sensitivity-knapsack"}).save(tmp_path / "ranks.json")
+    with pytest.raises(
+        HalocError,
+        match="was made by the rule sensitivity-knapsack; front needs a search: haloc search RUN",
+    ):
+        pareto_front(tmp_path, [0.5])

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from nni_haloc import compress_model
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.registries import MODELS
+from nni_haloc.inputs.schema.data import Data
 from nni_haloc.results.html_report import html_report
 from nni_haloc.runs.plausibility import doubt_figures, doubts, guessing
-from nni_haloc.runs.run import flatten, run, search_only
+from nni_haloc.runs.run import flatten, log_normalisation, run, search_only
 from nni_haloc.runs.stages.pretrain import train_original
 
 AT_CHANCE, FAR_ABOVE = "original_at_chance", "far_above_original"
@@ -200,3 +201,19 @@ def test_compress_model_tells_it_too(caplog, shifted):
     report = {name: dict(row) for name, row in result.metrics.items()}
     report["finetune"] = report.pop("compressed")
     assert list(doubts(report)) == told
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, ["images normalised by ImageNet's mean and std (data.mean, data.std)"]),
+        ({"mean": [0.5, 0.5, 0.5]}, ["images normalised by ImageNet's std (data.std)"]),
+        ({"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}, []),
+    ],
+)
+def test_a_normalisation_that_is_assumed_is_logged(tmp_path, caplog, given, told):
+    data = Data.model_construct(name="folder", **{"mean": None, "std": None, **given})
+    with caplog.at_level("INFO", "nni_haloc"):
+        log_normalisation(data)
+        log_normalisation(data.model_copy(update={"name": "cifar10"}))
+    assert caplog.messages == told
