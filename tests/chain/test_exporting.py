@@ -461,11 +461,37 @@ def test_bench_without_data_or_onnx_runtime_still_times_torch(damaged, calls, mo
     assert not any("top1" in row for row in content["rows"])
 
 
+def test_bench_has_rows_for_the_runtimes_that_are_named(damaged):
+    """One that can't be had here says why, and in 8 bits the classes are those of float32."""
+    pytest.importorskip("nncf")
+    folder = damaged("")
+    shutil.rmtree(folder / "pruned")
+    content = bench(
+        folder, [3], 1, "val", runtimes=["openvino", "tensorrt"], rounds=1, min_run_time=0
+    )
+    rows = {(row["stage"], row["runtime"], row["precision"]): row for row in content["rows"]}
+    assert set(rows) == {
+        (stage, *form)
+        for stage in ("original", "compressed")
+        for form in (("openvino", "float32"), ("openvino", "int8"), ("tensorrt", "float32"))
+    }
+    assert list(content["runtimes"]) == ["openvino"]
+    (expected,) = accuracy(Finished(folder).networks()["original"], digits(0.2).loader("val", 64))
+    for (stage, runtime, precision), row in rows.items():
+        assert ("latency_ms" in row) == (runtime == "openvino")
+        if runtime == "tensorrt":
+            assert row["reason"].startswith("runtime tensorrt: device: expected 'cuda'")
+        elif stage == "original":
+            near = 0.011 if precision == "int8" else 1e-6
+            assert row["top1"] == pytest.approx(expected, abs=near)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"batch_sizes": [0]}, r"batch sizes, threads: expected numbers above 0, found \[0\], 1"),
         ({"threads": 0}, r"batch sizes, threads: expected numbers above 0, found \[128\], 0"),
+        ({"runtimes": ["openvin"]}, "runtimes: expected one of torch, .*found 'openvin'.*openvino"),
         ({"split": "train"}, "split: expected one of val, test, found 'train'"),
     ],
 )
