@@ -108,7 +108,7 @@ def test_a_rule_and_a_runtime_are_used_by_name_from_python(installed, tmp_path):
     assert table.original == pytest.approx(PER_MAC * stages["original"]["macs"])
     job = Job(load_config(DIGITS, SETTINGS), tmp_path)
     assert (
-        plan(_problem(job), "cheapest").ranks
+        plan(_problem(job)[0], "cheapest").ranks
         == nni_haloc.RankPlan.load(tmp_path / "ranks.json").ranks
     )
 
