@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.stats import quantile_test
 from torch import nn
 
 from nni_haloc.costs.device.measure import time_together
@@ -28,7 +28,7 @@ Rounds = Sequence[tuple[float, float]]
 METRIC = "latency_ms"
 _TRIES = 3
 """How often a plan that is over its budget is made again, for a tighter one."""
-_FEWEST, _MOST = 5, 25
+_FEWEST, _MOST = 6, 30
 """Rounds of a measurement; from the fewest on it ends when the interval is narrow."""
 _NARROW = 0.01
 """Half the width of an interval that is narrow enough, relative."""
@@ -51,18 +51,20 @@ class Interval:
 
     @classmethod
     def of(cls, ratios: Sequence[float]) -> Interval:
-        """Return the geometric mean of some ratios, and Student's interval of it.
+        """Return the median of some ratios, and its interval, whatever their distribution is.
+
+        On a busy machine a few rounds are far off, which moves a mean and widens its interval.
 
         Args:
-            ratios: one of each round, above 0. Of a single one the interval is without bounds.
+            ratios: one of each round, above 0. Of fewer than six the interval is without bounds.
         """
-        logs = np.log(ratios)
-        middle, half = float(logs.mean()), math.inf
-        if len(logs) > 1:
-            error = float(logs.std(ddof=1)) / math.sqrt(len(logs))
-            half = float(student.ppf((1 + _CONFIDENCE) / 2, len(logs) - 1)) * error
-        high = math.exp(middle + half) if math.isfinite(half) else math.inf
-        return cls(math.exp(middle), math.exp(middle - half), high)
+        interval = quantile_test(ratios, p=0.5).confidence_interval(_CONFIDENCE)
+        low, high = float(interval.low), float(interval.high)
+        return cls(
+            float(np.median(ratios)),
+            low if math.isfinite(low) else 0.0,
+            high if math.isfinite(high) else math.inf,
+        )
 
     def __str__(self) -> str:
         return f"{self.middle:.3g} (95 % interval {self.low:.3g} to {self.high:.3g})"
@@ -287,7 +289,7 @@ def _is_dense(plan: RankPlan) -> bool:
 
 def _is_narrow(rounds: Rounds) -> bool:
     share = Interval.of([planned / original for original, planned in rounds])
-    return share.high / share.low <= (1 + _NARROW) ** 2
+    return share.high <= share.low * (1 + _NARROW) ** 2
 
 
 def _is_of(limit: Limit, device: str) -> bool:
