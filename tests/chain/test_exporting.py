@@ -317,7 +317,7 @@ def damaged(run, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("nothing", "ranks.json: no such file; expected the folder of a finished run$"),
+        ("nothing", "run: no such folder; expected that of a finished run$"),
         (
             "no settings",
             "metrics.json: expected the settings of a finished run, found none; "
@@ -422,7 +422,7 @@ def test_bench_has_a_row_for_each_stage_timed_in_alternation(run, quickly, calls
     assert [
         (row["stage"], row["runtime"], row["precision"], row["batch_size"]) for row in rows
     ] == expected
-    assert len(calls) == 2 * 2 * 5 * 9  # batch sizes, rounds, passes of each, rows
+    assert len(calls) == 2 * 2 * 6 * 9  # batch sizes, rounds, passes of each, rows
     for start in range(0, len(calls), 9):
         assert len(set(calls[start : start + 9])) == 9
     assert all(row["latency_ms"] == 0.25 and row["spread_ms"] == 0 for row in rows)
@@ -457,7 +457,7 @@ def test_bench_without_data_or_onnx_runtime_still_times_torch(damaged, calls, mo
         for stage in ("original", "compressed")
         for reason in (None, "export to ONNX: needs the package onnxscript")
     ]
-    assert len(calls) == 5 * 2
+    assert len(calls) == 6 * 2
     assert not any("top1" in row for row in content["rows"])
 
 
@@ -505,11 +505,11 @@ def test_bench_refuses_in_one_line(run, options, message):
     [
         (
             ["export", "none"],
-            "haloc: none/ranks.json: no such file; expected the folder of a finished run",
+            "haloc: none: no such folder; expected that of a finished run",
         ),
         (
             ["bench", "none"],
-            "haloc: none/ranks.json: no such file; expected the folder of a finished run",
+            "haloc: none: no such folder; expected that of a finished run",
         ),
         (
             ["export", "none", "--format", "onnx,tf"],
