@@ -178,7 +178,8 @@ def test_each_stage_of_a_chain_is_a_row(folder, figures):
     page = Page(html_report(folder))
     assert shown(folder) == ROWS
     assert (
-        "Latency is that of a batch of 128, in torch unless a row names another runtime." in page.text
+        "Latency is that of a batch of 128, in torch unless a row names another runtime."
+        in page.text
     )
     assert "top-1 89.00 % original 90.00 % latency 2 ms 1.50 times as fast" in page.text
     assert "top-1, pruned 84.00 % 1.5 ms top-1, int8 81.00 % 0.25 ms in ONNX Runtime" in page.text
