@@ -114,7 +114,8 @@ def _stage(
     if stage == "prune":
         from nni_haloc.cli.summary import print_networks
 
-        print_networks({**RunFolder(folder).metrics(), stage: figures})
+        others = {k: v for k, v in RunFolder(folder).metrics().items() if k != "quantize"}
+        print_networks({**others, **target.metrics()})
         return typer.echo(f"results: {target}")
     print_table(str(target), ("figure", "value"), list(figures.items()), text={"figure"})
     return None
