@@ -110,8 +110,12 @@ class Verdict:
 
     @property
     def is_slower(self) -> bool:
-        """Whether a network with low ranks is not faster than the original for certain."""
-        return self.share.low >= 1 and not _is_dense(self.plan)
+        """Whether a network with low ranks is not faster than the original for certain.
+
+        A budget above the original's own latency asks for no speed.
+        """
+        asked = self.limit.budget < self.original
+        return asked and self.share.low >= 1 and not _is_dense(self.plan)
 
     @property
     def is_missed(self) -> bool:

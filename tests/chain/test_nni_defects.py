@@ -504,7 +504,7 @@ trainingService: {platform: local}
         (
             "[0.5]",
             "[0.5, 1.5]",
-            "budget.fraction: input should be less than or equal to 1, found 1.5",
+            "budget.fraction: expected a fraction of the original's cost, above 0 to 1, found 1.5",
         ),
         ("run.yml", "walk.yml", "walk.yml: no such file"),
         ("trial run.yml", "trial", "trialCommand: expected"),

@@ -385,7 +385,7 @@ WRONG_RUN = {
     ),
     "a table that is none": ({"cost": {"table": "table.json"}}, r"table\.json"),
     "a table that is not there": ({"cost": {"table": "costs.json"}}, r"cost\.table: no such file"),
-    "an accelerator": ({"trainer": {"accelerator": "gpu"}}, "trainer: "),
+    "an accelerator": ({"trainer": {"accelerator": "gpu"}}, "trainer.accelerator: "),
     "a device": ({"cost": {"metric": "latency_ms", "device": "cuda:7"}}, "cuda:7"),
     "nothing to search": ({"rank_space": {"kinds": []}}, "nothing to search in DigitsCNN"),
     "a layer that is not there": (

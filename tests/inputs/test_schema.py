@@ -123,7 +123,7 @@ def test_the_largest_number_of_each_setting_is_one_that_torch_takes(key, kind):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("budget", "2026-13-45", "budget: expected a fraction .*values, found '2026-13-45'"),
+        ("budget", "2026-13-45", "budget.fraction: expected a fraction .*, found '2026-13-45'"),
         ("budget.absolute", 1e300, "budget.absolute: expected a number .*to 1e.18, found 1e.300"),
         ("search.lr", 1e39, "search.lr: expected a number from 1e-12 to 1e.30, found 1e.39"),
         ("search.lr", 1e-46, "search.lr: expected a number from 1e-12 to .*found 1e-46"),

@@ -215,7 +215,7 @@ def test_what_the_hub_refuses_is_one_line(server, folder, tmp_path):
     server.server_close()
     with pytest.raises(HalocError, match="^me/small: "):
         nni_haloc.push_to_hub(folder, "me/small", **at)
-    with pytest.raises(SettingsError, match=r"ranks\.json: no such file; expected the folder of"):
+    with pytest.raises(SettingsError, match=r"no such folder; expected that of"):
         nni_haloc.push_to_hub(tmp_path / "empty", "me/small", **at)
 
 
