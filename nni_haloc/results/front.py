@@ -163,7 +163,8 @@ def _finished_search(folder: RunFolder, factories: bool) -> Job:
         raise SettingsError(f"{folder} was made by the rule {rule}; {remedy}")
     if not path.is_file():
         expected = "expected the folder of a search (haloc search, haloc run)"
-        raise SettingsError(f"{path}: no such file; {expected}")
+        missing = f"{path}: no such file" if folder.path.is_dir() else f"{folder}: no such folder"
+        raise SettingsError(f"{missing}; {expected}")
     saved = checkpoint.read(path, "; search again", config=dict, costs=list)
     config = parse_config(saved["config"], path)
     data = config.data.model_copy(update={"download": False})  # the folder may be somebody else's

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +26,9 @@ from nni_haloc.inputs.labels import check_labels
 from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.registries import PREDICTORS, RULES, RUNTIMES
 from nni_haloc.inputs.schema.search import SearchOptions
-from nni_haloc.plan.budget import Limit, choose
+from nni_haloc.plan.budget import Limit, Scores, choose
 from nni_haloc.plan.compression import restructure
+from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules import plan as plan_by_rule
 from nni_haloc.plan.rules.problem import Problem
@@ -77,6 +78,7 @@ class Compressed:
             original's latency; and ``budget_met``: 1 or 0.
         timing: what latencies were measured with: runtime, device, threads, shape of the input, ...
         call: the call of `compress_model` that made it, as Python is written.
+        layers: what is known of every layer; ``haloc plan FOLDER`` shows it.
     """
 
     model: nn.Module
@@ -85,6 +87,7 @@ class Compressed:
     metrics: Mapping[str, Figures]
     timing: Mapping[str, Any] = field(default_factory=dict)
     call: str = ""
+    layers: KnownLayers | None = None
 
     def __repr__(self) -> str:
         networks = (f"{name}: {summary_line(row)}" for name, row in self.metrics.items())
@@ -123,6 +126,8 @@ class Compressed:
         with hold(files):
             save(folder, self.model, self.plan, model)
             self.costs.save(files.costs)
+            if self.layers is not None:
+                self.layers.save(files.layers)
             original, compressed = (dict(self.metrics[key]) for key in ("original", "compressed"))
             compressed["bytes"] = files.weights.stat().st_size
             facts = {"timing": dict(self.timing), "call": self.call, "versions": versions()}
@@ -274,9 +279,9 @@ def compress_model(
         logger.info("choosing ranks: %s, %d calibration images", rule, len(images))
         if rule == "search":
             how = search_recipe or Recipe(epochs=1, lr=0.02, schedule="constant")
-            plan, network = task.search(val_loader, how, verbose, search_options)
+            plan, network, known = task.search(val_loader, how, verbose, search_options)
         else:
-            plan, network = task.apply_rule(rule)
+            plan, network, known = task.apply_rule(rule)
         logger.info("%s: %s", rule, cost_line(plan.chosen_by))
         network.to(home)  # a search leaves it on the processor
         reconstructed = not trained and reconstruct_blocks(
@@ -294,18 +299,18 @@ def compress_model(
         warn_of_doubts(metrics, told)
         for name, latency in measure_latency(networks, example, timing).items():
             metrics[name]["latency_ms"] = latency
-        known = {"latency_ms": metrics["compressed"]["latency_ms"]}
+        timed = {"latency_ms": metrics["compressed"]["latency_ms"]}
         metrics["compressed"] |= measured_of_budget(
             [({**limit.facts(plan.names), "fraction": budget}, costs.identity)],
             here,
             lambda metric: (
-                known[metric] if metric in known else measure_energy(network, example, timing)
+                timed[metric] if metric in timed else measure_energy(network, example, timing)
             ),
             {"latency_ms": metrics["original"]["latency_ms"]},
         )
         logger.info("compressed: %s", summary_line(metrics["compressed"]))
     measured = {**timing.identity(), "input": list(example.shape)}
-    return Compressed(network, plan, costs, metrics, measured, call)
+    return Compressed(network, plan, costs, metrics, measured, call, known)
 
 
 def _check_arguments(
@@ -419,8 +424,8 @@ class _Task:
 
     def search(
         self, val: Any, recipe: Recipe, verbose: bool, options: Mapping[str, Any]
-    ) -> tuple[RankPlan, nn.Module]:
-        """Choose ranks by the search; return the plan, and its network with searched weights."""
+    ) -> tuple[RankPlan, nn.Module, KnownLayers]:
+        """Choose ranks by the search; return plan, network with searched weights, and layers."""
         space = RankSpace(self.model, self.images[:1], self.limit.costs, self.allowed, self.images)
         start = space.sensitivities(self.images)
 
@@ -435,10 +440,10 @@ class _Task:
         plan = self.promise.plan(
             self.limit, lambda limits: strategy.plan(limits=limits), space.candidates
         )
-        return plan, strategy.network(plan)
+        return plan, strategy.network(plan), self._known(space, space.candidates, start)
 
-    def apply_rule(self, rule: str) -> tuple[RankPlan, nn.Module]:
-        """Choose ranks by a rule; return the plan, and its network decomposed for the data."""
+    def apply_rule(self, rule: str) -> tuple[RankPlan, nn.Module, KnownLayers]:
+        """Choose ranks by a rule; return plan, network decomposed for the data, and layers."""
         layers = find_layers(self.model, self.images[:1], self.allowed)
         candidates = layers.candidates(self.allowed)
         pinned = [name for name in candidates if self.allowed.pins(name)]
@@ -464,7 +469,17 @@ class _Task:
             )
 
         plan = self.promise.plan(self.limit, make, kept)
-        return plan, problem.network(plan.names)
+        return plan, problem.network(plan.names), self._known(problem, kept, problem.scores)
+
+    def _known(
+        self,
+        space: RankSpace | Problem,
+        candidates: Mapping[str, Collection[str]],
+        scores: Scores | None,
+    ) -> KnownLayers:
+        """Gather what is known of every layer."""
+        pinned = [name for name in candidates if self.allowed.pins(name)]
+        return KnownLayers.of(space.specs, candidates, scores, pinned, space.left_alone)
 
 
 def _known(registry: Registry[Any], key: str, name: str) -> Any:

@@ -225,6 +225,8 @@ def find_run(path: str | Path) -> RunFolder:
         folder = inside
     if not folder.ranks.is_file():
         expected = "expected the folder of a finished run (haloc run, haloc search, a trial)"
+        if not folder.path.is_dir():
+            raise SettingsError(f"{folder.path}: no such folder; {expected}")
         raise SettingsError(f"{folder.ranks}: no such file; {expected}")
     return folder
 

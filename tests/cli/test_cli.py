@@ -27,7 +27,7 @@ from nni_haloc.inputs.models import build_model
         (["search", DIGITS, "--set", "search.lrr=1"], "haloc: .*search.lrr: unknown key"),
         (
             ["front", "none", "--budgets", "0.5"],
-            "haloc: none/search/checkpoint.ckpt: no such file; expected the folder of a search",
+            "haloc: none: no such folder; expected the folder of a search",
         ),
         (
             ["front", "none", "--budgets", "half"],

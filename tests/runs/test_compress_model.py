@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import nni_haloc
 from nni_haloc import InfeasibleBudget, Recipe, compress_model, load
 from nni_haloc.results.html_report import html_report
+from nni_haloc.results.plan_table import PlanFiles, change_plan
 from nni_haloc.runs.folder import RunFolder
 
 
@@ -96,6 +97,25 @@ def test_a_saved_network_comes_back_and_has_a_report(net, data, images, tmp_path
     assert figures["original"] == result.metrics["original"]
     assert figures["finetune"].items() >= result.metrics["compressed"].items()
     assert f"{100 * figures['finetune']['top1']:.2f} %" in html_report(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"rule": "search", "lam": 0.1}, {"rule": "energy"}])
+def test_a_saved_plan_is_explained_and_changed_by_hand(net, data, tmp_path, options):
+    """It names every candidate, and its rule's sensitivities; refitting stays within the budget."""
+    result = compress_model(net, *data, budget=0.7, metric="macs", epochs=0, **options)
+    result.save(tmp_path)
+    files = PlanFiles.read(tmp_path)
+    rows = {row.layer: row.chosen.name for row in files.rows() if not row.left_alone}
+    assert rows == dict(result.plan.names)
+    assert files.known == result.layers
+    measured = options.get("rule") != "energy"
+    assert files.known.measured == measured
+    if measured:
+        layer = min(result.plan.names)
+        _, content = change_plan(files, [f"{layer}=dense"])
+        assert content["changed"] == {layer: "dense"}
+        original = result.metrics["original"]["macs"]
+        assert content["after"]["costs"][0]["cost"] <= 0.7 * original
 
 
 def test_the_report_is_a_table_of_original_compressed_and_change(net, data):

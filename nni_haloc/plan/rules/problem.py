@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nni_haloc.inputs.options import Decomposition
-from nni_haloc.plan.budget import Choice, Limit, check_feasible
+from nni_haloc.plan.budget import Choice, Limit, Scores, check_feasible
 from nni_haloc.plan.evidence import Candidates, Evidence, Modules, gather_evidence
 from nni_haloc.plan.sensitivity import loss
 from nni_haloc.space.candidates import build_candidates
@@ -98,6 +98,12 @@ class Problem:
         return gather_evidence(
             self.model, self.specs, self.candidates, self.build, self.images, bf16=self.bf16
         )
+
+    @property
+    def scores(self) -> Scores | None:
+        """The loss that each candidate adds; None where no rule has asked for the evidence."""
+        evidence: Evidence | None = self.__dict__.get("evidence")
+        return None if evidence is None else evidence.added
 
     def build(self, candidates: Candidates, images: Tensor) -> Modules:
         """Make candidates, fitted to some images."""

@@ -83,9 +83,7 @@ def _choose(job: Job) -> tuple[RankPlan, nn.Module, KnownLayers]:
 
     rule = job.config.rule
     chosen = promised_plan(job, problem.limits, make, problem.candidates)
-    evidence = problem.__dict__.get("evidence")  # where the rule has asked for it
-    added = None if evidence is None else evidence.added
-    known = KnownLayers.of(problem.specs, problem.candidates, added, pinned, left_alone)
+    known = KnownLayers.of(problem.specs, problem.candidates, problem.scores, pinned, left_alone)
     return chosen, problem.network(chosen.names), known
 
 
