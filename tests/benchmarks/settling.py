@@ -31,8 +31,8 @@ from nni_haloc.training.finetuning import accuracy, recalibrate
 class AtOnce(SearchState):
     """Hold the expected cost at the budget from the first step on."""
 
-    def settle(self, progress=1.0):
-        super().settle()
+    def settle(self, progress=1.0, budget=None):
+        super().settle(budget=budget)
 
 
 class Penalty(SearchState):
@@ -44,7 +44,7 @@ class Penalty(SearchState):
     def probability_loss(self, ce):
         return ce + 2 * (self.expected_cost() / self.limits[0].budget - 1).abs()
 
-    def settle(self, progress=1.0):
+    def settle(self, progress=1.0, budget=None):
         pass
 
     def scores(self):
@@ -89,7 +89,7 @@ def measure(mode, config):
 
 def search(mode, job):
     config, splits, d = job.config, job.splits, job.config.data
-    strategy, space = _prepare(job)
+    strategy, space, _ = _prepare(job, first=False)
     strategy.state_type = MODES[mode]
     trace = Trace(strategy)
     train, val = (
