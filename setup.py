@@ -33,7 +33,6 @@ ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 TENSORRT = [*ONNX, "tensorrt>=10; platform_machine == 'x86_64'"]
 """It is gigabytes large and of use on NVIDIA devices alone, so tests do without it."""
 EXTRAS = {
-    "plots": ["matplotlib>=3.9", "jinja2>=3.1"],
     "onnx": ONNX,
     "openvino": [*ONNX, "openvino>=2025.0", "nncf>=2.15"],
     "executorch": ["executorch>=1.0"],
@@ -115,6 +114,8 @@ setup(
         "pydantic>=2.7",
         "safetensors>=0.4",
         "typer>=0.19",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
     ],
     extras_require={
         **EXTRAS,

@@ -18,7 +18,6 @@ from nni_haloc.cli.options import (
     StageFolder,
     assignment,
     comma_separated,
-    needs_plots,
     print_json,
     some_of,
     trust,
@@ -229,11 +228,9 @@ def report_command(
     commands that repeat the run, and the versions that it was made with. What the
     folder does not have is left out.
     """
+    from nni_haloc.results.html_report import html_report
     from nni_haloc.runs.folder import RunFolder, hold
     from nni_haloc.utils.files import make_folder, whole
-
-    with needs_plots("report"):
-        from nni_haloc.results.html_report import html_report
 
     with as_one_line():
         page = html_report(folder)

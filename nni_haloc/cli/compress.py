@@ -21,7 +21,6 @@ from nni_haloc.cli.options import (
     Scale,
     assignment,
     comma_separated,
-    needs_plots,
     print_json,
     some_of,
     trust,
@@ -184,8 +183,7 @@ def front_command(
     """
     fractions = comma_separated("--budgets", budgets, float, "fractions")
     factories = trust(code, folder)
-    with needs_plots("front"):
-        from nni_haloc.results.front import pareto_front
+    from nni_haloc.results.front import pareto_front
 
     content = pareto_front(folder, fractions, out, factories=factories)
     original = content["original"]

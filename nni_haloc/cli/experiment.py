@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nni_haloc.cli.options import NNI, Json, needs_plots, print_json
+from nni_haloc.cli.options import NNI, Json, print_json
 from nni_haloc.experiments.check import check_experiment
 from nni_haloc.experiments.front import COSTS, draw_front, front_of
 from nni_haloc.experiments.manager import create, resume, warm_up_manager
@@ -21,11 +21,13 @@ from nni_haloc.experiments.results import (
 )
 from nni_haloc.experiments.state import is_running
 from nni_haloc.utils.errors import SettingsError, as_one_line, expected_one_of
-from nni_haloc.utils.printing import print_table
+from nni_haloc.utils.printing import print_table, shown
 
 experiments = typer.Typer()
 
 HOME = Path("~/nni-experiments")
+_OWN = ("trial", "status", "default")
+"""Columns that the table of trials has even where all trials are equal."""
 Experiment = Annotated[
     str,
     typer.Argument(
@@ -84,7 +86,7 @@ def resume_command(experiment: Experiment, port: Port = 8080, folder: Folder = H
 def _print_front(rows: list[dict[str, Any]], cost: str, picture: Path, json_: bool) -> None:
     """Draw the front of an experiment, and print it."""
     points = front_of(rows, cost)
-    with needs_plots("results --pareto"), as_one_line(where=str(picture)):
+    with as_one_line(where=str(picture)):
         draw_front(points, cost, picture)
     best = [point for point in points if point.on_front]
     if json_:
@@ -117,6 +119,23 @@ def _own_cost(folder: Path, experiment: str) -> str:
     """Return the cost that an experiment's budget limits, if a front may be drawn over it."""
     own = cost_metric(folder, experiment)
     return own if own in COSTS else COSTS[0]
+
+
+def _print_results(experiment: str, rows: list[dict[str, Any]]) -> None:
+    """Print a table of trials, and below it the figures that all finished ones have in common."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    finished = [row for row in rows if "default" in row]
+    common = {
+        key: value
+        for key, value in (finished[0] if len(finished) > 1 else {}).items()
+        if key not in _OWN and all(row.get(key) == value for row in finished)
+    }
+    columns = [column for column in columns if column not in common]
+    cells = [[row.get(column) for column in columns] for row in rows]
+    print_table(f"experiment {experiment}", columns, cells, text={"trial", "status"})
+    if common:
+        figures = ", ".join(f"{key} {shown(value)}" for key, value in common.items())
+        typer.echo(f"the same in all finished trials: {figures}")
 
 
 def _print_running(number: str, port: int) -> None:
@@ -177,9 +196,7 @@ def results_command(
         return print_json(places if folders else rows)
     if folders:
         return typer.echo("\n".join(places.values()))
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[row.get(column) for column in columns] for row in rows]
-    print_table(f"experiment {experiment}", columns, cells, text={"trial", "status"})
+    _print_results(experiment, rows)
     for trial, (cause, log) in why_failed(folder, experiment).items():
         typer.echo(f"{trial} failed: {cause or 'no error is in its log'} ({log})")
     if any(row["status"] == "RUNNING" for row in rows) and not is_running(experiment):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from nni_haloc.cli.options import COSTS, Batch, Model, Shape, needs_plots
+from nni_haloc.cli.options import COSTS, Batch, Model, Shape
 from nni_haloc.utils.errors import as_one_line
 
 heatmap = typer.Typer()
@@ -45,7 +45,7 @@ def heatmap_command(
     rounds: Annotated[int, typer.Option(metavar="N", help="Passes over all pairs.")] = 3,
 ) -> None:
     """Draw one layer's cost at every pair of ranks (Figure 2)."""
-    with needs_plots("heatmap"), as_one_line():
+    with as_one_line():
         from nni_haloc.costs.device.torch_runtime import TorchRuntime
         from nni_haloc.costs.measure import model_of
         from nni_haloc.results.heatmap import layer_spec, write_heatmap

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from nni_haloc.utils.errors import SettingsError, needs
+from nni_haloc.utils.errors import SettingsError
 
 COMPRESS, COSTS, AFTER, NNI = "Compress", "Costs", "After a run", "NNI experiments"
 """Groups of commands in ``haloc --help``, in the order of the work."""
@@ -151,12 +150,6 @@ def _factory_of(folder: Path) -> str | None:
     except (OSError, ValueError):  # whoever reads the folder says what is wrong with it
         return None
     return name if isinstance(name, str) and is_factory(name) else None
-
-
-def needs_plots(command: str) -> AbstractContextManager[None]:
-    """Return a context that raises `MissingPackage` unless figures can be drawn."""
-    install = "nni-haloc[plots]"
-    return needs("matplotlib", "jinja2", what=command, install=install)
 
 
 def print_json(content: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from nni_haloc.cli.options import AFTER, Code, Json, needs_plots, print_json, trust
+from nni_haloc.cli.options import AFTER, Code, Json, print_json, trust
 from nni_haloc.utils.errors import SettingsError, as_one_line
 
 plan = typer.Typer()
@@ -85,6 +85,6 @@ def plan_command(
     if picture:
         path = files.folder.plan_picture if out is None else out.with_suffix(".png")
         holding = hold(files.folder) if out is None else nullcontext()
-        with needs_plots("plan --plot"), as_one_line(), holding:
+        with as_one_line(), holding:
             draw_plan(files, changed, path)
         typer.echo(path, err=json_)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nni_haloc.cli.options import AFTER, needs_plots
+from nni_haloc.cli.options import AFTER
 from nni_haloc.utils.errors import SettingsError, as_one_line
 
 plot = typer.Typer()
@@ -59,7 +59,7 @@ def plot_command(
             raise SettingsError(f"FOLDER and --{name}: {expected}")
     if not folders and layer is None:
         raise SettingsError(expected)
-    with needs_plots("plot"), as_one_line():
+    with as_one_line():
         from nni_haloc.results.plots import draw_layer, draw_searches
 
         if folders:

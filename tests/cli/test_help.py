@@ -123,26 +123,3 @@ def test_without_a_command_the_help_is_printed_and_the_status_is_2():
     assert done.returncode == 2
     assert "Usage: haloc" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("words", "package"),
-    [
-        (["report", "none"], "jinja2"),
-        (["plot", "none"], "matplotlib"),
-        (["front", "none", "--budgets", "0.5"], "matplotlib"),
-        (["heatmap", "--layer", "block2.conv"], "matplotlib"),
-    ],
-)
-def test_a_command_without_its_package_says_how_to_install_it(words, package, monkeypatch, capsys):
-    from nni_haloc.cli.main import main
-
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(sys, "argv", ["haloc", *words])
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert left.value.code == 2
-    assert capsys.readouterr().err == (
-        f"haloc: {words[0]}: needs the package {package}, which is not installed "
-        "(pip install 'nni-haloc[plots]')\n"
-    )

@@ -106,7 +106,7 @@ def test_a_run_file_is_no_experiments_file():
     )
 
 
-def test_the_command_prints_the_best_trials_and_draws_all(database, tmp_path):
+def of_three_trials(database):
     finals = {0: (0.98, 50.0), 1: (0.97, 60.0), 2: (0.9, 20.0)}
     statements = [(table,) for table in TABLES]
     for number, (top1, macs) in finals.items():
@@ -117,7 +117,21 @@ def test_the_command_prints_the_best_trials_and_draws_all(database, tmp_path):
         figures["original_top1"] = 0.99
         final = (f"t{number}", str(number), json.dumps(json.dumps(figures)))
         statements.append(("INSERT INTO MetricData VALUES (?, ?, 'FINAL', ?)", final))
-    folder = database(*statements)
+    waits = ("t3", "WAITING", json.dumps({"parameter_id": 3, "parameters": {}}), "")
+    return database(*statements, ("INSERT INTO TrialJobEvent VALUES (?, ?, ?, ?)", waits))
+
+
+def test_what_all_finished_trials_have_in_common_stands_below_the_table(database):
+    """A trial that waits has no figures, and changes nothing of it."""
+    done = haloc("results", "abc", "--folder", of_three_trials(database))
+    table, _, below = done.stdout.partition("the same in all finished trials: ")
+    assert below == "original_macs 100, original_top1 0.99\n"
+    assert "original" not in table
+    assert all(text in table for text in ("budget.fraction", "default", "0.98", "t3", "WAITING"))
+
+
+def test_the_command_prints_the_best_trials_and_draws_all(database, tmp_path):
+    folder = of_three_trials(database)
     picture = tmp_path / "front.png"
     done = haloc("results", "abc", "--folder", folder, "--pareto", picture, "--by", "macs")
     assert done.returncode == 0, done.stderr
