@@ -87,7 +87,7 @@ def measure_parser() -> Parser:
         "--dtype",
         metavar="NAME",
         default="float32",
-        help="Number format: float32, float16, ...; openvino also has int8.",
+        help="Number format: float32, float16, ...; onnxruntime, openvino, executorch: int8.",
     )
     add(
         "--memory-format",

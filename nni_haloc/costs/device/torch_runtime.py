@@ -20,6 +20,7 @@ from nni_haloc.costs.device.replay import Replay
 from nni_haloc.costs.device.runtime import Deployed, Run, Runtime, check_threads
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.inputs.options import Kind, MemoryFormat
+from nni_haloc.inputs.registries import RUNTIMES
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import copy_of, replace_modules, set_precision
 from nni_haloc.space.names import DENSE
@@ -95,6 +96,14 @@ class TorchRuntime(Runtime):
             raise ValueError(
                 f"graph: expected a CUDA device, such as cuda, found {self.device!r}; "
                 "leave graph out, or choose such a device"
+            )
+        if self.dtype == "int8":
+            able = " or ".join(
+                name for name in RUNTIMES.own() if "int8" in RUNTIMES[name].precisions
+            )
+            raise ValueError(
+                f"runtime torch: dtype: expected a floating-point type of torch's, found 'int8'; "
+                f"choose the runtime {able} for it"
             )
         try:
             torch.empty(1, device=self.device, dtype=self._dtype)
