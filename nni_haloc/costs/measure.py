@@ -68,7 +68,7 @@ def measure_parser() -> Parser:
         choices=tuple(MEASURED),
         metavar="NAME",
         default="latency_ms",
-        help="What to measure: latency_ms, or energy_mj on an NVIDIA device that counts it.",
+        help="What to measure: latency_ms, or energy_mj on a device or processor that counts it.",
     )
     add(
         "--runtime",

@@ -15,7 +15,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from nni_haloc.costs.device.energy import BETWEEN_READINGS, energy_counter, energy_of_a_pass
+from nni_haloc.costs.device.energy import energy_counter, energy_of_passes
 from nni_haloc.costs.device.replay import Replay
 from nni_haloc.costs.device.runtime import Deployed, Run, Runtime, check_threads
 from nni_haloc.costs.device.spec import Specification
@@ -258,14 +258,7 @@ class TorchRuntime(Runtime):
             MissingPackage: if the package nvidia-ml-py is not installed.
         """
         read = energy_counter(self.device)
-        few = max(1, round(BETWEEN_READINGS / self.once(run)))
-
-        def launch() -> int:
-            for _ in range(few):
-                run()
-            return few
-
-        return energy_of_a_pass(launch, self._wait, read, min_run_time)
+        return energy_of_passes(run, self.once(run), read, min_run_time, self._wait)
 
     def _wait(self) -> None:
         kind = torch.device(self.device).type

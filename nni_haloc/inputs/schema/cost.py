@@ -16,8 +16,8 @@ class Cost(Section):
     """The cost that the budget limits, and how latency and energy are measured."""
 
     metric: Metric = "macs"
-    """What the budget limits. `energy_mj` is of an NVIDIA device (`nni-haloc[energy]`); `cycles`
-    and `energy_pj` are of an Eyeriss-like array
+    """What the budget limits. `energy_mj` is of an NVIDIA device (`nni-haloc[energy]`) or of a
+    processor that counts it; `cycles` and `energy_pj` are of an Eyeriss-like array
     ([predictors](how-to/measure-your-device.md))."""
     predictor: Predictor | None = None
     """What makes the cost table if `table` names none. Without it: the predictor of the metric's
