@@ -283,6 +283,10 @@ def _quantized(module: Any, batches: Iterable[Sequence[Tensor]]) -> Any:
         )
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     quantizer = XNNPACKQuantizer()
+    # The others are of trainings, and take most of the time: normalisation is folded before.
+    quantizer.SUPPORTED_PATTERNS = [
+        each for each in quantizer.SUPPORTED_PATTERNS if not each.is_qat
+    ]
     quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
     watched = prepare_pt2e(module, quantizer)
     with torch.no_grad():

@@ -98,12 +98,10 @@ class TorchRuntime(Runtime):
                 "leave graph out, or choose such a device"
             )
         if self.dtype == "int8":
-            able = " or ".join(
-                name for name in RUNTIMES.own() if "int8" in RUNTIMES[name].precisions
-            )
+            able = ", ".join(n for n in RUNTIMES.own() if "int8" in RUNTIMES[n].precisions)
             raise ValueError(
-                f"runtime torch: dtype: expected a floating-point type of torch's, found 'int8'; "
-                f"choose the runtime {able} for it"
+                "runtime torch: dtype: expected a floating-point type of torch's, found 'int8'; "
+                f"choose {able} for it"
             )
         try:
             torch.empty(1, device=self.device, dtype=self._dtype)
