@@ -210,7 +210,7 @@ def throughput_command(
         str | None,
         typer.Option(
             metavar="DEVICES",
-            help="Devices, such as torch,openvino: some runtimes (see haloc measure), eyeriss, cuda "
+            help="Devices, such as torch,openvino: runtimes as in haloc measure, eyeriss, cuda "
             "(default: all that are here).",
         ),
     ] = None,

@@ -16,7 +16,7 @@ POWERCAP = Path("/sys/class/powercap")
 BETWEEN_READINGS = 0.01
 """Seconds of passes between two readings of the counter."""
 _SHORTEST = 0.5
-"""Seconds for which passes run at least: the counter of a board moves on every 20 to 100 ms alone."""
+"""Seconds for which passes run at least: a board's counter moves on every 20 to 100 ms."""
 _STILL = 10.0
 """Seconds after which a counter that has not moved on is broken."""
 
