@@ -156,7 +156,7 @@ def _check_measured_alike(
     """Raise `SettingsError` if a measured table does not hold for what the run measures.
 
     It must be of the same batch, for a run in int8 of int8, and, if it is of this very device, of
-    the same memory format, precision and threads, or use of CUDA graphs.
+    the same runtime, memory format, precision and threads, or use of CUDA graphs.
     """
     cost = config.cost
     expected: dict[str, Any] = {"input": list(latency_input(config, example).shape)}
@@ -168,6 +168,15 @@ def _check_measured_alike(
             expected |= {"graph": cost.graph, "tf32": cost.tf32}
         elif cost.threads is not None:
             expected |= {"threads": cost.threads}
+        here, there = (
+            str(facts.get("runtime", "")).partition(" ")[0]  # without its version
+            for facts in (runtime_of(config).identity(), identity)
+        )
+        if there not in ("", here):
+            raise SettingsError(
+                f"{where}: measured with the runtime {there!r}, but this run uses {here!r} "
+                "(cost.runtime)"
+            )
     for key, value in expected.items():
         if (
             "runtime" in identity or (key == "input" and identity.get("kind") == "roofline")

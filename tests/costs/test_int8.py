@@ -235,6 +235,18 @@ def test_a_run_takes_tables_of_its_precision_alone(tmp_path, asked, found, devic
     assert "\n" not in str(error.value)
 
 
+def test_a_run_takes_tables_of_its_runtime_alone(tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("nncf")
+    file = table(tmp_path / "t.json", "int8", processor())
+    model, x = build_model("digits_cnn"), torch.zeros(1, 1, 8, 8)
+    cost = {"metric": "latency_ms", "runtime": "openvino", "dtype": "int8", "table": file}
+    cost |= {"batch_size": 1, "memory_format": "contiguous", "threads": 1}
+    config = load_config(DIGITS, {f"cost.{key}": value for key, value in cost.items()})
+    with pytest.raises(SettingsError, match="the runtime 'onnxruntime', but .* uses 'openvino'"):
+        cost_table(config, "cost", "latency_ms", file, model, x, AllowedRanks(), tmp_path / "own")
+
+
 def test_ranks_follow_the_stairs_of_an_int8_table(tmp_path):
     file = table(tmp_path / "t.json", "int8", processor(), step=8)
     changes = {"rank_space.step": "auto", "cost.metric": "latency_ms", "cost.table": file}
