@@ -160,6 +160,7 @@ def quietly() -> Iterator[None]:
             "torch.onnx",
             "torch.export",
             "torch.fx",
+            "torch.utils",
             "torch._dynamo",
             "onnxscript",
             "onnx_ir",

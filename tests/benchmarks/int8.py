@@ -26,7 +26,7 @@ from typing import Annotated, Any, cast
 import torch
 import typer
 from benchmarks.minutes import Data
-from benchmarks.runtimes import DOCS, Clocks, installed, ms
+from benchmarks.runtimes import DOCS, installed, ms
 from torch import Tensor, nn
 
 from nni_haloc.costs.analytic import mac_table
@@ -41,6 +41,7 @@ from nni_haloc.plan.budget import Limit, choose
 from nni_haloc.plan.compression import compress, restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules import Problem, plan
+from nni_haloc.results.bench import Clocks
 from nni_haloc.space.names import parse_rank
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.training.reconstruction import reconstruct_blocks

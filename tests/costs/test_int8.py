@@ -117,7 +117,7 @@ class Kernels:
             text = file.with_suffix(".json").read_text().replace("inf", "Infinity")
             graph = json.loads(text)
             values = [each["xvalue_union"] for each in graph["xvalues"]]
-            values = {each.get("tensor_value", each)["id_out"]: each for each in values}
+            values = {each.get("tensor_value", each).get("id_out", 0): each for each in values}
             types += [
                 values[node["xnode_union"]["filter_id"]]["tensor_value"]["datatype"]
                 for node in graph["xnodes"]

@@ -94,7 +94,7 @@ class ExecuTorchRuntime(Runtime):
         check_threads(threads)
         _portable()
         if dtype == "int8":
-            with _needs_torchao():
+            with _needs_torchao(), quietly():
                 pass
         return cls(threads, dtype)
 
