@@ -129,7 +129,7 @@ def export_command(
             "--format",
             metavar="FORMATS",
             help="Formats: some of onnx, program, safetensors, int8, openvino, openvino-int8, "
-            "executorch.",
+            "executorch, executorch-int8.",
         ),
     ] = "onnx,program,safetensors,int8",
     out: Annotated[

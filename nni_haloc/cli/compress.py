@@ -208,7 +208,7 @@ def throughput_command(
         str | None,
         typer.Option(
             metavar="DEVICES",
-            help="Devices, such as torch,cuda: some of torch, onnxruntime, eyeriss, cuda "
+            help="Devices, such as torch,openvino: runtimes as in haloc measure, eyeriss, cuda "
             "(default: all that are here).",
         ),
     ] = None,
@@ -230,8 +230,9 @@ def throughput_command(
     from nni_haloc.runs.folder import RunFolder
     from nni_haloc.runs.job import logged
 
-    devices = at_hand() if on is None else some_of("--on", on, known_devices())
+    named = None if on is None else some_of("--on", on, known_devices())
     with logged(RunFolder(out)):
+        devices = at_hand() if named is None else named
         rows = throughput(config, out, devices, resume=resume)
         print_throughput(f"{out}: a plan for each device", rows)
 

@@ -24,8 +24,6 @@ from nni_haloc.utils.files import why_unreadable
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first, start_together
 
-_DTYPE = "float32"
-"""The precision in which runs measure."""
 _DOING = {
     **dict.fromkeys(("macs", "params", "activation_bytes"), "counting"),
     "roofline": "modelling",  # by rates that are measured
@@ -157,24 +155,35 @@ def _check_measured_alike(
 ) -> None:
     """Raise `SettingsError` if a measured table does not hold for what the run measures.
 
-    It must be of the same batch and, if it is of this very device, of the same memory format,
-    precision and threads, or use of CUDA graphs.
+    It must be of the same batch, for a run in int8 of int8, and, if it is of this very device, of
+    the same runtime, memory format, precision and threads, or use of CUDA graphs.
     """
     cost = config.cost
     expected: dict[str, Any] = {"input": list(latency_input(config, example).shape)}
+    if cost.dtype != "float32":  # on any device
+        expected |= {"dtype": cost.dtype}
     if identity.get("device") == hardware(cost.device):
-        expected |= {"memory_format": cost.memory_format, "dtype": _DTYPE}
+        expected |= {"memory_format": cost.memory_format, "dtype": cost.dtype}
         if cost.device.startswith("cuda"):
             expected |= {"graph": cost.graph, "tf32": cost.tf32}
         elif cost.threads is not None:
             expected |= {"threads": cost.threads}
+        here, there = (
+            str(facts.get("runtime", "")).partition(" ")[0]  # without its version
+            for facts in (runtime_of(config).identity(), identity)
+        )
+        if there not in ("", here):
+            raise SettingsError(
+                f"{where}: measured with the runtime {there!r}, but this run uses {here!r} "
+                "(cost.runtime)"
+            )
     for key, value in expected.items():
         if (
             "runtime" in identity or (key == "input" and identity.get("kind") == "roofline")
         ) and identity.get(key) != value:
             raise SettingsError(
                 f"{where}: measured with {key} {identity.get(key)!r}, but this run uses "
-                f"{value!r} (cost.batch_size, cost.graph and others)"
+                f"{value!r} (cost.batch_size, cost.dtype and others)"
             )
 
 
@@ -204,7 +213,7 @@ def runtime_of(config: Config) -> Runtime:
     return make_runtime(
         cost.runtime,
         device=cost.device,
-        dtype=_DTYPE,
+        dtype=cost.dtype,
         memory_format=cost.memory_format,
         threads=cost.threads,
         graph=cost.graph,

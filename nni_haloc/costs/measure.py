@@ -68,7 +68,7 @@ def measure_parser() -> Parser:
         choices=tuple(MEASURED),
         metavar="NAME",
         default="latency_ms",
-        help="What to measure: latency_ms, or energy_mj on an NVIDIA device that counts it.",
+        help="What to measure: latency_ms, or energy_mj on a device or processor that counts it.",
     )
     add(
         "--runtime",
@@ -87,7 +87,7 @@ def measure_parser() -> Parser:
         "--dtype",
         metavar="NAME",
         default="float32",
-        help="Number format: float32, float16, ...; openvino also has int8.",
+        help="Number format: float32, float16, ...; onnxruntime, openvino, executorch: int8.",
     )
     add(
         "--memory-format",

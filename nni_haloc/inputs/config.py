@@ -274,6 +274,7 @@ def _scaled(config: Config) -> Config:
 
 EARLIER: dict[str, Any] = {
     "cost.runtime": "torch",
+    "cost.dtype": "float32",
     "cost.predictor": None,
     "cost.graph": False,
     "cost.tf32": True,

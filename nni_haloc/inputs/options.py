@@ -16,6 +16,8 @@ Kind = Literal["conv", "pointwise", "linear"]
 """Kinds of layers: spatial convolutions, 1x1 convolutions, linear layers."""
 MemoryFormat = Literal["contiguous", "channels_last"]
 """How torch lays tensors out in memory."""
+Precision = Literal["float32", "int8"]
+"""Number formats in which runs measure latency and energy."""
 LamSchedule = Literal["constant", "linear", "cosine"]
 """How Eq. (9)'s lambda falls over the search; see `nni_haloc.search.objective.schedule`."""
 

@@ -277,11 +277,11 @@ def _forms(
                 break  # the other precisions are made of this one
 
 
-class _Clocks:
-    """Times each pass by its own runtime's clock.
+class Clocks:
+    """Times each pass by its own runtime's clock, in the place of a runtime.
 
     Args:
-        runtimes: the passes' runtimes, by the passes' identities.
+        runtimes: the passes' runtimes, by the passes' ``id()``.
     """
 
     def __init__(self, runtimes: Mapping[int, Runtime]) -> None:
@@ -313,7 +313,7 @@ def _timed(
             row["reason"] = first_line(error)
         rows.append(row)
     for group in groups.values():
-        clock = cast(Runtime, _Clocks(clocks))
+        clock = cast(Runtime, Clocks(clocks))
         found = [time_together(group, clock, min_run_time) for _ in range(rounds)]
         for name in group:
             times = [1e3 * each[name] for each in found]

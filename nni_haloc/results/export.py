@@ -17,8 +17,8 @@ from nni_haloc.utils.files import make_folder, whole
 
 ONNX_FILE, PROGRAM_FILE, INT8_FILE = "model.onnx", "model.pt2", "model-int8.onnx"
 OPENVINO_FILE, OPENVINO_INT8_FILE = "model.xml", "model-int8.xml"
-EXECUTORCH_FILE = "model.pte"
-_CALIBRATED = ("int8", "openvino-int8")
+EXECUTORCH_FILE, EXECUTORCH_INT8_FILE = "model.pte", "model-int8.pte"
+_CALIBRATED = ("int8", "openvino-int8", "executorch-int8")
 """Formats that need training images."""
 
 Exported = tuple[Path, str]
@@ -38,8 +38,9 @@ def export(
 
     Args:
         folder: the run's folder, or a stage's.
-        formats: some of `FORMATS` (None: `DEFAULT`). ``int8`` and ``openvino-int8`` are calibrated
-            on training images and need the run's data; the others do not.
+        formats: some of `FORMATS` (None: `DEFAULT`). ``int8``, ``openvino-int8`` and
+            ``executorch-int8`` are calibrated on training images and need the run's data; the
+            others do not.
         out: receives the files; None is ``folder/export``.
         factories: see `Finished`.
 
@@ -118,6 +119,14 @@ def _export_executorch(run: Finished, network: nn.Module, out: Path) -> Exported
     return out / EXECUTORCH_FILE, f"in ExecuTorch, one image, {difference:.1e} from torch"
 
 
+def _export_executorch_int8(run: Finished, network: nn.Module, out: Path) -> Exported:
+    with needs("executorch", what="export to ExecuTorch", install="nni-haloc[executorch]"):
+        from nni_haloc.costs.device.executorch_runtime import export_executorch
+    file, images = out / EXECUTORCH_INT8_FILE, run.calibration_images()
+    difference = export_executorch(network, run.example(1), file, images)
+    return file, f"in ExecuTorch, one image, in 8 bits, {difference:.1e} from torch"
+
+
 DEFAULT = ("onnx", "program", "safetensors", "int8")
 """Formats that are written if none is named."""
 FORMATS: dict[str, Callable[[Finished, nn.Module, Path], Exported]] = {
@@ -128,6 +137,7 @@ FORMATS: dict[str, Callable[[Finished, nn.Module, Path], Exported]] = {
     "openvino": _export_openvino,
     "openvino-int8": _export_openvino_int8,
     "executorch": _export_executorch,
+    "executorch-int8": _export_executorch_int8,
 }
 """Formats by name: ONNX, a program of `torch.export`, safetensors, ONNX in 8 bits, OpenVINO's files
-in float32 and in 8 bits, and an ExecuTorch program for XNNPACK."""
+in float32 and in 8 bits, and ExecuTorch's programs for XNNPACK in float32 and in 8 bits."""

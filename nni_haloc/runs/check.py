@@ -29,7 +29,7 @@ from nni_haloc.space.summary import why_nothing
 from nni_haloc.training.random_states import isolated_random_states
 from nni_haloc.utils.errors import as_one_line
 
-_RUNTIME = {"runtime", "device", "memory_format", "threads", "graph"}
+_RUNTIME = {"runtime", "dtype", "device", "memory_format", "threads", "graph"}
 _JOB: dict[str, Any] = dict.fromkeys(("model", "weights", "data", "trainer", "seed"), True)
 _JOB |= {"search": {"compile"}, "cost": _RUNTIME}
 """Settings that a job depends on."""
@@ -116,7 +116,7 @@ def _as_far_as_here(config: Config) -> Config:
         return section.model_copy(update={"table": None}) if there else section
 
     also = [without_table(limit) for limit in config.budget.also]
-    device = {"device": "cpu", "runtime": "torch", "graph": False}
+    device = {"device": "cpu", "runtime": "torch", "dtype": "float32", "graph": False}
     return config.model_copy(
         update={
             "trainer": Trainer(accelerator="cpu"),

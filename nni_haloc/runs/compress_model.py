@@ -173,6 +173,7 @@ def compress_model(
     batch_size: int = 1,
     memory_format: str = "contiguous",
     runtime: str = "torch",
+    dtype: str = "float32",
     device: str = "cpu",
     calibration_images: int = 512,
     check: Check = "refuse",
@@ -205,6 +206,8 @@ def compress_model(
         batch_size: images in the batch that latency is measured with.
         memory_format: ``contiguous`` or ``channels_last``, for latency and for the result.
         runtime: what latency is measured with: ``torch``, ``onnxruntime``, ...
+        dtype: in what: ``float32``, or ``int8``, which ``onnxruntime``, ``openvino`` and
+            ``executorch`` have. The result is in float32 in any case.
         device: what latency is measured on, by torch's name: ``cpu``, ``cuda``, ... Training takes
             the CUDA device, if there is one, in any case.
         calibration_images: training images for decomposition, sensitivities and blocks.
@@ -263,7 +266,7 @@ def compress_model(
         logger.info("original: %s", summary_line({**before, **_count(original, images[:1])}))
         told = warn_of_doubts({"original": before})
         example = images[:1].repeat(batch_size, *[1] * (images.dim() - 1))
-        options = {"device": device, "memory_format": memory_format}
+        options = {"device": device, "dtype": dtype, "memory_format": memory_format}
         timing = _known(RUNTIMES, "runtime", runtime).from_options(**options)
         if costs is None:
             batch = example if metric in MEASURED else images[:1]
@@ -271,6 +274,8 @@ def compress_model(
             doing = "measuring" if metric in MEASURED else "computing"
             logger.info("%s %s of every candidate", doing, metric)
             costs = make(original, batch, allowed, timing, lambda done, of: None)
+        else:
+            _check_precision(costs, timing)
         check_table(costs)
         here = timing.identity().get("device") or hardware(device)
         limit = Limit.of(costs, budget)
@@ -541,6 +546,16 @@ def _judged(network: nn.Module, val_loader: DataLoader | None) -> Figures:
     with isolated_random_states():
         logits, labels = predict(network, val_loader)
     return {"top1": top_accuracy(logits, labels), **guessing(labels)}
+
+
+def _check_precision(costs: CostTable, runtime: Runtime) -> None:
+    """Refuse a table of latency or energy in int8 where float32 is timed, and the other way."""
+    found, asked = costs.identity.get("dtype"), runtime.identity().get("dtype")
+    if costs.metric in MEASURED and found not in (None, asked) and "int8" in (found, asked):
+        raise ValueError(
+            f"costs: expected a table measured in {asked}, found one in {found}"
+            "; measure it in the precision that dtype says, or choose the dtype of the table"
+        )
 
 
 def _channels_last(model: nn.Module) -> nn.Module:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nni_haloc.costs.device.measure import measure
-from nni_haloc.costs.device.runtime import Timing
+from nni_haloc.costs.device.runtime import Timing, make_runtime
 from nni_haloc.costs.from_settings import allowed_ranks_of, latency_input, runtime_of
 from nni_haloc.costs.specify import specify
 from nni_haloc.inputs.config import Config
@@ -20,14 +17,15 @@ from nni_haloc.runs.folder import THROUGHPUT_VERSION, hold
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import run_job
 from nni_haloc.runs.stages import further_stages
-from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line
+from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line, needs, reason_of
 from nni_haloc.utils.files import make_folder, read_json, write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.printing import percent, print_table
 from nni_haloc.utils.progress import progress
 
-_PACKAGES = {"torch": None, "onnxruntime": "onnxruntime", "eyeriss": "zigzag", "cuda": None}
-"""Names of our own devices, and the package that each needs."""
+_ARRAY = "eyeriss"
+_CUDA = ("cuda", "tensorrt")
+"""The devices that are a CUDA device, by torch and by a runtime that has no other."""
 CLOCK = 200e6
 """Cycles a second of the Eyeriss chip (Chen et al., 2016)."""
 _HEADINGS = {
@@ -50,15 +48,33 @@ _RENAMED = {"baseline_top1": "original_top1", "baseline_top5": "original_top5", 
 
 
 def known_devices() -> list[str]:
-    """Return the names of all devices: ours, and the runtimes that other packages have added."""
-    return [*_PACKAGES, *RUNTIMES.foreign()]
+    """Return the names of all devices: every runtime, the Eyeriss-like array, and ``cuda``."""
+    return [*RUNTIMES.names(), _ARRAY, "cuda"]
 
 
 def at_hand() -> list[str]:
-    """Return the devices that this machine has."""
-    found = [name for name, package in _PACKAGES.items() if package is None or find_spec(package)]
-    found = [name for name in found if name != "cuda" or torch.cuda.is_available()]
-    return [*found, *RUNTIMES.foreign()]
+    """Return the devices that this machine has; the log says why it has not the others."""
+    found = []
+    for name in known_devices():
+        try:
+            if name == _ARRAY:
+                with needs("zigzag", what=_ARRAY, install="nni-haloc[accelerator]"):
+                    pass
+            else:
+                make_runtime(_runtime_of(name), device=_place_of(name))
+        except ValueError as error:
+            logger.info("without %s: %s", name, reason_of(error))
+        else:
+            found.append(name)
+    return found
+
+
+def _runtime_of(device: str) -> str:
+    return device if device in RUNTIMES else "torch"
+
+
+def _place_of(device: str) -> str:
+    return "cuda" if device in _CUDA else "cpu"
 
 
 def throughput(
@@ -167,12 +183,13 @@ def _speed(images: float) -> str:
 def _config_for(config: Config, device: str) -> Config:
     """Return the settings with the device's cost, without stages after fine-tuning."""
     changes: dict[str, Any] = {"table": None, "predictor": None}
-    changes["device"] = "cuda" if device == "cuda" else "cpu"
+    changes["device"], changes["runtime"] = _place_of(device), _runtime_of(device)
     changes["graph"] = device == "cuda" and config.cost.graph
-    changes["metric"] = "cycles" if device == "eyeriss" else "latency_ms"
-    changes["runtime"] = device if device in RUNTIMES else "torch"
-    if device == "onnxruntime":  # it has one layout alone
-        changes["memory_format"] = "contiguous"
+    changes["metric"] = "cycles" if device == _ARRAY else "latency_ms"
+    if device == _ARRAY:
+        changes["dtype"] = "float32"
+    elif device not in ("torch", "torch-compile", "cuda") and device in RUNTIMES.own():
+        changes["memory_format"] = "contiguous"  # they have one layout alone
     cost = config.cost.model_copy(update=changes)
     no_stages = dict.fromkeys(stage.section for stage in further_stages())
     return config.model_copy(update={"cost": cost, **no_stages})
@@ -180,7 +197,7 @@ def _config_for(config: Config, device: str) -> Config:
 
 def _row(job: Job, device: str, resume: bool) -> dict[str, Any]:
     """Run the job on the device and return its row of the table."""
-    if device == "eyeriss":
+    if device == _ARRAY:
         flat = run_job(job, resume=resume)
         plan, batch = RankPlan.load(job.folder.ranks), 1
         costs = plan.chosen_by["original_cost"], plan.chosen_by["cost"]

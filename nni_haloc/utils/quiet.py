@@ -13,7 +13,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 
 WARNINGS = (
     ".*does not have many workers.*",  # data are in memory, or the settings name the workers
@@ -147,3 +148,32 @@ def _take_back(kept: int | None) -> None:
 def _flush() -> None:
     """Write out what C's own output has buffered."""
     ctypes.CDLL(None).fflush(None)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Hide what exporters and quantizers write for their developers, for a block's time."""
+    noisy = [
+        logging.getLogger(name)
+        for name in (
+            "",
+            "torch.onnx",
+            "torch.export",
+            "torch.fx",
+            "torch.utils",
+            "torch._dynamo",
+            "onnxscript",
+            "onnx_ir",
+        )
+    ]
+    levels = [each.level for each in noisy]
+    said = StringIO()
+    with warnings.catch_warnings(), redirect_stdout(said), redirect_stderr(said):
+        warnings.simplefilter("ignore")
+        for each in noisy:
+            each.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for each, level in zip(noisy, levels, strict=True):
+                each.setLevel(level)

@@ -35,6 +35,7 @@ from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.registries import RUNTIMES
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.results.bench import Clocks
 from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.progress import progress
 
@@ -118,16 +119,6 @@ def timed(names: Sequence[str], own: Sequence[str], work: Path, rounds: int) -> 
         row |= {"latency_ms": median(times), "spread_ms": spread(times), "rounds": rounds}
         row |= {"date": time.strftime("%Y-%m-%d"), "packages": packages}
     return rows
-
-
-class Clocks:
-    """Times each pass by its own runtime's clock, which it has by the pass's identity."""
-
-    def __init__(self, runtimes: Mapping[int, Runtime]) -> None:
-        self.runtimes = runtimes
-
-    def once(self, run: Run) -> float:
-        return self.runtimes[id(run)].once(run)
 
 
 def fastest_in(

@@ -514,7 +514,7 @@ def test_bench_refuses_in_one_line(run, options, message):
         (
             ["export", "none", "--format", "onnx,tf"],
             "haloc: --format: expected some of onnx, program, safetensors, int8, openvino, "
-            "openvino-int8, executorch, found 'tf'",
+            "openvino-int8, executorch, executorch-int8, found 'tf'",
         ),
         (
             ["bench", "none", "--batch", "1,x"],

@@ -35,7 +35,8 @@ from nni_haloc.inputs.models import build_model
         ),
         (
             ["throughput", DIGITS, "--on", "torch,tpu"],
-            "haloc: --on: expected some of torch, onnxruntime, eyeriss, cuda, found 'tpu'",
+            "haloc: --on: expected some of torch, torch-compile, onnxruntime, openvino, "
+            "executorch, tensorrt, eyeriss, cuda, found 'tpu'",
         ),
         (
             ["run", DIGITS, "--set", "cost.device=tpu"],

@@ -1,17 +1,23 @@
 """Energy by a device's counter: from step to step, in tables, in runs; by counters of ours."""
 
 import json
+import os
 import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.clock import Clock
 from helpers.paths import DIGITS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from nni_haloc.costs.device import energy, torch_runtime
-from nni_haloc.costs.device.energy import energy_counter, energy_of_a_pass
+from nni_haloc.costs.device.energy import energy_counter, energy_of_a_pass, processor_counter
 from nni_haloc.costs.device.measure import measure
 from nni_haloc.costs.device.measured_file import NETWORK, merge
 from nni_haloc.costs.device.runtime import Runtime, Timing
@@ -25,6 +31,7 @@ from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.models import build_model
 from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.errors import MissingPackage, SettingsError
+from nni_haloc.utils.versions import processor
 
 QUICK = Timing(rounds=1, min_run_time=0)
 
@@ -75,7 +82,7 @@ def test_a_counter_that_stands_still_is_an_error(monkeypatch):
 def counted(monkeypatch):
     """Devices whose counters move on by 2 mJ each millisecond: they draw two watts."""
     monkeypatch.setattr(energy, "_SHORTEST", 0.0)
-    monkeypatch.setattr(torch_runtime, "BETWEEN_READINGS", 1e-4)
+    monkeypatch.setattr(energy, "BETWEEN_READINGS", 1e-4)
     counter = lambda: 2e3 * torch_runtime.perf_counter()  # noqa: E731
     monkeypatch.setattr(torch_runtime, "energy_counter", lambda device: counter)
 
@@ -166,10 +173,119 @@ def test_the_command_and_a_run_make_tables_of_energy(tmp_path, capsys, counted):
         measure_main([*arguments, "--rounds", "1"])
 
 
-def test_a_device_that_counts_no_energy_is_refused_in_one_line(tmp_path):
-    refused = r"energy_mj: expected an NVIDIA device whose driver counts energy, found device 'cpu'"
-    with pytest.raises(SettingsError, match=rf"^cost\.metric: {refused}; choose cuda") as error:
-        table_of(tmp_path, metric="energy_mj")
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_a_processor_that_counts_no_energy_is_refused_in_one_line(tmp_path, monkeypatch, runtime):
+    pytest.importorskip(runtime)
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path / "none")
+    refused = r"energy_mj: expected a processor that counts its energy \(RAPL\), found no counter"
+    with pytest.raises(SettingsError, match=rf"^cost\.metric: {refused} .*/none; ") as error:
+        table_of(tmp_path, metric="energy_mj", runtime=runtime)
+    assert "\n" not in str(error.value)
+
+
+def test_another_device_counts_no_energy():
+    needed = "energy_mj: expected an NVIDIA device whose driver counts energy, or a processor"
+    with pytest.raises(ValueError, match=rf"^{needed} .*, found device 'mps'; choose cuda or cpu"):
+        energy_counter("mps")
+
+
+class Machine:
+    """A folder as Linux has it for RAPL: packages with parts, and what is no package."""
+
+    def __init__(self, folder, ranges, values):
+        self.folder, self.ranges = folder, ranges
+        for number, (most, value) in enumerate(zip(ranges, values, strict=True)):
+            self._domain(f"intel-rapl:{number}", f"package-{number}", most, value)
+            self._domain(f"intel-rapl:{number}:0", "core", most, 1)  # in the package already
+            self._domain(f"intel-rapl-mmio:{number}", f"package-{number}", most, value)  # again
+        self._domain(f"intel-rapl:{len(ranges)}", "psys", 10**9, 5)  # the whole board
+        (folder / "dtpm").mkdir()
+
+    def _domain(self, place, name, most, value):
+        (self.folder / place).mkdir()
+        for file, content in (("name", name), ("max_energy_range_uj", most), ("energy_uj", value)):
+            (self.folder / place / file).write_text(f"{content}\n")
+
+    def set(self, number, value):
+        (self.folder / f"intel-rapl:{number}" / "energy_uj").write_text(f"{value}\n")
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), ranges=st.lists(st.integers(2, 262_143_328_850), min_size=1, max_size=3))
+def test_counters_that_begin_again_add_up_to_what_was_consumed(tmp_path_factory, data, ranges):
+    """The counter shows the true sum modulo its range; it is read once a range at least."""
+    true = [data.draw(st.integers(0, most - 1)) for most in ranges]
+    start = sum(true)
+    machine = Machine(tmp_path_factory.mktemp("rapl"), ranges, true)
+    read = processor_counter(machine.folder)
+    assert read() == 0
+    for _ in range(data.draw(st.integers(1, 6))):
+        for number, most in enumerate(ranges):
+            true[number] += data.draw(st.integers(0, most - 1))
+            machine.set(number, true[number] % most)
+        assert read() == pytest.approx((sum(true) - start) / 1000, rel=1e-12)
+
+
+def test_a_runtime_on_the_processor_divides_its_counters_by_the_passes(tmp_path, monkeypatch):
+    """Two packages take 3 mJ and 1 mJ a pass; the first one's counter begins again all the time."""
+    monkeypatch.setattr(energy, "_SHORTEST", 0.01)
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    monkeypatch.setattr(energy, "BETWEEN_READINGS", 1e-4)
+    machine, passes = Machine(tmp_path, [10_000_019, 10**9], [10_000_000, 0]), []
+
+    class Here(Runtime):
+        @classmethod
+        def from_options(cls, **options):
+            return cls()
+
+        def identity(self):
+            return {"runtime": "here", "device": processor()}
+
+        def entry(self, spec, index): ...
+
+        def network(self, spec, choice): ...
+
+    def run():
+        passes.append(None)
+        machine.set(0, (10_000_000 + 3000 * len(passes)) % 10_000_019)
+        machine.set(1, 1000 * len(passes))
+
+    for runtime in (Here(), TorchRuntime()):
+        assert runtime.energy(run) == pytest.approx(4.0, rel=1e-9)
+
+
+@contextmanager
+def without_privileges():
+    """Be nobody for a block's time, where the tests run as root, who may read everything."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs the permissions of POSIX")
+def test_counters_that_may_not_be_read_are_one_line_with_the_remedy():
+    """As Linux has them since 2020: for root alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        machine = Machine(Path(folder), [1000], [5])
+        machine.folder.chmod(0o755)
+        (machine.folder / "intel-rapl:0" / "energy_uj").chmod(0o000)
+        remedy = rf"sudo chmod a\+r {folder}/intel-rapl:\*/energy_uj"
+        refused = rf"found {folder}/intel-rapl:0/energy_uj: Permission denied; .*\({remedy}\)"
+        with without_privileges(), pytest.raises(ValueError, match=refused) as error:
+            processor_counter(machine.folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["energy_uj", "max_energy_range_uj"])
+def test_a_counter_that_says_something_else_is_one_line(tmp_path, file):
+    machine = Machine(tmp_path, [1000], [5])
+    (tmp_path / "intel-rapl:0" / file).write_text("-1\n2")
+    with pytest.raises(ValueError, match=rf"{file}: expected microjoules, found '-1") as error:
+        processor_counter(machine.folder)
     assert "\n" not in str(error.value)
 
 

@@ -1,6 +1,7 @@
 """`haloc throughput`: one plan for each device, on the devices of this machine."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from nni_haloc.costs.device.measure import measure
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.models import build_model
+from nni_haloc.inputs.registries import RUNTIMES
 from nni_haloc.runs import devices as module
-from nni_haloc.runs.devices import CLOCK, at_hand, print_throughput, throughput
+from nni_haloc.runs.devices import CLOCK, at_hand, known_devices, print_throughput, throughput
 from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.errors import HalocError
 
@@ -163,7 +165,51 @@ def test_settings_of_one_device_are_refused(tmp_path, changes, message):
         throughput(load_config(DIGITS, settings), tmp_path, ["torch"])
 
 
-def test_this_machine_has_its_processor():
-    found = at_hand()
-    assert "torch" in found
+def test_this_machine_has_its_processor_and_says_why_it_has_nothing_else(monkeypatch, caplog):
+    packages = ("onnxruntime", "openvino", "executorch", "tensorrt", "zigzag")
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, None)
+    with caplog.at_level("INFO"):
+        found = at_hand()
+    assert set(found) >= {"torch", "torch-compile"}
     assert ("cuda" in found) == torch.cuda.is_available()
+    assert not {*found} & {"onnxruntime", "openvino", "executorch", "tensorrt", "eyeriss"}
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(known_devices()) - len(found)
+    assert all("\n" not in line for line in said)
+    for name in packages:
+        name = "eyeriss" if name == "zigzag" else name
+        (line,) = [line for line in said if line.startswith(f"without {name}: ")]
+        assert "pip install" in line
+
+
+@pytest.mark.parametrize(
+    ("device", "place", "runtime", "memory_format"),
+    [
+        ("torch", "cpu", "torch", "channels_last"),
+        ("torch-compile", "cpu", "torch-compile", "channels_last"),
+        ("onnxruntime", "cpu", "onnxruntime", "contiguous"),
+        ("openvino", "cpu", "openvino", "contiguous"),
+        ("executorch", "cpu", "executorch", "contiguous"),
+        ("tensorrt", "cuda", "tensorrt", "contiguous"),
+        ("eyeriss", "cpu", "torch", "channels_last"),
+        ("cuda", "cuda", "torch", "channels_last"),
+    ],
+)
+def test_each_device_is_a_runtime_in_its_own_layout(device, place, runtime, memory_format):
+    changes = {"cost.memory_format": "channels_last", "cost.batch_size": 2}
+    cost = module._config_for(load_config(DIGITS, {**SHORT, **changes}), device).cost
+    found = (cost.device, cost.runtime, cost.memory_format, cost.batch_size)
+    assert found == (place, runtime, memory_format, 2)
+    assert cost.metric == ("cycles" if device == "eyeriss" else "latency_ms")
+
+
+def test_every_registered_runtime_is_a_device():
+    assert known_devices() == [*RUNTIMES.names(), "eyeriss", "cuda"]
+
+
+def test_a_device_without_the_precision_of_the_settings_says_so(tmp_path):
+    pytest.importorskip("onnx")
+    cost = {"cost.runtime": "onnxruntime", "cost.dtype": "int8", "cost.memory_format": "contiguous"}
+    with pytest.raises(HalocError, match="^torch: runtime torch: dtype: expected .* found 'int8'"):
+        throughput(load_config(DIGITS, {**SHORT, **cost}), tmp_path, ["torch"])

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_haloc.costs.device.exporting import quietly
 from nni_haloc.costs.device.runtime import Run
 from nni_haloc.costs.device.torch_runtime import TorchRuntime
 from nni_haloc.utils.errors import first_line
 from nni_haloc.utils.log import logger
+from nni_haloc.utils.quiet import quietly
 
 _NUMBERS = count()
 

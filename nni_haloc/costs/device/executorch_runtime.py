@@ -1,4 +1,7 @@
-"""Timing with ExecuTorch and XNNPACK, as phones run networks, and its files (``.pte``)."""
+"""Timing with ExecuTorch and XNNPACK, as phones run networks, and its files (``.pte``).
+
+Both are in float32 or in 8 bits.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -19,16 +22,21 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from nni_haloc.costs.device.exporting import OpenedNetwork, checked, plain_copy, quietly
+from nni_haloc.costs.device.exporting import OpenedNetwork, checked, difference_of, plain_copy
 from nni_haloc.costs.device.runtime import Deployed, Run, Runtime, check_options, check_threads
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.costs.device.torch_runtime import layer_spec, network_of
-from nni_haloc.utils.errors import first_line, needs
+from nni_haloc.utils.errors import MissingPackage, first_line, needs
 from nni_haloc.utils.files import whole
 from nni_haloc.utils.log import logger
+from nni_haloc.utils.quiet import quietly
 from nni_haloc.utils.versions import processor
 
 _INSTALL = "nni-haloc[executorch]"
+_RANDOM_BATCHES = 2
+"""Random inputs that give activations their ranges where only the time counts."""
+_COMPARED = 32
+"""Training images on which a program in 8 bits is compared with torch."""
 _LOADED: WeakSet[_Program] = WeakSet()
 """The programs that are loaded."""
 
@@ -42,16 +50,21 @@ def _portable() -> ModuleType:
 
 @dataclass(frozen=True)
 class ExecuTorchRuntime(Runtime):
-    """Times with ExecuTorch, whose operations XNNPACK computes, in float32.
+    """Times with ExecuTorch, whose operations XNNPACK computes.
 
     Each entry, and the network, is exported and lowered by itself, which takes seconds. What
     XNNPACK has no kernel for is computed by ExecuTorch's portable ones.
 
     Attributes:
         threads: processor threads (None: ExecuTorch's own choice).
+        dtype: ``float32``, or ``int8``: each entry and the network are quantized by XNNPACK's
+            quantizer, by the ranges of random activations, so the times are right and the outputs
+            are not.
     """
 
+    precisions = ("float32", "int8")
     threads: int | None = None
+    dtype: str = "float32"
 
     @classmethod
     def from_options(
@@ -67,27 +80,30 @@ class ExecuTorchRuntime(Runtime):
         """Make the runtime; see `Runtime.from_options`. A processor has no TF32.
 
         Raises:
-            ValueError: if an option asks for anything but the processor, float32 and contiguous
-                images, or for a CUDA graph.
-            MissingPackage: if ExecuTorch is not installed.
+            ValueError: if an option asks for anything but the processor, float32 or int8, and
+                contiguous images, or for a CUDA graph.
+            MissingPackage: if ExecuTorch is not installed, or for int8 torchao.
         """
         check_options(
             "executorch",
             device=(device, ("cpu",)),
-            dtype=(dtype, ("float32",)),
+            dtype=(dtype, cls.precisions),
             memory_format=(memory_format, ("contiguous",)),
             graph=(graph, (False,)),
         )
         check_threads(threads)
         _portable()
-        return cls(threads)
+        if dtype == "int8":
+            with _needs_torchao(), quietly():
+                pass
+        return cls(threads, dtype)
 
     def identity(self) -> dict[str, Any]:
         """Return what the times hold for; see `Runtime.identity`."""
         return {
             "runtime": f"executorch {version('executorch')}",
             "device": processor(),
-            "dtype": "float32",
+            "dtype": self.dtype,
             "memory_format": "contiguous",
             "threads": self.threads or "default",
         }
@@ -107,9 +123,9 @@ class ExecuTorchRuntime(Runtime):
         self, network: nn.Module, example: Tensor, stem: Path, images: Tensor | None = None
     ) -> Deployed:
         """Make a trained network ready for one image, as a ``.pte``; see `Runtime.deploy`."""
-        file = stem.with_name(f"{stem.name}.pte")
+        file = stem.with_name(f"{stem.name}{'.pte' if images is None else '-int8.pte'}")
         with self.pinned():
-            export_executorch(network, example[:1], file)
+            export_executorch(network, example[:1], file, images)
             opened = open_executorch(file)
         shape = (1, *example.shape[1:])
         return Deployed(
@@ -123,9 +139,9 @@ class ExecuTorchRuntime(Runtime):
             module: it is set to evaluation mode.
             shapes: of its inputs.
         """
-        return self._pass_of(
-            _lowered(module.eval(), [torch.randn(shape) for shape in shapes]), shapes
-        )
+        batches = [[torch.randn(shape) for shape in shapes] for _ in range(_RANDOM_BATCHES)]
+        program = _lowered(module.eval(), batches[0], batches if self.dtype == "int8" else None)
+        return self._pass_of(program, shapes)
 
     def _pass_of(self, program: bytes, shapes: Sequence[tuple[int, ...]]) -> Run:
         """Return a forward pass of a program on random inputs, warmed up."""
@@ -220,8 +236,19 @@ class _Calls(nn.Module):
         return tuple(self.layer(x) for x in inputs)
 
 
-def _lowered(module: nn.Module, inputs: Sequence[Tensor]) -> bytes:
-    """Export a module and lower it to XNNPACK; return the program."""
+def _lowered(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    batches: Iterable[Sequence[Tensor]] | None = None,
+) -> bytes:
+    """Export a module and lower it to XNNPACK; return the program.
+
+    Args:
+        module: in evaluation mode.
+        inputs: of the shapes that the program takes.
+        batches: inputs of these shapes, which give the activations their ranges: the program
+            computes in 8 bits (None: in float32).
+    """
     with needs("executorch", what="ExecuTorch", install=_INSTALL), quietly():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
@@ -229,41 +256,99 @@ def _lowered(module: nn.Module, inputs: Sequence[Tensor]) -> bytes:
     try:
         with quietly():
             program = torch.export.export(module, tuple(inputs))
+            if batches is not None:
+                rounded = _quantized(program.module(), batches)
+                program = torch.export.export(rounded, tuple(inputs))
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             lowered = edge.to_executorch().buffer
+    except MissingPackage:
+        raise
     except Exception as error:  # of many kinds; some come from the network's own code
         raise RuntimeError(f"ExecuTorch can't lower it: {first_line(error)}") from None
     logger.debug("ExecuTorch: lowered in %.1f s", time.perf_counter() - start)
     return lowered
 
 
+def _quantized(module: Any, batches: Iterable[Sequence[Tensor]]) -> Any:
+    """Quantize an exported module to 8 bits by XNNPACK's quantizer; weights by channel.
+
+    Args:
+        module: of an exported program.
+        batches: inputs, which give the activations their ranges.
+    """
+    with _needs_torchao():
+        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+            XNNPACKQuantizer,
+            get_symmetric_quantization_config,
+        )
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    quantizer = XNNPACKQuantizer()
+    # The others are of trainings, and take most of the time: normalisation is folded before.
+    quantizer.SUPPORTED_PATTERNS = [
+        each for each in quantizer.SUPPORTED_PATTERNS if not each.is_qat
+    ]
+    quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
+    watched = prepare_pt2e(module, quantizer)
+    with torch.no_grad():
+        for batch in batches:
+            watched(*batch)
+    return convert_pt2e(watched)
+
+
+def _needs_torchao() -> AbstractContextManager[None]:
+    """Return a context in which torchao is installed, which quantizes for ExecuTorch."""
+    return needs("torchao", what="ExecuTorch in int8", install=_INSTALL)
+
+
 def export_executorch(
-    network: nn.Module, example: Tensor, file: str | Path, *, tolerance: float = 1e-4
+    network: nn.Module,
+    example: Tensor,
+    file: str | Path,
+    images: Tensor | None = None,
+    *,
+    tolerance: float = 1e-4,
 ) -> float:
     """Write a network as an ExecuTorch program (``.pte``), whose operations XNNPACK computes.
 
-    It takes the example's batch size alone. Its outputs are compared with torch's.
+    It takes the example's batch size alone. In float32 its outputs are compared with torch's.
 
     Args:
         network: what to export; it is left as it is.
         example: an input, ``(N, ...)``, of which only the shape counts.
         file: the file; it keeps its old content if something fails.
-        tolerance: largest difference, as a share of the largest output (or of 1).
+        images: training images, not augmented, ``(N, ...)``: by the ranges of their activations
+            XNNPACK's quantizer rounds the network to 8 bits (None: it stays in float32).
+        tolerance: largest difference in float32, as a share of the largest output (or of 1).
 
     Returns:
-        The largest difference of any output.
+        The largest difference of any output; in 8 bits on some of the images.
 
     Raises:
-        ValueError: if the network can't be exported, or an output differs by more.
-        MissingPackage: if ExecuTorch is not installed.
+        ValueError: if the network can't be exported, an output differs by more, or there are too
+            few images.
+        MissingPackage: if ExecuTorch, or for 8 bits torchao, is not installed.
     """
+    batches = None
+    if images is not None:
+        size = len(example)
+        batches = [[batch.contiguous()] for batch in images.split(size) if len(batch) == size]
+        if not batches:
+            raise ValueError(
+                f"quantization: expected training images to calibrate on, {size} or more, "
+                f"found {len(images) or 'none'}"
+            )
     with whole(file) as part:
+        copied = plain_copy(network, example)
         try:
-            lowered = _lowered(plain_copy(network, example), [torch.zeros_like(example)])
+            lowered = _lowered(copied, [torch.zeros_like(example)], batches)
         except RuntimeError as error:
             raise ValueError(f"{file}: {first_line(error)}") from None
         Path(part).write_bytes(lowered)
-        return checked(network, open_executorch(part), example, False, file, tolerance)
+        written = open_executorch(part)
+        if batches is None:
+            return checked(network, written, example, False, file, tolerance)
+        few = [batch for (batch,) in batches[: max(1, _COMPARED // len(example))]]
+        return difference_of(copied, written, few, file)
 
 
 def open_executorch(file: str | Path) -> OpenedNetwork:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from io import StringIO
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from nni_haloc.space.outputs import plain as plain_output
 from nni_haloc.utils.errors import first_line
 from nni_haloc.utils.files import whole
 from nni_haloc.utils.log import logger
+from nni_haloc.utils.quiet import quietly
 
 
 def export_program(
@@ -192,29 +191,30 @@ def checked(
     return difference
 
 
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Hide the exporters' advice to their developers."""
-    noisy = [
-        logging.getLogger(name)
-        for name in (
-            "",
-            "torch.onnx",
-            "torch.export",
-            "torch.fx",
-            "torch._dynamo",
-            "onnxscript",
-            "onnx_ir",
-        )
-    ]
-    levels = [each.level for each in noisy]
-    said = StringIO()
-    with warnings.catch_warnings(), redirect_stdout(said), redirect_stderr(said):
-        warnings.simplefilter("ignore")
-        for each in noisy:
-            each.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for each, level in zip(noisy, levels, strict=True):
-                each.setLevel(level)
+def difference_of(
+    network: Callable[[Tensor], Any],
+    written: Callable[[Tensor], Any],
+    batches: Sequence[Tensor],
+    file: str | Path,
+) -> float:
+    """Return the largest difference of a quantized network's outputs from torch's.
+
+    Args:
+        network: the network in torch, in evaluation mode.
+        written: what was made of it in 8 bits.
+        batches: images.
+        file: what messages name.
+
+    Raises:
+        ValueError: if an output is not finite.
+    """
+    difference = 0.0
+    with torch.inference_mode():
+        for images in batches:
+            leaves = pytree.tree_leaves(network(images)), pytree.tree_leaves(written(images))
+            for expected, output in zip(*leaves, strict=True):
+                largest = float((expected - output).abs().max().nan_to_num(torch.inf))
+                difference = max(difference, largest)
+    if not math.isfinite(difference):
+        raise ValueError(f"{file}: quantized, it computes numbers that are not finite")
+    return difference

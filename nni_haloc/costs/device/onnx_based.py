@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from nni_haloc.costs.device.runtime import Run, Runtime
 from nni_haloc.costs.device.spec import Specification
@@ -12,6 +14,9 @@ from nni_haloc.space.names import DENSE
 
 if TYPE_CHECKING:
     from torch import nn
+
+RANDOM_BATCHES = 2
+"""Random inputs that give activations their ranges where only the time counts."""
 
 
 class OnnxBased(Runtime):
@@ -56,3 +61,12 @@ class OnnxBased(Runtime):
         from nni_haloc.costs.device.onnx_models import with_layers
 
         return self.ready(with_layers(spec, choice))
+
+
+def random_inputs(
+    shapes: Mapping[str, tuple[int, ...]], generator: np.random.Generator
+) -> dict[str, Any]:
+    """Draw inputs in float32, by the names and shapes of a model's inputs."""
+    return {
+        name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nni_haloc.costs.device.exporting import checked, names_of, outputs_as, quietly, traced
+from nni_haloc.costs.device.exporting import checked, names_of, outputs_as, traced
+from nni_haloc.costs.device.onnx_int8 import quantize_model
 from nni_haloc.costs.device.onnx_session import clear_errors, open_session
 from nni_haloc.utils.errors import first_line, needs
-from nni_haloc.utils.files import scratch, whole
+from nni_haloc.utils.files import whole
+from nni_haloc.utils.quiet import quietly
 
 _OPSET = 20
 _LARGEST = 3 << 29
@@ -48,16 +49,16 @@ class OnnxNetwork(nn.Module):
                 self._session = open_session(str(file), threads)
             except RuntimeError as error:
                 raise ValueError(f"{file}: {first_line(error)}") from None
-        self._input = self._session.get_inputs()[0]
-        size = self._input.shape[0] if self._input.shape else None
+        first = self._session.get_inputs()[0]
+        self.input: str = first.name
+        """The name of its input."""
+        size = first.shape[0] if first.shape else None
         self.batch: int | None = size if isinstance(size, int) else None
         """The only batch size that the file takes (None: any)."""
 
     def forward(self, x: Tensor) -> Any:
         with clear_errors():
-            outputs = self._session.run(
-                None, {self._input.name: x.detach().cpu().contiguous().numpy()}
-            )
+            outputs = self._session.run(None, {self.input: x.detach().cpu().contiguous().numpy()})
         names = [output.name for output in self._session.get_outputs()]
         return outputs_as(names, [torch.from_numpy(y).to(x.device) for y in outputs])
 
@@ -132,55 +133,21 @@ def quantize_onnx(source: str | Path, images: Tensor, file: str | Path, **option
     if not len(images):
         raise ValueError("quantization: expected training images to calibrate on, found none")
     file = Path(file)
-    with needed("quantization"), whole(file) as part, scratch(file) as folder, quietly():
-        from onnxruntime.quantization import (
-            CalibrationMethod,
-            QuantFormat,
-            QuantType,
-            quantize_static,
-        )
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-
+    with needed("quantization"), whole(file) as part:
         network = OnnxNetwork(source)
-        defaults = {
-            "quant_format": QuantFormat.QDQ,
-            "per_channel": True,
-            # A processor without VNNI adds pairs of products in 16 bits, which overflow unless
-            # weights have 7 bits. Other types are slower.
-            "activation_type": QuantType.QUInt8,
-            "weight_type": QuantType.QInt8,
-            "reduce_range": True,
-            "calibrate_method": CalibrationMethod.MinMax,
-        }
-        prepared = folder / "prepared.onnx"
+        # A smaller last batch is left out if the file takes only one batch size.
+        batches = [
+            {network.input: batch.contiguous().numpy()}
+            for batch in images.split(network.batch or _CALIBRATION_BATCH)
+            if network.batch in (None, len(batch))
+        ]
         try:
-            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-            with clear_errors():
-                quantize_static(prepared, part, _Reader(network, images), **{**defaults, **options})
+            quantize_model(source, batches, part, **options)
             outputs = OnnxNetwork(part)(images[: network.batch or 1])
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-            raise ValueError(f"{source}: can't be quantized: {first_line(error)}") from None
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{source}: {first_line(error)}") from None
         if not all(y.isfinite().all() for y in pytree.tree_leaves(outputs)):
             raise ValueError(f"{source}: quantized, it computes numbers that are not finite")
-
-
-class _Reader:
-    """Hands ONNX Runtime the calibration images, batch by batch.
-
-    A smaller last batch is left out if the file takes only one batch size.
-    """
-
-    def __init__(self, network: OnnxNetwork, images: Tensor) -> None:
-        size = network.batch or _CALIBRATION_BATCH
-        batches = images.split(size)
-        self.name = network._input.name
-        self.batches: Iterator[Tensor] = iter(
-            [b for b in batches if network.batch in (None, len(b))]
-        )
-
-    def get_next(self) -> dict[str, Any] | None:
-        batch = next(self.batches, None)
-        return None if batch is None else {self.name: batch.contiguous().numpy()}
 
 
 def deployed_onnx(network: nn.Module, example: Tensor, stem: Path) -> Path:

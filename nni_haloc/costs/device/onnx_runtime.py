@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from nni_haloc.costs.device.onnx_based import OnnxBased
+import numpy as np
+
+from nni_haloc.costs.device.onnx_based import RANDOM_BATCHES, OnnxBased, random_inputs
+from nni_haloc.costs.device.onnx_int8 import check_onnx, quantize_model
 from nni_haloc.costs.device.onnx_session import clear_errors, onnxruntime_package, open_session
 from nni_haloc.costs.device.runtime import Deployed, Run, check_options, check_threads
 from nni_haloc.utils.versions import processor
@@ -20,14 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OnnxRuntime(OnnxBased):
-    """Times with ONNX Runtime's CPU provider, in float32.
+    """Times with ONNX Runtime's CPU provider.
 
     Attributes:
         threads: processor threads (None: ONNX Runtime's own choice).
+        dtype: ``float32``, or ``int8``: each entry and the network are quantized by ONNX Runtime,
+            by the ranges of random activations, so the times are right and the outputs are not.
     """
 
     precisions = ("float32", "int8")
     threads: int | None = None
+    dtype: str = "float32"
 
     @classmethod
     def from_options(
@@ -43,27 +50,30 @@ class OnnxRuntime(OnnxBased):
         """Make the runtime; see `Runtime.from_options`. A processor has no TF32.
 
         Raises:
-            ValueError: if an option asks for anything but the processor, float32 and contiguous
-                images, or for a CUDA graph.
-            MissingPackage: if ONNX Runtime is not installed.
+            ValueError: if an option asks for anything but the processor, float32 or int8, and
+                contiguous images, or for a CUDA graph.
+            MissingPackage: if ONNX Runtime is not installed, or for int8 the package onnx.
         """
         check_options(
             "onnxruntime",
             device=(device, ("cpu",)),
-            dtype=(dtype, ("float32",)),
+            dtype=(dtype, cls.precisions),
             memory_format=(memory_format, ("contiguous",)),
             graph=(graph, (False,)),
         )
         check_threads(threads)
         onnxruntime_package()
-        return cls(threads)
+        if dtype == "int8":
+            with check_onnx():
+                pass
+        return cls(threads, dtype)
 
     def identity(self) -> dict[str, Any]:
         """Return what the times hold for; see `Runtime.identity`."""
         return {
             "runtime": f"onnxruntime {onnxruntime_package().__version__}",
             "device": processor(),
-            "dtype": "float32",
+            "dtype": self.dtype,
             "memory_format": "contiguous",
             "threads": self.threads or "default",
         }
@@ -80,28 +90,35 @@ class OnnxRuntime(OnnxBased):
             quantize_onnx(source, images, file)
         opened = OnnxNetwork(file, self.threads)
         return Deployed(
-            opened, lambda shape: self.ready(str(file), shape[0]), (file,), opened.batch
+            opened, lambda shape: self._pass_of(str(file), shape[0]), (file,), opened.batch
         )
 
     def ready(self, model: bytes | str, batch: int | None = None) -> Run:
-        """Return a forward pass of an ONNX model on random inputs of its shapes, warmed up.
+        """Return a forward pass of an ONNX model; see `OnnxBased.ready`."""
+        if self.dtype == "float32":
+            return self._pass_of(model, batch)
+        with TemporaryDirectory() as folder:
+            source, file = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+            source.write_bytes(model if isinstance(model, bytes) else Path(model).read_bytes())
+            generator = np.random.default_rng(0)
+            shapes = _shapes(open_session(str(source), self.threads), batch)
+            batches = [random_inputs(shapes, generator) for _ in range(RANDOM_BATCHES)]
+            quantize_model(source, batches, file)
+            return self._pass_of(file.read_bytes(), batch)
 
-        Args:
-            model: its content or its path.
-            batch: the size of the dimension that the model leaves open (None: 1).
-        """
-        import numpy as np
-
-        session, generator = open_session(model, self.threads), np.random.default_rng(0)
-        shapes = {
-            x.name: [n if isinstance(n, int) else batch or 1 for n in x.shape]
-            for x in session.get_inputs()
-        }
-        feeds = {
-            name: generator.standard_normal(shape, dtype=np.float32)
-            for name, shape in shapes.items()
-        }
+    def _pass_of(self, model: bytes | str, batch: int | None) -> Run:
+        """Return a forward pass of an ONNX model as it is, on random inputs, warmed up."""
+        session = open_session(model, self.threads)
+        feeds = random_inputs(_shapes(session, batch), np.random.default_rng(0))
         with clear_errors():
             for _ in range(2):
                 session.run(None, feeds)
         return lambda: session.run(None, feeds)
+
+
+def _shapes(session: Any, batch: int | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's inputs; ``batch`` is for dimensions that it leaves open."""
+    return {
+        x.name: tuple(n if isinstance(n, int) else batch or 1 for n in x.shape)
+        for x in session.get_inputs()
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nni_haloc.costs.device.onnx_based import OnnxBased
+from nni_haloc.costs.device.onnx_based import RANDOM_BATCHES, OnnxBased
 from nni_haloc.costs.device.runtime import Deployed, Run, check_options, check_threads
 from nni_haloc.utils.errors import first_line, needs
 from nni_haloc.utils.files import scratch, whole
+from nni_haloc.utils.quiet import quietly
 from nni_haloc.utils.versions import processor
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 _INSTALL = "nni-haloc[openvino]"
 _CALIBRATION_BATCH = 32
-_RANDOM_BATCHES = 2
-"""Random inputs that give activations their ranges where only the time counts."""
 
 
 def _openvino() -> ModuleType:
@@ -119,7 +117,7 @@ class OpenVinoRuntime(OnnxBased):
                 read,
                 [
                     [generator.standard_normal(shape, dtype=np.float32) for shape in shapes]
-                    for _ in range(_RANDOM_BATCHES)
+                    for _ in range(RANDOM_BATCHES)
                 ],
             )
         return self._pass_of(read, shapes)
@@ -178,10 +176,7 @@ def export_openvino(
             images.
         MissingPackage: if OpenVINO, NNCF or one of ONNX's packages is not installed.
     """
-    import torch
-    from torch.utils import _pytree as pytree
-
-    from nni_haloc.costs.device.exporting import checked, plain_copy
+    from nni_haloc.costs.device.exporting import checked, difference_of, plain_copy
     from nni_haloc.costs.device.onnx_files import deployed_onnx
 
     file = Path(file)
@@ -204,15 +199,7 @@ def export_openvino(
             difference = checked(network, written, example, dynamic, file, tolerance)
         else:
             few = images[: written.batch or _CALIBRATION_BATCH]
-            with torch.inference_mode():
-                pairs = zip(
-                    pytree.tree_leaves(plain_copy(network, example)(few)),
-                    pytree.tree_leaves(written(few)),
-                    strict=True,
-                )
-                difference = max(float((a - b).abs().max()) for a, b in pairs)
-            if not math.isfinite(difference):
-                raise ValueError(f"{file}: quantized, it computes numbers that are not finite")
+            difference = difference_of(plain_copy(network, example), written, [few], file)
         for ending in (".bin", ".xml"):
             with whole(file.with_suffix(ending)) as place:
                 shutil.copyfile(part.with_suffix(ending), place)
@@ -268,8 +255,6 @@ def quantized(model: Any, batches: Sequence[Sequence[Any]]) -> Any:
     """
     nncf = _check_nncf()
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
-
-    from nni_haloc.costs.device.exporting import quietly
 
     advanced = AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE)
     with quietly(), _clear_errors():

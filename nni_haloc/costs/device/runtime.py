@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from nni_haloc.costs.device.energy import energy_counter, energy_of_passes
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.inputs.options import MOST_PROCESSES
 from nni_haloc.inputs.registries import RUNTIMES
 from nni_haloc.utils.errors import brief
+from nni_haloc.utils.versions import processor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -140,6 +142,9 @@ class Runtime(Protocol):
     def energy(self, run: Run, min_run_time: float = 0.0) -> float:
         """Return the millijoules that the device consumes for one pass.
 
+        By default it is that of this processor, for a runtime whose passes run on it; see
+        `nni_haloc.costs.device.energy.processor_counter`.
+
         Args:
             run: a forward pass of this runtime.
             min_run_time: seconds for which passes run at least.
@@ -147,10 +152,13 @@ class Runtime(Protocol):
         Raises:
             ValueError: if the runtime or the device measures no energy.
         """
-        raise ValueError(
-            f"energy_mj: expected a runtime that measures energy, such as torch on a CUDA device, "
-            f"found {self.identity()['runtime']}; measure latency_ms with it"
-        )
+        facts = self.identity()
+        if facts.get("device") != processor():
+            raise ValueError(
+                "energy_mj: expected a runtime that measures energy, such as torch on a CUDA "
+                f"device, found {facts['runtime']}; measure latency_ms with it"
+            )
+        return energy_of_passes(run, self.once(run), energy_counter("cpu"), min_run_time)
 
     def pinned(self) -> AbstractContextManager[None]:
         """Return a context in which the runtime has its number of threads and its precision."""

@@ -15,11 +15,12 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from nni_haloc.costs.device.energy import BETWEEN_READINGS, energy_counter, energy_of_a_pass
+from nni_haloc.costs.device.energy import energy_counter, energy_of_passes
 from nni_haloc.costs.device.replay import Replay
 from nni_haloc.costs.device.runtime import Deployed, Run, Runtime, check_threads
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.inputs.options import Kind, MemoryFormat
+from nni_haloc.inputs.registries import RUNTIMES
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import copy_of, replace_modules, set_precision
 from nni_haloc.space.names import DENSE
@@ -95,6 +96,12 @@ class TorchRuntime(Runtime):
             raise ValueError(
                 f"graph: expected a CUDA device, such as cuda, found {self.device!r}; "
                 "leave graph out, or choose such a device"
+            )
+        if self.dtype == "int8":
+            able = ", ".join(n for n in RUNTIMES.own() if "int8" in RUNTIMES[n].precisions)
+            raise ValueError(
+                "runtime torch: dtype: expected a floating-point type of torch's, found 'int8'; "
+                f"choose {able} for it"
             )
         try:
             torch.empty(1, device=self.device, dtype=self._dtype)
@@ -249,14 +256,7 @@ class TorchRuntime(Runtime):
             MissingPackage: if the package nvidia-ml-py is not installed.
         """
         read = energy_counter(self.device)
-        few = max(1, round(BETWEEN_READINGS / self.once(run)))
-
-        def launch() -> int:
-            for _ in range(few):
-                run()
-            return few
-
-        return energy_of_a_pass(launch, self._wait, read, min_run_time)
+        return energy_of_passes(run, self.once(run), read, min_run_time, self._wait)
 
     def _wait(self) -> None:
         kind = torch.device(self.device).type

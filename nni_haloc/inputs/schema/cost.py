@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from nni_haloc.inputs.options import MemoryFormat
+from nni_haloc.inputs.options import MemoryFormat, Precision
 from nni_haloc.inputs.schema.paths import ExistingPath
 from nni_haloc.inputs.schema.section import Section, Words
 from nni_haloc.inputs.schema.values import Device, Metric, Predictor, Processes, RuntimeName
@@ -16,8 +16,8 @@ class Cost(Section):
     """The cost that the budget limits, and how latency and energy are measured."""
 
     metric: Metric = "macs"
-    """What the budget limits. `energy_mj` is of an NVIDIA device (`nni-haloc[energy]`); `cycles`
-    and `energy_pj` are of an Eyeriss-like array
+    """What the budget limits. `energy_mj` is of an NVIDIA device (`nni-haloc[energy]`) or of a
+    processor that counts it; `cycles` and `energy_pj` are of an Eyeriss-like array
     ([predictors](how-to/measure-your-device.md))."""
     predictor: Predictor | None = None
     """What makes the cost table if `table` names none. Without it: the predictor of the metric's
@@ -28,8 +28,12 @@ class Cost(Section):
     it the run counts or measures."""
     runtime: RuntimeName = "torch"
     """What runs networks while they are timed. `onnxruntime`, `openvino` and `executorch` are for
-    processors, in float32 and contiguous, `tensorrt` for NVIDIA devices; each needs
+    processors, in float32 or int8 and contiguous, `tensorrt` for NVIDIA devices; each needs
     [an extra](how-to/measure-your-device.md#runtimes)."""
+    dtype: Precision = "float32"
+    """In what networks are timed. With [`int8`](how-to/latency-budget.md#a-budget-in-int8), which
+    `onnxruntime`, `openvino` and `executorch` have, each layer and the network are quantized by the
+    runtime's own quantizer. A `table` must have been measured alike."""
     batch_size: Annotated[int, Field(ge=1, le=1 << 16)] = 1
     """Images in a batch while latency is measured."""
     memory_format: MemoryFormat = "contiguous"
