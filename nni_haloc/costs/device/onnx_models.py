@@ -126,7 +126,7 @@ def _nodes(
 ) -> list[Any]:
     """Make the nodes of a layer at a rank, from tensor ``x`` to ``y``.
 
-    The weights are constant nodes, so that the model stays small. Nodes have names, and convolutions
+    The weights are constant nodes, so that the model stays small. Nodes have names and convolutions
     all their attributes: not every program fills in what the standard leaves out.
     """
     if layer.padding_mode != "zeros":
