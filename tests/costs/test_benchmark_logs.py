@@ -354,15 +354,14 @@ def test_programs_are_files_that_executorch_reads(tmp_path):
     pytest.importorskip("executorch")
     from nni_haloc.costs.device.executorch_runtime import open_executorch
 
-    model = network()[:1]
-    spec = specify(model, torch.randn(1, 3, 12, 12), AllowedRanks(step=8))
+    model, x = network()[2:3], torch.ones(1, 8, 6, 6)
+    spec = specify(model, x, AllowedRanks(step=4))
     count = write_models(spec, model, tmp_path, "executorch", 2)
     assert len(list(tmp_path.glob("*.pte"))) == count == 1 + len(spec.entries)
-    x = torch.ones(1, 3, 12, 12)
     torch.testing.assert_close(
         open_executorch(tmp_path / "network.pte")(x), model(x), rtol=1e-4, atol=1e-5
     )
-    assert open_executorch(tmp_path / "entry-0000.pte")(x).shape == (1, 8, 10, 10)
+    assert open_executorch(tmp_path / "entry-0000.pte")(x)[0].shape == (1, 8, 4, 4)
     assert "--cpu_threads=2" in (tmp_path / "run.sh").read_text()
 
 
@@ -402,6 +401,13 @@ def test_models_for_no_program_are_refused(tmp_path, monkeypatch, words, message
     with pytest.raises(SettingsError, match=message):
         app(["spec", "--model", "digits_cnn", "--input", "1x8x8", *words], standalone_mode=False)
     assert not Path("spec.json").exists()
+
+
+def test_a_network_without_layers_to_measure_is_refused(tmp_path):
+    spec = specify(nn.ReLU(), torch.ones(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="^ReLU: expected layers to measure, found none in its r"):
+        write_models(spec, nn.ReLU(), tmp_path, "openvino")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

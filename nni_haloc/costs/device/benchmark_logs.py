@@ -100,12 +100,14 @@ def write_models(
         The number of model files.
 
     Raises:
-        ValueError: if the folder is not empty, there is no such runtime, or a model has no such
-            form.
+        ValueError: if the folder is not empty, there is no such runtime, the rank space has no
+            layers, or a model has no such form.
         MissingPackage: if a package that writes the files is not installed.
     """
     check_threads(threads, "--threads")
     tool: BenchmarkTool = BENCHMARK_TOOLS[runtime]
+    if not spec.layers:
+        raise ValueError(f"{spec.model}: expected layers to measure, found none in its rank space")
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder}: expected a new or empty folder, found files in it")
