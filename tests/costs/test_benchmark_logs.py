@@ -361,7 +361,7 @@ def test_programs_are_files_that_executorch_reads(tmp_path):
     torch.testing.assert_close(
         open_executorch(tmp_path / "network.pte")(x), model(x), rtol=1e-4, atol=1e-5
     )
-    assert open_executorch(tmp_path / "entry-0000.pte")(x)[0].shape == (1, 8, 4, 4)
+    assert open_executorch(tmp_path / "entry-0000.pte")(x).shape == (1, 8, 4, 4)
     assert "--cpu_threads=2" in (tmp_path / "run.sh").read_text()
 
 
