@@ -13,6 +13,7 @@ from nni_haloc.cli.options import COSTS, Batch, Model, RankSpace, Shape
 from nni_haloc.inputs.registries import PREDICTORS
 from nni_haloc.utils.errors import SettingsError, as_one_line
 from nni_haloc.utils.printing import percent, print_table
+from nni_haloc.utils.progress import progress
 
 costs = typer.Typer()
 
@@ -141,18 +142,53 @@ def spec_command(
         bool,
         typer.Option("--onnx", metavar="", help="Add ONNX models, for devices with ONNX Runtime."),
     ] = False,
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also write model files and run.sh, which times them by the runtime's own "
+            "benchmark program: for phones and boards without Python.",
+        ),
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --models: openvino (benchmark_app), executorch (executor_runner), "
+            "tensorrt (trtexec), or one that another package adds.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="With --models: processor threads (default: the program's)."
+        ),
+    ] = None,
 ) -> None:
     """List what another device has to measure.
 
-    There, haloc measure --spec reads the list; it needs no NNI and no Lightning.
+    There, haloc measure --spec reads the list; it needs no NNI and no Lightning. A device without
+    Python gets --models, and haloc measure --from-log reads what was printed there.
     """
     with as_one_line():
+        from nni_haloc.costs.device.benchmark_logs import LOG, SCRIPT, write_models
         from nni_haloc.costs.measure import model_of, specification
 
+        if (models is None) != (runtime is None) or (models is None and threads is not None):
+            raise SettingsError(
+                "--models, --runtime, --threads: expected a folder and a runtime, or none of them"
+            )
         named = model_of(model, input_, batch, rank_space)
         spec = specification(*named, str(model), onnx=onnx)
+        if models is not None and runtime is not None:
+            count = write_models(spec, named[0], models, runtime, threads, progress("written"))
         spec.save(out)
     typer.echo(f"{out}: {len(spec.layers)} layers, {len(spec.entries)} entries to measure")
+    if models is not None:
+        typer.echo(
+            f"{models}: {count} models; copy the folder to the device, run sh {SCRIPT} there, "
+            f"fetch {LOG}, then haloc measure --spec {out} --from-log {LOG}"
+        )
 
 
 @costs.command("steps", rich_help_panel=COSTS)

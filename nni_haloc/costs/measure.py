@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from nni_haloc.costs.device.benchmark_logs import measured_by_logs
 from nni_haloc.costs.device.costs_file import MEASURED
 from nni_haloc.costs.device.measure import measure
 from nni_haloc.costs.device.measured_file import merge, refuse_to_overwrite
@@ -140,6 +141,14 @@ def measure_parser() -> Parser:
         metavar="FILE",
         help="Join the workers' files into one table; measure nothing.",
     )
+    add(
+        "--from-log",
+        type=Path,
+        nargs="+",
+        metavar="LOG",
+        help="Read what a benchmark program printed on a device without Python (haloc spec "
+        "--models); measure nothing.",
+    )
     add("--json", action="store_true", help="Print one JSON object to standard output.")
     return parser
 
@@ -151,7 +160,10 @@ def measure_main(arguments: Sequence[str] | None = None) -> int:
         The number of entries that have been measured.
     """
     options = measure_parser().parse_args(arguments)
-    content = _merged(options) if options.merge else _measured(options)
+    if options.from_log:
+        content = _read_from_logs(options)
+    else:
+        content = _merged(options) if options.merge else _measured(options)
     write_json(options.out, content)
     if "costs" in content:
         metric, costs, fixed = (content[key] for key in ("metric", "costs", "fixed"))
@@ -171,6 +183,24 @@ def _merged(options: argparse.Namespace) -> dict[str, Any]:
     spec, _ = _specified(options)
     refuse_to_overwrite(options.out)
     return merge(spec, options.merge)
+
+
+_BESIDE_LOGS = ("model", "input", "batch", "rank_space", "spec", "out", "from_log", "json")
+"""Options that have a meaning beside ``--from-log``."""
+
+
+def _read_from_logs(options: argparse.Namespace) -> dict[str, Any]:
+    """Read the logs of benchmark programs that ``--from-log`` names."""
+    default = measure_parser().parse_args([])
+    for name, value in vars(options).items():
+        if name not in _BESIDE_LOGS and value != getattr(default, name):
+            raise ValueError(
+                f"--from-log and --{name.replace('_', '-')}: expected one of the two; "
+                "the log says what was measured"
+            )
+    spec, _ = _specified(options)
+    refuse_to_overwrite(options.out)
+    return measured_by_logs(spec, options.from_log)
 
 
 def _measured(options: argparse.Namespace) -> dict[str, Any]:

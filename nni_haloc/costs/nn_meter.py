@@ -1,7 +1,12 @@
-"""Latency by nn-Meter's predictors, or by anything that predicts an ONNX model's latency."""
+"""Latency by nn-Meter's predictors, or by anything that predicts an ONNX model's latency.
+
+nn-Meter keeps its predictors as pickles, which run code when they are loaded. Nothing is loaded
+here: the caller loads a predictor, and so decides to trust it.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
@@ -12,6 +17,7 @@ from nni_haloc.costs.table import CostTable
 from nni_haloc.space.modules import Example
 from nni_haloc.space.names import DENSE
 from nni_haloc.space.ranks import AllowedRanks
+from nni_haloc.utils.errors import first_line
 
 if TYPE_CHECKING:
     import onnx
@@ -41,19 +47,25 @@ def predicted_table(
         device: its name, for the table's identity.
 
     Raises:
-        ValueError: if the predictor says zero or less, as nn-Meter does of a graph that it can't
-            take apart into kernels that it knows.
+        ValueError: if the predictor can't read a model, or says anything but a number above zero:
+            nn-Meter says zero of a graph that has no kernel that it knows.
         MissingPackage: if ONNX is not installed.
     """
     spec = with_onnx(specify(model, example_input, allowed, program=False), model)
 
+    name = type(predictor).__name__
+
     def predict(onnx_model: bytes | None, what: str) -> float:
-        latency = float(predictor.predict(with_initializers(onnx_model or b""), model_type="onnx"))
-        if not latency > 0:
+        given = _connected(with_initializers(onnx_model or b""))
+        try:
+            latency = float(predictor.predict(given, model_type="onnx"))
+        except Exception as error:  # of many kinds: nn-Meter does not check what it reads
             raise ValueError(
-                f"{what}: expected a latency above 0 from {type(predictor).__name__}, "
-                f"found {latency}"
-            )
+                f"{what}: {name} can't predict its ONNX model "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from None
+        if not 0 < latency < math.inf:
+            raise ValueError(f"{what}: expected a latency above 0 from {name}, found {latency:g}")
         return latency
 
     latencies = {
@@ -65,5 +77,20 @@ def predicted_table(
         for layer, row in spec.layers.items()
     }
     fixed = max(0.0, predict(spec.onnx, "the network") - sum(row[DENSE] for row in costs.values()))
-    identity = {"input": list(spec.input), "device": device, "predictor": type(predictor).__name__}
+    identity = {"input": list(spec.input), "device": device, "predictor": name}
     return CostTable("latency_ms", costs, fixed, identity)
+
+
+def _connected(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Put an Identity between each input of a model and its nodes.
+
+    nn-Meter leaves out nodes that have no neighbour, so a layer alone would be nothing.
+    """
+    from onnx import helper
+
+    for value in model.graph.input:
+        name = f"{value.name}/connected"
+        for node in model.graph.node:
+            node.input[:] = [name if each == value.name else each for each in node.input]
+        model.graph.node.insert(0, helper.make_node("Identity", [value.name], [name], name))
+    return model

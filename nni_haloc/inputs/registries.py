@@ -60,6 +60,19 @@ RUNTIMES: Registry[Any] = Registry(
 )
 """Classes that run and time networks, like `nni_haloc.costs.device.runtime.Runtime`."""
 
+_TOOLS = "nni_haloc.costs.device.benchmark_tools"
+BENCHMARK_TOOLS: Registry[Any] = Registry(
+    "runtime with a benchmark program",
+    "nni_haloc.benchmark_tools",
+    {
+        "openvino": f"{_TOOLS}:OPENVINO",
+        "executorch": f"{_TOOLS}:EXECUTORCH",
+        "tensorrt": f"{_TOOLS}:TENSORRT",
+    },
+)
+"""Programs that time model files on devices without Python, by their runtime's name: each a
+`nni_haloc.costs.device.benchmark_tools.BenchmarkTool`."""
+
 MODELS: Registry[Any] = Registry(
     "model",
     "nni_haloc.models",

@@ -110,14 +110,33 @@ class ExecuTorchRuntime(Runtime):
 
     def entry(self, spec: Specification, index: int) -> Run:
         """Return a forward pass of one entry; see `Runtime.entry`."""
-        entry = spec.entries[index]
-        layer = layer_spec("", entry.layer)
-        layer.check_rank(entry.rank)
-        return self.ready(_Calls(layer.build(entry.rank)), *layer.input_shapes)
+        return self._pass_of(self.program(spec, index), self._shapes(spec, index))
 
     def network(self, spec: Specification, choice: Mapping[str, str]) -> Run:
         """Return a forward pass of the whole network; see `Runtime.network`."""
         return self.ready(network_of(spec, choice), spec.input)
+
+    def program(self, spec: Specification, index: int | None) -> bytes:
+        """Return the program of one entry, or of the network for None: content of a ``.pte``.
+
+        Raises:
+            RuntimeError: if ExecuTorch can't lower it.
+        """
+        if index is None:
+            module = network_of(spec, {})
+        else:
+            entry = spec.entries[index]
+            layer = layer_spec("", entry.layer)
+            layer.check_rank(entry.rank)
+            module = _Calls(layer.build(entry.rank))
+        return _lowered(module.eval(), [torch.randn(s) for s in self._shapes(spec, index)])
+
+    @staticmethod
+    def _shapes(spec: Specification, index: int | None) -> Sequence[tuple[int, ...]]:
+        """Return the shapes of the inputs of one entry, or of the network."""
+        if index is None:
+            return [spec.input]
+        return layer_spec("", spec.entries[index].layer).input_shapes
 
     def deploy(
         self, network: nn.Module, example: Tensor, stem: Path, images: Tensor | None = None

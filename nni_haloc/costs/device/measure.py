@@ -123,7 +123,7 @@ def _measure(
     state = _state_to_go_on_with(spec, identity, metric, out)
     runs: dict[str, dict[str, list[float]]] = state.setdefault("runs", {})
     whole: list[float] = state.setdefault(NETWORK, [])
-    one, rounds, watch = _one_round(mine), timing.rounds, _Watch(timing.rounds)
+    one, rounds, watch = one_round(mine), timing.rounds, _Watch(timing.rounds)
     with runtime.pinned(), _kept_on_disk(out, state) as keep:
         clock = PassClock(runtime)
         while True:
@@ -312,7 +312,7 @@ def _costs(
     return {name: 1e3 * value for name, value in seconds.items()}
 
 
-def _one_round(indices: Sequence[int]) -> list[int | None]:
+def one_round(indices: Sequence[int]) -> list[int | None]:
     """List each entry once, and after every few of them None, the whole network.
 
     The network is visited all along the round, because any one moment may be a disturbed one.

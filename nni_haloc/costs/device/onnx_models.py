@@ -81,25 +81,28 @@ def with_layers(spec: Specification, choice: Mapping[str, str]) -> bytes:
 
 
 def with_initializers(model: bytes) -> Any:
-    """Return an `onnx.ModelProto` whose weights are initializers instead of constant nodes.
+    """Return an `onnx.ModelProto` whose constants are initializers, computed where need be.
 
-    Programs such as nn-Meter look for weights there.
+    Programs such as nn-Meter look for weights there, and take every node for work.
     """
-    import numpy as np
     from onnx import numpy_helper
+    from onnx.reference import ReferenceEvaluator
 
     result = onnx.load_from_string(model)
-    shapes: dict[str, Any] = {}
-    for node in [n for n in result.graph.node if n.op_type in ("Constant", "ConstantOfShape")]:
-        if node.op_type == "Constant" and node.output[0].endswith(_SHAPE):
-            shapes[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-            result.graph.node.remove(node)
-        elif node.op_type == "ConstantOfShape" and node.input[0] in shapes:
-            value = np.full(
-                shapes[node.input[0]], numpy_helper.to_array(node.attribute[0].t)[0], np.float32
-            )
-            result.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
-            result.graph.node.remove(node)
+    graph = result.graph
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in list(graph.node):
+        drawn = node.op_type.startswith("Random") or node.op_type == "Bernoulli"
+        if not drawn and all(name in known for name in node.input):
+            inputs = {name: known[name] for name in node.input}
+            values = ReferenceEvaluator(node).run(None, inputs)
+            known |= dict(zip(node.output, values, strict=True))
+            graph.node.remove(node)
+    used = _used(graph)
+    del graph.initializer[:]
+    graph.initializer.extend(
+        numpy_helper.from_array(value, name) for name, value in known.items() if name in used
+    )
     return result
 
 
@@ -123,7 +126,8 @@ def _nodes(
 ) -> list[Any]:
     """Make the nodes of a layer at a rank, from tensor ``x`` to ``y``.
 
-    The weights are constant nodes, so that the model stays small.
+    The weights are constant nodes, so that the model stays small. Nodes have names and convolutions
+    all their attributes: not every program fills in what the standard leaves out.
     """
     if layer.padding_mode != "zeros":
         raise ValueError(
@@ -137,31 +141,32 @@ def _nodes(
         target = y if i == len(parts) - 1 else f"{prefix}t{i + 1}"
         assert isinstance(part, (nn.Conv2d, nn.Linear))
         names = [source]
+        # One node, as torch's exporter writes it; a linear layer of more dimensions needs two.
+        whole = isinstance(part, nn.Conv2d) or all(len(shape) == 2 for shape in layer.input_shapes)
         for key, value in (("weight", part.weight), ("bias", part.bias)):
             if value is not None:
-                shape = (
-                    list(value.shape)
-                    if isinstance(part, nn.Conv2d) or key == "bias"
-                    else list(value.T.shape)
-                )
-                nodes += _constant(f"{prefix}{i}.{key}", shape)
+                shape = value.T.shape if key == "weight" and not whole else value.shape
+                nodes += _constant(f"{prefix}{i}.{key}", list(shape))
                 names.append(f"{prefix}{i}.{key}")
-        if isinstance(part, nn.Linear):
-            nodes.append(
-                helper.make_node(
-                    "MatMul", names[:2], [target if part.bias is None else f"{prefix}m{i}"]
-                )
-            )
-            if part.bias is not None:
-                nodes.append(helper.make_node("Add", [f"{prefix}m{i}", names[2]], [target]))
+        name = f"{prefix}{i}"
+        if isinstance(part, nn.Conv2d):
+            nodes.append(helper.make_node("Conv", names, [target], name, **_attributes(part)))
+        elif whole:
+            nodes.append(helper.make_node("Gemm", names, [target], name, transB=1))
+        elif part.bias is None:
+            nodes.append(helper.make_node("MatMul", names, [target], name))
         else:
-            nodes.append(helper.make_node("Conv", names, [target], **_attributes(part)))
+            product = f"{name}.product"
+            nodes.append(helper.make_node("MatMul", names[:2], [product], name))
+            nodes.append(helper.make_node("Add", [product, names[2]], [target], f"{name}.add"))
     return nodes
 
 
 def _attributes(conv: nn.Conv2d) -> dict[str, Any]:
     (top, bottom), (left, right) = LayerSpec.of("", conv).padded
     return {
+        "kernel_shape": list(conv.kernel_size),
+        "group": conv.groups,
         "strides": list(conv.stride),
         "dilations": list(conv.dilation),
         "pads": [top, left, bottom, right],
@@ -170,19 +175,11 @@ def _attributes(conv: nn.Conv2d) -> dict[str, Any]:
 
 def _constant(name: str, shape: list[int], value: float = 0.01) -> list[Any]:
     """Make a tensor of one value; ONNX Runtime turns it into a weight when it loads the model."""
+    given = helper.make_tensor("", TensorProto.INT64, [len(shape)], shape)
+    filled = helper.make_tensor("", TensorProto.FLOAT, [1], [value])
     return [
-        helper.make_node(
-            "Constant",
-            [],
-            [name + _SHAPE],
-            value=helper.make_tensor("", TensorProto.INT64, [len(shape)], shape),
-        ),
-        helper.make_node(
-            "ConstantOfShape",
-            [name + _SHAPE],
-            [name],
-            value=helper.make_tensor("", TensorProto.FLOAT, [1], [value]),
-        ),
+        helper.make_node("Constant", [], [name + _SHAPE], name + _SHAPE, value=given),
+        helper.make_node("ConstantOfShape", [name + _SHAPE], [name], name, value=filled),
     ]
 
 
@@ -221,11 +218,16 @@ def _without_made_biases(network: Any, layers: Collection[str]) -> None:
     before = None
     while before != len(network.graph.node):  # also drop nodes whose results nobody uses any more
         before = len(network.graph.node)
-        used = {name for node in network.graph.node for name in node.input} | {
-            value.name for value in network.graph.output
-        }
+        used = _used(network.graph)
         for node in [node for node in network.graph.node if not used & set(node.output)]:
             network.graph.node.remove(node)
+
+
+def _used(graph: Any) -> set[str]:
+    """Return the names of the tensors that a graph's nodes take, or that are its outputs."""
+    within = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    inputs = {name for node in graph.node for name in node.input}
+    return inputs.union({value.name for value in graph.output}, *map(_used, within))
 
 
 def _nodes_of(network: Any, layer: str) -> list[Any]:

@@ -86,6 +86,12 @@ class Specification:
             layer: hashlib.sha256(text.encode()).hexdigest()[:12] for layer, text in dense.items()
         }
 
+    def digest(self) -> str:
+        """Return a digest of what is measured: it differs where entries or their order do."""
+        entries = [[dict(e.layer), e.rank] for e in self.entries]
+        what = [self.model, self.input, {k: dict(row) for k, row in self.layers.items()}, entries]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
     def layers_with(self, entry: int) -> list[str]:
         """Return the layers that have an entry among their candidates."""
         return [layer for layer, row in self.layers.items() if entry in row.values()]
