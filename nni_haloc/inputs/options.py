@@ -16,6 +16,8 @@ Kind = Literal["conv", "pointwise", "linear"]
 """Kinds of layers: spatial convolutions, 1x1 convolutions, linear layers."""
 MemoryFormat = Literal["contiguous", "channels_last"]
 """How torch lays tensors out in memory."""
+FormatSetting = Literal["auto", "contiguous", "channels_last"]
+"""The memory format that is asked for; ``auto`` leaves it to a measurement."""
 LamSchedule = Literal["constant", "linear", "cosine"]
 """How Eq. (9)'s lambda falls over the search; see `nni_haloc.search.objective.schedule`."""
 

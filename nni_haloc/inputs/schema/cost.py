@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from nni_haloc.inputs.options import MemoryFormat
+from nni_haloc.inputs.options import FormatSetting
 from nni_haloc.inputs.schema.paths import ExistingPath
 from nni_haloc.inputs.schema.section import Section, Words
 from nni_haloc.inputs.schema.values import Device, Metric, Predictor, Processes, RuntimeName
@@ -32,8 +32,11 @@ class Cost(Section):
     [an extra](how-to/measure-your-device.md#runtimes)."""
     batch_size: Annotated[int, Field(ge=1, le=1 << 16)] = 1
     """Images in a batch while latency is measured."""
-    memory_format: MemoryFormat = "contiguous"
-    """How torch lays images and kernels out in memory."""
+    memory_format: FormatSetting = "auto"
+    """How torch lays images and kernels out in memory. `auto` takes the format of `table`; without
+    one it
+    [chooses by latency](how-to/latency-budget.md#the-memory-format), where that is measured here in
+    a runtime that knows both, and else is `contiguous`."""
     device: Device = "cpu"
     """The device that is measured."""
     threads: Processes | None = None
