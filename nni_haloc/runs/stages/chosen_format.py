@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
-from nni_haloc.costs.from_settings import latency_input, runtime_of
+from nni_haloc.costs.from_settings import latency_input, runtime_of, with_known_format
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.options import MemoryFormat
 from nni_haloc.plan.budget import Limit
@@ -48,6 +48,9 @@ def with_chosen_format(job: Job, resume: bool = False) -> Job:
     """
     if job.config.cost.memory_format != "auto":
         return job
+    known = with_known_format(job.config).cost.memory_format  # of settings that `Job.at` was given
+    if known != "auto":
+        return job.in_format(known)
     if not is_affected(job.model) or job.example.dim() != 4:
         return job.in_format("contiguous")
     if resume and (kept := _kept(job)) is not None:
