@@ -492,9 +492,12 @@ class _Given:
             return self._settled(known, costs, None, of_table=of_table)
         runtimes = {each: self.clocks.in_format(each) for each in get_args(MemoryFormat)}
         formats = time_formats(self.model, tuple(self.example.shape), runtimes)
+        if formats is None:
+            return self._settled("contiguous", None, None)
         if formats.is_far:
             return self._settled(formats.chosen, None, formats)
-        order = sorted(runtimes, key=lambda each: each != formats.faster)
+        faster = formats.faster
+        order = sorted(runtimes, key=lambda each: each != faster)
         found = {each: self._settled(each, None, formats) for each in order}
         limits = {each: [Limit.of(one.costs, budget)] for each, one in found.items()}
         tables = [one.costs for one in found.values()]

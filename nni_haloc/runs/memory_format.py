@@ -21,7 +21,7 @@ from nni_haloc.plan.rules.scored import error_knapsack, least_movement, squared_
 from nni_haloc.runs.promise import Interval, time_rounds
 from nni_haloc.space.modules import copy_of
 from nni_haloc.space.ranks import macs
-from nni_haloc.utils.errors import InfeasibleBudget
+from nni_haloc.utils.errors import InfeasibleBudget, first_line
 from nni_haloc.utils.files import is_number
 from nni_haloc.utils.log import logger
 
@@ -150,17 +150,26 @@ def is_affected(model: nn.Module) -> bool:
 
 def time_formats(
     model: nn.Module, shape: tuple[int, ...], runtimes: Mapping[MemoryFormat, Runtime]
-) -> Formats:
+) -> Formats | None:
     """Time the original network in each memory format, in alternation.
 
     Args:
         model: the original network; it is left as it is.
         shape: of its input, batch included.
         runtimes: the runtime in each format.
+
+    Returns:
+        What is known of the two; None for a network that does not run in both, such as one that
+        calls ``view`` on a convolution's output.
     """
     one, two = get_args(MemoryFormat)
     first, second = in_format(model, one), in_format(model, two)
-    rounds = time_rounds(first, second, shape, runtimes[two], runtimes[one])
+    try:
+        rounds = time_rounds(first, second, shape, runtimes[two], runtimes[one])
+    except Exception as error:  # of the network's own code; one in both formats is told later
+        reason = first_line(error)
+        logger.info("memory format: %s; the network can't be timed in %s: %s", one, two, reason)
+        return None
     share = Interval.of([b / a for a, b in rounds])
     times = (float(np.median(column)) for column in zip(*rounds, strict=True))
     found = dict(zip((one, two), times, strict=True))

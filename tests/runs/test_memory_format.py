@@ -381,6 +381,35 @@ def test_a_network_without_convolutions_has_no_format_to_choose(clock):
     assert set(found.measured) == {"contiguous"}
 
 
+class Viewed(nn.Module):
+    """A network that runs in contiguous format alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.classifier = nn.Linear(256, 4)
+
+    def forward(self, x):
+        x = self.b(self.a(x).relu())
+        return self.classifier(x.view(len(x), -1))
+
+
+@pytest.mark.parametrize("rule", ["uniform", "search"])
+def test_a_network_that_does_not_run_in_both_stays_contiguous(clock, images, labels, told, rule):
+    found = clock()
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match="view"):
+        in_format(Viewed(), "channels_last")(images)
+    loader = DataLoader(TensorDataset(images, labels), 16)
+    call = {"allowed": AllowedRanks(4), "epochs": 0, "budget": 0.9, "rule": rule}
+    result = compress_model(Viewed(), loader, loader, **call, runtime="format_clock")
+    assert set(found.measured) == {"contiguous"}
+    assert result.timing["memory_format"] == "contiguous"
+    assert "formats" not in result.timing
+    reason = "memory format: contiguous; the network can't be timed in channels_last: view size"
+    assert any(reason in line for line in told())
+
+
 @pytest.mark.parametrize("layout", FORMATS)
 def test_a_saved_network_is_loaded_in_its_format(net, images, tmp_path, layout):
     network = in_format(net, layout).eval()

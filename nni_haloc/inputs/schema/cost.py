@@ -33,10 +33,9 @@ class Cost(Section):
     batch_size: Annotated[int, Field(ge=1, le=1 << 16)] = 1
     """Images in a batch while latency is measured."""
     memory_format: FormatSetting = "auto"
-    """How torch lays images and kernels out in memory. `auto` takes the format of `table`; without
-    one it
-    [chooses by latency](how-to/latency-budget.md#the-memory-format), where that is measured here in
-    a runtime that knows both, and else is `contiguous`."""
+    """How torch lays images and kernels out in memory. `auto` takes the format of a measured
+    `table`. Without one it [is chosen](how-to/latency-budget.md#the-memory-format) where latency is
+    measured here in a runtime that knows both, and else is `contiguous`."""
     device: Device = "cpu"
     """The device that is measured."""
     threads: Processes | None = None

@@ -60,6 +60,8 @@ def with_chosen_format(job: Job, resume: bool = False) -> Job:
         shape = tuple(latency_input(job.config, job.example).shape)
         runtimes = {each: runtime_of(job.config, each) for each in get_args(MemoryFormat)}
         formats = time_formats(job.model, shape, runtimes)
+        if formats is None:
+            return job.in_format("contiguous")
         if formats.is_far:
             return job.in_format(formats.chosen, formats)
         return _better(job, formats)
@@ -79,7 +81,7 @@ def _kept(job: Job) -> tuple[MemoryFormat, Formats | None] | None:
     for training in (job.folder.searching, job.folder.finetuning):
         if training.checkpoint.exists():
             saved = checkpoint.read(training.checkpoint, checkpoint.REMEDY)["identity"]
-            chosen = saved.get("cost.memory_format")
+            chosen = saved.get("cost.memory_format", "contiguous")
             return chosen, formats if known == chosen else None
     return None if formats is None else (known, formats)
 
