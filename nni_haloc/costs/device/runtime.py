@@ -71,7 +71,8 @@ class Runtime(Protocol):
         Args:
             device: the name that torch has for it: ``cpu``, ``cuda:1``, ...
             dtype: the name that torch has for the number format.
-            memory_format: ``contiguous`` or ``channels_last``.
+            memory_format: ``contiguous`` or ``channels_last``. A run may choose between the two
+                where the runtime takes both, and its identity says which one it has.
             threads: processor threads (None: the runtime's own choice).
             graph: whether a pass is replayed as a CUDA graph. This option and the next are passed
                 only where they differ from the default, so a runtime may be without them.
