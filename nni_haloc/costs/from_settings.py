@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from nni_haloc.costs.analytic import COUNTED
 from nni_haloc.costs.device.costs_file import MEASURED
-from nni_haloc.costs.device.runtime import Runtime, make_runtime
+from nni_haloc.costs.device.runtime import Runtime, known_formats, make_runtime
 from nni_haloc.costs.device.torch_runtime import hardware
 from nni_haloc.costs.stairs import rank_stairs
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import Config
+from nni_haloc.inputs.options import MemoryFormat
 from nni_haloc.inputs.registries import PREDICTORS
 from nni_haloc.inputs.schema.space import Space
 from nni_haloc.space.ranks import AllowedRanks
@@ -163,7 +164,9 @@ def _check_measured_alike(
     if cost.dtype != "float32":  # on any device
         expected |= {"dtype": cost.dtype}
     if identity.get("device") == hardware(cost.device):
-        expected |= {"memory_format": cost.memory_format, "dtype": cost.dtype}
+        expected |= {"dtype": cost.dtype}
+        if cost.memory_format != "auto":
+            expected |= {"memory_format": cost.memory_format}
         if cost.device.startswith("cuda"):
             expected |= {"graph": cost.graph, "tf32": cost.tf32}
         elif cost.threads is not None:
@@ -202,23 +205,69 @@ def _load(key: str, metric: str, file: str) -> CostTable:
     return costs
 
 
-def runtime_of(config: Config) -> Runtime:
+def runtime_of(config: Config, memory_format: MemoryFormat | None = None) -> Runtime:
     """Return the runtime that latency and energy are measured with.
+
+    Args:
+        config: the settings.
+        memory_format: the format (None: that of the settings; ``auto`` stands for contiguous as
+            long as none is chosen).
 
     Raises:
         ValueError: if it can't be used as the settings say.
         MissingPackage: if a package that it needs is not installed.
     """
     cost = config.cost
+    asked = "contiguous" if cost.memory_format == "auto" else cost.memory_format
     return make_runtime(
         cost.runtime,
         device=cost.device,
         dtype=cost.dtype,
-        memory_format=cost.memory_format,
+        memory_format=memory_format or asked,
         threads=cost.threads,
         graph=cost.graph,
         tf32=cost.tf32,
     )
+
+
+def with_memory_format(config: Config, memory_format: MemoryFormat) -> Config:
+    """Return the settings with another memory format."""
+    cost = config.cost.model_copy(update={"memory_format": memory_format})
+    return config.model_copy(update={"cost": cost})
+
+
+def with_known_format(config: Config) -> Config:
+    """Return the settings with a memory format in the place of ``auto``, if none is to be chosen.
+
+    It is that of a measured table that the settings name. Without one it is contiguous, but where
+    one process measures latency in a runtime that knows several formats: there ``auto`` stays.
+
+    Raises:
+        SettingsError: if a table can't be read.
+    """
+    if config.cost.memory_format != "auto":
+        return config
+    limits = [("cost", config.cost), *_further_limits(config)]
+    for key, limit in limits:
+        if limit.table is not None and limit.metric in MEASURED:
+            known = _load(key, limit.metric, limit.table).identity.get("memory_format")
+            if known in formats_of(config):
+                return with_memory_format(config, known)
+    cost, trainer = config.cost, config.trainer
+    measured = cost.table is None and cost.metric == (cost.predictor or cost.metric) == "latency_ms"
+    several = trainer.devices * trainer.num_nodes > 1 or start_together()
+    if measured and not several and len(formats_of(config)) > 1:
+        return config
+    return with_memory_format(config, "contiguous")
+
+
+def _further_limits(config: Config) -> list[tuple[str, Any]]:
+    return [(f"budget.also.{i}", limit) for i, limit in enumerate(config.budget.also)]
+
+
+def formats_of(config: Config) -> list[MemoryFormat]:
+    """Return the memory formats that the settings' runtime can time networks in."""
+    return known_formats(lambda memory_format: runtime_of(config, memory_format))
 
 
 def latency_input(config: Config, example: Tensor) -> Tensor:

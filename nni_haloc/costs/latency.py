@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from statistics import median
+from types import MappingProxyType
 
 from torch import nn
 
@@ -110,6 +111,7 @@ def measure_latency(
     *,
     min_run_time: float = 0.1,
     rounds: int = 5,
+    others: Mapping[str, Runtime] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Measure a forward pass of each network, all of them in alternation.
 
@@ -119,13 +121,18 @@ def measure_latency(
         runtime: what runs them.
         min_run_time: seconds for which each network runs in a round.
         rounds: the median is of as many medians.
+        others: by name of a network, what runs it in the place of ``runtime``: the same runtime
+            in another memory format.
 
     Returns:
         Milliseconds by name.
     """
     shape = tuple(only_tensor(example_input).shape)
     with runtime.pinned():
-        runs = {name: forward_pass(runtime, model, shape) for name, model in models.items()}
+        runs = {
+            name: forward_pass(others.get(name, runtime), model, shape)
+            for name, model in models.items()
+        }
         times = [time_together(runs, runtime, min_run_time) for _ in range(rounds)]
     return {name: 1e3 * median(seconds[name] for seconds in times) for name in models}
 

@@ -34,7 +34,8 @@ class CostTable:
             ``dense``.
         fixed: the cost of everything else in the network.
         identity: what the numbers hold for (device, batch, memory format, dtype, threads,
-            versions, ...); two tables are comparable only where it agrees.
+            versions, ...); two tables are comparable only where it agrees. Where the memory format
+            was chosen by measurement, ``formats`` says how (`nni_haloc.runs.memory_format`).
         spread: for measured costs, how far the single times lie apart (interquartile range over
             median).
         quality: for measured costs, how far they can be trusted (`nni_haloc.costs.device.quality`).
@@ -69,7 +70,7 @@ class CostTable:
         object.__setattr__(self, "costs", floats)  # the file of a user may have integers
 
     def _check_facts(self) -> None:
-        """Raise ValueError for a spread below 0, or a figure of the quality that is no number."""
+        """Raise ValueError for a spread below 0, or a figure that is no number."""
         for layer, row in self.spread.items():
             for candidate, share in row.items():
                 if not (is_number(share) and share >= 0):
@@ -80,11 +81,30 @@ class CostTable:
         for name, figure in self.quality.items():
             if not is_number(figure):
                 raise ValueError(f"quality: {name}: expected a number, found {brief(figure)}")
+        formats = self.identity.get("formats", {})
+        cost = formats.get("original", 1) if isinstance(formats, Mapping) else formats
+        if not (is_number(cost) and cost > 0):
+            raise ValueError(
+                f"identity: formats: original: expected a positive cost, found {brief(cost)}"
+            )
 
     @property
     def original(self) -> float:
-        """Cost of the original network, in the metric's unit."""
+        """Cost of the original network, in the metric's unit.
+
+        Where it is faster in another memory format than the table's, that is its cost there, by
+        the clock of this table: what the user has for free counts as no gain.
+        """
+        if self.elsewhere is not None:
+            return self.elsewhere
         return self.total(dict.fromkeys(self.costs, DENSE))
+
+    @property
+    def elsewhere(self) -> float | None:
+        """Cost of the original network in the faster memory format, where that is not this one."""
+        formats = self.identity.get("formats")
+        cost = formats.get("original") if isinstance(formats, Mapping) else None
+        return None if cost is None else float(cost)
 
     def total(self, choice: Mapping[str, str]) -> float:
         """Return the exact cost of a network, correctly rounded.

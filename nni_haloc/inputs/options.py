@@ -18,6 +18,8 @@ MemoryFormat = Literal["contiguous", "channels_last"]
 """How torch lays tensors out in memory."""
 Precision = Literal["float32", "int8"]
 """Number formats in which runs measure latency and energy."""
+FormatSetting = Literal["auto", "contiguous", "channels_last"]
+"""The memory format that is asked for; ``auto`` leaves it to a measurement."""
 LamSchedule = Literal["constant", "linear", "cosine"]
 """How Eq. (9)'s lambda falls over the search; see `nni_haloc.search.objective.schedule`."""
 

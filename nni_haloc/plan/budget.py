@@ -423,10 +423,8 @@ def _remedy(limit: Limit, least: float) -> str:
     else:
         remedy = "no share will do: layers are pinned to ranks that cost more than the original"
     if limit.costs.metric == "latency_ms":
-        remedy += (
-            ", or a larger batch_size, memory_format channels_last"
-            " (see docs: Meet a latency budget)"
-        )
+        other = "" if "formats" in limit.costs.identity else ", memory_format channels_last"
+        remedy += f", or a larger batch_size{other} (see docs: Meet a latency budget)"
     return remedy
 
 

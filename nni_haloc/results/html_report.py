@@ -85,6 +85,7 @@ def html_report(path: str | Path) -> str:
         facts={key: _shown(v) for key, v in _flat(plan.chosen_by).items() if v is not None},
         headline=_headline(stages, rows),
         doubts=doubts(stages),
+        formats=files.formats,
         stages=_table(rows),
         batch=_flat(config.get("cost", {})).get("batch_size", ""),
         texts=TEXT,

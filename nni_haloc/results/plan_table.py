@@ -29,6 +29,7 @@ from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.finished import Finished
 from nni_haloc.runs.folder import RunFolder, find_run
+from nni_haloc.runs.memory_format import Formats, fastest_original
 from nni_haloc.runs.summary import cost_line
 from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line, reason_of
 from nni_haloc.utils.printing import percent, print_table, short
@@ -79,6 +80,11 @@ class PlanFiles:
     def costs(self) -> CostTable | None:
         """The table of what the budget limits."""
         return self.tables[0] if self.tables else None
+
+    @property
+    def formats(self) -> Formats | None:
+        """By what the memory format was chosen; None where it was given."""
+        return Formats.of(facts_of(self.plan)[0].get("formats"))
 
     def rows(self, plan: RankPlan | None = None) -> list[LayerRow]:
         """Explain the folder's plan, or another one of the same network."""
@@ -168,11 +174,15 @@ def _timed(
         if here not in devices:
             return {"not_timed": f"the budget is one of another device, {min(devices)}"}
         original = run.original()
-        networks = {"original": original}
-        networks |= {name: restructure(original, plan).eval() for name, plan in plans.items()}
+        networks = {name: restructure(original, plan).eval() for name, plan in plans.items()}
+        beside, other = fastest_original(
+            original, runtime, lambda each: runtime_of(run.config, each), tables[0].identity
+        )
+        networks = {"original": beside, **networks}
         with quiet():
             batch = run.example(run.config.cost.batch_size)
-            return {"latency_ms": measure_latency(networks, batch, runtime)}
+            others = {"original": other}
+            return {"latency_ms": measure_latency(networks, batch, runtime, others=others)}
     except (HalocError, ValueError, RuntimeError) as error:
         return {"not_timed": reason_of(error)}
 
@@ -182,7 +192,8 @@ def plan_content(files: PlanFiles) -> dict[str, Any]:
 
     Returns:
         ``folder``, ``metric``, ``measured`` (whether sensitivities are known), ``costs`` and
-        ``movement`` (see `PlanFiles.facts`), and ``layers``, a list of dicts.
+        ``movement`` (see `PlanFiles.facts`), ``memory_formats``, by what the memory format was
+        chosen (None: it was not), and ``layers``, a list of dicts.
     """
     layers = [
         {
@@ -195,11 +206,13 @@ def plan_content(files: PlanFiles) -> dict[str, Any]:
         }
         for row in files.rows()
     ]
+    formats = files.formats
     return {
         "folder": str(files.folder),
         "metric": files.costs.metric if files.costs else None,
         "measured": is_measured(files),
         **files.facts(files.plan),
+        "memory_formats": formats and formats.facts(),
         "layers": layers,
     }
 
@@ -274,6 +287,8 @@ def print_plan(files: PlanFiles) -> None:
     facts = files.facts(files.plan)
     for cost in facts["costs"]:
         print(cost_line(cost))
+    if files.formats is not None:
+        print(files.formats)
     if facts["movement"] is not None:
         print(f"predicted change of the outputs: {facts['movement']:.3g}, sum of sensitivities")
     else:

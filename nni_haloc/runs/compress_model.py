@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 from nni_haloc.costs.analytic import COUNTED
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.costs.device.costs_file import MEASURED
-from nni_haloc.costs.device.runtime import Runtime
+from nni_haloc.costs.device.runtime import Runtime, known_formats
 from nni_haloc.costs.device.torch_runtime import hardware
 from nni_haloc.costs.latency import measure_energy, measure_latency
 from nni_haloc.costs.table import CostTable, worthwhile
 from nni_haloc.inputs.labels import check_labels
 from nni_haloc.inputs.models import build_model
+from nni_haloc.inputs.options import FormatSetting, MemoryFormat
 from nni_haloc.inputs.registries import PREDICTORS, RULES, RUNTIMES
 from nni_haloc.inputs.schema.search import SearchOptions
 from nni_haloc.plan.budget import Limit, Scores, choose
@@ -36,14 +37,25 @@ from nni_haloc.runs.folder import Figures, RunFolder, hold
 from nni_haloc.runs.hub import push_to_hub
 from nni_haloc.runs.kept import measured_of_budget
 from nni_haloc.runs.limits import check_table
+from nni_haloc.runs.memory_format import (
+    Formats,
+    fastest_original,
+    formats_in,
+    in_format,
+    is_affected,
+    judge_rule,
+    laid_out,
+    time_formats,
+    with_formats,
+)
 from nni_haloc.runs.plausibility import guessing, warn_of_doubts
-from nni_haloc.runs.promise import Check, Rounds, keep_promise, time_rounds
+from nni_haloc.runs.promise import METRIC, Check, Rounds, keep_promise, time_rounds
 from nni_haloc.runs.saved import save
 from nni_haloc.runs.summary import cost_line, summary_line, summary_text
 from nni_haloc.search.evaluator import Classification
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, run_search
-from nni_haloc.space.modules import copy_of, evaluating
+from nni_haloc.space.modules import evaluating
 from nni_haloc.space.outputs import logits_of
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.space.summary import why_nothing
@@ -76,7 +88,9 @@ class Compressed:
             of ``compressed``, where latency is the budget, also ``latency_ms_of_budget``: what it
             really takes, divided by the budget; ``measured_share``: the same divided by the
             original's latency; and ``budget_met``: 1 or 0.
-        timing: what latencies were measured with: runtime, device, threads, shape of the input, ...
+        timing: what latencies were measured with: runtime, device, threads, shape of the input,
+            ...; and ``formats``, by what the memory format was chosen, where it was. The original's
+            latency is then the one in its faster format.
         call: the call of `compress_model` that made it, as Python is written.
         layers: what is known of every layer; ``haloc plan FOLDER`` shows it.
     """
@@ -94,8 +108,10 @@ class Compressed:
         return f"Compressed({'; '.join(networks)})"
 
     def report(self) -> str:
-        """Return a small table: original, compressed, change."""
-        return summary_text(self.metrics)
+        """Return a small table: original, compressed, change; and how a format was chosen."""
+        formats = formats_in(self.costs.identity)
+        text = summary_text(self.metrics)
+        return text if formats is None else f"{text}\n{formats}"
 
     def save(
         self,
@@ -171,7 +187,7 @@ def compress_model(
     allowed: AllowedRanks | None = None,
     costs: CostTable | None = None,
     batch_size: int = 1,
-    memory_format: str = "contiguous",
+    memory_format: FormatSetting = "auto",
     runtime: str = "torch",
     dtype: str = "float32",
     device: str = "cpu",
@@ -204,7 +220,9 @@ def compress_model(
             ``sensitivity-knapsack`` where the cost is counted here.
         costs: a cost table that is at hand, in the place of one that is made here.
         batch_size: images in the batch that latency is measured with.
-        memory_format: ``contiguous`` or ``channels_last``, for latency and for the result.
+        memory_format: ``contiguous`` or ``channels_last``, for latency and for the result. ``auto``
+            takes that of ``costs``; without a table it takes the one with the better plan, where
+            ``metric`` is ``latency_ms`` and the runtime knows both, and is contiguous elsewhere.
         runtime: what latency is measured with: ``torch``, ``onnxruntime``, ...
         dtype: in what: ``float32``, or ``int8``, which ``onnxruntime``, ``openvino`` and
             ``executorch`` have. The result is in float32 in any case.
@@ -261,26 +279,24 @@ def compress_model(
         if trained and val_loader is None:
             raise ValueError(f"val_loader: expected images and labels{_OR_WITHOUT}, found None")
         labels = _classes(model, images, labels, needed=trained)
-        original = model if memory_format == "contiguous" else _channels_last(model)
-        before = _judged(original, val_loader)
-        logger.info("original: %s", summary_line({**before, **_count(original, images[:1])}))
+        before = _judged(model, val_loader)
+        logger.info("original: %s", summary_line({**before, **_count(model, images[:1])}))
         told = warn_of_doubts({"original": before})
         example = images[:1].repeat(batch_size, *[1] * (images.dim() - 1))
-        options = {"device": device, "dtype": dtype, "memory_format": memory_format}
-        timing = _known(RUNTIMES, "runtime", runtime).from_options(**options)
-        if costs is None:
-            batch = example if metric in MEASURED else images[:1]
-            make = _known(PREDICTORS, "metric", metric).table
-            doing = "measuring" if metric in MEASURED else "computing"
-            logger.info("%s %s of every candidate", doing, metric)
-            costs = make(original, batch, allowed, timing, lambda done, of: None)
-        else:
-            _check_precision(costs, timing)
-        check_table(costs)
+        clocks = _Clocks(_known(RUNTIMES, "runtime", runtime), device, dtype)
+        clock = clocks.in_format("contiguous" if memory_format == "auto" else memory_format)
+        if costs is not None:
+            _check_precision(costs, clock)
+        given = _Given(model, images, labels, train_loader, allowed, seed, clocks, example, metric)
+        with isolated_random_states():  # what follows is the same in a given format
+            settled = given.settle(memory_format, costs, budget, rule)
+        costs, original, timing = settled.costs, settled.model, settled.timing
+        layout = settled.memory_format
         here = timing.identity().get("device") or hardware(device)
         limit = Limit.of(costs, budget)
-        promise = _Promise(original, tuple(example.shape), timing, here, check)
-        task = _Task(original, images, labels, train_loader, limit, allowed, seed, promise)
+        beside = fastest_original(original, timing, clocks.in_format, costs.identity)
+        promise = _Promise(original, tuple(example.shape), timing, here, check, *beside, layout)
+        task = _Task(replace(given, model=original), limit, promise, settled.problem)
         logger.info("choosing ranks: %s, %d calibration images", rule, len(images))
         if rule == "search":
             how = search_recipe or Recipe(epochs=1, lr=0.02, schedule="constant")
@@ -292,17 +308,19 @@ def compress_model(
         reconstructed = not trained and reconstruct_blocks(
             network, original, images, list(plan.ranks), seed=seed
         )
+        laid_out(network, layout)
         if not reconstructed:
             recalibrate(network, _pairs(train_loader), _RECALIBRATION_BATCHES)
         finetune(network, train_loader, recipe, val_loader, enable_progress_bar=verbose)
-        networks = {"original": original, "compressed": network}
+        networks = {"original": beside[0], "compressed": network}
         top1 = {} if val_loader is None else {"top1": accuracy(network, val_loader)[0]}
         metrics = {
             "original": {**before, **_count(original, images[:1])},
             "compressed": {**top1, **_count(network, images[:1])},
         }
         warn_of_doubts(metrics, told)
-        for name, latency in measure_latency(networks, example, timing).items():
+        others = {"original": beside[1]}
+        for name, latency in measure_latency(networks, example, timing, others=others).items():
             metrics[name]["latency_ms"] = latency
         timed = {"latency_ms": metrics["compressed"]["latency_ms"]}
         metrics["compressed"] |= measured_of_budget(
@@ -314,7 +332,9 @@ def compress_model(
             {"latency_ms": metrics["original"]["latency_ms"]},
         )
         logger.info("compressed: %s", summary_line(metrics["compressed"]))
+    formats = formats_in(costs.identity)
     measured = {**timing.identity(), "input": list(example.shape)}
+    measured |= {} if formats is None else {"formats": formats.facts()}
     return Compressed(network, plan, costs, metrics, measured, call, known)
 
 
@@ -396,6 +416,11 @@ class _Promise:
     runtime: Runtime
     device: str
     check: Check
+    original: nn.Module
+    """The original network in its faster memory format, beside which the planned one is timed."""
+    other: Runtime
+    """What runs it."""
+    memory_format: MemoryFormat
 
     def plan(
         self,
@@ -407,40 +432,174 @@ class _Promise:
 
         def clock(plan: RankPlan) -> Rounds:
             with isolated_random_states():
-                planned = restructure(self.model, plan)
-                return time_rounds(self.model, planned, self.shape, self.runtime)
+                planned = laid_out(restructure(self.model, plan), self.memory_format)
+                return time_rounds(self.original, planned, self.shape, self.runtime, self.other)
+
+        def make(limits: Sequence[Limit]) -> RankPlan:
+            return with_formats(make_plan(limits), limit.costs.identity)
 
         where = "; the error's attribute 'plan' has the ranks"
-        return keep_promise([limit], make_plan, candidates, clock, self.device, self.check, where)
+        return keep_promise([limit], make, candidates, clock, self.device, self.check, where)
 
 
 @dataclass(frozen=True)
-class _Task:
-    """A network, the data to choose its ranks by, and the limit on its cost."""
+class _Clocks:
+    """A runtime in each memory format that it knows."""
+
+    kind: Any
+    device: str
+    dtype: str
+
+    def in_format(self, memory_format: MemoryFormat) -> Runtime:
+        """Return the runtime in a memory format."""
+        return self.kind.from_options(
+            device=self.device, dtype=self.dtype, memory_format=memory_format
+        )
+
+    @property
+    def formats(self) -> list[MemoryFormat]:
+        """The formats in which it can time networks."""
+        return known_formats(self.in_format)
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The memory format of a call, and what is measured in it.
+
+    ``problem`` is the rule's, where it was made to choose the format.
+    """
+
+    memory_format: MemoryFormat
+    model: nn.Module
+    timing: Runtime
+    costs: CostTable
+    problem: Problem | None = None
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A network, the data to choose its ranks by, and what its cost is measured with."""
 
     model: nn.Module
     images: Tensor
     labels: Tensor
     train: DataLoader
-    limit: Limit
     allowed: AllowedRanks
     seed: int
+    clocks: _Clocks
+    example: Tensor
+    metric: str
+
+    def settle(
+        self, asked: FormatSetting, costs: CostTable | None, budget: float, rule: str
+    ) -> _Settled:
+        """Settle the memory format that is asked for, and the cost table where there is none."""
+        known = self._known_format(asked, costs)
+        if known is not None:
+            of_table = asked == "auto" and costs is not None
+            return self._settled(known, costs, None, of_table=of_table)
+        runtimes = {each: self.clocks.in_format(each) for each in get_args(MemoryFormat)}
+        formats = time_formats(self.model, tuple(self.example.shape), runtimes)
+        if formats is None:
+            return self._settled("contiguous", None, None)
+        if formats.is_far:
+            return self._settled(formats.chosen, None, formats)
+        faster = formats.faster
+        order = sorted(runtimes, key=lambda each: each != faster)
+        found = {each: self._settled(each, None, formats) for each in order}
+        limits = {each: [Limit.of(one.costs, budget)] for each, one in found.items()}
+        tables = [one.costs for one in found.values()]
+        plain = replace(self, model=in_format(self.model, "contiguous"))
+        formats, problem = judge_rule(formats, limits, lambda own: plain.problem(own, tables), rule)
+        best = found[formats.chosen]
+        return replace(best, costs=formats.told(best.costs), problem=problem)
+
+    def _known_format(self, asked: FormatSetting, costs: CostTable | None) -> MemoryFormat | None:
+        """Return the memory format where none has to be chosen; else None."""
+        if asked != "auto":
+            return asked
+        if costs is not None:
+            known = costs.identity.get("memory_format")
+            return known if known in self.clocks.formats else "contiguous"
+        affected = is_affected(self.model) and self.example.dim() == 4
+        if self.metric != METRIC or not affected or len(self.clocks.formats) < 2:
+            return "contiguous"
+        return None
+
+    def _settled(
+        self,
+        memory_format: MemoryFormat,
+        costs: CostTable | None,
+        formats: Formats | None,
+        *,
+        of_table: bool = False,
+    ) -> _Settled:
+        """Return the network in a format, with its table, which is measured where it is None."""
+        as_it_is = memory_format == "contiguous" and formats is None and not of_table
+        model = self.model if as_it_is else in_format(self.model, memory_format)
+        timing = self.clocks.in_format(memory_format)
+        if costs is None:
+            batch = self.example if self.metric in MEASURED else self.images[:1]
+            make = _known(PREDICTORS, "metric", self.metric).table
+            doing = "measuring" if self.metric in MEASURED else "computing"
+            where = "" if formats is None else f", {memory_format}"
+            logger.info("%s %s of every candidate%s", doing, self.metric, where)
+            costs = make(model, batch, self.allowed, timing, lambda done, of: None)
+        check_table(costs)
+        costs = costs if formats is None else formats.told(costs)
+        return _Settled(memory_format, model, timing, costs)
+
+    def problem(self, limits: Sequence[Limit], tables: Sequence[CostTable]) -> Problem:
+        """Return what a rule chooses from: candidates that are worthwhile by any of the tables."""
+        layers = find_layers(self.model, self.images[:1], self.allowed)
+        candidates = layers.candidates(self.allowed)
+        pinned = [name for name in candidates if self.allowed.pins(name)]
+        kept, dropped = worthwhile(candidates, tables, pinned)
+        left_alone = {**layers.left_alone, **dropped}
+        if not kept:
+            raise ValueError(why_nothing(self.model, left_alone))
+        return Problem(
+            self.model,
+            layers.specs,
+            kept,
+            limits,
+            self.images,
+            self.labels,
+            seed=self.seed,
+            train=self.train,
+            left_alone=left_alone,
+        )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is given, the limit on its cost, and what was found out before ranks are chosen."""
+
+    given: _Given
+    limit: Limit
     promise: _Promise
+    made: Problem | None = None
 
     def search(
         self, val: Any, recipe: Recipe, verbose: bool, options: Mapping[str, Any]
     ) -> tuple[RankPlan, nn.Module, KnownLayers]:
         """Choose ranks by the search; return plan, network with searched weights, and layers."""
-        space = RankSpace(self.model, self.images[:1], self.limit.costs, self.allowed, self.images)
-        start = space.sensitivities(self.images)
+        space = RankSpace(
+            self.given.model,
+            self.given.images[:1],
+            self.limit.costs,
+            self.given.allowed,
+            self.given.images,
+        )
+        start = space.sensitivities(self.given.images)
 
         def first_plan(limits: Sequence[Limit]) -> RankPlan:
             choice = choose(start, limits)
             return RankPlan({x: space.candidates[x][name] for x, name in choice.items()})
 
         self.promise.plan(self.limit, first_plan, space.candidates)  # before the search is paid for
-        strategy = Haloc([self.limit], start=start, seed=self.seed, **options)
-        evaluator = Classification(self.train, val, recipe, enable_progress_bar=verbose)
+        strategy = Haloc([self.limit], start=start, seed=self.given.seed, **options)
+        evaluator = Classification(self.given.train, val, recipe, enable_progress_bar=verbose)
         run_search(space, evaluator, strategy)
         plan = self.promise.plan(
             self.limit, lambda limits: strategy.plan(limits=limits), space.candidates
@@ -449,30 +608,17 @@ class _Task:
 
     def apply_rule(self, rule: str) -> tuple[RankPlan, nn.Module, KnownLayers]:
         """Choose ranks by a rule; return plan, network decomposed for the data, and layers."""
-        layers = find_layers(self.model, self.images[:1], self.allowed)
-        candidates = layers.candidates(self.allowed)
-        pinned = [name for name in candidates if self.allowed.pins(name)]
-        kept, dropped = worthwhile(candidates, [self.limit.costs], pinned)
-        left_alone = {**layers.left_alone, **dropped}
-        if not kept:
-            raise ValueError(why_nothing(self.model, left_alone))
-        problem = Problem(
-            self.model,
-            layers.specs,
-            kept,
-            [self.limit],
-            self.images,
-            self.labels,
-            seed=self.seed,
-            train=self.train,
-            left_alone=left_alone,
-        )
+        if self.made is None:
+            problem = self.given.problem([self.limit], [self.limit.costs])
+        else:
+            problem = self.made.within([self.limit])
 
         def make(limits: Sequence[Limit]) -> RankPlan:
             return plan_by_rule(
                 problem if limits[0] is self.limit else problem.within(limits), rule
             )
 
+        kept = problem.candidates
         plan = self.promise.plan(self.limit, make, kept)
         return plan, problem.network(plan.names), self._known(problem, kept, problem.scores)
 
@@ -483,7 +629,7 @@ class _Task:
         scores: Scores | None,
     ) -> KnownLayers:
         """Gather what is known of every layer."""
-        pinned = [name for name in candidates if self.allowed.pins(name)]
+        pinned = [name for name in candidates if self.given.allowed.pins(name)]
         return KnownLayers.of(space.specs, candidates, scores, pinned, space.left_alone)
 
 
@@ -556,11 +702,6 @@ def _check_precision(costs: CostTable, runtime: Runtime) -> None:
             f"costs: expected a table measured in {asked}, found one in {found}"
             "; measure it in the precision that dtype says, or choose the dtype of the table"
         )
-
-
-def _channels_last(model: nn.Module) -> nn.Module:
-    """Return a copy of the network in channels-last memory format."""
-    return copy_of(model).to(memory_format=torch.channels_last)
 
 
 def _count(network: nn.Module, example: Tensor) -> Figures:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,35 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from nni_haloc.costs.counts import count_macs, count_params
+from nni_haloc.costs.device.runtime import Runtime
 from nni_haloc.costs.device.torch_runtime import hardware
-from nni_haloc.costs.from_settings import latency_input, runtime_of
+from nni_haloc.costs.from_settings import (
+    latency_input,
+    runtime_of,
+    with_known_format,
+    with_memory_format,
+)
 from nni_haloc.costs.latency import measure_energy, measure_latency
 from nni_haloc.inputs.classes import some_of
 from nni_haloc.inputs.config import Config
 from nni_haloc.inputs.data import load_data
 from nni_haloc.inputs.labels import check_labels
 from nni_haloc.inputs.models import build_model
+from nni_haloc.inputs.options import MemoryFormat
 from nni_haloc.inputs.splits import SPLITS
 from nni_haloc.inputs.weights import load_weights
+from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.plan.rules.problem import Problem
 from nni_haloc.runs.folder import Figures, RunFolder, hold
+from nni_haloc.runs.limits import keep_tables, limits_of
+from nni_haloc.runs.memory_format import Formats, fastest_original, in_format, laid_out
 from nni_haloc.runs.plausibility import guessing
 from nni_haloc.runs.saved import load, save
 from nni_haloc.space.modules import evaluating
 from nni_haloc.space.outputs import logits_of
+from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.training.finetuning import accuracy
 from nni_haloc.training.random_states import (
     isolated_random_states,
@@ -49,12 +62,29 @@ from nni_haloc.utils.processes import check_startable, is_first
 from nni_haloc.utils.quiet import quiet
 
 
+@dataclass(frozen=True)
+class Made:
+    """What was made while the memory format was chosen.
+
+    Attributes:
+        limits: the run's limits in the chosen format.
+        problem: the rule's problem within them, with what was found out of its candidates; None
+            where there is no rule.
+    """
+
+    limits: list[Limit]
+    problem: tuple[Problem, list[str]] | None = None
+
+
 class Job:
     """Load the data and the network that the settings name, and check that they fit each other.
 
     Nothing outside the object changes: no folder is made, no random state or number of threads is
     set. That is what `active` does, for the time of a block. A job is never changed after it is
     made; `at` gives one with other settings.
+
+    A memory format ``auto`` is settled where nothing has to be timed for it
+    (`nni_haloc.costs.from_settings.with_known_format`); `in_format` gives a job of the chosen one.
 
     Args:
         config: the settings.
@@ -71,10 +101,13 @@ class Job:
     def __init__(
         self, config: Config, folder: str | Path, *, factories: bool = True, trained: bool = True
     ) -> None:
-        self.config, self.folder = config, RunFolder(folder)
+        self.folder = RunFolder(folder)
         _check_trainer(config)
         with as_one_line(where="cost"):
             runtime_of(config)
+        self.config = config = with_known_format(config)
+        self.formats: Formats | None = None
+        self.made: Made | None = None
         with as_one_line(DataError):
             self.splits = load_data(config.data)
         with as_one_line(), isolated_random_states():
@@ -141,6 +174,35 @@ class Job:
         job.config, job.folder, job._drawn = config, RunFolder(folder), None
         return job
 
+    def in_format(
+        self, memory_format: MemoryFormat, formats: Formats | None = None, made: Made | None = None
+    ) -> Job:
+        """Return the same job in a memory format that was chosen.
+
+        Args:
+            memory_format: the format.
+            formats: what it was chosen by.
+            made: what was made in choosing it, for the search or the rule.
+        """
+        job = copy.copy(self)
+        job.config = with_memory_format(self.config, memory_format)
+        job.formats, job.made = formats, made
+        if memory_format == "channels_last":
+            job.model = in_format(self.model, memory_format)
+        return job
+
+    def limits(self, allowed: AllowedRanks) -> list[Limit]:
+        """Return the run's limits, and leave their cost tables in its folder.
+
+        Tables that were measured while the memory format was chosen are not measured again.
+        """
+        if self.made is None:
+            return limits_of(
+                self.config, self.model, self.example, allowed, self.folder, self.formats
+            )
+        keep_tables(self.config, self.made.limits, self.folder)
+        return self.made.limits
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Make the folder; set device, threads and random states as the settings say, for a block.
@@ -179,9 +241,7 @@ class Job:
 
     def laid_out(self, network: nn.Module) -> nn.Module:
         """Put a network into the settings' memory format, in which it is trained and timed."""
-        if self.config.cost.memory_format == "channels_last":
-            return network.to(memory_format=torch.channels_last)
-        return network
+        return laid_out(network, self.config.cost.memory_format)
 
     def accuracy(self, network: nn.Module, loader: DataLoader) -> Figures:
         """Return ``top1``, and ``top5`` where there are more than ten classes; 0 to 1."""
@@ -204,13 +264,35 @@ class Job:
         """Return ``macs`` (for one image) and ``params``."""
         return {"macs": count_macs(network, self.example), "params": count_params(network)}
 
-    def time(self, **networks: nn.Module) -> Figures:
+    def time(self, costs: Mapping[str, Any] | None = None, **networks: nn.Module) -> Figures:
         """Return each network's latency in milliseconds for the settings' batch.
 
         Several networks are timed in alternation, so that a disturbance falls on all of them.
+
+        Args:
+            costs: identity of the run's cost table; with it the original network is timed beside
+                them, as ``original``, in the memory format in which it is faster.
+            networks: networks by name.
         """
-        batch = latency_input(self.config, self.example)
-        return measure_latency(networks, batch, runtime_of(self.config))
+        batch, runtime = latency_input(self.config, self.example), runtime_of(self.config)
+        if costs is None:
+            return measure_latency(networks, batch, runtime)
+        original, other = self.fastest_original(costs)
+        every = {"original": original, **networks}
+        return measure_latency(every, batch, runtime, others={"original": other})
+
+    def fastest_original(self, costs: Mapping[str, Any]) -> tuple[nn.Module, Runtime]:
+        """Return the original network in its faster memory format, and the runtime in that format.
+
+        Args:
+            costs: identity of the run's cost table.
+        """
+        return fastest_original(
+            self.model,
+            runtime_of(self.config),
+            lambda memory_format: runtime_of(self.config, memory_format),
+            costs,
+        )
 
     def energy(self, network: nn.Module) -> float:
         """Return the millijoules that a network takes for the settings' batch.
@@ -232,7 +314,8 @@ class Job:
     def timing(self) -> dict[str, Any]:
         """What latencies are measured with: runtime, device, threads, shape of the input, ..."""
         batch = latency_input(self.config, self.example)
-        return {**runtime_of(self.config).identity(), "input": list(batch.shape)}
+        told = {"formats": self.formats.facts()} if self.formats else {}
+        return {**runtime_of(self.config).identity(), "input": list(batch.shape), **told}
 
     def holds(self, plan: RankPlan) -> bool:
         """Tell whether an earlier start left the network of this plan in the folder."""

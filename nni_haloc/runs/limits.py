@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from nni_haloc.inputs.schema.budget import Limit as BudgetSection
 from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import RunFolder
+from nni_haloc.runs.memory_format import Formats
 from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.utils.errors import SettingsError, UnusableCheckpoint
 from nni_haloc.utils.files import whole
@@ -25,24 +26,58 @@ from nni_haloc.utils.processes import is_first
 
 
 def limits_of(
-    config: Config, model: nn.Module, example: Tensor, allowed: AllowedRanks, folder: RunFolder
+    config: Config,
+    model: nn.Module,
+    example: Tensor,
+    allowed: AllowedRanks,
+    folder: RunFolder,
+    formats: Formats | None = None,
 ) -> list[Limit]:
     """Return the limits of a run, and leave their cost tables in its folder.
 
     The first of several processes measures; the others read what it measured.
+
+    Args:
+        config: the settings.
+        model: the original network.
+        example: one input.
+        allowed: the rank space.
+        folder: receives the tables.
+        formats: what is known of the memory formats, where that was measured.
     """
-    files = table_files(folder, config)
+    limits = make_limits(config, model, example, allowed, folder, formats)
+    keep_tables(config, limits, folder)
+    return limits
+
+
+def make_limits(
+    config: Config,
+    model: nn.Module,
+    example: Tensor,
+    allowed: AllowedRanks,
+    folder: RunFolder,
+    formats: Formats | None = None,
+) -> list[Limit]:
+    """Return the limits of a run; see `limits_of`. Nothing is written."""
     limits = []
-    for (key, cost, budget), path in zip(_sections(config), files, strict=True):
+    for (key, cost, budget), path in zip(
+        _sections(config), table_files(folder, config), strict=True
+    ):
         table = cost_table(config, key, cost.metric, cost.table, model, example, allowed, path)
         check_table(table, cost.table)
+        if formats is not None and key == "cost" and cost.table is None:
+            table = formats.told(table)
         limits.append(_limit(table, budget))
+    return limits
+
+
+def keep_tables(config: Config, limits: Sequence[Limit], folder: RunFolder) -> None:
+    """Leave the cost tables of a run's limits in its folder, but for those that are there."""
     if is_first():
         given = {config.cost.table, *(also.table for also in config.budget.also)}
-        for limit, path in zip(limits, files, strict=True):
+        for limit, path in zip(limits, table_files(folder, config), strict=True):
             if str(path) not in given:
                 limit.costs.save(path)
-    return limits
 
 
 def check_table(table: CostTable, file: str | None = None) -> None:

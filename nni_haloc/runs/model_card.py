@@ -10,6 +10,7 @@ import yaml
 
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import Figures, RunFolder
+from nni_haloc.runs.memory_format import Formats
 from nni_haloc.runs.summary import cost_line, summary
 from nni_haloc.utils.errors import needs
 from nni_haloc.utils.files import read_json
@@ -119,8 +120,11 @@ class _Facts:
             )
         timing = self.run.get("timing")
         if isinstance(timing, dict) and "latency_ms" in self.networks["compressed"]:
-            listed = ", ".join(f"{key} {value}" for key, value in timing.items())
+            plain = {key: value for key, value in timing.items() if not isinstance(value, dict)}
+            listed = ", ".join(f"{key} {value}" for key, value in plain.items())
             lines.append(f"Latency is that of both networks in turn: {listed}.")
+            if formats := Formats.of(timing.get("formats")):
+                lines.append(f"By {formats}.")
         return " ".join(lines)
 
     def results(self) -> list[Any]:

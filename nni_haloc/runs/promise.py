@@ -254,7 +254,11 @@ def keep_promise(
 
 
 def time_rounds(
-    original: nn.Module, planned: nn.Module, shape: tuple[int, ...], runtime: Runtime
+    original: nn.Module,
+    planned: nn.Module,
+    shape: tuple[int, ...],
+    runtime: Runtime,
+    other: Runtime | None = None,
 ) -> Rounds:
     """Time the planned network and the original in alternation until their ratio is known.
 
@@ -265,6 +269,7 @@ def time_rounds(
         planned: the planned network, with any weights; likewise.
         shape: of the input, batch included.
         runtime: what runs them.
+        other: what runs the original in its place: the same runtime in another memory format.
 
     Returns:
         Milliseconds of the two in each round.
@@ -272,7 +277,7 @@ def time_rounds(
     rounds: list[tuple[float, float]] = []
     with runtime.pinned():
         runs = {
-            "original": forward_pass(runtime, original, shape),
+            "original": forward_pass(other or runtime, original, shape),
             "planned": forward_pass(runtime, planned, shape),
         }
         end = time.monotonic() + _LONGEST
@@ -281,8 +286,8 @@ def time_rounds(
         ):
             seconds = time_together(runs, runtime, _RUN_TIME)
             # A clock too coarse for a network gives 0.
-            one, other = (max(1e3 * seconds[name], 1e-9) for name in runs)
-            rounds.append((one, other))
+            first, second = (max(1e3 * seconds[name], 1e-9) for name in runs)
+            rounds.append((first, second))
     return rounds
 
 

@@ -13,6 +13,7 @@ from nni_haloc.runs.job import Job
 from nni_haloc.runs.plausibility import doubt_figures, warn_of_doubts
 from nni_haloc.runs.stages import all_stages, stages_of
 from nni_haloc.runs.stages.choose_ranks import search
+from nni_haloc.runs.stages.chosen_format import with_chosen_format
 from nni_haloc.runs.stages.stage import Outcome, Report, Stage, ignore
 from nni_haloc.runs.summary import summary_line
 from nni_haloc.search.strategy import Haloc
@@ -66,14 +67,15 @@ def run_job(
 ) -> Figures:
     """Run a job that is made already; see `run`."""
     report = report if is_first() else ignore
-    facts = {
-        "parameters": dict(parameters or {}),
-        "config": dump_config(job.config),
-        "versions": versions(),
-        "timing": job.timing,
-    }
     with hold(job.folder), job.active():
         stages = prepare(job)
+        job = with_chosen_format(job, resume)
+        facts = {
+            "parameters": dict(parameters or {}),
+            "config": dump_config(job.config),
+            "versions": versions(),
+            "timing": job.timing,
+        }
         original = {**job.score(job.model), **job.count(job.model)}
         original |= job.guessing(job.config.data.score)
         logger.info("original: %s", summary_line(original))
@@ -129,6 +131,7 @@ def search_only(config: Config, folder: str | Path, *, resume: bool = False) -> 
     """
     job = Job(config, folder)
     with hold(job.folder), job.active():
+        job = with_chosen_format(job, resume)
         top1 = job.accuracy(job.model, job.loader("val"))["top1"]
         logger.info("original: %.2f %% top-1 (validation)", 100 * top1)
         log_normalisation(config.data)

@@ -6,16 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from nni_haloc.inputs.models import build_model
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import RunFolder, hold, tensor_shapes
+from nni_haloc.space.layers import layout_of
 from nni_haloc.space.modules import replace_modules
 from nni_haloc.utils.errors import first_line
 from nni_haloc.utils.files import make_folder, read_json, whole, write_json
 from nni_haloc.utils.wrapped import unwrapped
+
+_CHANNELS_LAST = {"memory_format": "channels_last"}
+"""Metadata of a file of weights whose network is in this format."""
 
 
 def save(
@@ -26,7 +31,8 @@ def save(
 ) -> None:
     """Write a compressed network's ``ranks.json``, weights and ``model.json``.
 
-    A ``metrics.json`` in the folder is removed: it speaks of other weights.
+    A ``metrics.json`` in the folder is removed: it speaks of other weights. The file of the weights
+    notes the memory format channels-last, in which `load` then gives the network back.
 
     Args:
         folder: receives the files; it is made if it is not there.
@@ -45,7 +51,8 @@ def save(
     with hold(files):
         make_folder(files.path)
         with whole(files.weights) as part:
-            save_model(unwrapped(network), str(part))
+            plain = unwrapped(network)
+            save_model(plain, str(part), _CHANNELS_LAST if _is_channels_last(plain) else None)
             if model is not None:
                 write_json(files.model, model)
             plan.save(files.ranks)
@@ -55,7 +62,7 @@ def save(
 def load(
     folder: str | Path, model: nn.Module | None = None, *, factories: bool = False
 ) -> nn.Module:
-    """Load the compressed network of a run's folder, in evaluation mode.
+    """Load the compressed network of a run's folder, in evaluation mode and its memory format.
 
     It needs torch and safetensors, neither NNI nor Lightning.
 
@@ -73,7 +80,7 @@ def load(
         FileNotFoundError: names the folder or the file that is missing.
         ValueError: names the file that is damaged or does not fit.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_model
 
     files = RunFolder(folder)
@@ -94,9 +101,22 @@ def load(
         if facts.get("pruned") is True:
             shrink(network, tensor_shapes(files.weights))
         load_model(network, str(files.weights))
+        with safe_open(str(files.weights), "pt") as file:
+            noted = file.metadata() or {}
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{files.weights}: {first_line(error)}") from None
+    if _CHANNELS_LAST.items() <= noted.items():
+        network.to(memory_format=torch.channels_last)
     return network.eval()
+
+
+def _is_channels_last(network: nn.Module) -> bool:
+    """Tell whether a network's kernels are in channels-last memory format."""
+    return any(
+        layout_of(parameter) == torch.channels_last
+        for parameter in network.parameters()
+        if parameter.dim() == 4
+    )
 
 
 def _read_facts(files: RunFolder) -> dict[str, Any]:

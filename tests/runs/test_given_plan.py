@@ -328,7 +328,7 @@ def latencies(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(
         plan_table,
         "measure_latency",
-        lambda networks, batch, runtime: (
+        lambda networks, batch, runtime, others: (
             timed.append((networks, batch)) or dict.fromkeys(networks, 2.5)
         ),
     )

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
 from nni_haloc.costs.device.energy import energy_counter, energy_of_passes
 from nni_haloc.costs.device.spec import Specification
-from nni_haloc.inputs.options import MOST_PROCESSES
+from nni_haloc.inputs.options import MOST_PROCESSES, MemoryFormat
 from nni_haloc.inputs.registries import RUNTIMES
-from nni_haloc.utils.errors import brief
+from nni_haloc.utils.errors import MissingPackage, brief
 from nni_haloc.utils.versions import processor
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ class Runtime(Protocol):
         Args:
             device: the name that torch has for it: ``cpu``, ``cuda:1``, ...
             dtype: the name that torch has for the number format.
-            memory_format: ``contiguous`` or ``channels_last``.
+            memory_format: ``contiguous`` or ``channels_last``. A run may choose between the two
+                where the runtime takes both, and its identity says which one it has.
             threads: processor threads (None: the runtime's own choice).
             graph: whether a pass is replayed as a CUDA graph. This option and the next are passed
                 only where they differ from the default, so a runtime may be without them.
@@ -219,6 +220,23 @@ def make_runtime(name: str, *, graph: bool = False, tf32: bool = True, **options
         raise ValueError(
             f"runtime {name}: expected options that it has, found {found} ({error}); leave it out"
         ) from None
+
+
+def known_formats(in_format: Callable[[MemoryFormat], Runtime]) -> list[MemoryFormat]:
+    """Return the memory formats that a runtime can time networks in.
+
+    Args:
+        in_format: makes the runtime in a format.
+    """
+    known: list[MemoryFormat] = []
+    for memory_format in get_args(MemoryFormat):
+        try:
+            runtime = in_format(memory_format)
+        except (ValueError, MissingPackage):  # whoever needs the runtime says what is wrong
+            continue
+        if runtime.identity().get("memory_format") == memory_format:
+            known.append(memory_format)
+    return known
 
 
 @dataclass(frozen=True)

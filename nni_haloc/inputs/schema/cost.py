@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from nni_haloc.inputs.options import MemoryFormat, Precision
+from nni_haloc.inputs.options import FormatSetting, Precision
 from nni_haloc.inputs.schema.paths import ExistingPath
 from nni_haloc.inputs.schema.section import Section, Words
 from nni_haloc.inputs.schema.values import Device, Metric, Predictor, Processes, RuntimeName
@@ -36,8 +36,10 @@ class Cost(Section):
     runtime's own quantizer. A `table` must have been measured alike."""
     batch_size: Annotated[int, Field(ge=1, le=1 << 16)] = 1
     """Images in a batch while latency is measured."""
-    memory_format: MemoryFormat = "contiguous"
-    """How torch lays images and kernels out in memory."""
+    memory_format: FormatSetting = "auto"
+    """How torch lays images and kernels out in memory. `auto` takes the format of a measured
+    `table`. Without one it [is chosen](how-to/latency-budget.md#the-memory-format) where latency is
+    measured here in a runtime that knows both, and else is `contiguous`."""
     device: Device = "cpu"
     """The device that is measured."""
     threads: Processes | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nni_haloc.plan.budget import Choice, choose
+from nni_haloc.plan.budget import Choice, Scores, choose
 from nni_haloc.plan.evidence import check_enough_images
 from nni_haloc.plan.rules.problem import Problem, sees_every_rank, sees_pairs
 
@@ -15,14 +15,24 @@ USE = 0.95
 @sees_every_rank
 def error_knapsack(problem: Problem) -> Choice:
     """Choose the least sum of squared relative output errors: rule ``error-knapsack``."""
-    return choose(
-        {
-            layer: {name: -(error**2) for name, error in row.items()}
-            for layer, row in problem.errors.items()
-        },
-        problem.limits,
-        USE,
-    )
+    return choose(_negative(squared_errors(problem)), problem.limits, USE)
+
+
+def squared_errors(problem: Problem) -> Scores:
+    """Return the squared relative output error of each candidate, by layer."""
+    return {
+        layer: {name: error**2 for name, error in row.items()}
+        for layer, row in problem.errors.items()
+    }
+
+
+def least_movement(problem: Problem) -> Choice:
+    """Choose the least sum of sensitivities, without looking whether the images are enough."""
+    return choose(_negative(problem.evidence.added), problem.limits, USE)
+
+
+def _negative(losses: Scores) -> Scores:
+    return {layer: {name: -loss for name, loss in row.items()} for layer, row in losses.items()}
 
 
 @sees_every_rank
@@ -33,14 +43,9 @@ def sensitivity_knapsack(problem: Problem) -> Choice:
     A candidate's sensitivity is how far it alone, all else left as it was, moves the network's
     outputs, on images that it was not fitted to (see `nni_haloc.plan.evidence`).
     """
-    evidence = problem.evidence
-    choice = choose(
-        {layer: {n: -added for n, added in row.items()} for layer, row in evidence.added.items()},
-        problem.limits,
-        USE,
-    )
+    choice = least_movement(problem)
     check_enough_images(
-        evidence, problem.model, problem.candidates, choice, problem.build, problem.images
+        problem.evidence, problem.model, problem.candidates, choice, problem.build, problem.images
     )
     return choice
 

@@ -17,7 +17,6 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules import RULES, Problem, plan
 from nni_haloc.runs.identity import finetuning_identity
 from nni_haloc.runs.job import Job
-from nni_haloc.runs.limits import limits_of
 from nni_haloc.runs.stages import clear
 from nni_haloc.runs.stages.given_plan import RULE, given_plan
 from nni_haloc.runs.stages.promised import promised_plan
@@ -76,15 +75,17 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
 
 def _choose(job: Job) -> tuple[RankPlan, nn.Module, KnownLayers]:
     """Return the rule's plan, its network, and what is known of the layers."""
-    problem, pinned, left_alone = _problem(job)
+    problem, pinned = _problem(job)
 
     def make(limits: Sequence[Limit]) -> RankPlan:
         return plan(problem if limits is problem.limits else problem.within(limits), rule)
 
     rule = job.config.rule
     chosen = promised_plan(job, problem.limits, make, problem.candidates)
-    known = KnownLayers.of(problem.specs, problem.candidates, problem.scores, pinned, left_alone)
-    return chosen, problem.network(chosen.names), known
+    known = KnownLayers.of(
+        problem.specs, problem.candidates, problem.scores, pinned, problem.left_alone
+    )
+    return chosen, job.laid_out(problem.network(chosen.names)), known
 
 
 def _read_back(job: Job) -> tuple[RankPlan, nn.Module]:
@@ -95,7 +96,7 @@ def _read_back(job: Job) -> tuple[RankPlan, nn.Module]:
     checkpoint.check_same(state, saved, finetuning_identity(job.config))
     try:
         chosen = RankPlan.load(job.folder.ranks)
-        return chosen, restructure(job.model, chosen)
+        return chosen, job.laid_out(restructure(job.model, chosen))
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"{error}: the plan of this fine-tuning is missing or damaged; start without --resume"
@@ -137,21 +138,35 @@ def known_candidates(
     return candidates
 
 
-def _problem(job: Job) -> tuple[Problem, list[str], dict[str, str]]:
-    """Return what the rule chooses from: candidates, limits and calibration images.
+def _problem(job: Job) -> tuple[Problem, list[str]]:
+    """Return what the rule chooses from, and the layers that are pinned."""
+    if job.made is not None and job.made.problem is not None:
+        job.limits(rank_spaces(job.config)[0])  # the tables go into the folder
+        return job.made.problem
+    limits = job.limits(rank_spaces(job.config)[0])
+    return make_problem(job, limits, [limit.costs for limit in limits])
+
+
+def make_problem(
+    job: Job, limits: Sequence[Limit], tables: Sequence[CostTable]
+) -> tuple[Problem, list[str]]:
+    """Return what a rule chooses from: candidates, limits and calibration images.
+
+    Args:
+        job: the run's settings, data, network and folder.
+        limits: what the whole network may cost.
+        tables: a candidate that is cheaper than the dense layer in any of them is kept.
 
     Returns:
-        The problem, the layers that are pinned, and why each other layer is left alone.
+        The problem, and the layers that are pinned.
     """
     config, r = job.config, job.config.rank_space
     spaces = rank_spaces(config)
     allowed = spaces[0]
-    limits = limits_of(config, job.model, job.example, allowed, job.folder)
     layers = find_layers(job.model, job.example, allowed)
-    costs = [limit.costs for limit in limits]
-    every = known_candidates(layers, spaces, costs)
+    every = known_candidates(layers, spaces, tables)
     pinned = [name for name in every if allowed.pins(name)]
-    candidates, dropped = worthwhile(every, costs, pinned)
+    candidates, dropped = worthwhile(every, tables, pinned)
     left_alone = {**layers.left_alone, **dropped}
     if not candidates:
         raise ValueError(why_nothing(job.model, left_alone))
@@ -171,4 +186,4 @@ def _problem(job: Job) -> tuple[Problem, list[str], dict[str, str]]:
         bf16,
         left_alone,
     )
-    return problem, pinned, left_alone
+    return problem, pinned

@@ -18,7 +18,7 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import SEARCH_VERSION, Figures, RunFolder, Training
 from nni_haloc.runs.identity import search_identity
 from nni_haloc.runs.job import Job, trainer_options
-from nni_haloc.runs.limits import limits_of, table_files, with_tables
+from nni_haloc.runs.limits import table_files, with_tables
 from nni_haloc.runs.stages import clear
 from nni_haloc.runs.stages.by_rule import by_rule
 from nni_haloc.runs.stages.given_plan import RULE, fit_plan
@@ -202,7 +202,7 @@ def _prepare(job: Job, *, first: bool) -> tuple[Haloc, RankSpace, KnownLayers]:
     """
     config = job.config
     r, s, allowed = config.rank_space, config.search, allowed_ranks_of(config)
-    limits = limits_of(config, job.model, job.example, allowed, job.folder)
+    limits = job.limits(allowed)
     calibration = None
     if r.decomposition in ("auto", "data"):
         calibration = job.splits.images("plain", r.calibration_images, config.seed)

@@ -47,7 +47,8 @@ class Finetune(Stage):
         )
         outcome = Outcome(before.plan, network)
         if is_first():
-            latency = job.time(original=job.model, compressed=network)
+            limits = limits_of_plan(job.config, before.plan, job.folder)
+            latency = job.time(limits[0][1], compressed=network)
             outcome.original = {"latency_ms": latency["original"]}
             outcome.figures = {**job.score(network), **job.count(network)}
             outcome.figures["latency_ms"] = latency["compressed"]
@@ -55,7 +56,7 @@ class Finetune(Stage):
             outcome.figures["images_per_s"] = 1e3 * images_per_ms
             known = {"latency_ms": latency["compressed"]}
             outcome.figures |= measured_of_budget(
-                limits_of_plan(job.config, before.plan, job.folder),
+                limits,
                 job.device,
                 lambda metric: known[metric] if metric in known else job.energy(network),
                 outcome.original,

@@ -16,7 +16,6 @@ from nni_haloc.plan.compression import compress, layer_specs
 from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.job import Job
-from nni_haloc.runs.limits import limits_of
 from nni_haloc.runs.stages.promised import promised_plan
 from nni_haloc.space.names import DENSE, Rank
 from nni_haloc.space.ranks import AllowedRanks, Layers, find_layers
@@ -39,7 +38,7 @@ def given_plan(job: Job) -> tuple[RankPlan, nn.Module, KnownLayers]:
     """
     config, r = job.config, job.config.rank_space
     plan, layers, allowed = fit_plan(config, job.model, job.example)
-    limits = limits_of(config, job.model, job.example, allowed, job.folder)
+    limits = job.limits(allowed)
     candidates = layers.candidates(allowed)
     for limit in limits:
         with as_one_line(where=f"plan: {config.plan}"):

@@ -10,6 +10,7 @@ from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.job import Job
+from nni_haloc.runs.memory_format import with_formats
 from nni_haloc.runs.promise import Check, Rounds, keep_promise, time_rounds
 from nni_haloc.runs.stages import clear
 from nni_haloc.training.random_states import isolated_random_states
@@ -50,15 +51,20 @@ def promised_plan(
     if check == "refuse" and not refusable:
         check = "warn"
     shape = tuple(latency_input(job.config, job.example).shape)
+    costs = limits[0].costs.identity
 
     def clock(plan: RankPlan) -> Rounds:
         with isolated_random_states():  # what follows is the same where nothing is timed
             planned = job.laid_out(restructure(job.model, plan))
-            return time_rounds(job.model, planned, shape, runtime_of(job.config))
+            original, other = job.fastest_original(costs)
+            return time_rounds(original, planned, shape, runtime_of(job.config), other)
+
+    def make(limits: Sequence[Limit]) -> RankPlan:
+        return with_formats(make_plan(limits), costs)
 
     where = f", and the plan is in {job.folder.ranks}"
     try:
-        return keep_promise(limits, make_plan, candidates, clock, job.device, check, where)
+        return keep_promise(limits, make, candidates, clock, job.device, check, where)
     except BudgetMissed as error:
         if is_first():
             clear(job.folder)
