@@ -6,8 +6,6 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from nni_haloc.costs.device.runtime import Run, Runtime
 from nni_haloc.costs.device.spec import Specification
 from nni_haloc.space.names import DENSE
@@ -63,10 +61,17 @@ class OnnxBased(Runtime):
         return self.ready(with_layers(spec, choice))
 
 
-def random_inputs(
-    shapes: Mapping[str, tuple[int, ...]], generator: np.random.Generator
-) -> dict[str, Any]:
-    """Draw inputs in float32, by the names and shapes of a model's inputs."""
-    return {
-        name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()
-    }
+def random_inputs(shapes: Mapping[str, tuple[int, ...]], number: int = 1) -> list[dict[str, Any]]:
+    """Draw batches of inputs in float32, the same ones each time.
+
+    Args:
+        shapes: shapes of a model's inputs, by name.
+        number: of batches.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    return [
+        {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+        for _ in range(number)
+    ]

@@ -10,8 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from nni_haloc.costs.device.onnx_based import RANDOM_BATCHES, OnnxBased, random_inputs
 from nni_haloc.costs.device.onnx_int8 import check_onnx, quantize_model
 from nni_haloc.costs.device.onnx_session import clear_errors, onnxruntime_package, open_session
@@ -100,16 +98,14 @@ class OnnxRuntime(OnnxBased):
         with TemporaryDirectory() as folder:
             source, file = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
             source.write_bytes(model if isinstance(model, bytes) else Path(model).read_bytes())
-            generator = np.random.default_rng(0)
             shapes = _shapes(open_session(str(source), self.threads), batch)
-            batches = [random_inputs(shapes, generator) for _ in range(RANDOM_BATCHES)]
-            quantize_model(source, batches, file)
+            quantize_model(source, random_inputs(shapes, RANDOM_BATCHES), file)
             return self._pass_of(file.read_bytes(), batch)
 
     def _pass_of(self, model: bytes | str, batch: int | None) -> Run:
         """Return a forward pass of an ONNX model as it is, on random inputs, warmed up."""
         session = open_session(model, self.threads)
-        feeds = random_inputs(_shapes(session, batch), np.random.default_rng(0))
+        (feeds,) = random_inputs(_shapes(session, batch))
         with clear_errors():
             for _ in range(2):
                 session.run(None, feeds)

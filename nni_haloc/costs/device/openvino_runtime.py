@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nni_haloc.costs.device.onnx_based import RANDOM_BATCHES, OnnxBased
+from nni_haloc.costs.device.onnx_based import RANDOM_BATCHES, OnnxBased, random_inputs
 from nni_haloc.costs.device.runtime import Deployed, Run, check_options, check_threads
 from nni_haloc.utils.errors import first_line, needs
 from nni_haloc.utils.files import scratch, whole
@@ -109,29 +109,18 @@ class OpenVinoRuntime(OnnxBased):
             for x in read.inputs
         ]
         if self.dtype == "int8":
-            import numpy as np
-
             _reshape(read, shapes)
-            generator = np.random.default_rng(0)
-            read = quantized(
-                read,
-                [
-                    [generator.standard_normal(shape, dtype=np.float32) for shape in shapes]
-                    for _ in range(RANDOM_BATCHES)
-                ],
-            )
+            batches = random_inputs(_by_place(shapes), RANDOM_BATCHES)
+            read = quantized(read, [list(batch.values()) for batch in batches])
         return self._pass_of(read, shapes)
 
     def _pass_of(self, model: Any, shapes: Sequence[tuple[int, ...]]) -> Run:
         """Return a forward pass of an OpenVINO model on random inputs, warmed up."""
-        import numpy as np
-
         model = model.clone()
         _reshape(model, shapes)
         request = _compiled(model, self.threads).create_infer_request()
-        generator = np.random.default_rng(0)
-        for i, shape in enumerate(shapes):
-            x = generator.standard_normal(shape, dtype=np.float32)
+        (feeds,) = random_inputs(_by_place(shapes))
+        for i, x in enumerate(feeds.values()):
             request.set_input_tensor(i, _openvino().Tensor(x))
 
         def run() -> Any:
@@ -141,6 +130,10 @@ class OpenVinoRuntime(OnnxBased):
         for _ in range(2):
             run()
         return run
+
+
+def _by_place(shapes: Sequence[tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {str(i): shape for i, shape in enumerate(shapes)}
 
 
 def export_openvino(
