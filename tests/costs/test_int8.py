@@ -314,6 +314,19 @@ def test_a_trained_network_in_int8_has_the_accuracy_of_float32(name, trained, tm
     assert runtime.once(deployed.ready((1, *images.shape[1:]))) > 0
 
 
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_layer_that_is_called_twice_is_right_in_int8(name, net, tmp_path):
+    """Normalisation follows the second call alone, and may not get into the first one's weights."""
+    runtime, images = runtime_here(name, "float32"), torch.randn(32, 3, 16, 16)
+    net.norm.running_mean.normal_()
+    net.norm.running_var.uniform_(0.2, 3)
+    deployed = runtime.deploy(net, images[:2], tmp_path / "net", images)
+    with torch.inference_mode():
+        expected = net(images)
+        found = torch.cat([deployed.network(x) for x in images.split(deployed.batch or 32)])
+    assert 0 < float((found - expected).abs().max()) < 0.05 * float(expected.abs().max())
+
+
 def test_executorch_needs_a_whole_batch_of_images_to_calibrate_on(trained, tmp_path):
     runtime_here("executorch")
     from nni_haloc.costs.device.executorch_runtime import export_executorch

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -307,11 +308,36 @@ def _quantized(module: Any, batches: Iterable[Sequence[Tensor]]) -> Any:
         each for each in quantizer.SUPPORTED_PATTERNS if not each.is_qat
     ]
     quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
+    _unshare(module)
     watched = prepare_pt2e(module, quantizer)
     with torch.no_grad():
         for batch in batches:
             watched(*batch)
     return convert_pt2e(watched)
+
+
+def _unshare(module: Any) -> None:
+    """Give each use of a tensor in an exported module a copy of its own.
+
+    The quantizer leaves all calls of a layer but the first in float32.
+
+    Args:
+        module: of an exported program; it is changed.
+    """
+    graph = module.graph
+    for node in [each for each in graph.nodes if each.op == "get_attr"]:
+        value = attrgetter(node.target)(module)
+        for number, user in enumerate(list(node.users)[1:], 1):
+            name = f"{node.target.replace('.', '_')}_use_{number}"
+            if isinstance(value, nn.Parameter):
+                module.register_parameter(name, nn.Parameter(value.detach().clone()))
+            else:
+                module.register_buffer(name, value.clone())
+            with graph.inserting_before(node):
+                own = graph.get_attr(name)
+            own.meta = dict(node.meta)
+            user.replace_input_with(node, own)
+    module.recompile()
 
 
 def _needs_torchao() -> AbstractContextManager[None]:
