@@ -325,7 +325,7 @@ def test_whoever_reads_the_run_is_told_both_times_and_what_decided(clock, tmp_pa
 @pytest.mark.parametrize(
     ("speeds", "best", "both", "own", "options"),
     [
-        (((1.0, 1.0), (0.1, 0.1)), "channels_last", False, "contiguous", {}),
+        (((2.0, 2.0), (1.0, 1.0)), "channels_last", False, "contiguous", {}),
         (((1.0, 1.0), (2.0, 2.0)), "contiguous", False, "channels_last", {"rule": "uniform"}),
         (((1.0, 1.0), (1.05, 0.5)), "channels_last", True, "contiguous", {}),
         (((1.0, 1.0), (1.05, 0.5)), "channels_last", True, "channels_last", {"rule": "search"}),
