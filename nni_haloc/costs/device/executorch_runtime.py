@@ -130,7 +130,7 @@ class ExecuTorchRuntime(Runtime):
             layer = layer_spec("", entry.layer)
             layer.check_rank(entry.rank)
             module = _Calls(layer.build(entry.rank))
-        return _lowered(module.eval(), [torch.randn(s) for s in self._shapes(spec, index)])
+        return self._program_of(module, self._shapes(spec, index))
 
     @staticmethod
     def _shapes(spec: Specification, index: int | None) -> Sequence[tuple[int, ...]]:
@@ -159,9 +159,12 @@ class ExecuTorchRuntime(Runtime):
             module: it is set to evaluation mode.
             shapes: of its inputs.
         """
+        return self._pass_of(self._program_of(module, shapes), shapes)
+
+    def _program_of(self, module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> bytes:
+        """Return a module's program, for inputs of some shapes."""
         batches = [[torch.randn(shape) for shape in shapes] for _ in range(_RANDOM_BATCHES)]
-        program = _lowered(module.eval(), batches[0], batches if self.dtype == "int8" else None)
-        return self._pass_of(program, shapes)
+        return _lowered(module.eval(), batches[0], batches if self.dtype == "int8" else None)
 
     def _pass_of(self, program: bytes, shapes: Sequence[tuple[int, ...]]) -> Run:
         """Return a forward pass of a program on random inputs, warmed up."""
