@@ -218,12 +218,11 @@ def runtime_of(config: Config, memory_format: MemoryFormat | None = None) -> Run
         MissingPackage: if a package that it needs is not installed.
     """
     cost = config.cost
-    asked = "contiguous" if cost.memory_format == "auto" else cost.memory_format
     return make_runtime(
         cost.runtime,
         device=cost.device,
         dtype=cost.dtype,
-        memory_format=memory_format or asked,
+        memory_format=memory_format or cost.layout,
         threads=cost.threads,
         graph=cost.graph,
         tf32=cost.tf32,

@@ -205,7 +205,7 @@ def _runtime(name: str, cost: Cost, threads: int | None) -> Runtime:
     """Make a runtime as the settings say; if it can't do that, on the processor."""
     asked: dict[str, Any] = {
         "device": cost.device,
-        "memory_format": cost.memory_format,
+        "memory_format": cost.layout,
         "graph": cost.graph,
         "tf32": cost.tf32,
     }

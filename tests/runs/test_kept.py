@@ -217,7 +217,7 @@ def test_a_latency_of_zero_is_one_and_no_reason_to_measure_energy(net, images, m
     """As a clock that is too coarse for the network measures it."""
     monkeypatch.setattr(
         "nni_haloc.runs.compress_model.measure_latency",
-        lambda networks, *_: dict.fromkeys(networks, 0.0),
+        lambda networks, *_, **__: dict.fromkeys(networks, 0.0),
     )
     monkeypatch.setattr(
         "nni_haloc.runs.compress_model.measure_energy", lambda *_: pytest.fail("energy")

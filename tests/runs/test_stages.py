@@ -433,7 +433,7 @@ def test_export_and_bench_calibrate_on_as_many_images_as_the_chain(folder, whole
 
 def test_other_processes_wait_while_the_first_takes_the_time(tmp_path, monkeypatch):
     events = []
-    measured = lambda models, *args: events.append("timed") or dict.fromkeys(models, 1.0)  # noqa: E731
+    measured = lambda models, *_, **__: events.append("timed") or dict.fromkeys(models, 1.0)  # noqa: E731
     monkeypatch.setattr("nni_haloc.runs.job.measure_latency", measured)
     for module in ("nni_haloc.runs.run", "nni_haloc.runs.stages.stage"):
         monkeypatch.setattr(f"{module}.wait_for_all", lambda: events.append("all are here"))

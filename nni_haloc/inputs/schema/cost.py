@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from nni_haloc.inputs.options import FormatSetting, Precision
+from nni_haloc.inputs.options import FormatSetting, MemoryFormat, Precision
 from nni_haloc.inputs.schema.paths import ExistingPath
 from nni_haloc.inputs.schema.section import Section, Words
 from nni_haloc.inputs.schema.values import Device, Metric, Predictor, Processes, RuntimeName
@@ -51,3 +51,8 @@ class Cost(Section):
     tf32: bool = True
     """Whether a CUDA device may compute float32 in TF32. A `table` of the same device must have
     been measured alike."""
+
+    @property
+    def layout(self) -> MemoryFormat:
+        """The memory format; contiguous as long as ``auto`` has not chosen one."""
+        return "contiguous" if self.memory_format == "auto" else self.memory_format
