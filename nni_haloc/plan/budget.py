@@ -231,6 +231,17 @@ def choose(
     )
 
 
+def choose_least(
+    losses: Scores,
+    limits: Sequence[Limit],
+    use: float = 0.0,
+    left_alone: Mapping[str, str] | None = None,
+) -> Choice:
+    """Choose the candidates with the lowest total loss within every limit; see `choose`."""
+    scores = {layer: {name: -loss for name, loss in row.items()} for layer, row in losses.items()}
+    return choose(scores, limits, use, left_alone)
+
+
 def _undominated(scores: Scores, limits: Sequence[Limit]) -> dict[str, dict[str, float]]:
     """Leave out each candidate that another one of its layer is as good as, at no higher cost."""
     kept: dict[str, dict[str, float]] = {}
@@ -239,7 +250,12 @@ def _undominated(scores: Scores, limits: Sequence[Limit]) -> dict[str, dict[str,
         costs = np.array([[limit.costs.costs[layer][name] for name in names] for limit in limits])
         score = np.array([row[name] for name in names])
         order = np.lexsort((*costs, -score))  # the best first, of equals the cheapest
-        left: list[int] = []
+        if len(limits) == 1:  # of every pair of ranks there are tens of thousands
+            least = np.minimum.accumulate(costs[0, order])
+            left = order[costs[0, order] < np.concatenate([[np.inf], least[:-1]])].tolist()
+            kept[layer] = {names[i]: row[names[i]] for i in sorted(left)}
+            continue
+        left = []
         best = np.empty((len(limits), 0))  # the costs of those that are left
         for i in order:
             own = costs[:, [i]]

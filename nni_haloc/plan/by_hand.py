@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nni_haloc.costs.table import CostTable
-from nni_haloc.plan.budget import Choice, Limit, choose
+from nni_haloc.plan.budget import Choice, Limit, choose_least
 from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules.scored import USE
@@ -324,14 +324,14 @@ def refit(
             "--set: the run kept no sensitivities to refit the other layers by; run again with"
             " rule: sensitivity-knapsack, or search.start: sensitivity"
         )
-    scores = {
+    losses = {
         layer: {
-            name: -(added or 0.0) for name, added in row.items() if name == wishes.get(layer, name)
+            name: added or 0.0 for name, added in row.items() if name == wishes.get(layer, name)
         }
         for layer, row in known.candidates.items()
     }
     try:
-        choice = choose(scores, limits, USE)
+        choice = choose_least(losses, limits, USE)
     except InfeasibleBudget as error:
         wished = ", ".join(f"{layer} at {name}" for layer, name in list(wishes.items())[:_SHOWN])
         more = ", ..." if len(wishes) > _SHOWN else ""

@@ -27,7 +27,7 @@ from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.options import FormatSetting, MemoryFormat
 from nni_haloc.inputs.registries import PREDICTORS, RULES, RUNTIMES
 from nni_haloc.inputs.schema.search import SearchOptions
-from nni_haloc.plan.budget import Limit, Scores, choose
+from nni_haloc.plan.budget import Limit, Scores, choose_least
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
@@ -305,11 +305,10 @@ def compress_model(
             plan, network, known = task.apply_rule(rule)
         logger.info("%s: %s", rule, cost_line(plan.chosen_by))
         network.to(home)  # a search leaves it on the processor
-        reconstructed = not trained and reconstruct_blocks(
-            network, original, images, list(plan.ranks), seed=seed
-        )
+        if not trained:
+            reconstruct_blocks(network, original, images, list(plan.ranks), seed=seed)
         laid_out(network, layout)
-        if not reconstructed:
+        if trained:
             recalibrate(network, _pairs(train_loader), _RECALIBRATION_BATCHES)
         finetune(network, train_loader, recipe, val_loader, enable_progress_bar=verbose)
         networks = {"original": beside[0], "compressed": network}
@@ -593,8 +592,10 @@ class _Task:
         )
         start = space.sensitivities(self.given.images)
 
+        least_use = SearchOptions(**options).min_use
+
         def first_plan(limits: Sequence[Limit]) -> RankPlan:
-            choice = choose(start, limits)
+            choice = choose_least(start, limits, least_use)
             return RankPlan({x: space.candidates[x][name] for x, name in choice.items()})
 
         self.promise.plan(self.limit, first_plan, space.candidates)  # before the search is paid for

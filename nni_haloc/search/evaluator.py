@@ -86,8 +86,9 @@ class Classification(Lightning):
         }
         steps = max(len(train_dataloaders), len(val_dataloaders))
         with quiet():
-            trainer = Trainer(**{**defaults, **recipe.trainer(steps), **trainer_kwargs})
+            trainer = Trainer(**{**defaults, "max_epochs": recipe.rounds, **trainer_kwargs})
             check_startable(trainer)
+            recipe.shorten(trainer, steps)
             super().__init__(
                 _Module(recipe, steps),
                 trainer,

@@ -223,9 +223,10 @@ def finetune(
     compared = layers if feature_weight else ()
     network = unwrapped(model)
     with quiet():
-        defaults |= recipe.trainer(len(train))
+        defaults["max_epochs"] = recipe.rounds
         fit = pl.Trainer(callbacks=callbacks, **{**defaults, **trainer})
         check_startable(fit)
+        recipe.shorten(fit, len(train))
         task = _Training(network, recipe, len(train), teacher, distill, compared, feature_weight)
         if compile:
             task.compiled = Compiled(network)

@@ -37,17 +37,16 @@ class Recipe:
         """The number of rounds, all of one length, that the epochs are divided into."""
         return math.ceil(self.epochs)
 
-    def trainer(self, steps_per_epoch: int) -> dict[str, Any]:
-        """Return the options of Lightning's Trainer that say how long it trains.
+    def shorten(self, trainer: Any, steps_per_epoch: int) -> None:
+        """Let a trainer end its rounds early, where the epochs are no whole number.
 
         Args:
-            steps_per_epoch: batches in an epoch.
+            trainer: Lightning's, of `rounds` epochs; a limit on its batches that it has stays.
+            steps_per_epoch: batches in an epoch, of all processes together.
         """
-        options: dict[str, Any] = {"max_epochs": self.rounds}
-        if 0 < self.epochs < self.rounds:
-            batches = int(self.epochs / self.rounds * steps_per_epoch)
-            options["limit_train_batches"] = max(1, batches)
-        return options
+        if 0 < self.epochs < self.rounds and trainer.limit_train_batches == 1.0:
+            own = math.ceil(steps_per_epoch / trainer.world_size)
+            trainer.limit_train_batches = max(1, int(self.epochs / self.rounds * own))
 
     def optimizers(
         self, parameters: Iterable[nn.Parameter], steps_per_epoch: int

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 import random
 import re
 
@@ -421,3 +422,33 @@ def test_of_every_pair_of_ranks_a_few_are_left_and_the_best_choice_is_among_them
         if limits[0].costs.total(choice) <= limits[0].budget
     )
     assert score(scores, choose(scores, limits)) == pytest.approx(best, abs=1e-12)
+
+
+def test_with_two_limits_only_what_is_cheaper_in_both_rules_a_candidate_out():
+    """In each of two layers x is the best, y cheap in the second limit, z cheap in both."""
+    macs = {"dense": 9.0, "x": 1.0, "y": 3.0, "z": 0.5}
+    params = {"dense": 9.0, "x": 4.0, "y": 1.0, "z": 0.5}
+    scores = {layer: {"x": 2.0, "y": 1.0, "z": 0.0} for layer in "ab"}
+    limits = [
+        Limit(CostTable(metric, {"a": row, "b": row}, 0.0), most)
+        for metric, row, most in (("macs", macs, 10.0), ("params", params, 5.0))
+    ]
+    assert sorted(choose(scores, limits).values()) == ["x", "y"]
+    assert all(set(row) == {"x", "y", "z"} for row in _undominated(scores, limits).values())
+
+
+@given(problems(most_limits=3))
+def test_what_is_left_out_is_no_better_than_something_left_in_no_cost_more(problem):
+    scores, limits = problem
+    for layer, left in _undominated(scores, limits).items():
+        cost = {name: [x.costs.costs[layer][name] for x in limits] for name in scores[layer]}
+        for name, own in scores[layer].items():
+            over = [
+                other
+                for other, score in left.items()
+                if score >= own and all(map(operator.le, cost[other], cost[name]))
+            ]
+            assert over
+            assert (name in left) == (over == [name]) or any(
+                cost[other] == cost[name] and scores[layer][other] == own for other in over
+            )

@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from nni_haloc.costs.analytic import mac_table
 from nni_haloc.plan import evidence as evidence_module
+from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.evidence import Evidence, divergence_within_and_beyond, gather_evidence
+from nni_haloc.plan.rules.problem import Problem
 from nni_haloc.plan.sensitivity import added_losses
-from nni_haloc.space.candidates import build_candidates
+from nni_haloc.search.space import RankSpace
+from nni_haloc.space.candidates import build_candidates, build_nested_candidates
 from nni_haloc.space.covariances import channel_moments
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import replace_modules
@@ -63,6 +67,40 @@ def test_each_half_is_measured_with_candidates_of_the_other(net, images):
             for name, values in row.items():
                 half = found.losses[layer][name][32 * i : 32 * (i + 1)]
                 np.testing.assert_allclose(half, values, rtol=1e-4, atol=1e-6)
+
+
+def test_what_rules_and_the_search_start_from_is_measured_beyond_the_fit(net, images):
+    """By candidates of the other half, however many images the problem or the space has."""
+    allowed = AllowedRanks()
+    space = Space(net, images, allowed, "data")
+    expected = space.gather(images).added
+    costs = mac_table(net, images[:1], allowed)
+    problem = Problem(
+        net, space.layers.specs, space.candidates, [Limit.of(costs, 0.6)], images, None, "data"
+    )
+    searched = RankSpace(net, images[:1], costs, allowed, images, "data", False)
+    alike(problem.evidence.added, expected)
+    alike(searched.sensitivities(images), expected)
+
+
+def test_a_nested_search_starts_from_what_is_measured_beyond_the_fit(net, images):
+    allowed = AllowedRanks()
+    space = Space(net, images, allowed)
+
+    def build(candidates, images):
+        return build_nested_candidates(net, space.layers.specs, candidates, images)
+
+    expected = gather_evidence(net, space.layers.specs, space.candidates, build, images).added
+    searched = RankSpace(
+        net, images[:1], mac_table(net, images[:1], allowed), allowed, images, None, True
+    )
+    alike(searched.sensitivities(images), expected)
+
+
+def alike(found, expected):
+    for layer, row in expected.items():
+        for name, value in row.items():
+            assert found[layer][name] == pytest.approx(value, rel=1e-3, abs=1e-6)
 
 
 def test_on_the_images_of_the_fit_candidates_seem_to_gain_and_on_others_they_do_not():

@@ -97,10 +97,23 @@ def test_a_layer_called_twice_sums_the_gradients_of_its_calls(way):
     x = torch.randn(3, 4, 9, 10, dtype=torch.float64)
     layer = mixed(convolution({"kernel_size": 3, "padding": 1}, f=4), x, [None, (2, 2)])
     layer.searching = True
-    (both,) = torch.autograd.grad((layer(x) * 2).sum() + (layer(2 * x) ** 2).sum(), layer.alpha)
-    (first,) = torch.autograd.grad((layer(x) * 2).sum(), layer.alpha)
-    (second,) = torch.autograd.grad((layer(2 * x) ** 2).sum(), layer.alpha)
-    torch.testing.assert_close(both, first + second)
+
+    def gradients(*losses):
+        """Of alpha, and of the gates, which the scores of plans are made of."""
+        layer.pending = None
+        (of_alpha,) = torch.autograd.grad(sum(each() for each in losses), layer.alpha)
+        return of_alpha, layer.pending
+
+    def first():
+        return (layer(x) * 2).sum()
+
+    def second():
+        return (layer(2 * x) ** 2).sum()
+
+    for both, one, other in zip(
+        gradients(first, second), gradients(first), gradients(second), strict=True
+    ):
+        torch.testing.assert_close(both, one + other)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)

@@ -170,6 +170,23 @@ def test_the_frozen_network_has_weights_of_its_own_and_computes_the_same(net):
     assert not shared & {id(p) for p in frozen.parameters()}
 
 
+def test_the_frozen_networks_outer_factors_are_orthonormal(net):
+    """So that they train well: the core has all of the scale."""
+    space = RankSpace(net, IMAGES[:2], allowed=EVERY, calibration=IMAGES, nested=True)
+    plan = {name: list(row)[-2] for name, row in space.candidates.items()}
+    frozen = space.freeze(plan)
+    found = [
+        kernel_factors(frozen.get_submodule(name))
+        for name in plan
+        if space.specs[name].kind == "conv"
+    ]
+    assert found
+    for out, _, inn in found:
+        for factor in (out.flatten(1).T, inn.flatten(1)):  # rows are directions
+            gram = factor.detach() @ factor.detach().T
+            torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5)
+
+
 def test_data_decides_which_directions_come_first(net):
     """Against the bases of the weights alone, on uniform ranks: the error is smaller."""
     layers = find_layers(net, IMAGES, EVERY)

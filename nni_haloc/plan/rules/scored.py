@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nni_haloc.plan.budget import Choice, Scores, choose
+from nni_haloc.plan.budget import Choice, Scores, choose, choose_least
 from nni_haloc.plan.evidence import check_enough_images
 from nni_haloc.plan.rules.problem import Problem, sees_every_rank, sees_pairs
 
@@ -15,7 +15,7 @@ USE = 0.95
 @sees_every_rank
 def error_knapsack(problem: Problem) -> Choice:
     """Choose the least sum of squared relative output errors: rule ``error-knapsack``."""
-    return choose(_negative(squared_errors(problem)), problem.limits, USE)
+    return choose_least(squared_errors(problem), problem.limits, USE)
 
 
 def squared_errors(problem: Problem) -> Scores:
@@ -28,11 +28,7 @@ def squared_errors(problem: Problem) -> Scores:
 
 def least_movement(problem: Problem) -> Choice:
     """Choose the least sum of sensitivities, without looking whether the images are enough."""
-    return choose(_negative(problem.evidence.added), problem.limits, USE)
-
-
-def _negative(losses: Scores) -> Scores:
-    return {layer: {name: -loss for name, loss in row.items()} for layer, row in losses.items()}
+    return choose_least(problem.evidence.added, problem.limits, USE)
 
 
 @sees_every_rank

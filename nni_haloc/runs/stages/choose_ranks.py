@@ -12,7 +12,7 @@ from nni_haloc.costs.analytic import param_table
 from nni_haloc.costs.from_settings import allowed_ranks_of
 from nni_haloc.inputs.config import Config, dump_config
 from nni_haloc.inputs.schema.search import Search, SearchOptions
-from nni_haloc.plan.budget import Limit, Scores, cheapest, check_feasible, choose
+from nni_haloc.plan.budget import Limit, Scores, cheapest, check_feasible, choose_least
 from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import SEARCH_VERSION, Figures, RunFolder, Training
@@ -232,15 +232,15 @@ def _check_promise(
 ) -> None:
     """Refuse a latency budget that no plan near the search's keeps, before the search is paid for.
 
-    The plan that is timed is the best one by the scores that the search starts from; without
-    them, the cheapest one.
+    The plan that is timed is the one of the least loss by the sensitivities that the search starts
+    from; without them, the cheapest one.
     """
 
     def make(limits: Sequence[Limit]) -> RankPlan:
         choice = (
             check_feasible(space.candidates, limits, space.left_alone)
             if start is None
-            else choose(start, limits, job.config.search.min_use, space.left_alone)
+            else choose_least(start, limits, job.config.search.min_use, space.left_alone)
         )
         first, *also = (limit.facts(choice) for limit in limits)
         ranks = {layer: space.candidates[layer][name] for layer, name in choice.items()}
