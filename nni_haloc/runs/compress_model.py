@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from pytorch_lightning import seed_everything
@@ -216,8 +216,9 @@ def compress_model(
             where ``search_recipe`` or one of its options is given.
         recipe: how the fine-tuning goes; its epochs take the place of ``epochs``.
         search_recipe: how the weights are trained in the search (default: one epoch at 0.02).
-        allowed: which layers and ranks are searched. By default r1 = r2, but for the rule
-            ``sensitivity-knapsack`` where the cost is counted here.
+        allowed: which layers and ranks are searched. By default, where the cost is counted here,
+            every rank for rules that run no candidate, and for ``sensitivity-knapsack`` also
+            pairs of r1 and r2; else those on the step grid, with r1 = r2.
         costs: a cost table that is at hand, in the place of one that is made here.
         batch_size: images in the batch that latency is measured with.
         memory_format: ``contiguous`` or ``channels_last``, for latency and for the result. ``auto``
@@ -267,13 +268,13 @@ def compress_model(
         name = next(iter(search_options))
         raise ValueError(f"{name}: an option of the search, and the rule is {rule!r}")
     trained = recipe.epochs > 0 or rule == "search"
-    allowed = allowed or _ranks_for(rule, costs is None and metric in COUNTED)
     with quiet(), isolated_random_states(), log_to() if verbose else nullcontext():
         seed_everything(seed, verbose=False)
         images, labels = _calibration(train_loader, calibration_images)
         model = unwrapped(model)
         home = next(model.parameters()).device
         images = images.to(home)
+        allowed = allowed or _ranks_for(rule, metric, costs, model, images[:1])
         if trained and labels is None:
             raise ValueError(f"train_loader: expected images and labels{_OR_WITHOUT}, found images")
         if trained and val_loader is None:
@@ -400,10 +401,26 @@ def _check_same(named: nn.Module, plan: RankPlan, network: nn.Module) -> None:
         raise ValueError(f"name: expected the network that was compressed: {reason}") from None
 
 
-def _ranks_for(rule: str, counted: bool) -> AllowedRanks:
-    """Return the rank space of a rule: with r1 and r2 apart if it can, and costs are counted."""
-    pairs = counted and rule != "search" and getattr(RULES[rule], "pairs", False)
-    return AllowedRanks(equal=not pairs)
+def _ranks_for(
+    rule: str, metric: str, costs: CostTable | None, model: nn.Module, example: Tensor
+) -> AllowedRanks:
+    """Return the rank space of a rule.
+
+    Where costs are counted it has every rank, and r1 and r2 apart, as far as the rule takes them;
+    with a table that is given, if that knows all of these.
+    """
+    if rule == "search" or (metric if costs is None else costs.metric) not in COUNTED:
+        return AllowedRanks()
+    marks = vars(RULES[rule])
+    step: Literal["every"] | None = "every" if marks.get("every_rank") else None
+    wide = AllowedRanks(step=step, equal=not marks.get("pairs"))
+    if costs is None:
+        return wide
+    candidates = find_layers(model, example, wide).candidates(wide)
+    known = all(
+        row.keys() <= costs.costs.get(layer, row).keys() for layer, row in candidates.items()
+    )
+    return wide if known else AllowedRanks()
 
 
 @dataclass(frozen=True)
