@@ -30,6 +30,8 @@ BEYOND = 1.5
 
 ResNet-20 is at 1.04 with 512 images, 1.2 with 128, and 1.75 with 60.
 """
+_SMALL = 1e-3
+"""Divergence below which a plan hardly moves the outputs, whatever the images."""
 
 CANDIDATES = 5
 """Low ranks of a layer, or of each of its two sides, that are measured; between them losses are
@@ -118,7 +120,8 @@ def gather_evidence(
     """
     if len(images) < _FEWEST:
         expected = f"expected at least {_FEWEST} to measure candidates on"
-        raise ValueError(f"calibration images: {expected}, found {len(images)}")
+        remedy = "give more (rank_space.calibration_images, or more images in the loader)"
+        raise ValueError(f"calibration images: {expected}, found {len(images)}; {remedy}")
     lost = _lost(model, specs, candidates, images)
     sides = {layer: _sides(specs[layer], row) for layer, row in candidates.items()}
     groups = {layer: _spread(part, lost[layer]) for layer, part in sides.items()}
@@ -200,16 +203,16 @@ def check_enough_images(
     """
     alone, error = evidence.of(choice)
     logger.info(
-        "sensitivities: the chosen candidates, one at a time, move the outputs by %.3f ± %.3f"
+        "sensitivities: the chosen candidates, one at a time, move the outputs by %.3g ± %.1g"
         " in all",
         alone,
         error,
     )
     chosen = {layer: {name: candidates[layer][name]} for layer, name in choice.items()}
     within, beyond = divergence_within_and_beyond(model, chosen, build, images)
-    if beyond > BEYOND * within:
+    if beyond > max(BEYOND * within, _SMALL):
         logger.warning(
-            "%d calibration images are few: the outputs move by %.3f on images of the fit, by %.3f"
+            "%d calibration images are few: the outputs move by %.3g on images of the fit, by %.3g"
             " on others; give more (calibration_images), or fine-tune",
             len(images),
             within,
