@@ -127,29 +127,22 @@ def trust(code: Path | None, folder: Path | None = None) -> bool:
     """Make the modules in ``code`` importable; return whether a model's own factory may run.
 
     Raises:
-        SettingsError: if the network of ``folder`` is made by a factory, and no code is given.
+        SettingsError: if the network of ``folder`` is made by a factory, and no code is given; or
+            if there is no such folder of code.
     """
-    if code is None and folder is not None and (name := _factory_of(folder)):
-        remedy = "add --code FOLDER-OF-THE-CODE to run it"
-        raise SettingsError(f"{folder} was made by code of your own, {name}; {remedy}")
+    if code is None and folder is not None:
+        from nni_haloc.runs.saved import factory_of
+
+        if name := factory_of(folder):
+            remedy = "add --code FOLDER-OF-THE-CODE to run it"
+            raise SettingsError(f"{folder} was made by code of your own, {name}; {remedy}")
     if code is not None:
         from nni_haloc.inputs.models import add_code
 
+        if not code.is_dir():
+            raise SettingsError(f"--code: expected a folder, found none at {code}")
         add_code(code)
     return code is not None
-
-
-def _factory_of(folder: Path) -> str | None:
-    """Return the name of the factory that makes a folder's original network, if it has one."""
-    from nni_haloc.inputs.models import is_factory
-    from nni_haloc.runs.folder import RunFolder
-    from nni_haloc.utils.files import read_json
-
-    try:
-        name = read_json(RunFolder(folder).model).get("name")
-    except (OSError, ValueError):  # whoever reads the folder says what is wrong with it
-        return None
-    return name if isinstance(name, str) and is_factory(name) else None
 
 
 def print_json(content: Any) -> None:

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nni_haloc.costs.device.benchmark_logs import measured_by_logs
@@ -437,7 +438,8 @@ def _spread(content: dict[str, Any]) -> float | None:
 def _summary(content: dict[str, Any]) -> str:
     if "costs" not in content:
         return "this worker's share is measured; `haloc measure --merge` makes the table"
-    original = f"the network takes {content['original']:.4g} {MEASURED[content['metric']]}"
+    cost = median(content["network"]) if content.get("network") else content["original"]
+    original = f"the network takes {cost:.4g} {MEASURED[content['metric']]}"
     spread, error = _spread(content), content["quality"].get("standard_error")
     if spread is None or error is None:
         return f"{original}; measured in one round, so that its error is unknown"

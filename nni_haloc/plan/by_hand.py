@@ -299,7 +299,11 @@ def _distance(name: str, other: str) -> float:
 
 
 def refit(
-    plan: RankPlan, limits: Sequence[Limit], known: KnownLayers, wishes: Mapping[str, str]
+    plan: RankPlan,
+    limits: Sequence[Limit],
+    known: KnownLayers,
+    wishes: Mapping[str, str],
+    told: Sequence[Limit] | None = None,
 ) -> RankPlan:
     """Change some layers of a plan by hand, and choose the others anew within its limits.
 
@@ -311,6 +315,7 @@ def refit(
         limits: what the whole network may cost; every one holds.
         known: the candidates of every layer and their sensitivities.
         wishes: layer to the candidate that it is to have.
+        told: the limits that the new plan gets its figures by (None: ``limits``).
 
     Returns:
         The new plan; its ``chosen_by`` has what was changed by hand.
@@ -341,6 +346,6 @@ def refit(
         ) from None
     ranks = {layer: parse_rank(choice[layer], known.kinds[layer]) for layer in choice}
     ordered = {layer: ranks[layer] for layer in [*plan.ranks, *ranks] if layer in ranks}
-    first, *others = (limit.facts(choice) for limit in limits)
+    first, *others = (limit.facts(choice) for limit in told or limits)
     facts = {"rule": BY_HAND, "changed": dict(wishes), "from": facts_of(plan)[0].get("rule")}
     return RankPlan(ordered, {**facts, **first, "also": others})

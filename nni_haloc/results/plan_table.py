@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.finished import Finished
 from nni_haloc.runs.folder import RunFolder, find_run
 from nni_haloc.runs.memory_format import Formats, fastest_original
+from nni_haloc.runs.promise import METRIC, with_factor
+from nni_haloc.runs.saved import factory_of
 from nni_haloc.runs.summary import cost_line
 from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line, reason_of
 from nni_haloc.utils.printing import percent, print_table, short
@@ -99,6 +101,16 @@ class PlanFiles:
         with as_one_line(where=str(self.folder)):
             return limits_of_file(self.plan, self.tables)
 
+    def limits_to_refit(self) -> list[Limit]:
+        """Return the limits for another plan: by tables that the timing of this one corrected."""
+        factor = self.plan.chosen_by.get("timed", {}).get("table_factor", 1.0)
+        return [
+            replace(limit, costs=with_factor(limit.costs, factor))
+            if limit.costs.metric == METRIC and factor != 1.0
+            else limit
+            for limit in self.limits()
+        ]
+
     def facts(self, plan: RankPlan) -> dict[str, Any]:
         """Return what a plan of the same network costs, and how far it moves the outputs.
 
@@ -139,7 +151,7 @@ def change_plan(
         )
     limits = files.limits()
     wished = read_wishes(wishes, files.known)
-    new = refit(files.plan, limits, files.known, wished)
+    new = refit(files.plan, files.limits_to_refit(), files.known, wished, limits)
     before = {row.layer: row for row in files.rows()}
     content: dict[str, Any] = {
         "folder": str(files.folder),
@@ -165,6 +177,8 @@ def _timed(
     files: PlanFiles, plans: Mapping[str, RankPlan], limits: Sequence[Limit], factories: bool
 ) -> dict[str, Any]:
     """Time the original network and those of plans in alternation, or say why not."""
+    if not factories and (name := factory_of(files.folder.path)):
+        return {"not_timed": f"the network is made by code of your own, {name}; add --code FOLDER"}
     try:
         run = Finished(files.folder.path, data=False, factories=factories)
         runtime = runtime_of(run.config)

@@ -15,6 +15,7 @@ from torch import nn
 from nni_haloc.costs.device.measure import time_together
 from nni_haloc.costs.device.runtime import Runtime
 from nni_haloc.costs.latency import forward_pass
+from nni_haloc.costs.table import CostTable
 from nni_haloc.plan.budget import Limit, cheapest
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.kept import TOLERANCE
@@ -143,13 +144,8 @@ class Verdict:
             factor: see `factor`.
             candidates: layer name to the names of its candidates.
         """
-        table = self.limit.costs
-        rows = {
-            layer: {name: cost * (1.0 if name == DENSE else factor) for name, cost in row.items()}
-            for layer, row in table.costs.items()
-        }
-        costs = replace(table, costs=rows)
-        asked = self.share.middle / self.of_budget.middle * table.original
+        costs = with_factor(self.limit.costs, factor)
+        asked = self.share.middle / self.of_budget.middle * self.limit.costs.original
         return replace(
             self.limit, costs=costs, budget=max(asked, costs.total(cheapest(candidates, costs)))
         )
@@ -299,6 +295,15 @@ def _is_dense(plan: RankPlan) -> bool:
 def _is_narrow(rounds: Rounds) -> bool:
     share = Interval.of([planned / original for original, planned in rounds])
     return share.high <= share.low * (1 + _NARROW) ** 2
+
+
+def with_factor(table: CostTable, factor: float) -> CostTable:
+    """Return a cost table whose low ranks cost ``factor`` times as much."""
+    rows = {
+        layer: {name: cost * (1.0 if name == DENSE else factor) for name, cost in row.items()}
+        for layer, row in table.costs.items()
+    }
+    return replace(table, costs=rows)
 
 
 def _is_of(limit: Limit, device: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nni_haloc.inputs.models import build_model
+from nni_haloc.inputs.models import build_model, is_factory
 from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import RunFolder, hold, tensor_shapes
@@ -108,6 +108,15 @@ def load(
     if _CHANNELS_LAST.items() <= noted.items():
         network.to(memory_format=torch.channels_last)
     return network.eval()
+
+
+def factory_of(folder: str | Path) -> str | None:
+    """Return the name of the factory that makes a folder's original network, if it has one."""
+    try:
+        name = read_json(RunFolder(folder).model).get("name")
+    except (OSError, ValueError):  # whoever reads the folder says what is wrong with it
+        return None
+    return name if isinstance(name, str) and is_factory(name) else None
 
 
 def _is_channels_last(network: nn.Module) -> bool:

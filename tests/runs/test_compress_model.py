@@ -5,6 +5,7 @@ import itertools
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import nni_haloc
 from nni_haloc import InfeasibleBudget, Recipe, compress_model, load
+from nni_haloc.costs.analytic import mac_table
+from nni_haloc.costs.table import CostTable
+from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results.html_report import html_report
 from nni_haloc.results.plan_table import PlanFiles, change_plan
 from nni_haloc.runs.folder import RunFolder
@@ -157,6 +161,25 @@ def test_a_saved_plan_is_explained_and_changed_by_hand(net, data, tmp_path, opti
         assert content["changed"] == {layer: "dense"}
         original = result.metrics["original"]["macs"]
         assert content["after"]["costs"][0]["cost"] <= 0.7 * original
+
+
+def test_a_plan_that_was_tightened_is_refitted_by_the_corrected_table(net, data, images, tmp_path):
+    """Its figures stay those of the table; a wish takes no more than the whole networks have."""
+    counted = mac_table(net, images[:1])
+    table = CostTable("latency_ms", counted.costs, counted.fixed)
+    result = compress_model(net, *data, budget=0.7, costs=table, epochs=0, check="skip")
+    result.save(tmp_path)
+    files = PlanFiles.read(tmp_path)
+    found = {}
+    for factor in (1.0, 1.5):
+        facts = {**files.plan.chosen_by, "timed": {"table_factor": factor}}
+        own = replace(files, plan=RankPlan(files.plan.ranks, facts))
+        plan, content = change_plan(own, ["stem=dense"], timing=False)
+        assert content["after"]["costs"][0]["cost"] == pytest.approx(table.total(plan.names))
+        found[factor] = plan.names
+    low = sum(table.costs[x][name] for x, name in found[1.5].items() if name != "dense")
+    assert table.total(found[1.5]) + 0.5 * low <= 0.7 * table.original
+    assert table.total(found[1.5]) < table.total(found[1.0])
 
 
 def test_the_report_is_a_table_of_original_compressed_and_change(net, data):
