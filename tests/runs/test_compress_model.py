@@ -163,6 +163,17 @@ def test_a_saved_plan_is_explained_and_changed_by_hand(net, data, tmp_path, opti
         assert content["after"]["costs"][0]["cost"] <= 0.7 * original
 
 
+def test_where_costs_are_counted_a_rule_has_every_rank_and_a_search_the_step_grid(net, data):
+    found = {}
+    for rule in ("uniform", "sensitivity-knapsack", "search"):
+        result = compress_model(net, *data, budget=0.7, metric="macs", epochs=0, rule=rule)
+        found[rule] = result.layers.candidates["body.0"]
+    assert {"r1", "r2", "r3"} <= found["uniform"].keys()
+    assert not any("x" in name for name in found["uniform"])
+    assert any("x" in name for name in found["sensitivity-knapsack"])
+    assert len(found["search"]) < len(found["uniform"])
+
+
 def test_a_plan_that_was_tightened_is_refitted_by_the_corrected_table(net, data, images, tmp_path):
     """Its figures stay those of the table; a wish takes no more than the whole networks have."""
     counted = mac_table(net, images[:1])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -168,6 +169,19 @@ def test_a_range_below_the_cheapest_network_is_refused(net, images, loaders):
 def test_the_papers_objective_takes_no_range(net, images):
     with pytest.raises(ValueError, match="budget_range: expected none with objective 'paper'"):
         Haloc(mac_table(net, images[:1]), 0.5, budget_range=[0.2, 0.5], objective="paper")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batches", "processes", "each"),
+    [(0.5, 10, 1, 5), (0.5, 10, 2, 2), (1.5, 10, 2, 3), (0.1, 4, 4, 1), (2, 10, 2, 1.0)],
+)
+def test_a_fraction_is_one_of_each_processes_batches(epochs, batches, processes, each):
+    trainer = SimpleNamespace(world_size=processes, limit_train_batches=1.0)
+    Recipe(epochs=epochs).shorten(trainer, batches)
+    assert trainer.limit_train_batches == each
+    given = SimpleNamespace(world_size=processes, limit_train_batches=7)
+    Recipe(epochs=epochs).shorten(given, batches)
+    assert given.limit_train_batches == 7
 
 
 def test_a_loader_of_one_batch_serves_a_fraction_of_an_epoch(net, images, loaders):
