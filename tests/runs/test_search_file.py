@@ -9,10 +9,13 @@ from helpers.paths import DIGITS
 
 from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import load_config
+from nni_haloc.plan.budget import cheapest
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import RunFolder
+from nni_haloc.runs.limits import limits_of
 from nni_haloc.runs.run import run, search_only
 from nni_haloc.search.history import describe_search
+from nni_haloc.space.ranks import AllowedRanks
 
 CHANGES = {
     "data.share": 0.25,
@@ -112,3 +115,29 @@ def test_a_rule_leaves_none_and_takes_away_that_of_an_earlier_search(tmp_path):
     assert folder.search_file.exists()
     run(load_config(DIGITS, CHANGES | {"rule": "uniform"}), folder.path)
     assert not folder.search_file.exists()
+
+
+def test_the_plan_that_is_timed_before_a_search_is_the_one_of_the_least_loss(monkeypatch, tmp_path):
+    """Here the cheapest network alone loses nothing."""
+
+    class Looked(Exception):
+        pass
+
+    def losses(job, space):
+        (limit,) = limits_of(job.config, job.model, job.example, AllowedRanks(), job.folder)
+        least = cheapest(space.candidates, limit.costs)
+        return {
+            layer: {name: float(name != least[layer]) for name in row}
+            for layer, row in space.candidates.items()
+        }
+
+    def look(job, limits, make_plan, candidates):
+        raise Looked(make_plan(limits).names, cheapest(candidates, limits[0].costs))
+
+    monkeypatch.setattr("nni_haloc.runs.stages.choose_ranks._sensitivities", losses)
+    monkeypatch.setattr("nni_haloc.runs.stages.choose_ranks.promised_plan", look)
+    changes = {**CHANGES, "budget.also": [], "rule": "search", "search.min_use": 0}
+    with pytest.raises(Looked) as seen:
+        search_only(load_config(DIGITS, changes), tmp_path)
+    plan, least = seen.value.args
+    assert plan == least
