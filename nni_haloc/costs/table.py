@@ -321,6 +321,6 @@ def worthwhile(
         if layer in pinned or any(few.values()):
             kept[layer] = few
         else:
-            metrics = " or ".join(table.metric for table in tables)
+            metrics = " or ".join(dict.fromkeys(table.metric for table in tables))
             left_alone[layer] = f"no rank is cheaper than the dense layer in {metrics}"
     return kept, left_alone

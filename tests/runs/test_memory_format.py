@@ -311,6 +311,16 @@ def test_a_budget_that_one_format_alone_can_meet(clock, tmp_path):
         run(config, tmp_path / "none")
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_where_no_rank_is_faster_in_either_format_the_table_stays(clock, tmp_path, rule):
+    clock(contiguous=(1.0, 1e4), channels_last=(0.99, 1e4))
+    with pytest.raises(SettingsError, match="dense layer in latency_ms$|in latency_ms\\)"):
+        run(digits(rule), tmp_path)
+    table = CostTable.load(tmp_path / "costs.json")
+    assert table.identity["memory_format"] == "channels_last"
+    assert all(cost >= row["dense"] for row in table.costs.values() for cost in row.values())
+
+
 def test_whoever_reads_the_run_is_told_both_times_and_what_decided(clock, tmp_path):
     clock((1.0, 1.0), (1.1, 0.5))
     run(digits("sensitivity-knapsack"), tmp_path)

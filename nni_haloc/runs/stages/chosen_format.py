@@ -12,7 +12,7 @@ from nni_haloc.inputs.options import MemoryFormat
 from nni_haloc.plan.budget import Limit
 from nni_haloc.plan.rules.problem import Problem
 from nni_haloc.runs.job import Job, Made
-from nni_haloc.runs.limits import make_limits
+from nni_haloc.runs.limits import keep_tables, make_limits
 from nni_haloc.runs.memory_format import (
     Formats,
     formats_in,
@@ -109,7 +109,11 @@ def _better(job: Job, formats: Formats) -> Job:
         problem, pinned[:] = make_problem(job, own, tables)
         return problem
 
-    formats, problem = judge_rule(formats, limits, problem_within, job.config.rule)
+    try:
+        formats, problem = judge_rule(formats, limits, problem_within, job.config.rule)
+    except ValueError:  # such as that no rank is faster in either format: the table shows it
+        keep_tables(job.config, limits[order[0]], job.folder)
+        raise
     chosen = _told(formats, limits)
     made = Made(chosen)
     if problem is not None and job.config.rule != "search":
