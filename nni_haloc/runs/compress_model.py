@@ -231,7 +231,7 @@ def compress_model(
             the CUDA device, if there is one, in any case.
         calibration_images: training images for decomposition, sensitivities and blocks.
         check: what becomes of a plan that misses a latency budget when its network, untrained, is
-            timed as a whole, after up to three tighter plans: ``refuse`` raises `BudgetMissed`,
+            timed as a whole, after up to three further plans: ``refuse`` raises `BudgetMissed`,
             ``warn`` goes on, ``skip`` does not time it.
         seed: of path sampling and shuffling.
         verbose: whether to log what is done to standard error, as `haloc run` does, and to show

@@ -28,7 +28,7 @@ Rounds = Sequence[tuple[float, float]]
 """Milliseconds of the original and of the planned network in each round of a measurement."""
 METRIC = "latency_ms"
 _TRIES = 3
-"""How often a plan that is over its budget is made again, for a tighter one."""
+"""How often a plan that is over its budget, or leaves much of it, is made again."""
 _FEWEST, _MOST = 6, 30
 """Rounds of a measurement; from the fewest on it ends when the interval is narrow."""
 _NARROW = 0.01
@@ -119,6 +119,19 @@ class Verdict:
         return asked and self.share.low >= 1 and not _is_dense(self.plan)
 
     @property
+    def is_kept(self) -> bool:
+        """Whether the network may be within its budget, and faster where that was asked for."""
+        return not (self.is_over or self.is_slower)
+
+    def leaves_some(self, factor: float) -> bool:
+        """Tell whether the network is far below its budget because its table says too much.
+
+        Args:
+            factor: how many times their costs in the table the plan's low ranks were taken for.
+        """
+        return self.of_budget.high < 1 / TOLERANCE and self.factor() < factor
+
+    @property
     def is_missed(self) -> bool:
         """Whether the budget is missed for certain, by more than measurements differ."""
         return self.is_slower or self.of_budget.low > TOLERANCE
@@ -134,7 +147,7 @@ class Verdict:
             return 1.0
         return 1 + (self.share.middle * costs.original - costs.total(names)) / low
 
-    def tighter(self, factor: float, candidates: Mapping[str, Mapping[str, Any]]) -> Limit:
+    def corrected(self, factor: float, candidates: Mapping[str, Mapping[str, Any]]) -> Limit:
         """Return the limit in a table whose low ranks cost ``factor`` times as much.
 
         Its budget is the one that was asked for; where no network is within it, that of the
@@ -186,10 +199,11 @@ def keep_promise(
     """Make a plan whose network, timed as a whole and not yet trained, keeps its latency budget.
 
     A plan that is over the budget is made again, three times at most, by a table that is corrected
-    by its error so far: a factor on the costs of low ranks. Only what is certain counts: the whole
-    confidence interval is above the budget. Limits in other metrics, and of other devices, are left
-    to their tables. A table that does not say its device is not trusted to be this one's: then
-    nothing is refused.
+    by its error so far: a factor on the costs of low ranks. So is one that is more than 3 % below
+    the budget, if the table says too much: ranks can then be larger. Only what is certain counts,
+    which is a confidence interval that is wholly above the budget, or below. Limits in other
+    metrics, and of other devices, are left to their tables. A table that does not say its device is
+    not trusted to be this one's: then nothing is refused.
 
     Args:
         limits: what the whole network may cost; every one holds.
@@ -214,34 +228,40 @@ def keep_promise(
     here = [i for i, limit in enumerate(limits) if _is_of(limit, device)]
     if check == "skip" or not here:
         return plan
-    tightened, factors = list(limits), dict.fromkeys(here, 1.0)
+    corrected, factors = list(limits), {i: _Factor() for i in here}
     tried: list[tuple[RankPlan, list[Verdict]]] = []
     while True:
         rounds = clock(plan)
         verdicts = [Verdict.of(limits[i], plan, rounds) for i in here]
-        tried.append((_as_asked(plan, limits, verdicts[0], factors[here[0]]), verdicts))
+        tried.append((_as_asked(plan, limits, verdicts[0], factors[here[0]].now), verdicts))
         for verdict in verdicts:
             logger.info("%s: %s", METRIC, verdict)
-        if len(tried) > _TRIES or not any(each.is_over or each.is_slower for each in verdicts):
+        looked = list(zip(here, verdicts, strict=True))
+        kept = all(verdict.is_kept for verdict in verdicts)
+        more = kept and all(verdict.leaves_some(factors[i].now) for i, verdict in looked)
+        if len(tried) > _TRIES or (kept and not more):
             break
-        for i, verdict in zip(here, verdicts, strict=True):
-            if verdict.is_over or verdict.is_slower:
-                factors[i] = max(factors[i], verdict.factor())
-                tightened[i] = verdict.tighter(factors[i], candidates)
+        for i, verdict in looked:
+            if more or not verdict.is_kept:
+                factors[i] = factors[i].after(verdict)
+                corrected[i] = verdict.corrected(factors[i].now, candidates)
         try:
-            again = make_plan(tightened)
+            again = make_plan(corrected)
         except InfeasibleBudget:  # together with the other limits
             break
         asked = min(each.share.middle / each.of_budget.middle for each in verdicts)
-        if again.ranks == plan.ranks or (_is_dense(again) and asked < 1):
+        if any(again.ranks == other.ranks for other, _ in tried) or (
+            _is_dense(again) and asked < 1
+        ):
             break
         logger.info(
-            "%s: a tighter plan: low ranks take %.3g times their costs in the table",
+            "%s: a plan that %s: low ranks take %.3g times their costs in the table",
             METRIC,
-            max(factors.values()),
+            "uses more of the budget" if more else "is cheaper",
+            max(factor.now for factor in factors.values()),
         )
         plan = again
-    plan, verdicts = min(tried, key=lambda each: max(v.of_budget.middle for v in each[1]))
+    plan, verdicts = _best(tried)
     _warn_of_drift(verdicts[0])
     for i, verdict in zip(here, verdicts, strict=True):
         known = limits[i].costs.identity.get("device") == device
@@ -285,6 +305,44 @@ def time_rounds(
             first, second = (max(1e3 * seconds[name], 1e-9) for name in runs)
             rounds.append((first, second))
     return rounds
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """How many times their costs in a table low ranks are taken for, and what was seen of others.
+
+    Attributes:
+        now: the factor of the next plan.
+        over: the largest one of a plan that was over its budget.
+        kept: the smallest one of a plan that kept it.
+    """
+
+    now: float = 1.0
+    over: float = 0.0
+    kept: float = math.inf
+
+    def after(self, verdict: Verdict) -> _Factor:
+        """Return the factor for the next plan, between those that were seen on either side."""
+        over, kept = self.over, self.kept
+        if verdict.is_kept:
+            kept = min(kept, self.now)
+        else:
+            over = max(over, self.now)
+        found = verdict.factor()
+        if not over < found < kept:
+            too_slow = max(verdict.of_budget.middle, verdict.share.middle)
+            found = (over + kept) / 2 if kept < math.inf else over * too_slow
+        return _Factor(found, over, kept)
+
+
+def _best(tried: Sequence[tuple[RankPlan, list[Verdict]]]) -> tuple[RankPlan, list[Verdict]]:
+    """Return the plan that uses most of its budget; where none keeps it, the cheapest."""
+
+    def use(each: tuple[RankPlan, list[Verdict]]) -> float:
+        return max(verdict.of_budget.middle for verdict in each[1])
+
+    kept = [each for each in tried if all(v.is_kept for v in each[1]) and use(each) <= TOLERANCE]
+    return max(kept, key=use) if kept else min(tried, key=use)
 
 
 def _is_dense(plan: RankPlan) -> bool:
@@ -340,7 +398,7 @@ def _warn_of_drift(verdict: Verdict) -> None:
 
 def _tell(verdict: Verdict, tries: int, plan: RankPlan, check: Check, where: str) -> None:
     """Refuse a plan that misses its budget, or warn of it, or of a measurement that can't tell."""
-    again = f" after {tries} tighter plan{'s' if tries > 1 else ''}" if tries else ""
+    again = f" after {tries} further plan{'s' if tries > 1 else ''}" if tries else ""
     if verdict.is_missed:
         reason = "it is not faster than the original" if verdict.is_slower else "it is too slow"
         message = f"budget: {verdict}; {reason}{again}"

@@ -69,7 +69,7 @@ class Budget(Limit):
 
     check: Literal["refuse", "warn", "skip"] = "refuse"
     """What becomes of a plan that misses a latency budget when its network, untrained, is
-    [timed as a whole](how-to/latency-budget.md#the-promise), after up to three tighter plans:
+    [timed as a whole](how-to/latency-budget.md#the-promise), after up to three further plans:
     `refuse` ends the run before anything is trained, `warn` goes on, `skip` does not time it."""
     also: Annotated[list[FurtherLimit], Words("list of limits")] = []
     """Further limits: `[{metric: params, fraction: 0.4}]`, each with `fraction` or `absolute`, and

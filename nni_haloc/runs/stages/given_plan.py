@@ -110,7 +110,7 @@ def _facts(config: Config, plan: RankPlan, limits: Sequence[Limit]) -> Mapping[s
         if not limit.holds(plan.names):
             cost, budget = limit.costs.total(plan.names), limit.budget
             logger.warning(
-                "plan: it costs %.6g %s, %.2f times the budget of %.6g",
+                "plan: by the cost table it costs %.6g %s, %.2f times the budget of %.6g",
                 cost,
                 limit.costs.metric,
                 cost / budget,
