@@ -12,10 +12,12 @@ forms of a network are timed in one alternating run. FOLDER is that of ``minutes
 calibrate, its validation images are reported, after the blocks of compressed networks were
 reconstructed. Without it, weights and images are random, which changes no time.
 
-Rows are appended to docs/raw/int8.jsonl; networks that have rows there are left out.
+Rows are appended to docs/raw/int8.jsonl, and the table of docs/benchmarks.md is written; networks
+that have rows there are left out.
 """
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,6 +55,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int, str, float]] = {
     "resnet18": ("torchvision:resnet18", {}, 224, "conv1", 0.324),
 }
 """Name, arguments, pixels, the layer that stays, and the share of the MACs."""
+RAW, PAGE = DOCS / "raw" / "int8.jsonl", DOCS / "benchmarks.md"
 RUNTIMES = "openvino,onnxruntime,executorch"
 CALIBRATION = 64
 """Images that quantizers take their ranges from."""
@@ -189,7 +192,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help="folder of images and weights")] = None,
     work: Annotated[Path, typer.Option(help="folder for the tables")] = Path("int8"),
     rounds: Annotated[int, typer.Option(help="of five passes or more of each network")] = 5,
-    out: Annotated[Path, typer.Option(help="JSON lines")] = DOCS / "raw" / "int8.jsonl",
+    out: Annotated[Path, typer.Option(help="JSON lines")] = RAW,
     report: Annotated[bool, typer.Option("--report", help="measure nothing")] = False,
 ) -> None:
     """Append the rows of the networks that have none yet, and print the table of all."""
@@ -202,7 +205,12 @@ def main(
         with out.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in new)
         rows += new
-    print(table(rows))
+    print(text := table(rows))
+    if out == RAW:
+        content = PAGE.read_text(encoding="utf-8")
+        pattern = re.compile(r"(<!-- int8 -->\n).*?(<!-- end of int8 -->)", re.DOTALL)
+        written = pattern.sub(lambda m: f"{m[1]}{text}\n{m[2]}", content)
+        PAGE.write_text(written, encoding="utf-8")
 
 
 if __name__ == "__main__":

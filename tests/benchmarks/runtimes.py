@@ -166,8 +166,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def ms(row: Row) -> str:
-    """Write a row's latency and its spread."""
-    return f"{row['latency_ms']:.1f} ± {row['spread_ms'] / 2:.1f}"
+    """Write a row's latency and its spread, with more digits below 10 ms."""
+    digits = 1 if row["latency_ms"] >= 10 else 2
+    return f"{row['latency_ms']:.{digits}f} ± {row['spread_ms'] / 2:.{digits}f}"
 
 
 if __name__ == "__main__":
