@@ -29,6 +29,8 @@ Rounds = Sequence[tuple[float, float]]
 METRIC = "latency_ms"
 _TRIES = 3
 """How often a plan that is over its budget, or leaves much of it, is made again."""
+_AIM = 0.99
+"""The share of a budget that a further plan is to take, where two were seen on either side."""
 _FEWEST, _MOST = 6, 30
 """Rounds of a measurement; from the fewest on it ends when the interval is narrow."""
 _NARROW = 0.01
@@ -313,25 +315,32 @@ class _Factor:
 
     Attributes:
         now: the factor of the next plan.
-        over: the largest one of a plan that was over its budget.
-        kept: the smallest one of a plan that kept it.
+        over: the largest one of a plan that was over its budget, and that plan's share of it.
+        kept: the smallest one of a plan that kept it, and that plan's share of it.
     """
 
     now: float = 1.0
-    over: float = 0.0
-    kept: float = math.inf
+    over: tuple[float, float] = (0.0, math.inf)
+    kept: tuple[float, float] = (math.inf, 0.0)
 
     def after(self, verdict: Verdict) -> _Factor:
-        """Return the factor for the next plan, between those that were seen on either side."""
+        """Return the factor for the next plan.
+
+        At first it is the table's error as it was seen; between a factor that was too small and one
+        that was too large it is where a straight line meets the budget.
+        """
         over, kept = self.over, self.kept
+        seen = self.now, max(verdict.of_budget.middle, 1.0 if verdict.is_slower else 0.0)
         if verdict.is_kept:
-            kept = min(kept, self.now)
+            kept = min(kept, seen)
         else:
-            over = max(over, self.now)
+            over = max(over, seen)
         found = verdict.factor()
-        if not over < found < kept:
-            too_slow = max(verdict.of_budget.middle, verdict.share.middle)
-            found = (over + kept) / 2 if kept < math.inf else over * too_slow
+        if over[0] and kept[1]:
+            way = (over[1] - _AIM) / (over[1] - kept[1])
+            found = over[0] + min(max(way, 0.1), 0.9) * (kept[0] - over[0])
+        elif found <= over[0]:
+            found = over[0] * max(verdict.of_budget.middle, verdict.share.middle)
         return _Factor(found, over, kept)
 
 
