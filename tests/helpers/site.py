@@ -7,11 +7,22 @@ from functools import cache
 from helpers.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "docs" / "hooks"))
+import addresses
 import commands_page
 import errors_page
 import reference
 
-__all__ = ["PAGES", "anchors", "code", "commands_page", "errors_page", "fences", "links"]
+__all__ = [
+    "DOCS",
+    "PAGES",
+    "addresses",
+    "anchors",
+    "code",
+    "commands_page",
+    "errors_page",
+    "fences",
+    "links",
+]
 
 DOCS = ROOT / "docs"
 
