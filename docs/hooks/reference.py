@@ -1,8 +1,12 @@
-"""Write the generated parts of pages, at each place `<!-- NAME -->`, and show top-level files."""
+"""Write the generated parts of pages, at each line that ends in `<!-- NAME -->`; show other files.
+
+`python docs/hooks/reference.py PAGE` prints a page of `docs/` with its generated parts.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,11 +57,11 @@ def written_out(address: str, markdown: str) -> str:
     if address in COPIES:
         return (TOP / COPIES[address]).read_text(encoding="utf-8")
     for name, write in PARTS.get(address, {}).items():
-        place = f"<!-- {name} -->"
-        if markdown.count(place) != 1:
-            raise ValueError(f"docs/{address}: expected {place} once")
+        place = rf"^.*<!-- {name} -->$"  # with the words that stand there for readers of the file
+        if len(re.findall(place, markdown, re.MULTILINE)) != 1:
+            raise ValueError(f"docs/{address}: expected a line that ends in <!-- {name} --> once")
         text = re.sub(r"\]\((?!https?:|#)", "](../", write())  # links are relative to docs/
-        markdown = markdown.replace(place, text)
+        markdown = re.sub(place, lambda _, text=text: text, markdown, flags=re.MULTILINE)
     return markdown
 
 
@@ -81,3 +85,6 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "reference/errors.md": {"family": family, "messages": messages},
 }
 """Pages to the names of their generated parts and what writes them."""
+
+if __name__ == "__main__":
+    print(written_out(sys.argv[1], (TOP / "docs" / sys.argv[1]).read_text(encoding="utf-8")))
