@@ -108,6 +108,7 @@ def load(
         told = " ".join(
             " ".join(str(error).split("\n")[:2]).split()
         )  # the second line has the names
+        told = told.removeprefix(f"{files.weights}: ")
         raise ValueError(printable(f"{files.weights}: {told}")) from None
     if _CHANNELS_LAST.items() <= noted.items():
         network.to(memory_format=torch.channels_last)

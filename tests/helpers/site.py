@@ -22,6 +22,7 @@ __all__ = [
     "errors_page",
     "fences",
     "links",
+    "reference",
 ]
 
 DOCS = ROOT / "docs"
