@@ -3,6 +3,8 @@
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,7 +12,17 @@ import pytest
 import yaml
 from helpers.paths import PACKAGE, ROOT
 from helpers.schema import FIELDS
-from helpers.site import PAGES, anchors, code, commands_page, errors_page, fences, links
+from helpers.site import (
+    PAGES,
+    addresses,
+    anchors,
+    code,
+    commands_page,
+    errors_page,
+    fences,
+    links,
+    reference,
+)
 
 import nni_haloc
 from nni_haloc.experiments.keys import check_keys, spell_as_nni
@@ -181,6 +193,37 @@ def test_what_a_sentence_calls_the_default_is_it():
     for text in found:
         value, default = default_of(text)
         assert value == default, text
+
+
+@pytest.mark.parametrize(("page", "source"), addresses.COPIES.items())
+def test_a_page_that_shows_another_file_says_so_in_its_own(page, source):
+    text = (ROOT / "docs" / page).read_text()
+    assert f"[{source}](../{source})" in text
+    assert "`mkdocs serve -f .mkdocs.yml`" in text
+    assert reference.written_out(page, text) == (ROOT / source).read_text()
+
+
+PLACES = [(page, name) for page, parts in reference.PARTS.items() for name in parts]
+
+
+@pytest.mark.parametrize(("page", "name"), PLACES)
+def test_a_generated_part_says_in_the_file_what_it_is_and_what_prints_it(page, name):
+    text = (ROOT / "docs" / page).read_text()
+    (line,) = re.findall(rf"^(.+) <!-- {name} -->$", text, re.MULTILINE)
+    commands = re.findall(r"`((?:haloc|python) [^`]+)`", line)
+    sources = re.findall(r"`(nni_haloc/[^`]+)`", line)
+    assert len(commands) == 1
+    assert all((ROOT / path).exists() for path in sources)
+    assert line not in PAGES[f"docs/{page}"]
+
+
+def test_a_page_is_printed_with_its_generated_parts():
+    command = "python docs/hooks/reference.py reference/errors.md"
+    assert command in (ROOT / "docs/reference/errors.md").read_text()
+    done = subprocess.run(
+        [sys.executable, *command.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == PAGES["docs/reference/errors.md"].strip()
 
 
 def test_every_key_is_on_the_page_of_settings():

@@ -5,8 +5,10 @@ import re
 import subprocess
 
 import pytest
+import torch
 from helpers.nni_experiments import environment, free_port, nnictl, until_done
 from helpers.paths import DIGITS, ROOT
+from torch.utils.data import DataLoader
 
 from nni_haloc import compress_model
 from nni_haloc.inputs.data import digits
@@ -28,11 +30,43 @@ def test_the_readmes_python_runs_on_a_network_and_loaders(tmp_path, monkeypatch)
     load_weights(model, DIGITS.with_name("digits.safetensors"))
     val_loader = data.loader("val", 64)
     names = {"model": model, "train_loader": data.loader("train", 64), "val_loader": val_loader}
-    programs = [text for language, _, text in blocks("README.md") if language == "python"]
+    names = run_python("README.md", **names)
+    assert names["network"](next(iter(val_loader))[0]).shape[1] == 10
+
+
+def run_python(page, **names):
+    """Run the blocks of Python of a page, one after another, and return all names."""
+    programs = [text for language, _, text in blocks(page) if language == "python"]
     assert programs
     for text in programs:
-        exec(compile(text, "README.md", "exec"), names)
-    assert names["network"](next(iter(val_loader))[0]).shape[1] == 10
+        exec(compile(text, page, "exec"), names)
+    return names
+
+
+def test_the_page_on_other_tasks_runs_as_it_stands(capsys):
+    torch.manual_seed(0)
+    names = run_python("docs/how-to/other-tasks.md")
+    costs = names["result"].metrics
+    assert costs["compressed"]["macs"] <= 0.5 * costs["original"]["macs"]
+    assert 0 < names["moved"] < names["model"](names["images"]).std()
+    outputs = names["small_detector"](names["images"])
+    assert [*outputs["boxes"].shape] == [64, 4, 8, 8]
+    assert [*names["small_detector"].body[2].factor_in.weight.shape] == [16, 64, 1, 1]
+
+
+def test_the_page_without_labels_runs_on_a_network_and_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, data = build_model("digits_cnn").eval(), digits()
+    load_weights(model, DIGITS.with_name("digits.safetensors"))
+    images = next(iter(data.loader("train", 128)))[0]
+    others = next(iter(data.loader("val", 128)))[0]
+    loaders = {
+        "images_loader": DataLoader(images, 64),
+        "other_images_loader": DataLoader(others, 64),
+    }
+    names = run_python("docs/how-to/no-labels.md", model=model, **loaders)
+    assert names["same"] > 0.8
+    assert "of the images" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -1,20 +1,47 @@
-"""Write the generated parts of pages, at each place `<!-- NAME -->`, and show top-level files."""
+"""Write the generated parts of pages, at each line that ends in `<!-- NAME -->`; show other files.
+
+`python docs/hooks/reference.py PAGE` prints a page of `docs/` with its generated parts.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+from addresses import COPIES, TOP, dead_links, lead_html, lead_markdown
 from commands_page import commands
 from errors_page import family, messages
 from settings_page import preset, settings
 
 
-def on_page_markdown(markdown: str, page, **_) -> str:
+def on_page_markdown(markdown, page, files, **_) -> str:
     """Do it while mkdocs builds a page."""
-    return with_captions(written_out(page.file.src_uri, markdown))
+    address = page.file.src_uri
+    text = written_out(address, markdown)
+    source = TOP / COPIES.get(address, f"docs/{address}")
+    return with_captions(lead_markdown(text, source, address, _urls(files)))
+
+
+def on_page_content(html, page, files, **_) -> str:
+    """Make the links of a notebook's page lead to pages, as mkdocs does it in Markdown alone."""
+    address = page.file.src_uri
+    return lead_html(html, address, _urls(files)) if address.endswith(".ipynb") else html
+
+
+def on_post_build(config, **_) -> None:
+    """Refuse a site with dead links; mkdocs looks at those of Markdown alone."""
+    from mkdocs.exceptions import PluginError  # tests import this file without mkdocs
+
+    if dead := list(dead_links(Path(config.site_dir))):
+        raise PluginError("links that lead nowhere:\n" + "\n".join(dead))
+
+
+def _urls(files) -> dict[str, str]:
+    """Return path in `docs/` to place in the site, for all that is in the site."""
+    return {file.src_uri: file.url for file in files if not file.inclusion.is_excluded()}
 
 
 def written_out(address: str, markdown: str) -> str:
@@ -28,13 +55,13 @@ def written_out(address: str, markdown: str) -> str:
         ValueError: if the page lacks the place for one of its parts.
     """
     if address in COPIES:
-        return _from_the_top(COPIES[address])
+        return (TOP / COPIES[address]).read_text(encoding="utf-8")
     for name, write in PARTS.get(address, {}).items():
-        place = f"<!-- {name} -->"
-        if markdown.count(place) != 1:
-            raise ValueError(f"docs/{address}: expected {place} once")
+        place = rf"^.*<!-- {name} -->$"  # with the words that stand there for readers of the file
+        if len(re.findall(place, markdown, re.MULTILINE)) != 1:
+            raise ValueError(f"docs/{address}: expected a line that ends in <!-- {name} --> once")
         text = re.sub(r"\]\((?!https?:|#)", "](../", write())  # links are relative to docs/
-        markdown = markdown.replace(place, text)
+        markdown = re.sub(place, lambda _, text=text: text, markdown, flags=re.MULTILINE)
     return markdown
 
 
@@ -52,33 +79,12 @@ def with_captions(markdown: str) -> str:
     return re.sub(r"^!\[[^\]]*\]\([./]*images/([^)]+)\)$", caption, markdown, flags=re.M)
 
 
-def _from_the_top(name: str) -> str:
-    """Return a file of the top level, its links as a page of the site has them."""
-    pages = {file: page for page, file in COPIES.items()}
-
-    def link(found: re.Match[str]) -> str:
-        path = found[1]
-        if path.startswith("docs/"):
-            return f"]({path.removeprefix('docs/')})"
-        file, hash_, anchor = path.partition("#")
-        return f"]({pages.get(file, f'{REPOSITORY}/{file}')}{hash_}{anchor})"
-
-    text = (TOP / name).read_text(encoding="utf-8")
-    return re.sub(r"\]\((?!https?:|#|mailto:)([^)\s]+)\)", link, text)
-
-
-TOP = Path(__file__).parents[2]
-REPOSITORY = "https://github.com/nni-haloc/nni-haloc/blob/main"
-COPIES = {
-    "index.md": "README.md",
-    "changelog.md": "CHANGELOG.md",
-    "contributing.md": "CONTRIBUTING.md",
-    "leaderboard.md": "tests/benchmarks/README.md",
-}
-"""Pages that show a file of the top level."""
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "reference/settings.md": {"settings": settings, "preset": preset},
     "reference/commands.md": {"commands": commands},
     "reference/errors.md": {"family": family, "messages": messages},
 }
 """Pages to the names of their generated parts and what writes them."""
+
+if __name__ == "__main__":
+    print(written_out(sys.argv[1], (TOP / "docs" / sys.argv[1]).read_text(encoding="utf-8")))

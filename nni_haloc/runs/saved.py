@@ -15,7 +15,7 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import RunFolder, hold, tensor_shapes
 from nni_haloc.space.layers import layout_of
 from nni_haloc.space.modules import replace_modules
-from nni_haloc.utils.errors import first_line
+from nni_haloc.utils.errors import first_line, printable
 from nni_haloc.utils.files import make_folder, read_json, whole, write_json
 from nni_haloc.utils.wrapped import unwrapped
 
@@ -100,14 +100,30 @@ def load(
     try:
         if facts.get("pruned") is True:
             shrink(network, tensor_shapes(files.weights))
+        _check_shapes(network, tensor_shapes(files.weights))
         load_model(network, str(files.weights))
         with safe_open(str(files.weights), "pt") as file:
             noted = file.metadata() or {}
     except (RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{files.weights}: {first_line(error)}") from None
+        told = " ".join(
+            " ".join(str(error).split("\n")[:2]).split()
+        )  # the second line has the names
+        told = told.removeprefix(f"{files.weights}: ")
+        raise ValueError(printable(f"{files.weights}: {told}")) from None
     if _CHANNELS_LAST.items() <= noted.items():
         network.to(memory_format=torch.channels_last)
     return network.eval()
+
+
+def _check_shapes(network: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse weights of a network with other channels, by the first tensor that differs."""
+    for name, value in network.state_dict().items():
+        expected, found = tuple(value.shape), shapes.get(name, tuple(value.shape))
+        if found != expected:
+            raise ValueError(
+                f"{name}: expected {list(expected)}, as the given network has it, found "
+                f"{list(found)}; give the network that was compressed, with the same channels"
+            )
 
 
 def factory_of(folder: str | Path) -> str | None:

@@ -7,11 +7,23 @@ from functools import cache
 from helpers.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "docs" / "hooks"))
+import addresses
 import commands_page
 import errors_page
 import reference
 
-__all__ = ["PAGES", "anchors", "code", "commands_page", "errors_page", "fences", "links"]
+__all__ = [
+    "DOCS",
+    "PAGES",
+    "addresses",
+    "anchors",
+    "code",
+    "commands_page",
+    "errors_page",
+    "fences",
+    "links",
+    "reference",
+]
 
 DOCS = ROOT / "docs"
 

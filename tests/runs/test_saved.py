@@ -98,6 +98,36 @@ def test_a_plan_of_another_network_is_refused_by_layer(digits, ranks, message):
             make(digits, RankPlan(ranks))
 
 
+def small(inputs=1, width=16, outputs=10, bias=True):
+    """A network whose every size can be another one."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, width, 3, bias=bias),
+        nn.BatchNorm2d(width),
+        nn.Conv2d(width, 32, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, outputs),
+    )
+
+
+OTHER_SIZES = [
+    ({"inputs": 3}, r"0\.weight: expected \[16, 3, 3, 3\], .* found \[16, 1, 3, 3\]; give"),
+    ({"width": 8}, r"0\.weight: expected \[8, 1, 3, 3\], .* found \[16, 1, 3, 3\]; give"),
+    ({"width": 24}, r"0\.weight: expected \[24, 1, 3, 3\], .* found \[16, 1, 3, 3\]; give"),
+    ({"outputs": 5}, r"5\.weight: expected \[5, 32\], .* found \[10, 32\]; give"),
+    ({"bias": False}, r"[Uu]nexpected key.*0\.bias"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "message"), OTHER_SIZES)
+def test_a_network_of_other_sizes_is_told_the_layer_and_both_shapes(tmp_path, sizes, message):
+    plan = RankPlan({"2": (8, 6)})
+    save(tmp_path, compress(small(), plan), plan)
+    with pytest.raises(ValueError, match=rf"weights\.safetensors: .*{message}") as error:
+        load(tmp_path, small(**sizes))
+    assert "\n" not in str(error.value)
+
+
 def test_a_folder_that_lacks_something_names_the_file(digits, tmp_path):
     save(tmp_path, compress(digits, PLAN), PLAN)
     with pytest.raises(FileNotFoundError, match=r"model\.json.*load\(folder, model\)"):
