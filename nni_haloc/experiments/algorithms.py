@@ -25,6 +25,8 @@ from nni_haloc.utils.quiet import silent
 
 _SECONDS = 60
 """For a class of the user's own to come up; NNI's manager waits for ten."""
+_WRITERS = ("NetworkMorphism",)
+"""NNI's algorithms that write files where they are made."""
 _MODES = ("maximize", "minimize")
 
 
@@ -133,7 +135,7 @@ def try_algorithms(
     sent = json.loads(json.dumps(space))
     parameters: list[Any] = []
     for algorithm in algorithms:
-        attempt = _try_apart if algorithm.foreign else _try
+        attempt = _try_apart if algorithm.foreign or algorithm.name in _WRITERS else _try
         outcome = attempt(algorithm, sent, number)
         if "reason" in outcome:
             raise SettingsError(f"{path}: {outcome['reason']}")
