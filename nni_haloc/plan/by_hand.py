@@ -15,7 +15,7 @@ from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules.scored import USE
 from nni_haloc.space.names import DENSE, parse_rank, rank_name
-from nni_haloc.utils.errors import InfeasibleBudget, SettingsError, brief
+from nni_haloc.utils.errors import InfeasibleBudget, SettingsError, brief, matches_none
 from nni_haloc.utils.files import is_number
 from nni_haloc.utils.printing import percent
 
@@ -261,9 +261,7 @@ def _why_no_layer(pattern: str, known: KnownLayers) -> str:
     alone = fnmatch.filter(known.left_alone, pattern)
     if alone:
         return f"layer {alone[0]!r} is left alone: {known.left_alone[alone[0]]}"
-    some = ", ".join(list(known.candidates)[:_SHOWN])
-    more = ", ..." if len(known.candidates) > _SHOWN else ""
-    return f"no searched layer matches {pattern!r}; expected one of {some}{more}"
+    return f"no searched layer {matches_none(pattern, known.candidates, _SHOWN)}"
 
 
 def _candidate(wish: str, layer: str, text: str, known: KnownLayers) -> str:

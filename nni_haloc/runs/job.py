@@ -45,7 +45,7 @@ from nni_haloc.runs.plausibility import guessing
 from nni_haloc.runs.saved import load, save
 from nni_haloc.space.modules import evaluating
 from nni_haloc.space.outputs import logits_of
-from nni_haloc.space.ranks import AllowedRanks
+from nni_haloc.space.ranks import AllowedRanks, UnfitPattern, check_names, find_layers
 from nni_haloc.training.finetuning import accuracy
 from nni_haloc.training.random_states import (
     isolated_random_states,
@@ -108,18 +108,26 @@ class Job:
         self.config = config = with_known_format(config)
         self.formats: Formats | None = None
         self.made: Made | None = None
-        with as_one_line(DataError):
-            self.splits = load_data(config.data)
+        space = config.rank_space
+        patterns = AllowedRanks(
+            kinds=tuple(space.kinds), exclude=tuple(space.exclude), pin=space.pin
+        )
         with as_one_line(), isolated_random_states():
             seed_random_states(config.seed)
             self.model = build_model(config.model.name, config.model.arguments, factories=factories)
+            with _naming_rank_space():
+                check_names(self.model, patterns)
             if trained:
                 load_weights(self.model, config.weights)
             self._drawn: dict[str, Any] | None = random_states()
         self.model = self.laid_out(self.model)
         with as_one_line(DataError):
+            self.splits = load_data(config.data)
             self.example = self.splits.images("test", 1)
             self._check_classes()
+        if space.exclude or space.pin:
+            with as_one_line(), _naming_rank_space():
+                find_layers(self.model, self.example, patterns)
 
     def _check_classes(self) -> None:
         """Check that the network has an output for each class; warn of classes without images.
@@ -341,6 +349,15 @@ class Job:
         if any(value.shape != shapes[key] for key, value in network.state_dict().items()):
             facts["pruned"] = True
         save((folder or self.folder).path, network, plan, facts)
+
+
+@contextmanager
+def _naming_rank_space() -> Iterator[None]:
+    """Let an error in a pattern of the rank space begin with the setting's whole key."""
+    try:
+        yield
+    except UnfitPattern as error:
+        raise SettingsError(f"rank_space.{error}") from None
 
 
 @contextmanager

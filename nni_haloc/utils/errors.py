@@ -189,6 +189,14 @@ def expected_one_of(names: Iterable[str], found: str) -> str:
     return f"expected one of {', '.join(known)}, found {brief(found)}{_suggestion(found, known)}"
 
 
+def matches_none(pattern: str, names: Iterable[str], most: int = 8) -> str:
+    """Say that a pattern matches none of these names, which they are, and which is like it."""
+    known = list(names)
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    some = f"; expected one of {', '.join(known[:most])}{more}" if known else ""
+    return f"matches {brief(pattern)}{some}{_suggestion(pattern, known)}"
+
+
 def explain(error: ValidationError, section: type[BaseModel] | None = None) -> str:
     """Return pydantic's errors on one line: key, what was expected, what was found.
 

@@ -390,7 +390,7 @@ WRONG_RUN = {
     "nothing to search": ({"rank_space": {"kinds": []}}, "nothing to search in DigitsCNN"),
     "a layer that is not there": (
         {"rank_space": {"kinds": ["conv"], "pin": {"conv9": 4}}},
-        "no layer of DigitsCNN that can be searched matches 'conv9'$",
+        r"rank_space\.pin: no layer of DigitsCNN that can be searched matches 'conv9'; expected",
     ),
     "two budgets that exclude each other": (
         {"budget": {"fraction": 0.5, "also": [{"metric": "params", "fraction": 0.01}]}},
