@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -94,6 +94,20 @@ def assignment(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise SettingsError(f"--set: expected KEY=VALUE, found {text!r}")
     return key, parse_yaml(value, f"--set {key}")
+
+
+def places_of(
+    assignments: Iterable[str] | None, changes: Iterable[str], options: Mapping[str, str]
+) -> dict[str, str]:
+    """Return what to call each setting that the command line changes: ``--set KEY``, an option.
+
+    Args:
+        assignments: the values of ``--set``.
+        changes: the keys of all that is changed.
+        options: key to the option that sets it.
+    """
+    by_set = {text.partition("=")[0] for text in assignments or []}
+    return {key: f"--set {key}" if key in by_set else options.get(key, key) for key in changes}
 
 
 def comma_separated(option: str, text: str, number: Callable[[str], T], what: str) -> list[T]:

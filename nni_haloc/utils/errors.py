@@ -232,7 +232,10 @@ def unknown_key(found: str, known: Iterable[str]) -> str:
 
 def _suggestion(found: str, known: list[str]) -> str:
     by_lower = {name.lower(): name for name in known}
-    close = get_close_matches(found[:100].lower(), by_lower, 1)
+    text = found[:100].lower()
+    close = get_close_matches(text, by_lower, 1)
+    if not close and len(text) > 2:
+        close = [name for name in by_lower if name.startswith(text)][:1]
     return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
