@@ -136,9 +136,7 @@ def apply_stage(
     target = stage_folder(RunFolder(folder), name, out)
     if "scale" in changes:
         raise SettingsError(f"scale: only for a whole run; set {name}.epochs instead")
-    finished = Finished(
-        folder, factories=factories, stage=stage, changes=changes, places=places
-    )
+    finished = Finished(folder, factories=factories, stage=stage, changes=changes, places=places)
     job = finished.job
     stage.check(job)
     with hold(finished.folder, out), job.active():

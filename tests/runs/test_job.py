@@ -167,7 +167,9 @@ def test_a_pattern_that_matches_no_layer_is_refused_before_the_data_are_read(
 
     space = config.rank_space.model_copy(update={"exclude": ["blck1.conv"]})
     monkeypatch.setattr("nni_haloc.runs.job.load_data", read)
-    wrong = r"^rank_space\.exclude: no layer .* matches 'blck1.conv'; .*did you mean 'block1.conv'\?$"
+    wrong = (
+        r"^rank_space\.exclude: no layer .* matches 'blck1.conv'; .*did you mean 'block1.conv'\?$"
+    )
     with pytest.raises(SettingsError, match=wrong):
         Job(config.model_copy(update={"rank_space": space}), tmp_path)
 
