@@ -65,6 +65,7 @@ from nni_haloc.training.recipe import Recipe
 from nni_haloc.training.reconstruction import reconstruct_blocks
 from nni_haloc.utils.errors import DataError, brief, expected_one_of, unknown_key
 from nni_haloc.utils.log import log_to, logger
+from nni_haloc.utils.progress import logged_progress
 from nni_haloc.utils.quiet import quiet
 from nni_haloc.utils.registry import Registry
 from nni_haloc.utils.versions import versions
@@ -560,7 +561,8 @@ class _Given:
             doing = "measuring" if self.metric in MEASURED else "computing"
             where = "" if formats is None else f", {memory_format}"
             logger.info("%s %s of every candidate%s", doing, self.metric, where)
-            costs = make(model, batch, self.allowed, timing, lambda done, of: None)
+            told = logged_progress(f"{doing} {self.metric}")
+            costs = make(model, batch, self.allowed, timing, told)
         check_table(costs)
         costs = costs if formats is None else formats.told(costs)
         return _Settled(memory_format, model, timing, costs)
