@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.errors import SettingsError, expected_one_of
 
 COMPRESS, COSTS, AFTER, NNI = "Compress", "Costs", "After a run", "NNI experiments"
 """Groups of commands in ``haloc --help``, in the order of the work."""
@@ -133,7 +133,8 @@ def some_of(option: str, text: str, names: list[str]) -> list[str]:
     chosen = list(dict.fromkeys(text.split(",")))
     for name in chosen:
         if name not in names:
-            raise SettingsError(f"{option}: expected some of {', '.join(names)}, found {name!r}")
+            expected = expected_one_of(names, name).replace("one of", "some of", 1)
+            raise SettingsError(f"{option}: {expected}")
     return chosen
 
 

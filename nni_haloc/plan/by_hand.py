@@ -279,7 +279,7 @@ def _candidate(wish: str, layer: str, text: str, known: KnownLayers) -> str:
         raise SettingsError(f"{where} is pinned to {names[0]}; run again with another pin")
     near = sorted(names, key=lambda other: (_distance(other, name), names.index(other)))[:_SHOWN]
     shown = ", ".join(each.removeprefix("r") for each in sorted(near, key=names.index))
-    which = "nearest" if len(names) > _SHOWN else "one of"
+    which = "one near it, such as" if len(names) > _SHOWN else "one of"
     remedy = "or run with a rank_space that has it"
     raise SettingsError(f"{where} has no candidate {text}: expected {which} {shown}, {remedy}")
 

@@ -354,9 +354,9 @@ def test_a_mistake_in_an_experiments_file_is_one_line(experiment, name, monkeypa
 WRONG_RUN = {
     "a factory that is not there": (
         {"model": {"name": "own_things:smal"}},
-        r"run\.yml: model 'own_things:smal': .*own_things has no 'smal': it is .*$",
+        r"model 'own_things:smal': own_things, which is .*, has no 'smal'; did you mean 'small'\?$",
     ),
-    "a module that is not there": ({"model": {"name": "own_thing:small"}}, "No module named"),
+    "a module that is not there": ({"model": {"name": "own_thing:small"}}, "no module 'own_thing'"),
     "a factory of something else": (
         {"model": {"name": "own_things:three"}},
         "expected an nn.Module from the factory, found int$",
