@@ -112,17 +112,13 @@ def _stage(
     Finished(folder, factories=factories)  # raises before a folder is made
     target = stage_folder(RunFolder(folder), stage, out)
     with logged(RunFolder(out or folder), target):
-        figures = apply_stage(
-            folder, stage, settings, out, factories=factories, resume=resume, places=places
-        )
-    if stage == "prune":
-        from nni_haloc.cli.summary import print_networks
+        apply_stage(folder, stage, settings, out, factories=factories, resume=resume, places=places)
+    from nni_haloc.cli.summary import print_networks
 
-        others = {k: v for k, v in RunFolder(folder).metrics().items() if k != "quantize"}
-        print_networks({**others, **target.metrics()})
-        return typer.echo(f"results: {target}")
-    print_table(str(target), ("figure", "value"), list(figures.items()), text={"figure"})
-    return None
+    later = {"quantize"} if stage == "prune" else set()
+    others = {k: v for k, v in RunFolder(folder).metrics().items() if k not in later}
+    print_networks({**others, **target.metrics()})
+    typer.echo(f"results: {target}")
 
 
 @after.command("export", rich_help_panel=AFTER)
