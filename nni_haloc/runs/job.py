@@ -59,6 +59,7 @@ from nni_haloc.utils.interruption import stoppable
 from nni_haloc.utils.log import log_to, logger
 from nni_haloc.utils.placement import working_on
 from nni_haloc.utils.processes import check_startable, is_first
+from nni_haloc.utils.progress import shows_bars
 from nni_haloc.utils.quiet import quiet
 
 
@@ -394,7 +395,7 @@ def trainer_options(config: Config, *, searching: bool = False) -> dict[str, Any
         searching: whether it is for the search, in which the candidates that are not sampled have
             no gradients: several processes must expect that.
     """
-    options = config.trainer.model_dump()
+    options = {**config.trainer.model_dump(), "enable_progress_bar": shows_bars()}
     if searching and config.trainer.devices * config.trainer.num_nodes > 1:
         options["strategy"] = "ddp_find_unused_parameters_true"
     return options

@@ -58,7 +58,8 @@ def summary(
 def summary_line(figures: Figures) -> str:
     """Return a network's figures on one line: ``top-1 96.94 %, latency 3.536 ms, ...``."""
     known = {key: figures[key] for key in ROWS if key in figures}
-    return ", ".join(f"{ROWS[key][0]} {ROWS[key][1](value)}" for key, value in known.items())
+    parts = [(ROWS[key][0].replace(",", ""), ROWS[key][1](value)) for key, value in known.items()]
+    return ", ".join(f"{name} {value}" for name, value in parts)
 
 
 def cost_line(facts: Mapping[str, Any]) -> str:

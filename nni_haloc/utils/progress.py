@@ -40,6 +40,17 @@ _FIRST_LINE, _BETWEEN_LINES = 10, 30
 """Seconds until progress is logged for the first time, and from then on."""
 
 
+def shows_bars() -> bool:
+    """Tell whether standard output can show a progress bar: a terminal, or a notebook's page.
+
+    In a file each step of a bar would be a line; there the log says how far a run is.
+    """
+    from rich.console import Console  # slow to import
+
+    console = Console()
+    return console.is_terminal or console.is_jupyter
+
+
 def logged_progress(done_what: str) -> Progress:
     """Return a function that logs progress and the time left, for a run with a log.
 

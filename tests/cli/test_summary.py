@@ -5,7 +5,7 @@ from pathlib import Path
 from nni_haloc.cli.compress import code_of
 from nni_haloc.cli.summary import print_networks, print_summary
 from nni_haloc.inputs.config import parse_config
-from nni_haloc.runs.summary import cost_line, summary
+from nni_haloc.runs.summary import cost_line, summary, summary_line
 from nni_haloc.utils.printing import short
 
 ORIGINAL = {
@@ -110,3 +110,9 @@ def test_the_next_command_names_the_folder_of_a_factory(tmp_path, capsys):
 def test_a_plans_cost_is_one_line_with_its_share_of_the_original():
     facts = {"cost": 441040.0, "original_cost": 1493632.0, "metric": "macs", "budget": 448089.6}
     assert cost_line(facts) == "441 k of 1.494 M macs (29.5 %), budget 448.1 k"
+
+
+def test_a_line_of_figures_has_commas_between_them_alone():
+    line = summary_line({"top1": 0.5, "measured_share": 0.9, "latency_ms_of_budget": 1.0})
+    names = ["top-1 50.00 %", "latency of the original 90.0 %", "latency of the budget 100.0 %"]
+    assert line.split(", ") == names

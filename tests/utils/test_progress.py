@@ -1,8 +1,10 @@
 """The lines that tell how far a long task is."""
 
+import io
+
 import pytest
 
-from nni_haloc.utils.progress import logged_progress
+from nni_haloc.utils.progress import logged_progress, shows_bars
 
 
 @pytest.fixture
@@ -37,3 +39,16 @@ def test_a_short_task_is_not_told_of_and_another_round_counts_anew(told):
             report(done, 9)
             clock[0] += 1
     assert lines == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("out", "shown"), [(Terminal(), True), (io.StringIO(), False)])
+def test_progress_bars_are_for_terminals(monkeypatch, out, shown):
+    for variable in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("sys.stdout", out)
+    assert shows_bars() == shown
