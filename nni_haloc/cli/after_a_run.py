@@ -18,6 +18,7 @@ from nni_haloc.cli.options import (
     StageFolder,
     assignment,
     comma_separated,
+    places_of,
     print_json,
     some_of,
     trust,
@@ -100,7 +101,9 @@ def _stage(
 ) -> None:
     """Run one more stage on a finished run, and print its figures."""
     settings = {f"{stage}.{key}": value for key, value in options.items() if value is not None}
+    names = {f"{stage}.{key}": f"--{key}" for key in options}
     settings |= dict(map(assignment, changes or []))
+    places = places_of(changes, settings, names)
     factories = trust(code, folder)
     from nni_haloc.runs.finished import Finished, apply_stage, stage_folder
     from nni_haloc.runs.folder import RunFolder
@@ -109,15 +112,13 @@ def _stage(
     Finished(folder, factories=factories)  # raises before a folder is made
     target = stage_folder(RunFolder(folder), stage, out)
     with logged(RunFolder(out or folder), target):
-        figures = apply_stage(folder, stage, settings, out, factories=factories, resume=resume)
-    if stage == "prune":
-        from nni_haloc.cli.summary import print_networks
+        apply_stage(folder, stage, settings, out, factories=factories, resume=resume, places=places)
+    from nni_haloc.cli.summary import print_networks
 
-        others = {k: v for k, v in RunFolder(folder).metrics().items() if k != "quantize"}
-        print_networks({**others, **target.metrics()})
-        return typer.echo(f"results: {target}")
-    print_table(str(target), ("figure", "value"), list(figures.items()), text={"figure"})
-    return None
+    later = {"quantize"} if stage == "prune" else set()
+    others = {k: v for k, v in RunFolder(folder).metrics().items() if k not in later}
+    print_networks({**others, **target.metrics()})
+    typer.echo(f"results: {target}")
 
 
 @after.command("export", rich_help_panel=AFTER)
@@ -190,9 +191,13 @@ def bench_command(
     factories = trust(code, folder)
     sizes = None if batch is None else comma_separated("--batch", batch, int, "numbers")
     names = None if runtimes is None else comma_separated("--runtimes", runtimes, str, "names")
+    from nni_haloc.inputs.config import naming_places
     from nni_haloc.results.bench import bench, print_bench
 
-    with redirect_stdout(sys.stderr):  # standard output is for the result
+    options = {"batch sizes": "--batch", "threads": "--threads"}
+    options |= {"runtimes": "--runtimes", "split": "--split"}
+    # standard output is for the result
+    with redirect_stdout(sys.stderr), naming_places(options):
         content = bench(
             folder,
             sizes,

@@ -21,6 +21,7 @@ from nni_haloc.cli.options import (
     Scale,
     assignment,
     comma_separated,
+    places_of,
     print_json,
     some_of,
     trust,
@@ -183,9 +184,11 @@ def front_command(
     """
     fractions = comma_separated("--budgets", budgets, float, "fractions")
     factories = trust(code, folder)
+    from nni_haloc.inputs.config import naming_places
     from nni_haloc.results.front import pareto_front
 
-    content = pareto_front(folder, fractions, out, factories=factories)
+    with naming_places({"budgets": "--budgets"}):
+        content = pareto_front(folder, fractions, out, factories=factories)
     original = content["original"]
     rows: list[Any] = [
         ("original", short(original["cost"]), percent(1), None, percent(original["top1"], 2), None)
@@ -319,9 +322,7 @@ def code_of(config: Any, run_file: Path) -> str:
 def _places(assignments: Iterable[str] | None, changes: Iterable[str]) -> dict[str, str]:
     """Return what to call each setting that the command line changes."""
     options = {"rule": "--rule", "budget.fraction": "--budget", "plan": "--plan"}
-    options["scale"] = "--scale"
-    by_set = {text.partition("=")[0] for text in assignments or []}
-    return {key: f"--set {key}" if key in by_set else options.get(key, key) for key in changes}
+    return places_of(assignments, changes, {**options, "scale": "--scale"})
 
 
 def _settings(

@@ -10,7 +10,7 @@ import typer
 
 from nni_haloc.cli.options import NNI, Json, print_json
 from nni_haloc.experiments.check import check_experiment
-from nni_haloc.experiments.front import COSTS, draw_front, front_of
+from nni_haloc.experiments.front import COSTS, Point, draw_front, front_of
 from nni_haloc.experiments.manager import create, resume, warm_up_manager
 from nni_haloc.experiments.results import (
     cost_metric,
@@ -83,9 +83,8 @@ def resume_command(experiment: Experiment, port: Port = 8080, folder: Folder = H
     _print_running(experiment, port)
 
 
-def _print_front(rows: list[dict[str, Any]], cost: str, picture: Path, json_: bool) -> None:
+def _print_front(points: list[Point], cost: str, picture: Path, json_: bool) -> None:
     """Draw the front of an experiment, and print it."""
-    points = front_of(rows, cost)
     with as_one_line(where=str(picture)):
         draw_front(points, cost, picture)
     best = [point for point in points if point.on_front]
@@ -102,8 +101,25 @@ def _print_front(rows: list[dict[str, Any]], cost: str, picture: Path, json_: bo
         ]
         for point in best
     ]
-    print_table(f"{len(best)} best of {len(points)} trials", columns, cells, text={"trial"})
+    print_table(
+        f"{len(best)} best of {len(points)} finished trials", columns, cells, text={"trial"}
+    )
     return typer.echo(f"all trials: {picture}")
+
+
+def _print_left_out(rows: list[dict[str, Any]], points: list[Point], json_: bool) -> None:
+    """Say how many trials have no place in a picture, by their states."""
+    placed = {point.trial for point in points}
+    states = Counter(row["status"].lower() for row in rows if row["trial"] not in placed)
+    if states:
+        known = ", ".join(f"{number} {state or 'unknown'}" for state, number in states.items())
+        typer.echo(f"left out, without figures: {known}", err=json_)
+
+
+def _print_failed(folder: Path, experiment: str, *, err: bool = False) -> None:
+    """Say why each failed trial failed, and where its log is."""
+    for trial, (cause, log) in why_failed(folder, experiment).items():
+        typer.echo(f"{trial} failed: {cause or 'no error is in its log'} ({log})", err=err)
 
 
 def _check_finished(experiment: str, rows: list[dict[str, Any]]) -> None:
@@ -183,7 +199,11 @@ def results_command(
     if pareto is not None:
         results = trial_results(folder, experiment)
         _check_finished(experiment, results)
-        return _print_front(results, by or _own_cost(folder, experiment), pareto, json_)
+        cost = by or _own_cost(folder, experiment)
+        points = front_of(results, cost)
+        _print_front(points, cost, pareto, json_)
+        _print_left_out(results, points, json_)
+        return _print_failed(folder, experiment, err=json_)
     places = trial_folders(folder, experiment) if folders else {}
     rows = [] if folders else trial_results(folder, experiment)
     if not rows and not places:
@@ -197,8 +217,7 @@ def results_command(
     if folders:
         return typer.echo("\n".join(places.values()))
     _print_results(experiment, rows)
-    for trial, (cause, log) in why_failed(folder, experiment).items():
-        typer.echo(f"{trial} failed: {cause or 'no error is in its log'} ({log})")
+    _print_failed(folder, experiment)
     if any(row["status"] == "RUNNING" for row in rows) and not is_running(experiment):
         goes_on = f"haloc resume {experiment} goes on with trials that were RUNNING"
         typer.echo(f"the experiment is not running on this machine; {goes_on}", err=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from typing import Annotated, NoReturn
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -20,9 +22,19 @@ from nni_haloc.cli.table import table
 from nni_haloc.utils.errors import HalocError, out_of_memory, printable, reason_of
 from nni_haloc.utils.interruption import stoppable
 
+
+def _in_paragraphs(function: Callable[..., Any] | None) -> str:
+    """Return a function's docstring with one line for each paragraph."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return "\n\n".join(" ".join(each.split()) for each in paragraphs)
+
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 for commands in (compress, table, settings, costs, heatmap, plan, after, plot, experiments):
     app.add_typer(commands)  # in the order of the work
+    for command in commands.registered_commands:
+        # The lines of a docstring are no lines of the help: those depend on the terminal.
+        command.help = command.help or _in_paragraphs(command.callback)
 
 
 def _print_version(wanted: bool) -> None:

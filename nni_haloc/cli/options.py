@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.errors import SettingsError, expected_one_of
 
 COMPRESS, COSTS, AFTER, NNI = "Compress", "Costs", "After a run", "NNI experiments"
 """Groups of commands in ``haloc --help``, in the order of the work."""
@@ -96,6 +96,20 @@ def assignment(text: str) -> tuple[str, Any]:
     return key, parse_yaml(value, f"--set {key}")
 
 
+def places_of(
+    assignments: Iterable[str] | None, changes: Iterable[str], options: Mapping[str, str]
+) -> dict[str, str]:
+    """Return what to call each setting that the command line changes: ``--set KEY``, an option.
+
+    Args:
+        assignments: the values of ``--set``.
+        changes: the keys of all that is changed.
+        options: key to the option that sets it.
+    """
+    by_set = {text.partition("=")[0] for text in assignments or []}
+    return {key: f"--set {key}" if key in by_set else options.get(key, key) for key in changes}
+
+
 def comma_separated(option: str, text: str, number: Callable[[str], T], what: str) -> list[T]:
     """Return the numbers of ``0.6,0.5``.
 
@@ -119,7 +133,8 @@ def some_of(option: str, text: str, names: list[str]) -> list[str]:
     chosen = list(dict.fromkeys(text.split(",")))
     for name in chosen:
         if name not in names:
-            raise SettingsError(f"{option}: expected some of {', '.join(names)}, found {name!r}")
+            expected = expected_one_of(names, name).replace("one of", "some of", 1)
+            raise SettingsError(f"{option}: {expected}")
     return chosen
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from textwrap import fill
+from textwrap import TextWrapper
 from typing import Annotated
 
 import typer
@@ -32,12 +32,15 @@ def settings_command(
     if key is not None:
         found = find_settings(key, found)
     width = min(100, shutil.get_terminal_size().columns)
+    wrapper = TextWrapper(  # names such as nni-haloc[energy] stay whole
+        width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
+    )
     for setting in found:
         default = (
             setting.default if setting.default in ("", "required") else "default " + setting.default
         )
         facts = "; ".join(filter(None, [setting.values.replace("`", ""), default]))
-        typer.echo(fill(f"{setting.key}: {facts}", width, subsequent_indent="    "))
+        lines = wrapper.wrap(f"{setting.key}: {facts}")
         meaning = without_links(setting.meaning)
-        if meaning:
-            typer.echo(fill(meaning, width, initial_indent="    ", subsequent_indent="    "))
+        lines += wrapper.wrap(f"    {meaning}") if meaning else []
+        typer.echo("\n".join(lines))

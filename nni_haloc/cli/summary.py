@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from nni_haloc.runs.folder import Figures
 from nni_haloc.runs.stages import all_stages
 from nni_haloc.runs.summary import summary
 from nni_haloc.utils.files import is_number
@@ -33,13 +34,19 @@ def print_summary(folder: Path, stages: Mapping[str, Mapping[str, float]], code:
 
 
 def print_networks(stages: Mapping[str, Mapping[str, float]]) -> None:
-    """Print a column for each stage's network, and the change by the compression."""
-    titles = {stage.name: stage.title for stage in all_stages()}
-    networks = {
-        titles.get(name) or name: {key: v for key, v in figures.items() if is_number(v)}
-        for name, figures in stages.items()
-    }
-    columns, rows = summary(networks)
+    """Print a column for each stage's network, and its change from the original's figures.
+
+    A stage that has networks in other runtimes, such as quantizing, has a column for each.
+    """
+    known = {stage.name: stage for stage in all_stages()}
+    networks: dict[str, Figures] = {}
+    others: list[str] = []
+    for name, row in stages.items():
+        figures, stage = {key: v for key, v in row.items() if is_number(v)}, known.get(name)
+        shown = {name: figures} if stage is None else stage.rows(figures)
+        others += [title for title in shown if stage is not None and title != stage.title]
+        networks |= shown
+    columns, rows = summary(networks, others)
     if rows:
         print_table("", columns, rows, text={columns[0]})
 

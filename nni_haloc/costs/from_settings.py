@@ -24,6 +24,7 @@ from nni_haloc.utils.errors import SettingsError, as_one_line
 from nni_haloc.utils.files import why_unreadable
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first, start_together
+from nni_haloc.utils.progress import logged_progress
 
 _DOING = {
     **dict.fromkeys(("macs", "params", "activation_bytes"), "counting"),
@@ -123,7 +124,8 @@ def cost_table(
     logger.info("%s %s of every candidate", doing, metric)
     example = latency_input(config, example) if metric in MEASURED else example
     with as_one_line(where=f"{key}.metric"):
-        return maker.table(model, example, allowed, runtime_of(config), lambda done, of: None)
+        told = logged_progress(f"{doing} {metric}")
+        return maker.table(model, example, allowed, runtime_of(config), told)
 
 
 def predictor_of(config: Config, key: str, metric: str) -> str:

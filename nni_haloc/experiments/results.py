@@ -186,7 +186,7 @@ def _last_error(place: str) -> tuple[str, str]:
             match[1] or match[2] for line in last_lines(Path(log)) if (match := _ERROR.match(line))
         ]
         if errors:
-            return printable(errors[-1], 300), log
+            return printable(errors[-1]), log
     there = [log for log in logs if Path(log).is_file()]
     return "", (there or [place])[-1]
 

@@ -169,7 +169,7 @@ def load_config(
         SettingsError: names the file and the key.
     """
     path = Path(path)
-    with _naming(places or {}, path):
+    with naming_places(places or {}, path):
         return _load(path, dict(changes or {}), training, uploaded)
 
 
@@ -186,12 +186,17 @@ def _load(path: Path, changes: dict[str, Any], training: bool, uploaded: Path | 
 
 
 @contextmanager
-def _naming(places: Mapping[str, str], path: Path) -> Iterator[None]:
-    """Let an error in a change begin with the place that the change comes from."""
+def naming_places(places: Mapping[str, str], source: str | Path = "") -> Iterator[None]:
+    """Let an error in a change begin with the place that the change comes from.
+
+    Args:
+        places: what to call the place of each change, by its key: ``--set weights``.
+        source: the file that such an error would name in its place.
+    """
     try:
         yield
     except SettingsError as error:
-        text = str(error).removeprefix(f"{path}: ")
+        text = str(error).removeprefix(f"{source}: ")
         for key in sorted(places, key=len, reverse=True):
             if text.startswith((f"{key}: ", f"{key}.")):
                 raise SettingsError(f"{places[key]}{text.removeprefix(key)}") from None
@@ -291,7 +296,12 @@ EARLIER: dict[str, Any] = {
 
 
 def parse_config(
-    content: Mapping[str, Any], source: str | Path, folder: Path = Path(), *, files: bool = True
+    content: Mapping[str, Any],
+    source: str | Path,
+    folder: Path = Path(),
+    *,
+    files: bool = True,
+    places: Mapping[str, str] | None = None,
 ) -> Config:
     """Validate settings that a run has saved.
 
@@ -303,6 +313,7 @@ def parse_config(
         source: where they are from, for messages.
         folder: what relative paths are relative to.
         files: whether the files that they name have to be there.
+        places: what to call the place of a change that is wrong; see `load_config`.
 
     Raises:
         SettingsError: names the source and the key.
@@ -320,7 +331,8 @@ def parse_config(
         section, key = dotted.split(".")
         if isinstance(known.get(section), Mapping):
             known[section] = {key: value, **known[section]}
-    return _validated(kind, known, source, folder, files=files)
+    with naming_places(places or {}, source):
+        return _validated(kind, known, source, folder, files=files)
 
 
 def load_space(path: str | Path) -> Space:

@@ -25,6 +25,8 @@ from nni_haloc.utils.files import why_unreadable
 SUFFIXES = (*IMG_EXTENSIONS, ".gif")
 """Ends of the names of image files; a file of another kind in a class folder is passed over."""
 
+_NO_IMAGE = "Found no valid file for the classes "
+"""How torchvision's message begins where a class has no image."""
 _NO_CLASSES = ("__MACOSX", "@eaDir")
 """Folders that archives and file servers make beside what is in them; they hold images, too."""
 _HIDDEN = re.compile("{0}([.]|({1}){0})".format(re.escape(os.sep), "|".join(_NO_CLASSES)))
@@ -71,8 +73,13 @@ class ClassFolders(ImageFolder):
         read = partial(read_image, channels=channels, exif=exif)
         try:
             super().__init__(str(path), loader=read, is_valid_file=self._is_image)
-        except FileNotFoundError as error:  # says which classes have no image
-            raise FileNotFoundError(f"{str(error).rstrip('. ')} in {path}") from None
+        except FileNotFoundError as error:
+            text = str(error).rstrip(". ")
+            if text.startswith(_NO_IMAGE):
+                names, kinds = text.removeprefix(_NO_IMAGE), ", ".join(SUFFIXES)
+                without = f"expected an image ({kinds}) of each class, found none of {names}"
+                raise FileNotFoundError(f"{path}: {without}") from None
+            raise FileNotFoundError(f"{text} in {path}") from None
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """Return the names of the class folders, and their labels."""

@@ -78,8 +78,12 @@ def find_settings(key: str, settings: Sequence[Setting]) -> list[Setting]:
 
 
 def without_links(markdown: str) -> str:
-    """Return Markdown with the text of a link in the place of the link."""
-    return re.sub(r"\[([^][]*)\]\([^)]*\)", r"\1", markdown)
+    """Return Markdown with the text of a link in the place of the link.
+
+    A remark in brackets that is a link alone points to a page, which is not at hand: it is dropped.
+    """
+    link = r"\[([^][]*)\]\([^)]*\)"
+    return re.sub(link, r"\1", re.sub(rf"\s*\({link}\)", "", markdown))
 
 
 def _nearest(key: str, known: list[str]) -> list[str]:

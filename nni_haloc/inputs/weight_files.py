@@ -234,7 +234,7 @@ def _check_known(path: Path, head: bytes) -> None:
     }
     found = next((what for what, is_so in kinds.items() if is_so), None)
     if found is None and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
-        shown = printable(start[:30].decode("utf-8", "replace"))
+        shown = start[:30].decode("utf-8", "replace").strip().partition("\n")[0]
         found = f"text ({shown!r}); expected torch's weights"
     if found is not None:
         raise ValueError(f"{path}: the file is {found}")

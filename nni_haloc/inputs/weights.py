@@ -193,7 +193,7 @@ def _difference(fit: Fit) -> str:
         _counted(shapes, "of another shape"),
     ]
     text = "; ".join(part for part in parts if part)
-    where = f" (compared: {fit.place})" if fit.where or fit.prefix else ""
+    where = f" (of the file's part {fit.place})" if fit.where or fit.prefix else ""
     return f"{printable(text + where, 700)}; {_advice(fit) or _OTHER_NETWORK}"
 
 

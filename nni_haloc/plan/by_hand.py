@@ -15,7 +15,7 @@ from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules.scored import USE
 from nni_haloc.space.names import DENSE, parse_rank, rank_name
-from nni_haloc.utils.errors import InfeasibleBudget, SettingsError, brief
+from nni_haloc.utils.errors import InfeasibleBudget, SettingsError, brief, matches_none
 from nni_haloc.utils.files import is_number
 from nni_haloc.utils.printing import percent
 
@@ -261,9 +261,7 @@ def _why_no_layer(pattern: str, known: KnownLayers) -> str:
     alone = fnmatch.filter(known.left_alone, pattern)
     if alone:
         return f"layer {alone[0]!r} is left alone: {known.left_alone[alone[0]]}"
-    some = ", ".join(list(known.candidates)[:_SHOWN])
-    more = ", ..." if len(known.candidates) > _SHOWN else ""
-    return f"no searched layer matches {pattern!r}; expected one of {some}{more}"
+    return f"no searched layer {matches_none(pattern, known.candidates, _SHOWN)}"
 
 
 def _candidate(wish: str, layer: str, text: str, known: KnownLayers) -> str:
@@ -281,7 +279,7 @@ def _candidate(wish: str, layer: str, text: str, known: KnownLayers) -> str:
         raise SettingsError(f"{where} is pinned to {names[0]}; run again with another pin")
     near = sorted(names, key=lambda other: (_distance(other, name), names.index(other)))[:_SHOWN]
     shown = ", ".join(each.removeprefix("r") for each in sorted(near, key=names.index))
-    which = "nearest" if len(names) > _SHOWN else "one of"
+    which = "one near it, such as" if len(names) > _SHOWN else "one of"
     remedy = "or run with a rank_space that has it"
     raise SettingsError(f"{where} has no candidate {text}: expected {which} {shown}, {remedy}")
 

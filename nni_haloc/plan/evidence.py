@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nni_haloc.plan.sensitivity import added_losses, loss
+from nni_haloc.plan.sensitivity import added_losses, loss, losses_of
 from nni_haloc.space.covariances import channel_moments
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import copy_of, evaluating, replace_modules
@@ -183,6 +183,19 @@ def divergence_within_and_beyond(
     return float(np.mean(found[True])), float(np.mean(found[False]))
 
 
+def divergence_of_equal_outputs(model: nn.Module, images: Tensor) -> float:
+    """Return how far outputs that are equal for all classes are from a network's own.
+
+    It is the scale for what compression does to them: a network as far away only guesses.
+
+    Args:
+        model: the trained network; it is not changed.
+        images: ``(N, ...)``.
+    """
+    outputs = _outputs(model, images).float()
+    return float(losses_of(torch.zeros_like(outputs), outputs).mean())
+
+
 def check_enough_images(
     evidence: Evidence,
     model: nn.Module,
@@ -191,7 +204,9 @@ def check_enough_images(
     build: Build,
     images: Tensor,
 ) -> None:
-    """Log how far a choice moves the original's outputs; warn where the images are too few.
+    """Log how far a choice moves the original's outputs; warn where that is as far as guessing.
+
+    A warning, too, where the images are too few.
 
     Args:
         evidence: what the choice was made by.
@@ -202,11 +217,13 @@ def check_enough_images(
         images: the calibration images, ``(N, ...)``.
     """
     alone, error = evidence.of(choice)
+    equal = divergence_of_equal_outputs(model, images)
     logger.info(
         "sensitivities: the chosen candidates, one at a time, move the outputs by %.3g ± %.1g"
-        " in all",
+        " in all; equal outputs for all classes would move them by %.3g",
         alone,
         error,
+        equal,
     )
     chosen = {layer: {name: candidates[layer][name]} for layer, name in choice.items()}
     within, beyond = divergence_within_and_beyond(model, chosen, build, images)
@@ -217,6 +234,14 @@ def check_enough_images(
             len(images),
             within,
             beyond,
+        )
+    if beyond > equal > 0:
+        logger.warning(
+            "the compressed network moves the outputs by %.3g, equal outputs for all classes by"
+            " %.3g: before fine-tuning it knows no more than a guess; raise the budget, or"
+            " fine-tune for many epochs",
+            beyond,
+            equal,
         )
 
 

@@ -120,9 +120,9 @@ def added_losses(
         for done, (x, y) in enumerate(zip(batches, targets, strict=True), 1):
             run = _ResumedRun(network, layers, x.to(device))
             target = run.result if y is None else y.to(device)
-            losses = [_losses(run.result, target)]
+            losses = [losses_of(run.result, target)]
             for layer, _, module in others:
-                losses.append(_losses(run.replaced(own[layer], module, resumed), target))
+                losses.append(losses_of(run.replaced(own[layer], module, resumed), target))
             run.leave()
             parts.append(HostCopy(torch.stack(losses)))
             progress(done, len(batches))
@@ -194,11 +194,13 @@ def loss(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 1
     """
     with evaluating(network), accelerated(network) as device, torch.inference_mode():
         batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        losses = [_losses(logits_of(network(x.to(device))), y.to(device)).sum() for x, y in batches]
+        losses = [
+            losses_of(logits_of(network(x.to(device))), y.to(device)).sum() for x, y in batches
+        ]
         return float(torch.stack(losses).sum()) / len(labels)
 
 
-def _losses(logits: Tensor, target: Tensor) -> Tensor:
+def losses_of(logits: Tensor, target: Tensor) -> Tensor:
     """Return each image's loss, float64 ``(N,)``: against classes, or another network's logits.
 
     Logits are ``(N, classes)``, or ``(N, classes, ...)`` with a place for each pixel.

@@ -86,8 +86,8 @@ def bench(
     sizes = list(batch_sizes or [cost.batch_size])
     threads = cost.threads if threads is None else threads
     if min([*sizes, threads or 1]) < 1 or threads == 0:
-        expected = "batch sizes, threads: expected numbers above 0"
-        raise SettingsError(f"{expected}, found {sizes}, {threads}")
+        wrong = ("batch sizes", sizes) if min(sizes) < 1 else ("threads", threads)
+        raise SettingsError(f"{wrong[0]}: expected numbers above 0, found {wrong[1]}")
     if max(sizes) > MOST:
         raise SettingsError(f"batch sizes: expected at most {MOST:,}, found {brief(max(sizes))}")
     with as_one_line():

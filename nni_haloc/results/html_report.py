@@ -19,9 +19,9 @@ from nni_haloc.inputs.registries import STAGES
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results import figures
 from nni_haloc.results.bench import TEXT, bench_table
-from nni_haloc.results.plan_table import PlanFiles, is_measured
+from nni_haloc.results.plan_table import PlanFiles, is_measured, timing_lines
 from nni_haloc.runs.folder import Figures, RunFolder
-from nni_haloc.runs.kept import OF_BUDGET
+from nni_haloc.runs.kept import OF_BUDGET, missed_budgets
 from nni_haloc.runs.plausibility import doubts
 from nni_haloc.runs.run import RESULT, flatten, gains
 from nni_haloc.runs.stages import all_stages
@@ -84,7 +84,8 @@ def html_report(path: str | Path) -> str:
         model=_flat(config.get("model", {})).get("name", ""),
         facts={key: _shown(v) for key, v in _flat(plan.chosen_by).items() if v is not None},
         headline=_headline(stages, rows),
-        doubts=doubts(stages),
+        doubts=[*doubts(stages).values(), *missed_budgets(stages)],
+        timing=timing_lines(plan),
         formats=files.formats,
         stages=_table(rows),
         batch=_flat(config.get("cost", {})).get("batch_size", ""),

@@ -34,6 +34,7 @@ from nni_haloc.runs.promise import METRIC, with_factor
 from nni_haloc.runs.saved import factory_of
 from nni_haloc.runs.summary import cost_line
 from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line, reason_of
+from nni_haloc.utils.files import is_number
 from nni_haloc.utils.printing import percent, print_table, short
 from nni_haloc.utils.quiet import quiet
 
@@ -103,7 +104,7 @@ class PlanFiles:
 
     def limits_to_refit(self) -> list[Limit]:
         """Return the limits for another plan: by tables that the timing of this one corrected."""
-        factor = self.plan.chosen_by.get("timed", {}).get("table_factor", 1.0)
+        factor = timed_facts(self.plan).get("table_factor", 1.0)
         return [
             replace(limit, costs=with_factor(limit.costs, factor))
             if limit.costs.metric == METRIC and factor != 1.0
@@ -206,8 +207,9 @@ def plan_content(files: PlanFiles) -> dict[str, Any]:
 
     Returns:
         ``folder``, ``metric``, ``measured`` (whether sensitivities are known), ``costs`` and
-        ``movement`` (see `PlanFiles.facts`), ``memory_formats``, by what the memory format was
-        chosen (None: it was not), and ``layers``, a list of dicts.
+        ``movement`` (see `PlanFiles.facts`), ``timed``, the figures of the timing that the plan
+        was kept by, ``memory_formats``, by what the memory format was chosen (None of both: there
+        was none), and ``layers``, a list of dicts.
     """
     layers = [
         {
@@ -226,9 +228,42 @@ def plan_content(files: PlanFiles) -> dict[str, Any]:
         "metric": files.costs.metric if files.costs else None,
         "measured": is_measured(files),
         **files.facts(files.plan),
+        "timed": timed_facts(files.plan) or None,
         "memory_formats": formats and formats.facts(),
         "layers": layers,
     }
+
+
+def timed_facts(plan: RankPlan) -> dict[str, float]:
+    """Return the numbers of the timing that a plan was kept by; none where it was not timed."""
+    timed = facts_of(plan)[0].get("timed")
+    found = timed.items() if isinstance(timed, Mapping) else ()
+    return {str(key): float(value) for key, value in found if is_number(value) and value > 0}
+
+
+def timing_lines(plan: RankPlan) -> list[str]:
+    """Say what a plan's network took when it was timed, and whether the plan was tightened for it.
+
+    Args:
+        plan: the plan.
+
+    Returns:
+        No line where nothing was timed.
+    """
+    facts, lines = timed_facts(plan), []
+    if {"measured_share", "of_budget"} <= facts.keys():
+        share, of_budget = percent(facts["measured_share"]), percent(facts["of_budget"])
+        lines.append(
+            f"timed as a whole, before training: {share} of the original's latency, "
+            f"{of_budget} of the budget"
+        )
+    factor = facts.get("table_factor", 1.0)
+    if factor > 1:
+        lines.append(
+            f"tightened: low ranks take {factor:.3g} times what the table says, so by the table "
+            "a part of the budget is left"
+        )
+    return lines
 
 
 def is_measured(files: PlanFiles) -> bool:
@@ -301,6 +336,8 @@ def print_plan(files: PlanFiles) -> None:
     facts = files.facts(files.plan)
     for cost in facts["costs"]:
         print(cost_line(cost))
+    for line in timing_lines(files.plan):
+        print(line)
     if files.formats is not None:
         print(files.formats)
     if facts["movement"] is not None:

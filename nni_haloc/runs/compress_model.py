@@ -65,6 +65,7 @@ from nni_haloc.training.recipe import Recipe
 from nni_haloc.training.reconstruction import reconstruct_blocks
 from nni_haloc.utils.errors import DataError, brief, expected_one_of, unknown_key
 from nni_haloc.utils.log import log_to, logger
+from nni_haloc.utils.progress import logged_progress, shows_bars
 from nni_haloc.utils.quiet import quiet
 from nni_haloc.utils.registry import Registry
 from nni_haloc.utils.versions import versions
@@ -311,7 +312,8 @@ def compress_model(
         laid_out(network, layout)
         if trained:
             recalibrate(network, _pairs(train_loader), _RECALIBRATION_BATCHES)
-        finetune(network, train_loader, recipe, val_loader, enable_progress_bar=verbose)
+        bars = verbose and shows_bars()
+        finetune(network, train_loader, recipe, val_loader, enable_progress_bar=bars)
         networks = {"original": beside[0], "compressed": network}
         top1 = {} if val_loader is None else {"top1": accuracy(network, val_loader)[0]}
         metrics = {
@@ -560,7 +562,8 @@ class _Given:
             doing = "measuring" if self.metric in MEASURED else "computing"
             where = "" if formats is None else f", {memory_format}"
             logger.info("%s %s of every candidate%s", doing, self.metric, where)
-            costs = make(model, batch, self.allowed, timing, lambda done, of: None)
+            told = logged_progress(f"{doing} {self.metric}")
+            costs = make(model, batch, self.allowed, timing, told)
         check_table(costs)
         costs = costs if formats is None else formats.told(costs)
         return _Settled(memory_format, model, timing, costs)
@@ -617,7 +620,8 @@ class _Task:
 
         self.promise.plan(self.limit, first_plan, space.candidates)  # before the search is paid for
         strategy = Haloc([self.limit], start=start, seed=self.given.seed, **options)
-        evaluator = Classification(self.given.train, val, recipe, enable_progress_bar=verbose)
+        bars = verbose and shows_bars()
+        evaluator = Classification(self.given.train, val, recipe, enable_progress_bar=bars)
         run_search(space, evaluator, strategy)
         plan = self.promise.plan(
             self.limit, lambda limits: strategy.plan(limits=limits), space.candidates

@@ -33,6 +33,7 @@ class Finished:
             the folder names: only for folders that you trust.
         stage: a stage whose section the settings must have; its defaults, where they have none.
         changes: dotted keys to values that take the place of the run's settings.
+        places: what to call the place of a change that is wrong, by its key: ``--sparsity``.
 
     Raises:
         SettingsError: if it is not such a folder.
@@ -46,6 +47,7 @@ class Finished:
         factories: bool = False,
         stage: NetworkStage | None = None,
         changes: Mapping[str, Any] | None = None,
+        places: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.factories = RunFolder(folder), factories
         self.folder.check_holds_network()
@@ -56,7 +58,7 @@ class Finished:
             settings[stage.section] = settings.get(stage.section) or {}
         for key, value in (changes or {}).items():
             set_dotted(settings, key, value)
-        self.config = parse_config(settings, source, files=data)
+        self.config = parse_config(settings, source, files=data, places=places)
 
     @cached_property
     def job(self) -> Job:
@@ -110,6 +112,7 @@ def apply_stage(
     *,
     factories: bool = False,
     resume: bool = False,
+    places: Mapping[str, str] | None = None,
 ) -> Figures:
     """Apply a stage, such as ``prune``, to the network of a finished run's folder.
 
@@ -120,6 +123,7 @@ def apply_stage(
         out: receives the stage's results; None: the stage's folder inside ``folder``, as in a run.
         factories: see `Finished`.
         resume: whether to go on from the state of an interrupted stage of these settings.
+        places: what to call the place of a change that is wrong; see `Finished`.
 
     Returns:
         The stage's figures, under the names that NNI gets.
@@ -132,7 +136,7 @@ def apply_stage(
     target = stage_folder(RunFolder(folder), name, out)
     if "scale" in changes:
         raise SettingsError(f"scale: only for a whole run; set {name}.epochs instead")
-    finished = Finished(folder, factories=factories, stage=stage, changes=changes)
+    finished = Finished(folder, factories=factories, stage=stage, changes=changes, places=places)
     job = finished.job
     stage.check(job)
     with hold(finished.folder, out), job.active():

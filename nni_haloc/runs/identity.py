@@ -10,6 +10,7 @@ from nni_haloc.costs.from_settings import may_differ
 from nni_haloc.inputs.config import EARLIER, Config
 from nni_haloc.inputs.registries import RULES, STAGES
 from nni_haloc.inputs.schema.section import Section
+from nni_haloc.training.checkpoint import DIGEST, STEPS
 
 VERSION = 2
 
@@ -47,12 +48,11 @@ def search_identity(config: Config) -> dict[str, Any]:
         limit["table"] = _digest(limit["table"])
     if content["data.root"] is not None:
         content["data.root"] = str(Path(content["data.root"]).resolve())
-    # Earlier versions wrote null for what is "paper" now.
     if config.rank_space.equal is None:
         pairs = config.rule in RULES and getattr(RULES[config.rule], "pairs", False)
         content["rank_space.equal"] = not (pairs and may_differ(config))
     step = content["rank_space.step"]
-    content["rank_space.step"] = {"paper": None, None: "eighth"}.get(step, step)
+    content["rank_space.step"] = STEPS.get(step, step)
     return {key: v for key, v in content.items() if not (key in EARLIER and v == EARLIER[key])}
 
 
@@ -79,4 +79,4 @@ def _digest(path: str | None) -> str | None:
     """Return the start of a file's SHA-256."""
     if path is None:
         return None
-    return f"sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+    return f"{DIGEST}{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"

@@ -45,7 +45,7 @@ from nni_haloc.runs.plausibility import guessing
 from nni_haloc.runs.saved import load, save
 from nni_haloc.space.modules import evaluating
 from nni_haloc.space.outputs import logits_of
-from nni_haloc.space.ranks import AllowedRanks
+from nni_haloc.space.ranks import AllowedRanks, UnfitPattern, check_names, find_layers
 from nni_haloc.training.finetuning import accuracy
 from nni_haloc.training.random_states import (
     isolated_random_states,
@@ -59,6 +59,7 @@ from nni_haloc.utils.interruption import stoppable
 from nni_haloc.utils.log import log_to, logger
 from nni_haloc.utils.placement import working_on
 from nni_haloc.utils.processes import check_startable, is_first
+from nni_haloc.utils.progress import shows_bars
 from nni_haloc.utils.quiet import quiet
 
 
@@ -108,18 +109,26 @@ class Job:
         self.config = config = with_known_format(config)
         self.formats: Formats | None = None
         self.made: Made | None = None
-        with as_one_line(DataError):
-            self.splits = load_data(config.data)
+        space = config.rank_space
+        patterns = AllowedRanks(
+            kinds=tuple(space.kinds), exclude=tuple(space.exclude), pin=space.pin
+        )
         with as_one_line(), isolated_random_states():
             seed_random_states(config.seed)
             self.model = build_model(config.model.name, config.model.arguments, factories=factories)
+            with _naming_rank_space():
+                check_names(self.model, patterns)
             if trained:
                 load_weights(self.model, config.weights)
             self._drawn: dict[str, Any] | None = random_states()
         self.model = self.laid_out(self.model)
         with as_one_line(DataError):
+            self.splits = load_data(config.data)
             self.example = self.splits.images("test", 1)
             self._check_classes()
+        if space.exclude or space.pin:
+            with as_one_line(), _naming_rank_space():
+                find_layers(self.model, self.example, patterns)
 
     def _check_classes(self) -> None:
         """Check that the network has an output for each class; warn of classes without images.
@@ -344,6 +353,15 @@ class Job:
 
 
 @contextmanager
+def _naming_rank_space() -> Iterator[None]:
+    """Let an error in a pattern of the rank space begin with the setting's whole key."""
+    try:
+        yield
+    except UnfitPattern as error:
+        raise SettingsError(f"rank_space.{error}") from None
+
+
+@contextmanager
 def logged(folder: RunFolder, stage: RunFolder | None = None) -> Iterator[None]:
     """Hold a folder for a block; log to its ``log.txt``, too; end with one line on a signal.
 
@@ -377,7 +395,7 @@ def trainer_options(config: Config, *, searching: bool = False) -> dict[str, Any
         searching: whether it is for the search, in which the candidates that are not sampled have
             no gradients: several processes must expect that.
     """
-    options = config.trainer.model_dump()
+    options = {**config.trainer.model_dump(), "enable_progress_bar": shows_bars()}
     if searching and config.trainer.devices * config.trainer.num_nodes > 1:
         options["strategy"] = "ddp_find_unused_parameters_true"
     return options

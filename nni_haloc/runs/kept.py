@@ -9,6 +9,7 @@ from nni_haloc.costs.device.costs_file import MEASURED
 from nni_haloc.runs.folder import Figures
 from nni_haloc.utils.errors import HalocError, reason_of
 from nni_haloc.utils.log import logger
+from nni_haloc.utils.printing import percent
 
 OF_BUDGET = {metric: f"{metric}_of_budget" for metric in MEASURED}
 """The figure of each measured metric: the network's measured cost, divided by the budget."""
@@ -66,6 +67,21 @@ def measured_of_budget(
         asked = fraction * beside if beside and fraction is not None else budget
         kept.append(cost <= TOLERANCE * asked)
     return {**shares, "budget_met": float(all(kept))} if kept else shares
+
+
+def missed_budgets(stages: Mapping[str, Figures]) -> list[str]:
+    """Say of each measured budget that a finished network is above it, for the run's report.
+
+    Args:
+        stages: stage to its figures, as ``metrics.json`` has them.
+    """
+    return [
+        f"{stage}: the network takes {percent(figures[key])} of its budget of {metric}, measured "
+        f"at the end; up to {percent(TOLERANCE, 0)} counts as met"
+        for stage, figures in stages.items()
+        for metric, key in OF_BUDGET.items()
+        if figures.get(key, 0.0) > TOLERANCE
+    ]
 
 
 def _warn(metric: str, cost: float, facts: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""Judge accuracies: an original that guesses, and a compressed network far above its original.
+"""Judge accuracies: an original that guesses, a compressed network far above or below its original.
 
-Both are probably mistakes: labels in another order than the network's outputs, another
+The first two are probably mistakes: labels in another order than the network's outputs, another
 normalisation than the network's, other weights.
 """
 
@@ -66,6 +66,18 @@ def doubts(stages: Mapping[str, Figures]) -> dict[str, str]:
             f"{name}: top-1 is {100 * (best - top1):.2f} points above the original's "
             f"{percent(top1, 2)}; {_CAUSES}, or the original was not trained to its end"
         )
+    below = {
+        name: figures["top1"]
+        for name, figures in stages.items()
+        if name != "original" and _far_below(figures.get("top1", top1), top1, images, chance)
+    }
+    if below:
+        name, worst = min(below.items(), key=lambda item: item[1])
+        found["far_below_original"] = (
+            f"{name}: top-1 is {100 * (top1 - worst):.2f} points below the original's "
+            f"{percent(top1, 2)}, more than half of the way to chance, {percent(chance, 2)}; "
+            "raise the budget, or train longer (finetune.epochs, scale)"
+        )
     return found
 
 
@@ -102,3 +114,8 @@ def doubt_figures(stages: Mapping[str, Figures]) -> Figures:
 def _far_above(top1: float, original: float, images: float) -> bool:
     variance = (top1 * (1 - top1) + original * (1 - original)) / images
     return top1 - original > max(FAR, _ERRORS[1] * variance**0.5)
+
+
+def _far_below(top1: float, original: float, images: float, chance: float) -> bool:
+    variance = (top1 * (1 - top1) + original * (1 - original)) / images
+    return original - top1 > max((original - chance) / 2, _ERRORS[1] * variance**0.5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from nni_haloc.runs.folder import Figures
@@ -24,26 +24,33 @@ ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
 _ACCURACIES = ("top1", "top5")
 
 
-def summary(networks: Mapping[str, Figures]) -> tuple[list[str], list[list[str]]]:
+def summary(
+    networks: Mapping[str, Figures], without_change: Collection[str] = ()
+) -> tuple[list[str], list[list[str]]]:
     """Return the headings and the rows of the table.
 
     Args:
-        networks: titles of networks to their figures. The first is the original, the second the
-            compressed network, followed by a column with the change.
+        networks: titles of networks to their figures. The first is the original; each other one is
+            followed by a column with the change from it. Of latencies only the second network's
+            has one: it was timed in turn with the original.
+        without_change: titles of networks that no such column follows.
     """
     shown = {title: row for title, row in networks.items() if any(key in row for key in ROWS)}
-    changed = len(shown) > 1
-    headings = ["", *shown]
-    if changed:
-        headings.insert(3, "change")
+    first = next(iter(shown.values()), {})
+    headings = [""]
+    for number, title in enumerate(shown):
+        headings += [title, "change"] if number and title not in without_change else [title]
     rows = []
     for key, (heading, text) in ROWS.items():
-        values = [row.get(key) for row in shown.values()]
-        if all(value is None for value in values):
+        if all(row.get(key) is None for row in shown.values()):
             continue
-        cells = [heading, *("" if value is None else text(value) for value in values)]
-        if changed:
-            cells.insert(3, _change(key, values[0], values[1]))
+        cells = [heading]
+        for number, (title, row) in enumerate(shown.items()):
+            value = row.get(key)
+            cells.append("" if value is None else text(value))
+            if number and title not in without_change:
+                timed_apart = key == "latency_ms" and number > 1
+                cells.append("" if timed_apart else _change(key, first.get(key), value))
         rows.append(cells)
     return headings, rows
 
@@ -51,7 +58,8 @@ def summary(networks: Mapping[str, Figures]) -> tuple[list[str], list[list[str]]
 def summary_line(figures: Figures) -> str:
     """Return a network's figures on one line: ``top-1 96.94 %, latency 3.536 ms, ...``."""
     known = {key: figures[key] for key in ROWS if key in figures}
-    return ", ".join(f"{ROWS[key][0]} {ROWS[key][1](value)}" for key, value in known.items())
+    parts = [(ROWS[key][0].replace(",", ""), ROWS[key][1](value)) for key, value in known.items()]
+    return ", ".join(f"{name} {value}" for name, value in parts)
 
 
 def cost_line(facts: Mapping[str, Any]) -> str:

@@ -24,6 +24,11 @@ from nni_haloc.space.replaceable import (
     obstacle,
     watched_pass,
 )
+from nni_haloc.utils.errors import matches_none
+
+
+class UnfitPattern(ValueError):
+    """A pattern of ``exclude`` or ``pin`` matches no layer, or its rank fits none."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class AllowedRanks:
             Ranks ``(r1, r2)`` for convolutions, ``(r,)`` for 1x1 convolutions and linear layers.
 
         Raises:
-            ValueError: if a pinned rank does not fit the layer.
+            UnfitPattern: if a pinned rank does not fit the layer.
         """
         for value in self.pins(spec.name):
             rank = (
@@ -121,7 +126,7 @@ class AllowedRanks:
             try:
                 spec.check_rank(rank)
             except ValueError as error:
-                raise ValueError(f"pin: {error}") from None
+                raise UnfitPattern(f"pin: {error}") from None
             return [rank]
         size = min(spec.in_channels, spec.out_channels)
         step, pairs = self.step_of(spec), spec.kind == "conv" and not self.equal
@@ -213,7 +218,8 @@ def find_layers(
         frozen: whether to leave layers with a frozen weight alone.
 
     Raises:
-        ValueError: if the model can't be copied, or a pattern of ``allowed`` matches no layer.
+        ValueError: if the model can't be copied.
+        UnfitPattern: if a pattern of ``allowed`` matches no layer, or its rank does not fit one.
     """
     model = materialised(model, example_input)
     frozen = frozen and not is_for_inference(model)
@@ -246,6 +252,21 @@ def find_layers(
     return Layers(specs, reasons)
 
 
+def check_names(model: nn.Module, allowed: AllowedRanks) -> None:
+    """Check that every pattern of a rank space matches a layer's name; no input is needed.
+
+    Raises:
+        UnfitPattern: names the option and the layers that there are.
+    """
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LAYERS) or is_scripted_layer(module)
+    ]
+    for option, patterns in (("exclude", allowed.exclude), ("pin", allowed.pin)):
+        _check_patterns(option, patterns, names, {}, model)
+
+
 def _judged(
     name: str,
     module: nn.Module,
@@ -276,11 +297,10 @@ def _check_patterns(
     reasons: Mapping[str, str],
     model: nn.Module,
 ) -> None:
-    """Raise ValueError for a pattern of an option that matches none of the names."""
+    """Raise `UnfitPattern` for a pattern of an option that matches none of the names."""
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             why = "".join(f"; {name}: {reasons[name]}" for name in fnmatch.filter(reasons, pattern))
-            raise ValueError(
-                f"{option}: no layer of {type(model).__name__} that can be searched "
-                f"matches {pattern!r}{why}"
-            )
+            known = matches_none(pattern, () if why else names)
+            kind = type(model).__name__
+            raise UnfitPattern(f"{option}: no layer of {kind} that can be searched {known}{why}")

@@ -16,12 +16,19 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
 from nni_haloc.training.random_states import random_states, set_random_states
-from nni_haloc.utils.errors import UnusableCheckpoint, first_sentence
+from nni_haloc.utils.errors import UnusableCheckpoint, brief, first_sentence
 from nni_haloc.utils.files import make_folder, whole
 
 _KEY = "nni_haloc"
 REMEDY = "; start without --resume or use another --out"
 """The end of the message about a state that a run can't go on from."""
+DIGEST = "sha256 "
+"""How the value of an identity begins that stands for a file's content."""
+STEPS: dict[Any, Any] = {"paper": None, None: "eighth"}
+"""Values of ``rank_space.step`` to what identities have for them: earlier versions wrote null for
+what is "paper" now."""
+_SHOWN = 3
+"""Changed settings that a message names."""
 
 
 def read(path: Path, remedy: str = "", **kinds: type) -> dict[str, Any]:
@@ -70,9 +77,27 @@ def check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) ->
         differ = list(dict.fromkeys(differ))
         there, here = {"scale": 1.0, **there}, {"scale": 1.0, **here}
     if differ:
-        more = f", and {len(differ) - 1} more" if len(differ) > 1 else ""
-        shown = f"{differ[0]}: {there.get(differ[0])!r} there, {here.get(differ[0])!r} here{more}"
+        changes = [text for key in differ for text in _changes(key, there.get(key), here.get(key))]
+        more = f", and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
+        shown = ", ".join(changes[:_SHOWN]) + more
         raise UnusableCheckpoint(f"{path}: made with other settings ({shown}){REMEDY}")
+
+
+def _changes(key: str, there: Any, here: Any) -> list[str]:
+    """Say what a setting was and is; of a section, each of its keys that differs."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        keys = [each for each in {**there, **here} if there.get(each) != here.get(each)]
+        return [text for k in keys for text in _changes(f"{key}.{k}", there.get(k), here.get(k))]
+    if all(isinstance(each, str) and each.startswith(DIGEST) for each in (there, here)):
+        return [f"{key} is a file of other content now"]
+    return [f"{key} was {_value(key, there)}, now {_value(key, here)}"]
+
+
+def _value(key: str, value: Any) -> str:
+    """Write a value of an identity as the settings have it."""
+    if key == "rank_space.step":
+        value = {kept: step for step, kept in STEPS.items()}.get(value, value)
+    return "left out" if value is None else brief(value)
 
 
 class EpochCheckpoint(Checkpoint):

@@ -186,7 +186,15 @@ def reason_of(error: Exception) -> str:
 def expected_one_of(names: Iterable[str], found: str) -> str:
     """Say which names were expected instead of ``found``, and which of them is like it."""
     known = list(names)
-    return f"expected one of {', '.join(known)}, found {brief(found)}{_suggestion(found, known)}"
+    return f"expected one of {', '.join(known)}, found {brief(found)}{likely(found, known)}"
+
+
+def matches_none(pattern: str, names: Iterable[str], most: int = 8) -> str:
+    """Say that a pattern matches none of these names, which they are, and which is like it."""
+    known = list(names)
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    some = f"; expected one of {', '.join(known[:most])}{more}" if known else ""
+    return f"matches {brief(pattern)}{some}{likely(pattern, known)}"
 
 
 def explain(error: ValidationError, section: type[BaseModel] | None = None) -> str:
@@ -219,12 +227,16 @@ def explain(error: ValidationError, section: type[BaseModel] | None = None) -> s
 
 def unknown_key(found: str, known: Iterable[str]) -> str:
     """Say that a key is unknown, and which of the known ones is like it."""
-    return "unknown key" + _suggestion(found, list(known))
+    return "unknown key" + likely(found, list(known))
 
 
-def _suggestion(found: str, known: list[str]) -> str:
+def likely(found: str, known: list[str]) -> str:
+    """Return ``; did you mean ...?`` with the known name that is most like one; or nothing."""
     by_lower = {name.lower(): name for name in known}
-    close = get_close_matches(found[:100].lower(), by_lower, 1)
+    text = found[:100].lower()
+    close = get_close_matches(text, by_lower, 1)
+    if not close and len(text) > 2:
+        close = [name for name in by_lower if name.startswith(text)][:1]
     return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
 
 

@@ -36,6 +36,42 @@ class TimeLeft:
 
 Progress = Callable[[int, int], None]
 """Called with the numbers of steps done and of all steps."""
+_FIRST_LINE, _BETWEEN_LINES = 10, 30
+"""Seconds until progress is logged for the first time, and from then on."""
+
+
+def shows_bars() -> bool:
+    """Tell whether standard output can show a progress bar: a terminal, or a notebook's page.
+
+    In a file each step of a bar would be a line; there the log says how far a run is.
+    """
+    from rich.console import Console  # slow to import
+
+    console = Console()
+    return console.is_terminal or console.is_jupyter
+
+
+def logged_progress(done_what: str) -> Progress:
+    """Return a function that logs progress and the time left, for a run with a log.
+
+    It logs now and then, and nothing of a task of a few seconds.
+
+    Args:
+        done_what: the words before the numbers: ``measured latency_ms``.
+    """
+    start = next_line = time.monotonic()
+
+    def report(done: int, of: int) -> None:
+        nonlocal start, next_line
+        now = time.monotonic()
+        if done == 0:
+            start, next_line = now, now + _FIRST_LINE
+        elif now >= next_line and done < of:
+            left = timedelta(seconds=round((now - start) / done * (of - done)))
+            logger.info("%s: %d of %d, about %s to go", done_what, done, of, left)
+            next_line = now + _BETWEEN_LINES
+
+    return report
 
 
 def progress(done_what: str) -> Progress:

@@ -489,8 +489,8 @@ def test_bench_has_rows_for_the_runtimes_that_are_named(damaged):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_sizes": [0]}, r"batch sizes, threads: expected numbers above 0, found \[0\], 1"),
-        ({"threads": 0}, r"batch sizes, threads: expected numbers above 0, found \[128\], 0"),
+        ({"batch_sizes": [0]}, r"batch sizes: expected numbers above 0, found \[0\]"),
+        ({"threads": 0}, "threads: expected numbers above 0, found 0"),
         ({"runtimes": ["openvin"]}, "runtimes: expected one of torch, .*found 'openvin'.*openvino"),
         ({"split": "train"}, "split: expected one of val, test, found 'train'"),
     ],

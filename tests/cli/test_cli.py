@@ -167,6 +167,30 @@ def finished(tmp_path_factory):
     return folder
 
 
+WRONG_OPTIONS = {
+    "prune --sparsity 30": "--sparsity: input should be less than 1, found 30.0",
+    "prune --pruner l2": "--pruner: ",
+    "prune --epochs -1": "--epochs: ",
+    "prune --set prune.lr=-1": "--set prune.lr: ",
+    "prune --sparsity 0.5 --set prune.sparsity=30": "--set prune.sparsity: ",
+    "quantize --quantizer int4": "--quantizer: ",
+    "quantize --epochs -1": "--epochs: ",
+    "bench --threads 0": "--threads: expected numbers above 0, found 0",
+    "bench --batch 0": "--batch: expected numbers above 0, found [0]",
+    "bench --runtimes onnx": "--runtimes: expected one of ",
+    "bench --split train": "--split: expected one of ",
+    "front --budgets 7": "--budgets: ",
+}
+
+
+@pytest.mark.parametrize("words", WRONG_OPTIONS)
+def test_a_wrong_option_of_a_command_on_a_run_is_named_not_a_file(finished, words):
+    command, *options = words.split()
+    done = haloc(command, finished, *options)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"haloc: {WRONG_OPTIONS[words]}"), done.stderr
+
+
 def test_a_run_leaves_its_folder(finished):
     from nni_haloc.runs.run import flatten
 

@@ -1,5 +1,6 @@
 """The help of every command: complete, of one style, and quick."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -123,3 +124,13 @@ def test_without_a_command_the_help_is_printed_and_the_status_is_2():
     assert done.returncode == 2
     assert "Usage: haloc" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_line_of_an_explanation_is_filled(name, help_of):
+    """A line ends where the next word does not fit, not where the source's line does."""
+    explained = help_of(name, "--help").partition("Usage: ")[2].partition("╭")[0]
+    for paragraph in re.split(r"\n\s*\n", explained)[1:]:
+        lines = [line.strip() for line in paragraph.strip().splitlines()]
+        for line, following in itertools.pairwise(lines):
+            assert len(line) + 1 + len(following.split()[0]) > 78, paragraph

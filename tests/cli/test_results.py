@@ -135,12 +135,39 @@ def test_the_command_prints_the_best_trials_and_draws_all(database, tmp_path):
     picture = tmp_path / "front.png"
     done = haloc("results", "abc", "--folder", folder, "--pareto", picture, "--by", "macs")
     assert done.returncode == 0, done.stderr
-    assert "2 best of 3 trials" in done.stdout
+    assert "2 best of 3 finished trials" in done.stdout
+    assert "left out, without figures: 1 waiting\n" in done.stdout
     assert "t1" not in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
     done = haloc("results", "abc", "--folder", folder, "--pareto", picture, "--by", "mac")
     assert done.returncode == 2
     assert "expected one of latency_ms, macs, params, found 'mac'" in done.stderr
+
+
+def test_a_front_counts_failed_trials_and_says_why_they_failed(database, tmp_path):
+    folder, picture = of_three_trials(database), tmp_path / "front.png"
+    log = tmp_path / "t4" / "haloc" / "log.txt"
+    log.parent.mkdir(parents=True)
+    log.write_text("10:00:01 ERROR budget: it is too slow; raise the budget\n")
+    with sqlite3.connect(folder / "abc" / "db" / "nni.sqlite") as connection:
+        event = (
+            "t4",
+            "FAILED",
+            json.dumps({"parameter_id": 4, "parameters": {}}),
+            str(tmp_path / "t4"),
+        )
+        connection.execute("INSERT INTO TrialJobEvent VALUES (?, ?, ?, ?)", event)
+    connection.close()
+    words = ["results", "abc", "--folder", folder, "--pareto", picture, "--by", "macs"]
+    done = haloc(*words)
+    said = [
+        "left out, without figures: 1 waiting, 1 failed",
+        f"t4 failed: budget: it is too slow; raise the budget ({log})",
+    ]
+    assert done.stdout.splitlines()[-2:] == said
+    done = haloc(*words, "--json")
+    assert [point["trial"] for point in json.loads(done.stdout)] == ["t2", "t0", "t1"]
+    assert done.stderr.splitlines() == said
 
 
 def test_a_front_before_any_trial_has_finished_says_so(database, tmp_path):

@@ -125,3 +125,13 @@ def test_a_default_that_is_told_is_the_default(setting):
     told = load_config(DIGITS, {setting.key: parse_yaml(setting.default, setting.key)})
     keys = getattr(told, section) if section else told
     assert getattr(keys, name) == type(keys).model_fields[name].default
+
+
+def test_links_leave_no_remnants_and_names_stay_whole():
+    assert without_links("cycles of an array ([predictors](a.md)).") == "cycles of an array."
+    assert without_links("one of the [rules](r.md), or none") == "one of the rules, or none"
+    text = haloc("settings").stdout
+    assert "(predictors)" not in text
+    assert "nni-haloc[energy]" in text
+    for line in text.splitlines():
+        assert not re.search(r"\w-$", line), line

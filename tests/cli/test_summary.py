@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from nni_haloc.cli.compress import code_of
-from nni_haloc.cli.summary import print_summary
+from nni_haloc.cli.summary import print_networks, print_summary
 from nni_haloc.inputs.config import parse_config
-from nni_haloc.runs.summary import cost_line, summary
+from nni_haloc.runs.summary import cost_line, summary, summary_line
 from nni_haloc.utils.printing import short
 
 ORIGINAL = {
@@ -40,12 +40,32 @@ def test_each_further_stage_has_a_column_behind_the_change():
         "toy": {"top1": 0.6, "latency_ms": 1.0},
     }
     columns, rows = summary(networks)
-    assert columns == ["", "original", "compressed", "change", "pruned", "toy"]
+    assert columns == ["", "original", "compressed", "change", "pruned", "change", "toy", "change"]
+    points = ["80.00 %", "-10.00 points", "70.00 %", "-20.00 points", "60.00 %", "-30.00 points"]
     assert rows == [
-        ["top-1", "90.00 %", "80.00 %", "-10.00 points", "70.00 %", "60.00 %"],
-        ["latency", "", "", "", "", "1 ms"],
-        ["MACs", "100", "50", "-50.0 %", "25", ""],
+        ["top-1", "90.00 %", *points],
+        ["latency", "", "", "", "", "", "1 ms", ""],
+        ["MACs", "100", "50", "-50.0 %", "25", "-75.0 %", "", ""],
     ]
+
+
+def test_a_latency_that_was_not_timed_beside_the_original_has_no_change():
+    networks = {"original": ORIGINAL, "compressed": COMPRESSED, "pruned": COMPRESSED}
+    latency = next(row for row in summary(networks)[1] if row[0] == "latency")
+    assert latency == ["latency", "1.25 ms", "0.5 ms", "-60.0 %", "0.5 ms", ""]
+
+
+def test_networks_in_onnx_runtime_have_columns_with_units_and_no_change(capsys):
+    quantized = {
+        "top1": 0.98, "int8_top1": 0.97, "onnx_latency_ms": 1.026, "int8_latency_ms": 1.018,
+        "int8_bytes": 91_876, "bytes": 92_676,
+    }  # fmt: skip
+    print_networks({"original": ORIGINAL, "quantize": quantized})
+    text = capsys.readouterr().out
+    words = ["quantized (simulated)", "float32 in ONNX Runtime", "int8 in ONNX Runtime"]
+    assert all(word in text for word in [*words, "1.026 ms", "1.018 ms", "91.88 kB", "97.00 %"])
+    assert "change" not in text
+    assert "int8_" not in text
 
 
 def test_no_figures_make_no_table():
@@ -90,3 +110,9 @@ def test_the_next_command_names_the_folder_of_a_factory(tmp_path, capsys):
 def test_a_plans_cost_is_one_line_with_its_share_of_the_original():
     facts = {"cost": 441040.0, "original_cost": 1493632.0, "metric": "macs", "budget": 448089.6}
     assert cost_line(facts) == "441 k of 1.494 M macs (29.5 %), budget 448.1 k"
+
+
+def test_a_line_of_figures_has_commas_between_them_alone():
+    line = summary_line({"top1": 0.5, "measured_share": 0.9, "latency_ms_of_budget": 1.0})
+    names = ["top-1 50.00 %", "latency of the original 90.0 %", "latency of the budget 100.0 %"]
+    assert line.split(", ") == names

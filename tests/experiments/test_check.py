@@ -354,9 +354,9 @@ def test_a_mistake_in_an_experiments_file_is_one_line(experiment, name, monkeypa
 WRONG_RUN = {
     "a factory that is not there": (
         {"model": {"name": "own_things:smal"}},
-        r"run\.yml: model 'own_things:smal': .*own_things has no 'smal': it is .*$",
+        r"model 'own_things:smal': own_things, which is .*, has no 'smal'; did you mean 'small'\?$",
     ),
-    "a module that is not there": ({"model": {"name": "own_thing:small"}}, "No module named"),
+    "a module that is not there": ({"model": {"name": "own_thing:small"}}, "no module 'own_thing'"),
     "a factory of something else": (
         {"model": {"name": "own_things:three"}},
         "expected an nn.Module from the factory, found int$",
@@ -390,7 +390,7 @@ WRONG_RUN = {
     "nothing to search": ({"rank_space": {"kinds": []}}, "nothing to search in DigitsCNN"),
     "a layer that is not there": (
         {"rank_space": {"kinds": ["conv"], "pin": {"conv9": 4}}},
-        "no layer of DigitsCNN that can be searched matches 'conv9'$",
+        r"rank_space\.pin: no layer of DigitsCNN that can be searched matches 'conv9'; expected",
     ),
     "two budgets that exclude each other": (
         {"budget": {"fraction": 0.5, "also": [{"metric": "params", "fraction": 0.01}]}},

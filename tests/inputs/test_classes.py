@@ -328,7 +328,7 @@ def test_a_folder_whose_own_path_is_hidden_is_read(tmp_path):
 def test_a_class_of_hidden_images_alone_is_a_class_without_images(folder):
     (folder / "train" / "c2").mkdir()
     shutil.copy(folder / "train" / "c1" / "0.png", folder / "train" / "c2" / "._0.png")
-    with pytest.raises(FileNotFoundError, match=r"no valid file for the classes c2 in .*train$"):
+    with pytest.raises(FileNotFoundError, match=r"train: expected an image .* found none of c2$"):
         image_folder(folder, 8, 0.34)
 
 

@@ -110,8 +110,29 @@ def test_a_module_that_is_another_one_is_told_by_its_file(folder, path):
     """The user's own json.py, say, is not the one that is found."""
     (folder / "json.py").write_text(NETWORK)
     add_code(folder)
-    with pytest.raises(ValueError, match=r"model 'json:network': json has no 'network': it is /.*"):
+    with pytest.raises(
+        ValueError, match=r"model 'json:network': json, which is /.*, has no 'network'"
+    ):
         build_model("json:network")
+
+
+WRONG_FACTORIES = {
+    "their_network:networc": r"their_network, .*\.py, has no 'networc'; .*mean 'network'\?$",
+    "their_netwrk:network": r"no module 'their_netwrk' in .*; did you mean 'their_network'\?$",
+    "number:three": "expected a function or class that makes the network, found int$",
+    "number:four": "number, which is .*, has no 'four'$",
+    "needing:network": "needing imports a_package_that_is_not_there, which is not installed$",
+    "their_network.models:network": "no module 'their_network.models'|is not a package",
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FACTORIES)
+def test_a_factory_that_is_none_is_told_with_the_likely_name(folder, path, name):
+    (folder / "number.py").write_text("three = 3\n")
+    (folder / "needing.py").write_text("import a_package_that_is_not_there\n")
+    add_code(folder)
+    with pytest.raises(ValueError, match=f"^model {name!r}: {WRONG_FACTORIES[name]}"):
+        build_model(name)
 
 
 @pytest.mark.parametrize(

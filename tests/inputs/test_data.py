@@ -311,10 +311,8 @@ def test_a_class_of_one_image_is_named(folder):
 
 def test_a_class_folder_without_images_is_named(folder):
     (folder / "test" / "e.mu").mkdir()
-    with pytest.raises(
-        FileNotFoundError,
-        match=rf"^Found no valid file for the classes e\.mu in {folder / 'test'}$",
-    ):
+    message = r"expected an image \(\.jpg, .*\) of each class, found none of e\.mu"
+    with pytest.raises(FileNotFoundError, match=rf"^{folder / 'test'}: {message}$"):
         image_folder(folder, 12)
 
 

@@ -579,7 +579,7 @@ def test_what_does_not_fit_names_the_prefix_and_the_remedy(tmp_path):
     torch.save({"state_dict": prefixed(state, "module.backbone.")}, tmp_path / "w.pt")
     assert refusal(tmp_path / "w.pt") == (
         "does not fit the model: 1 missing in the file: head.bias"
-        " (compared: ['state_dict'] module.backbone.*);"
+        " (of the file's part ['state_dict'] module.backbone.*);"
         " build the network that the file is of (model.name, model.arguments)"
     )
 
@@ -797,3 +797,9 @@ def test_shapes_are_compared_before_memory_is_taken(tmp_path):
     assert last == "done"
     assert len(refused) == 11
     assert all("does not fit the model" in line or "bytearray" in line for line in refused), refused
+
+
+def test_a_text_in_the_place_of_weights_is_quoted_by_its_first_line(tmp_path):
+    (tmp_path / "w.pt").write_text("import torch\nfrom torch import nn\n")
+    with pytest.raises(ValueError, match=r"w\.pt: the file is text \('import torch'\); expected"):
+        load_weights(SmallNet(), tmp_path / "w.pt")

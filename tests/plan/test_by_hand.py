@@ -189,7 +189,7 @@ def test_a_wish_that_is_not_possible_is_one_line(wishes, message):
 def test_of_many_candidates_the_nearest_are_named():
     row = {"dense": 0.0, **{f"r{r}": 1.0 / r for r in range(64, 0, -2)}}
     known = KnownLayers({"a": "conv"}, {"a": row}, [], {})
-    with pytest.raises(SettingsError, match="nearest 26, 24, 22, 20, 18, 16, 14, 12,"):
+    with pytest.raises(SettingsError, match="near it, such as 26, 24, 22, 20, 18, 16, 14, 12,"):
         read_wishes(["a=19"], known)
 
 

@@ -11,7 +11,12 @@ from torch import nn
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.plan import evidence as evidence_module
 from nni_haloc.plan.budget import Limit
-from nni_haloc.plan.evidence import Evidence, divergence_within_and_beyond, gather_evidence
+from nni_haloc.plan.evidence import (
+    Evidence,
+    divergence_of_equal_outputs,
+    divergence_within_and_beyond,
+    gather_evidence,
+)
 from nni_haloc.plan.rules.problem import Problem
 from nni_haloc.plan.sensitivity import added_losses
 from nni_haloc.search.space import RankSpace
@@ -330,3 +335,35 @@ def test_outputs_that_cannot_be_compared_are_refused(images, form):
     space = Space(Named(form).eval(), images)
     with pytest.raises(ValueError, match=r"^the network's output: expected logits .*, found "):
         space.gather(images)
+
+
+def test_equal_outputs_are_as_far_away_as_the_entropy_is_below_that_of_a_guess(net, images):
+    net = net.eval()
+    with torch.no_grad():
+        shares = net(images).double().softmax(1).numpy()
+    expected = np.log(shares.shape[1]) + (shares * np.log(shares)).sum(1).mean()
+    assert divergence_of_equal_outputs(net, images) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("wrecked", [True, False])
+def test_a_network_that_only_guesses_is_a_warning_with_the_scale(net, wrecked, caplog):
+    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    net.head.weight.data *= 30
+    space = Space(net.eval(), images)
+    choice = {layer: list(row)[-1] for layer, row in space.candidates.items()}
+    found = space.gather(images)
+
+    def build(candidates, some):
+        built = space.build(candidates, some)
+        for row in built.values():
+            for weight in (p for module in row.values() for p in module.parameters()):
+                weight.data *= -10 if wrecked else 1
+        return built
+
+    with caplog.at_level(logging.INFO, "nni_haloc"):
+        evidence_module.check_enough_images(found, net, space.candidates, choice, build, images)
+    equal = divergence_of_equal_outputs(net, images)
+    scale = f"equal outputs for all classes would move them by {equal:.3g}"
+    assert any(line.endswith(scale) for line in caplog.messages)
+    told = [line for line in caplog.messages if "knows no more than a guess" in line]
+    assert bool(told) == wrecked

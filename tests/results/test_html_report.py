@@ -19,6 +19,7 @@ from nni_haloc.cli.main import main
 from nni_haloc.inputs.config import load_config
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results.html_report import html_report
+from nni_haloc.results.plan_table import PlanFiles, plan_content, print_plan, timing_lines
 from nni_haloc.training.curves import EPOCH_COLUMNS, add_epoch, read
 
 STAGES = {
@@ -90,6 +91,37 @@ def test_a_page_says_what_the_folder_holds_and_leaves_out_the_rest(folder):
     assert page.tags.count("img") == 1  # the ranks
     assert not any(text in page.text for text in ("Curves", "Side by side", "top-1, pruned"))
     assert "haloc front" not in page.text
+
+
+def test_a_tightened_plan_and_a_missed_budget_are_told(folder, capsys):
+    timed = {"measured_share": 0.495, "of_budget": 0.99, "table_factor": 1.446}
+    facts = {"rule": "uniform", "timed": timed}
+    plan = RankPlan({"a": (8, 8), "b": None, "c": (4, 6)}, facts)
+    plan.save(folder / "ranks.json")
+    content = json.loads((folder / "metrics.json").read_text())
+    content["stages"]["finetune"] |= {"latency_ms_of_budget": 1.071, "budget_met": 0.0}
+    (folder / "metrics.json").write_text(json.dumps(content))
+    said = [
+        "timed as a whole, before training: 49.5 % of the original's latency, 99.0 % of the budget",
+        "tightened: low ranks take 1.45 times what the table says, so by the table a part of the "
+        "budget is left",
+    ]
+    page = Page(html_report(folder)).text
+    assert all(line in page for line in said)
+    missed = "finetune: the network takes 107.1 % of its budget of latency_ms, measured at the end"
+    assert missed in page
+    files = PlanFiles.read(folder)
+    print_plan(files)
+    assert capsys.readouterr().out.splitlines()[-3:-1] == said
+    assert plan_content(files)["timed"] == timed
+
+
+def test_a_plan_that_was_not_tightened_says_nothing_of_it(folder):
+    page = Page(html_report(folder)).text
+    assert "tightened" not in page
+    assert "timed as a whole" not in page
+    assert timing_lines(RankPlan({}, {"timed": {"table_factor": 1.0}})) == []
+    assert timing_lines(RankPlan({}, {"timed": "odd"})) == []
 
 
 def test_the_original_is_counted_back_from_what_version_1_says_was_reduced(folder):

@@ -88,7 +88,7 @@ def test_a_state_of_other_settings_is_refused_and_kept(finished, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     config = load_config(DIGITS, {"rule": "uniform", "budget.fraction": 0.25})
-    message = r"made with other settings \(rule: 'learned' there, 'uniform' here"
+    message = r"made with other settings \(rule was 'learned', now 'uniform'"
     with pytest.raises(UnusableCheckpoint, match=message):
         by_rule(Job(config, folder), resume=True)
     assert (folder / "ranks.json").read_bytes() == (finished / "ranks.json").read_bytes()

@@ -18,6 +18,7 @@ import nni_haloc
 from nni_haloc import InfeasibleBudget, Recipe, compress_model, load
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.costs.table import CostTable
+from nni_haloc.inputs.registries import PREDICTORS
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results.html_report import html_report
 from nni_haloc.results.plan_table import PlanFiles, change_plan
@@ -306,3 +307,18 @@ def test_verbose_logs_what_is_done_without_training_too(net, data, capsys):
     assert not capsys.readouterr().err
     assert repr(result).startswith("Compressed(original: top-1 ")
     assert len(repr(result)) < 300
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_verbose_says_how_far_the_costs_are(net, data, capsys, monkeypatch, verbose):
+    monkeypatch.setattr("nni_haloc.utils.progress._FIRST_LINE", 0)
+
+    def slow(model, example, allowed, runtime, progress):
+        for done in range(4):
+            progress(done, 3)
+        return known.table(model, example, allowed, runtime, progress)
+
+    known = PREDICTORS["macs"]
+    monkeypatch.setattr("nni_haloc.costs.predictors.macs", replace(known, table=slow))
+    compress_model(net, *data, metric="macs", budget=0.8, epochs=0, verbose=verbose)
+    assert ("computing macs: 1 of 3, about " in capsys.readouterr().err) == verbose

@@ -17,6 +17,7 @@ from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.models import build_model
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.run import run
+from nni_haloc.utils.errors import SettingsError
 
 CHANGES = {
     "rule": "uniform",
@@ -156,3 +157,25 @@ def test_a_job_at_other_settings_leaves_the_first_one_alone(config, tmp_path):
     assert vars(job) == kept
     assert (other.config.seed, other.folder.path) == (9, tmp_path / "other")
     assert (other.model, other.splits) == (job.model, job.splits)
+
+
+def test_a_pattern_that_matches_no_layer_is_refused_before_the_data_are_read(
+    config, tmp_path, monkeypatch
+):
+    def read(data):
+        raise AssertionError("the data were read")
+
+    space = config.rank_space.model_copy(update={"exclude": ["blck1.conv"]})
+    monkeypatch.setattr("nni_haloc.runs.job.load_data", read)
+    wrong = (
+        r"^rank_space\.exclude: no layer .* matches 'blck1.conv'; .*did you mean 'block1.conv'\?$"
+    )
+    with pytest.raises(SettingsError, match=wrong):
+        Job(config.model_copy(update={"rank_space": space}), tmp_path)
+
+
+def test_a_pin_of_a_layer_that_is_not_searched_names_the_setting(config, tmp_path):
+    space = config.rank_space.model_copy(update={"pin": {"classifier": 4}})
+    wrong = r"^rank_space\.pin: .* matches 'classifier'; classifier: kind 'linear'"
+    with pytest.raises(SettingsError, match=wrong):
+        Job(config.model_copy(update={"rank_space": space}), tmp_path)

@@ -86,6 +86,29 @@ def test_a_network_far_above_its_original_is_doubted(original, compressed, image
     assert list(doubts(later)) == [FAR_ABOVE] * doubted
 
 
+@pytest.mark.parametrize(
+    ("original", "compressed", "images", "classes", "doubted"),
+    [
+        (1.0, 0.3667, 250, 5, True),
+        (1.0, 0.61, 250, 5, False),  # less than half of the way from 1 to 0.2
+        (1.0, 0.59, 250, 5, True),
+        (0.9, 0.1, 10_000, 10, True),
+        (0.9, 0.4, 8, 10, False),  # three standard errors of the difference are 0.61
+        (0.1, 0.1, 10_000, 10, False),
+    ],
+)
+def test_a_network_that_has_lost_most_is_told(original, compressed, images, classes, doubted):
+    found = doubts(stages(original, compressed, images, classes))
+    assert ("far_below_original" in found) == doubted
+
+
+def test_the_line_of_what_is_lost_has_the_numbers():
+    assert doubts(stages(1.0, 0.3667, 250, 5))["far_below_original"] == (
+        "finetune: top-1 is 63.33 points below the original's 100.00 %, more than half of the way "
+        "to chance, 20.00 %; raise the budget, or train longer (finetune.epochs, scale)"
+    )
+
+
 def test_the_lines_say_how_much():
     found = doubts(stages(0.1, 0.8, 5000, prune=0.9, quantize=0.7))
     assert found[AT_CHANCE].startswith(

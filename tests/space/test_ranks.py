@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.search.space import RankSpace
 from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.names import parse_rank, rank_name
-from nni_haloc.space.ranks import AllowedRanks, find_layers, macs
+from nni_haloc.space.ranks import AllowedRanks, UnfitPattern, check_names, find_layers, macs
 from nni_haloc.space.summary import LayerReport
 
 RANK = st.one_of(st.none(), st.tuples(st.integers(1, 4096), st.integers(1, 4096)))
@@ -206,7 +207,10 @@ class Pinnable(nn.Sequential):
 @pytest.mark.parametrize(
     ("allowed", "message"),
     [
-        ({"pin": {"7": 4}}, "pin: no layer of Pinnable that can be searched matches '7'$"),
+        (
+            {"pin": {"7": 4}},
+            "pin: no layer of Pinnable that can be searched matches '7'; expected one of 0, 1$",
+        ),
         ({"pin": {"2": 4}}, "pin: no layer .* matches '2'; 2: grouped convolution"),
         ({"pin": {"0": 4}, "exclude": ("0",)}, "pin: no layer .* matches '0'; 0: excluded by name"),
         (
@@ -405,4 +409,17 @@ def test_every_rank_has_pairs_at_the_default_steps_alone():
         assert [r for (r,) in ranks[1:]] == list(range(31, 0, -1))
     assert AllowedRanks(step="every").candidates(spec(16, 16)) == AllowedRanks(step=1).candidates(
         spec(16, 16)
+    )
+
+
+@pytest.mark.parametrize("option", ["exclude", "pin"])
+def test_a_pattern_that_matches_nothing_is_told_the_layers_and_the_likely_one(option):
+    network = nn.Sequential(OrderedDict((f"conv{i}", nn.Conv2d(4, 4, 3)) for i in range(10)))
+    patterns = ("cnv4",) if option == "exclude" else {"cnv4": 2}
+    with pytest.raises(UnfitPattern) as error:
+        check_names(network, AllowedRanks(**{option: patterns}))
+    assert str(error.value) == (
+        f"{option}: no layer of Sequential that can be searched matches 'cnv4'; expected one of "
+        "conv0, conv1, conv2, conv3, conv4, conv5, conv6, conv7 and 2 more; "
+        "did you mean 'conv4'?"
     )

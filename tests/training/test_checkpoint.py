@@ -17,7 +17,7 @@ from helpers.paths import DIGITS
 from helpers.states import differences
 
 from nni_haloc.inputs.config import load_config
-from nni_haloc.runs.identity import search_identity
+from nni_haloc.runs.identity import finetuning_identity, search_identity
 from nni_haloc.training import checkpoint
 from nni_haloc.training.random_states import random_states, set_random_states
 from nni_haloc.utils.errors import UnusableCheckpoint
@@ -137,7 +137,7 @@ def test_a_trial_that_nni_starts_again_goes_on(undisturbed, tmp_path):
     )  # the same folder, other settings
     assert (done := haloc(trial, **options)).returncode == 0, done.stderr
     log = (folder / "log.txt").read_text()
-    assert "made with other settings (search.alpha_lr: 0.03 there, 0.01 here); starting anew" in log
+    assert "made with other settings (search.alpha_lr was 0.03, now 0.01); starting anew" in log
     assert log.count("search epoch 1:") == 2
 
 
@@ -158,7 +158,7 @@ def test_the_state_of_other_settings_is_refused_in_one_line(undisturbed):
         "--resume",
     )
     assert done.returncode == 2
-    message = "made with other settings (search.lr: 0.02 there, 0.5 here, and 1 more)"
+    message = "made with other settings (search.lr was 0.02, now 0.5, seed was 0, now 1)"
     message += "; start without --resume or use another --out"
     assert done.stderr.splitlines()[-1] == f"haloc: {undisturbed / STATE}: {message}"
     assert "Traceback" not in done.stderr
@@ -218,9 +218,7 @@ def test_a_state_depends_on_the_settings_of_the_search_and_on_what_its_files_hol
         "rank_space__step": 4,
         "data__batch_size": 32,
     }.items():
-        shown = (
-            rf"settings \({key.replace('__', '.')}: .* there, {value}(\.0)? here\); start without"
-        )
+        shown = rf"settings \({key.replace('__', '.')} was .*, now {value}(\.0)?\); start without"
         with pytest.raises(UnusableCheckpoint, match=shown):
             checkpoint.check_same(tmp_path, identity(), identity(**{key: value}))
     weights = tmp_path / "copy.safetensors"
@@ -229,7 +227,7 @@ def test_a_state_depends_on_the_settings_of_the_search_and_on_what_its_files_hol
     weights.write_bytes(weights.read_bytes() + b" ")
     with pytest.raises(
         UnusableCheckpoint,
-        match=r"other settings \(weights: 'sha256 .*' there, 'sha256 .*' here\); start without",
+        match=r"other settings \(weights is a file of other content now\); start without",
     ):
         checkpoint.check_same(tmp_path, identity(), identity(weights=str(weights)))
     table = tmp_path / "also.json"
@@ -298,9 +296,28 @@ def test_no_latency_is_measured_again(tmp_path):
 def test_settings_that_follow_from_scale_are_told_by_scale(tmp_path):
     plain, scaled = (search_identity(load_config(DIGITS, {"scale": n})) for n in (1, 0.1))
     for there, here, words in (
-        (scaled, plain, r"scale: 0\.1 there, 1\.0 here"),
-        (plain, scaled, r"scale: 1\.0 there, 0\.1 here"),
+        (scaled, plain, r"scale was 0\.1, now 1\.0"),
+        (plain, scaled, r"scale was 1\.0, now 0\.1"),
     ):
-        with pytest.raises(UnusableCheckpoint, match=rf"\({words}, and \d+ more\)"):
+        with pytest.raises(UnusableCheckpoint, match=rf"\({words}, .*, and \d+ more\)"):
             checkpoint.check_same(tmp_path, there, here)
     checkpoint.check_same(tmp_path, plain, {**plain, "scale": 0.5})  # nothing follows from it
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        ({"rank_space.step": 4}, {}, "rank_space.step was 4, now left out"),
+        ({}, {"rank_space.step": "paper"}, "rank_space.step was left out, now 'paper'"),
+        ({}, {"finetune.lr": 0.5}, r"finetune.lr was 0\.\d+, now 0.5"),
+        (
+            {},
+            {"search.lr": 0.5, "finetune.lr": 0.5},
+            r"search.lr was 0\.\d+, now 0.5, finetune.lr was 0\.\d+, now 0.5",
+        ),
+    ],
+)
+def test_changed_settings_are_told_as_the_settings_have_them(tmp_path, before, now, words):
+    there, here = (finetuning_identity(load_config(DIGITS, each)) for each in (before, now))
+    with pytest.raises(UnusableCheckpoint, match=rf"other settings \({words}\); start without"):
+        checkpoint.check_same(tmp_path, there, here)

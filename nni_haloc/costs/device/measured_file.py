@@ -217,12 +217,14 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for key in _SAME if "runtime" in now else ("model", "input"):
         if before.get(key) != now.get(key):
             raise ValueError(
-                f"measured for another {key}: {before.get(key)!r}, now {now.get(key)!r}"
+                f"measured for another {key}: {before.get(key)!r}, now {now.get(key)!r}; "
+                "choose another --out, or remove the file"
             )
     for layer, digest in before.get("geometry", {}).items():
         if now["geometry"].get(layer, digest) != digest:
             raise ValueError(
-                f"measured for another network: its layer {layer!r} had another geometry"
+                f"measured for another network: its layer {layer!r} had another geometry; "
+                "choose another --out, or remove the file"
             )
 
 

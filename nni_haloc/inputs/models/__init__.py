@@ -9,11 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from nni_haloc.inputs.registries import MODELS
+from nni_haloc.utils.errors import likely
 
 
 def build_model(
@@ -38,7 +40,11 @@ def build_model(
         refused = "made by code of your own; pass load(folder, model)"
         raise ValueError(f"model {name!r}: {refused}, or factories=True if you trust the folder")
     try:
-        model = _factory(module_name, attribute)(**(arguments or {}))
+        factory = _factory(module_name, attribute)
+        if not callable(factory):
+            kind = type(factory).__name__
+            raise TypeError(f"expected a function or class that makes the network, found {kind}")
+        model = factory(**(arguments or {}))
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"model {name!r}: {' '.join(str(error).split())}") from None
     except Exception as error:  # of the factory's own code
@@ -67,6 +73,25 @@ def add_code(folder: str | Path) -> None:
         sys.path.append(path)
 
 
+def _module(name: str) -> ModuleType:
+    """Import a module of the user's own.
+
+    Raises:
+        ImportError: names the module, or the package that it needs; and a module like it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if name != missing and not name.startswith(f"{missing}."):
+            raise ImportError(f"{name} imports {missing}, which is not installed") from None
+        folders = [os.path.abspath(path) for path in sys.path if os.path.isdir(path or ".")]
+        own = [path for path in folders if not path.startswith((sys.prefix, sys.base_prefix))]
+        like = likely(name, [file.stem for path in own for file in Path(path).glob("*.py")])
+        where = " or ".join([*(f"in {path}" for path in dict.fromkeys(own)), "among the installed"])
+        raise ImportError(f"no module {missing!r} {where}{like}") from None
+
+
 def _factory(module_name: str, attribute: str) -> Callable[..., Any]:
     if not module_name:
         if attribute not in MODELS:
@@ -74,10 +99,12 @@ def _factory(module_name: str, attribute: str) -> Callable[..., Any]:
             raise ValueError(f"expected one of {', '.join(MODELS)}, {others}")
         return MODELS[attribute]
     if module_name != "torchvision":
-        module = importlib.import_module(module_name)
+        module = _module(module_name)
         if not hasattr(module, attribute):
-            file = getattr(module, "__file__", None) or "a module of Python's own"
-            raise AttributeError(f"{module_name} has no {attribute!r}: it is {file}")
+            file = getattr(module, "__file__", None) or "Python itself"
+            makers = [name for name, value in vars(module).items() if callable(value)]
+            like = likely(attribute, makers)
+            raise AttributeError(f"{module_name}, which is {file}, has no {attribute!r}{like}")
         return getattr(module, attribute)
     from torchvision.models import get_model_builder
 

@@ -23,6 +23,7 @@ from nni_haloc.space.names import Rank
 from nni_haloc.space.tucker import LowRank, Tucker2, output_errors, reconstruct
 from nni_haloc.training.finetuning import recalibrate
 from nni_haloc.utils.placement import HostCopy, accelerated, device_of
+from nni_haloc.utils.progress import logged_progress
 
 BATCH = 128
 
@@ -96,7 +97,13 @@ class Problem:
     def evidence(self) -> Evidence:
         """The loss that each candidate alone adds, on images that it was not fitted to."""
         return gather_evidence(
-            self.model, self.specs, self.candidates, self.build, self.images, bf16=self.bf16
+            self.model,
+            self.specs,
+            self.candidates,
+            self.build,
+            self.images,
+            bf16=self.bf16,
+            progress=logged_progress("measuring sensitivities"),
         )
 
     @property

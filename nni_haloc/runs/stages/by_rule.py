@@ -133,8 +133,8 @@ def known_candidates(
         names = [(layer, name) for layer, row in candidates.items() for name in row]
         if all(name in table.costs.get(layer, {}) for table in tables for layer, name in names):
             break
-        if allowed is not spaces[-1]:
-            logger.info("not every rank is in the cost table: the rule has fewer to choose from")
+    if allowed is not spaces[0]:
+        logger.info("not every rank is in the cost table: the rule has fewer to choose from")
     return candidates
 
 
