@@ -242,7 +242,7 @@ def timed_facts(plan: RankPlan) -> dict[str, float]:
 
 
 def timing_lines(plan: RankPlan) -> list[str]:
-    """Say what a plan's network took when it was timed, and whether the plan was tightened for it.
+    """Say what a plan's network took when it was timed, and whether its table was corrected.
 
     Args:
         plan: the plan.
@@ -258,10 +258,14 @@ def timing_lines(plan: RankPlan) -> list[str]:
             f"{of_budget} of the budget"
         )
     factor = facts.get("table_factor", 1.0)
-    if factor > 1:
+    if factor != 1:
+        what, so = (
+            ("tightened", "a part of the budget is left")
+            if factor > 1
+            else ("enlarged", "the plan may be above the budget")
+        )
         lines.append(
-            f"tightened: low ranks take {factor:.3g} times what the table says, so by the table "
-            "a part of the budget is left"
+            f"{what}: low ranks take {factor:.3g} times what the table says, so by the table {so}"
         )
     return lines
 

@@ -121,6 +121,8 @@ def test_a_plan_that_was_not_tightened_says_nothing_of_it(folder):
     assert "tightened" not in page
     assert "timed as a whole" not in page
     assert timing_lines(RankPlan({}, {"timed": {"table_factor": 1.0}})) == []
+    (enlarged,) = timing_lines(RankPlan({}, {"timed": {"table_factor": 0.8}}))
+    assert enlarged.startswith("enlarged: low ranks take 0.8 times what the table says")
     assert timing_lines(RankPlan({}, {"timed": "odd"})) == []
 
 
