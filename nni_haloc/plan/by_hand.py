@@ -261,7 +261,7 @@ def _why_no_layer(pattern: str, known: KnownLayers) -> str:
     alone = fnmatch.filter(known.left_alone, pattern)
     if alone:
         return f"layer {alone[0]!r} is left alone: {known.left_alone[alone[0]]}"
-    return f"no searched layer {matches_none(pattern, known.candidates, _SHOWN)}"
+    return f"no searched layer matches {matches_none(pattern, known.candidates, _SHOWN)}"
 
 
 def _candidate(wish: str, layer: str, text: str, known: KnownLayers) -> str:

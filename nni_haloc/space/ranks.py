@@ -303,4 +303,6 @@ def _check_patterns(
             why = "".join(f"; {name}: {reasons[name]}" for name in fnmatch.filter(reasons, pattern))
             known = matches_none(pattern, () if why else names)
             kind = type(model).__name__
-            raise UnfitPattern(f"{option}: no layer of {kind} that can be searched {known}{why}")
+            raise UnfitPattern(
+                f"{option}: no layer of {kind} that can be searched matches {known}{why}"
+            )

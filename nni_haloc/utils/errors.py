@@ -190,11 +190,11 @@ def expected_one_of(names: Iterable[str], found: str) -> str:
 
 
 def matches_none(pattern: str, names: Iterable[str], most: int = 8) -> str:
-    """Say that a pattern matches none of these names, which they are, and which is like it."""
+    """Write a pattern that matches none of these names, which they are, and which is like it."""
     known = list(names)
     more = f" and {len(known) - most} more" if len(known) > most else ""
     some = f"; expected one of {', '.join(known[:most])}{more}" if known else ""
-    return f"matches {brief(pattern)}{some}{likely(pattern, known)}"
+    return f"{brief(pattern)}{some}{likely(pattern, known)}"
 
 
 def explain(error: ValidationError, section: type[BaseModel] | None = None) -> str:
