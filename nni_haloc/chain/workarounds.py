@@ -123,20 +123,13 @@ def weight_settings(layers: list[str], sparsity: float) -> list[dict[str, Any]]:
 
 
 class SlimPruner(pruning.SlimPruner):
-    """NNI's pruner, with three defects cured.
+    """NNI's pruner, with two defects cured.
 
-    - Its factors start at the number of weights that they scale. Here they start at 1.
     - A mask that is aligned to a vector's, such as that of BatchNorm's weight, is all ones, or
       fails. Here it is the vector's.
     - `unwrap_model` drops the factors that the weights were trained with. Here the weights take
       them up.
     """
-
-    def _register_scaling_facotrs(self) -> None:
-        super()._register_scaling_facotrs()
-        for row in self.scaling_factors.values():
-            for factor in row.values():
-                factor.data.fill_(1.0)
 
     def _generate_sparsity(self, metrics: Any) -> Masks:
         aligned = [
