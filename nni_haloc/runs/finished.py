@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_haloc.inputs.config import parse_config, set_dotted
+from nni_haloc.inputs.config import earlier_of, parse_config, set_dotted
 from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.registries import DATA
 from nni_haloc.inputs.weights import load_weights
@@ -54,9 +54,14 @@ class Finished:
         if isinstance(settings.get("data"), dict):  # the folder may be somebody else's
             settings["data"] = {**settings["data"], "download": False}
         if stage is not None:
-            settings[stage.section] = settings.get(stage.section) or {}
+            saved = settings.get(stage.section)
+            settings[stage.section] = {**earlier_of(stage.section), **saved} if saved else {}
         for key, value in (changes or {}).items():
             set_dotted(settings, key, value)
+        if stage is not None and isinstance(settings[stage.section], dict):
+            fields = stage.settings.model_fields
+            today = {key: fields[key].default for key in earlier_of(stage.section)}
+            settings[stage.section] = {**today, **settings[stage.section]}
         self.config = parse_config(settings, source, files=data)
 
     @cached_property

@@ -293,7 +293,7 @@ class NetworkStage(Stage):
             **finetuning_identity(job.config),
             "ranks": before.plan.names,
             "network": f"sha256 {digest.hexdigest()}",
-            self.section: section_identity(self.settings_of(job.config)),
+            self.section: section_identity(self.settings_of(job.config), self.section),
         }
 
     @staticmethod
