@@ -257,9 +257,10 @@ def _make(
     """
     if schedule == "none":
         return kind.make(network, settings, loop, steps), ((steps, None) if kind.scheduled else ())
-    interval = max(1, steps // _UPDATES)
+    times = min(_UPDATES, steps)
+    interval = steps // times
     made = kind.make(network, settings, loop, interval)
-    return SCHEDULES[schedule](made, interval, steps // interval), (steps, None)
+    return SCHEDULES[schedule](made, interval, times), (steps, None)
 
 
 def _run(

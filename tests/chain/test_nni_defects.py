@@ -16,9 +16,9 @@ import nni
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers.paths import DIGITS, PACKAGE
+from helpers.paths import DIGITS, PACKAGE, ROOT
 from helpers.searches import search, state
-from nni.compression import pruning, quantization
+from nni.compression import distillation, pruning, quantization
 from nni.compression.base.apply_method import quant_apply_methods
 from nni.compression.pruning import L1NormPruner
 from nni.compression.quantization import LsqPlusQuantizer, LsqQuantizer
@@ -36,6 +36,7 @@ from nni.nas.strategy.middleware import Chain, Filter
 from torch import nn
 
 from nni_haloc.chain.groups import channel_groups
+from nni_haloc.chain.pruners import SCHEDULES
 from nni_haloc.chain.pruning import prune
 from nni_haloc.chain.quantizing import quantize
 from nni_haloc.chain.workarounds import (
@@ -51,6 +52,7 @@ from nni_haloc.chain.workarounds import (
 from nni_haloc.experiments.check import check_experiment
 from nni_haloc.experiments.manager import warm_up_manager
 from nni_haloc.experiments.results import trial_results
+from nni_haloc.inputs.registries import PRUNERS, QUANTIZERS
 from nni_haloc.plan.budget import Limit, cheapest
 from nni_haloc.search.multitrial import run_multitrial
 from nni_haloc.search.space import RankSpace
@@ -619,6 +621,22 @@ def test_bnn_keeps_the_weights_that_it_trains_between_minus_one_and_one(shifted)
 
     quantize(shifted, x, "bnn", train)
     assert largest == [1.0, 1.0]
+
+
+def test_the_page_has_a_row_for_each_of_nnis_classes_and_each_name_of_ours():
+    page = (ROOT / "docs/explanation/nni.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for kinds, end in ((pruning, "Pruner"), (quantization, "Quantizer"), (distillation, "er")):
+        for name in vars(kinds):
+            if name[0].isupper() and name.endswith(end):
+                assert any(row.startswith(f"| `{name}`") or f", `{name}`" in row for row in rows), (
+                    name
+                )
+    for kind, names in (("pruner", PRUNERS.own()), ("quantizer", QUANTIZERS.own())):
+        for name in names:
+            assert any(f"| `{kind}: {name}` | tested" in row for row in rows), name
+    for name in SCHEDULES:
+        assert any(f"| `sparsity_schedule: {name}` | tested" in row for row in rows), name
 
 
 def test_a_trial_asks_for_its_parameters_before_any_heavy_import():
