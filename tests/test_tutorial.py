@@ -11,6 +11,8 @@ from helpers.paths import DIGITS, ROOT
 from torch.utils.data import DataLoader
 
 from nni_haloc import compress_model
+from nni_haloc.chain.groups import rank_layers
+from nni_haloc.costs.counts import count_params
 from nni_haloc.inputs.data import digits
 from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.registries import RULES
@@ -113,3 +115,27 @@ def test_the_rule_of_the_page_on_extending_keeps_the_budget(monkeypatch):
     loaders = data.loader("train", 64), data.loader("val", 64)
     result = compress_model(model, *loaders, budget=0.3, metric="macs", epochs=0, rule="high-ranks")
     assert 0.28 < result.plan.chosen_by["cost"] / result.plan.chosen_by["original_cost"] <= 0.3
+
+
+def test_the_page_on_nni_uses_nnis_own_classes_on_a_compressed_network():
+    data, model = digits(), build_model("digits_cnn")
+    load_weights(model, DIGITS.with_name("digits.safetensors"))
+    loaders = data.loader("train", 64), data.loader("val", 64)
+    result = compress_model(model, *loaders, budget=0.5, metric="macs", epochs=0)
+    batches, example = list(loaders[0])[:4], data.images("val", 8)
+    names = {"network": result.model, "example": example, "batches": batches}
+    programs = [t for language, _, t in blocks("docs/explanation/nni.md") if language == "python"]
+    assert len(programs) == 3
+    sizes, ranks = [count_params(result.model)], rank_layers(result.model)
+    kept = {name: result.model.get_submodule(name).out_channels for name in ranks}
+    for text in programs:
+        exec(compile(text, "nni.md", "exec"), names)
+        sizes.append(count_params(names["network"]))
+        network = names["network"]
+        assert {name: network.get_submodule(name).out_channels for name in ranks} == kept
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert names["scales"].keys() >= ranks
+    with torch.no_grad():
+        rounded = names["network"](example)
+        names["quantizer"].unwrap_model()
+        assert 0 < (rounded - names["network"](example)).abs().max() < 0.1 * rounded.abs().max()

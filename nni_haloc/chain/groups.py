@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+
+from nni_haloc.space.layers import Factorised
 
 _MODULES: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Identity, nn.Dropout,
@@ -42,7 +45,23 @@ class ChannelGroup:
     norms: list[str] = field(default_factory=list)
 
 
-def channel_groups(model: nn.Module, graph: fx.Graph) -> tuple[list[ChannelGroup], dict[str, str]]:
+def rank_layers(model: nn.Module) -> set[str]:
+    """Name the layers whose outputs are ranks: all parts of a low-rank layer but its last.
+
+    Args:
+        model: a compressed network.
+    """
+    return {
+        f"{name}.{part}" if name else part
+        for name, module in model.named_modules()
+        if isinstance(module, Factorised)
+        for part, _ in list(module.named_children())[:-1]
+    }
+
+
+def channel_groups(
+    model: nn.Module, graph: fx.Graph, ranks: Collection[str] = ()
+) -> tuple[list[ChannelGroup], dict[str, str]]:
     """Group the convolutions of a network whose channels can be pruned.
 
     Channels can be pruned if everything that is done with them, up to the next convolution or
@@ -53,6 +72,7 @@ def channel_groups(model: nn.Module, graph: fx.Graph) -> tuple[list[ChannelGroup
     Args:
         model: the network.
         graph: the network's graph by `torch.fx.symbolic_trace`.
+        ranks: names of layers whose channels are kept because they are ranks, see `rank_layers`.
 
     Returns:
         The groups, and for each other convolution the reason why it keeps its channels.
@@ -68,6 +88,8 @@ def channel_groups(model: nn.Module, graph: fx.Graph) -> tuple[list[ChannelGroup
         kind = _connect(node, module, inputs, space, once=calls[node.target] == 1)
         if kind is not None:
             layers.append((kind, node.target, space))
+            if node.target in ranks:
+                space.keep("its channels are ranks")
     groups: dict[_Space, ChannelGroup] = {}
     left_alone: dict[str, str] = {}
     for kind, name, space in layers:

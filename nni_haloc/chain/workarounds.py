@@ -10,10 +10,11 @@ import io
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from nni_haloc.utils.quiet import errors_alone
 
@@ -21,7 +22,7 @@ with warnings.catch_warnings():
     # Two of torch's functions have new names, and torch now registers some classes itself.
     warnings.simplefilter("ignore")
     from nni.compression.speedup import ModelSpeedup
-from nni.compression.quantization import LsqQuantizer
+from nni.compression import pruning, quantization
 from nni.compression.utils import Evaluator
 
 from nni_haloc.chain.groups import ChannelGroup
@@ -75,8 +76,12 @@ def speed_up(model: nn.Module, example: Tensor, masks: Masks) -> nn.Module:
     return small.eval()
 
 
-def pruning_settings(groups: list[ChannelGroup], sparsity: float) -> list[dict[str, Any]]:
-    """Make NNI's list of settings.
+def pruning_settings(
+    groups: list[ChannelGroup],
+    sparsity: float,
+    leads: Literal["convolutions", "norms"] = "convolutions",
+) -> list[dict[str, Any]]:
+    """Make NNI's list of settings for groups of channels.
 
     It has two things that NNI's documentation does not ask for:
 
@@ -87,35 +92,78 @@ def pruning_settings(groups: list[ChannelGroup], sparsity: float) -> list[dict[s
       one has lost. A depthwise convolution's weight likewise.
     """
     settings: list[dict[str, Any]] = []
+
+    def add(layers: list[str], names: list[str], **targets: Any) -> None:
+        if layers:
+            settings.append({"op_names": layers, "target_names": names, "target_settings": targets})
+
     for number, group in enumerate(groups):
+        by_norms = leads == "norms" and bool(group.norms)
+        leading = group.norms if by_norms else group.convolutions
+        align = {"align": {"module_name": leading[0], "target_name": "weight", "dims": [0]}}
         weight: dict[str, Any] = {"sparse_ratio": sparsity, "granularity": "out_channel"}
-        if len(group.convolutions) > 1:
+        aligned = {"granularity": "out_channel", **align}
+        if len(leading) > 1:
             weight["dependency_group_id"] = f"group{number}"
-        settings.append(
-            {
-                "op_names": group.convolutions,
-                "target_names": ["weight", "bias"],
-                "target_settings": {"weight": weight},
-            }
-        )
-        align = {
-            "align": {"module_name": group.convolutions[0], "target_name": "weight", "dims": [0]}
-        }
-        if group.depthwise:
-            target = {"weight": {"granularity": "out_channel", **align}, "bias": align}
-            settings.append(
-                {
-                    "op_names": group.depthwise,
-                    "target_names": ["weight", "bias"],
-                    "target_settings": target,
-                }
-            )
-        if group.norms:
-            output = {"_output_": {"granularity": "per_channel", **align}}
-            settings.append(
-                {"op_names": group.norms, "target_names": ["_output_"], "target_settings": output}
-            )
+        both = ["weight", "bias"]
+        add(leading, both, weight=weight)
+        if by_norms:
+            add(group.convolutions, both, weight=aligned, bias=align)
+        else:
+            output = {"granularity": "per_channel", **align}
+            add(group.norms, ["_output_"], _output_=output)
+        add(group.depthwise, both, weight=aligned, bias=align)
     return settings
+
+
+def weight_settings(layers: list[str], sparsity: float) -> list[dict[str, Any]]:
+    """Make NNI's list of settings for weights that are masked one by one."""
+    weight = {"sparse_ratio": sparsity, "granularity": "default"}
+    return [{"op_names": layers, "target_names": ["weight"], "target_settings": {"weight": weight}}]
+
+
+class SlimPruner(pruning.SlimPruner):
+    """NNI's pruner, with two defects cured.
+
+    - A mask that is aligned to a vector's, such as that of BatchNorm's weight, is all ones, or
+      fails. Here it is the vector's.
+    - `unwrap_model` drops the factors that the weights were trained with. Here the weights take
+      them up.
+    """
+
+    def _generate_sparsity(self, metrics: Any) -> Masks:
+        aligned = [
+            (name, target_name, target, target._setting.pop("align"))
+            for name, row in self._target_spaces.items()
+            for target_name, target in row.items()
+            if target.target is not None and self._is_aligned_to_vector(name, target)
+        ]
+        masks = super()._generate_sparsity(metrics)
+        for name, target_name, target, align in aligned:
+            target._setting["align"] = align
+            mask = masks[align["module_name"] or name][align["target_name"]]
+            masks[name][target_name] = _along(mask, target.target).expand_as(target.target).clone()
+        return masks
+
+    def _is_aligned_to_vector(self, name: str, target: Any) -> bool:
+        align = target.align
+        if align is None:
+            return False
+        source = self._target_spaces[align["module_name"] or name][align["target_name"]].target
+        return source is not None and source.dim() == 1
+
+    def _fuse_postprocess(self, evaluator: Any) -> None:
+        super()._fuse_postprocess(evaluator)
+        for name, row in self.scaling_factors.items():
+            for target_name, factor in row.items():
+                weight = self._target_spaces[name][target_name].target.data
+                weight *= _along(factor.detach(), weight)
+                factor.data.fill_(1.0)
+
+
+def _along(vector: Tensor, target: Tensor) -> Tensor:
+    """Return values of channels in the shape ``(F, 1, ...)`` of a target ``(F, ...)``."""
+    return vector.reshape(-1, *[1] * (target.dim() - 1))
 
 
 class Loop(Evaluator):
@@ -126,24 +174,48 @@ class Loop(Evaluator):
     training.
 
     Args:
-        train: trains all parameters of the wrapped network, those of the wrapping included, and
-            calls its argument after each of the optimizer's steps.
+        train: trains the wrapped network. It gets this object, and calls `loss` with each step's
+            loss, `before_step` after the backward pass and `after_step` in the end.
         evaluate: runs the network.
     """
 
     def __init__(
-        self, train: Callable[[Callable[[], None]], Any], evaluate: Callable[[], Any] = lambda: None
+        self, train: Callable[[Loop], Any], evaluate: Callable[[], Any] = lambda: None
     ) -> None:
         self._initialization_complete = True
         self._train, self._evaluate = train, evaluate
-        self._after: list[Callable[[], None]] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self._losses: list[Callable[[Tensor, Any], Tensor]] = []
+        self._before: list[Callable[[], Any]] = []
+        self._after: list[Callable[[], Any]] = []
 
     def bind_model(self, model: nn.Module, param_names_map: Any = None) -> None:
-        self._after = []
+        self._forget()
 
     def unbind_model(self) -> None:
         self.remove_all_hooks()
-        self._after = []
+        self._forget()
+
+    def loss(self, loss: Tensor) -> Tensor:
+        """Return a step's loss with NNI's penalties in it."""
+        for patch in self._losses:
+            loss = patch(loss, None)
+        return loss
+
+    def before_step(self) -> None:
+        """Do what NNI does before a step of the optimizer."""
+        for task in self._before:
+            task()
+
+    def after_step(self) -> None:
+        """Do what NNI does after a step of the optimizer."""
+        for task in self._after:
+            task()
+
+    def patch_loss(self, patch: Callable[[Tensor, Any], Tensor]) -> None:
+        self._losses.append(patch)
 
     def patch_optim_param_group(self, module_name_param_dict: Any = None) -> None:
         """Do nothing: all parameters of the wrapped network are trained."""
@@ -151,27 +223,20 @@ class Loop(Evaluator):
     def patch_optimizer_step(
         self, before_step_tasks: list[Any], after_step_tasks: list[Any]
     ) -> None:
-        if before_step_tasks:
-            raise NotImplementedError(
-                "tasks before a step: L1Norm, FPGM and Taylor, PTQ, QAT and LSQ have none"
-            )
+        self._before += before_step_tasks
         self._after += after_step_tasks
 
     def train(self, max_steps: int | None = None, max_epochs: int | None = None) -> None:
-        def after_step() -> None:
-            for task in self._after:
-                task()
-
         with warnings.catch_warnings():
             # QATQuantizer uses an old name in each backward pass.
             warnings.filterwarnings("ignore", ".*saved_variables.*")
-            self._train(after_step)
+            self._train(self)
 
     def evaluate(self) -> Any:
         return self._evaluate()
 
 
-def start_lsq(quantizer: LsqQuantizer) -> Callable[[], None]:
+def start_lsq(quantizer: quantization.LsqQuantizer) -> Callable[[], None]:
     """Set each scale of an `LsqQuantizer` from the largest value of the next pass.
 
     NNI starts every scale at 0.01, which clips at 1.27 whatever the values are.
@@ -180,19 +245,95 @@ def start_lsq(quantizer: LsqQuantizer) -> Callable[[], None]:
         A function to call after that pass: from then on the scales are only trained.
     """
 
-    def start(wrapper: Any, name: str, target: Tensor) -> None:
+    def start(space: Any, target: Tensor) -> None:
+        scale = (target.abs().max() / space.qmax).clamp_min(1e-8)
+        space.scale.data = scale.reshape(space.scale.shape)
+
+    return _start(quantizer, start)
+
+
+def start_lsq_plus(quantizer: quantization.LsqPlusQuantizer) -> Callable[[], None]:
+    """Set each scale and zero point of an `LsqPlusQuantizer` from the range of the next pass.
+
+    NNI starts every scale at 0.01, and every zero point at half the number of steps, with which all
+    positive values are clipped.
+
+    Returns:
+        A function to call after that pass: from then on both are only trained.
+    """
+
+    def start(space: Any, target: Tensor) -> None:
+        low, high = target.min().clamp(max=0), target.max().clamp(min=0)
+        scale = ((high - low) / (space.qmax - space.qmin)).clamp_min(1e-8)
+        space.scale.data = scale.reshape(1)
+        space.zero_point.data = (space.qmin - low / scale).round().reshape(1)
+
+    return _start(quantizer, start)
+
+
+def _start(quantizer: Any, start: Callable[[Any, Tensor], None]) -> Callable[[], None]:
+    """Have ``start`` set the scales of each tensor that the next pass rounds."""
+
+    def track(wrapper: Any, name: str, target: Tensor) -> None:
         space = wrapper.quantization_target_spaces.get(name)
         if space is not None and not quantizer.is_init:
-            space.scale.data = (
-                (target.detach().abs().max() / space.qmax)
-                .clamp_min(1e-8)
-                .reshape(space.scale.shape)
-            )
+            start(space, target.detach())
 
     for wrapper in quantizer._module_wrappers.values():
-        wrapper.register_track_func(start)
+        wrapper.register_track_func(track)
 
     def end() -> None:
         quantizer.is_init = True
 
     return end
+
+
+class DoReFaQuantizer(quantization.DoReFaQuantizer):
+    """NNI's quantizer, with four defects cured.
+
+    - It rounds gradients by a module's backward hook, with which an activation in place fails. Here
+      it does so by a hook of the output.
+    - It takes the ranges of inputs anew from every batch, in evaluation too, so that an image's
+      result depends on the others. Here `fix_ranges` ends that.
+    - Gradients of an image that are all zero become NaN. Here they stay zero.
+    - `unwrap_model` leaves what rounds the gradients in the network. Here it is taken out.
+    """
+
+    def __init__(self, network: nn.Module, settings: list[dict[str, Any]], loop: Loop) -> None:
+        self._ranges_fixed = False
+        self._rounding: list[RemovableHandle] = []
+        super().__init__(network, settings, loop)
+
+    def fix_ranges(self, images: Tensor) -> None:
+        """Take the ranges of inputs for good.
+
+        Args:
+            images: the images to take them from, ``(N, ...)``.
+        """
+        self.track_forward(images)
+        self._ranges_fixed = True
+
+    def update_scale_zp(self, wrapper: Any, target_name: str, target: Tensor) -> None:
+        if not self._ranges_fixed:
+            super().update_scale_zp(wrapper, target_name, target)
+
+    def _quant_dequant_gradient_hook(self, target_space: Any) -> None:
+        module = target_space._wrapper.module
+        before = {*module._backward_pre_hooks}
+        super()._quant_dequant_gradient_hook(target_space)
+        (key,) = {*module._backward_pre_hooks} - before
+        stock = module._backward_pre_hooks.pop(key)
+
+        def rounded(gradient: Tensor) -> Tensor:
+            return torch.where(gradient == 0, gradient, *stock(module, (gradient,)))
+
+        def watch(module: nn.Module, _: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(rounded)
+
+        self._rounding.append(module.register_forward_hook(watch))
+
+    def unwrap_model(self) -> None:
+        super().unwrap_model()
+        for handle in self._rounding:
+            handle.remove()

@@ -23,6 +23,7 @@ from nni_haloc.cli.options import (
     some_of,
     trust,
 )
+from nni_haloc.inputs.registries import PRUNERS, QUANTIZERS
 from nni_haloc.utils.errors import SettingsError, as_one_line
 from nni_haloc.utils.printing import print_table
 
@@ -45,7 +46,7 @@ def prune_command(
     folder: StageFolder,
     pruner: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="l1, fpgm or taylor (default: as in the run)."),
+        typer.Option(metavar="NAME", help=f"{', '.join(PRUNERS.own())} (default: as in the run)."),
     ] = None,
     sparsity: Annotated[
         float | None,
@@ -75,7 +76,10 @@ def prune_command(
 def quantize_command(
     folder: StageFolder,
     quantizer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="ptq, qat or lsq (default: as in the run).")
+        str | None,
+        typer.Option(
+            metavar="NAME", help=f"{', '.join(QUANTIZERS.own())} (default: as in the run)."
+        ),
     ] = None,
     epochs: Epochs = None,
     out: Annotated[

@@ -287,12 +287,20 @@ EARLIER: dict[str, Any] = {
     "data.channels": None,
     "data.classes": None,
     "data.exif": False,
+    "prune.ranks": "prune",
+    "prune.sparsity_schedule": "none",
     "search.average": 0.0,
     "search.budget_range": None,
     "search.compile": False,
     "search.supernet": "separate",
 }
 """Settings that earlier versions did not have, and the values that stand for what they did."""
+
+
+def earlier_of(section: str) -> dict[str, Any]:
+    """Return the keys of `EARLIER` in a section, and their values."""
+    start = f"{section}."
+    return {key.removeprefix(start): v for key, v in EARLIER.items() if key.startswith(start)}
 
 
 def parse_config(

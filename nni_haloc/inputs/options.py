@@ -6,10 +6,10 @@ from typing import Literal
 
 Schedule = Literal["step", "onecycle", "constant"]
 """How a learning rate falls; see `nni_haloc.training.recipe.Recipe`."""
-Pruner = Literal["l1", "fpgm", "taylor"]
-"""NNI's pruners; see `nni_haloc.chain.pruning.prune`."""
-Quantizer = Literal["ptq", "qat", "lsq"]
-"""NNI's quantizers; see `nni_haloc.chain.quantizing.quantize`."""
+Ranks = Literal["keep", "prune"]
+"""What pruning does with ranks; see `nni_haloc.chain.pruning.prune`."""
+SparsitySchedule = Literal["none", "linear", "agp"]
+"""How sparsity rises while pruning; see `nni_haloc.chain.pruning.prune`."""
 Decomposition = Literal["warm_hooi", "hosvd", "hooi", "data"]
 """Ways to decompose a kernel; see `nni_haloc.space.tucker.decompose`."""
 Kind = Literal["conv", "pointwise", "linear"]

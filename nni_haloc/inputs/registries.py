@@ -105,6 +105,37 @@ DATA: Registry[Any] = Registry(
 )
 """Data sets: a function of the section ``data`` that returns `nni_haloc.inputs.data.Splits`."""
 
+_PRUNERS = "nni_haloc.chain.pruners"
+PRUNERS: Registry[Any] = Registry(
+    "pruner",
+    "nni_haloc.pruners",
+    {
+        "l1": f"{_PRUNERS}:L1",
+        "l2": f"{_PRUNERS}:L2",
+        "fpgm": f"{_PRUNERS}:FPGM",
+        "taylor": f"{_PRUNERS}:TAYLOR",
+        "slim": f"{_PRUNERS}:SLIM",
+        "movement": f"{_PRUNERS}:MOVEMENT",
+        "level": f"{_PRUNERS}:LEVEL",
+    },
+)
+"""NNI's pruners, each described by a `nni_haloc.chain.pruners.Pruner`."""
+
+_QUANTIZERS = "nni_haloc.chain.quantizers"
+QUANTIZERS: Registry[Any] = Registry(
+    "quantizer",
+    "nni_haloc.quantizers",
+    {
+        "ptq": f"{_QUANTIZERS}:PTQ",
+        "qat": f"{_QUANTIZERS}:QAT",
+        "lsq": f"{_QUANTIZERS}:LSQ",
+        "lsq+": f"{_QUANTIZERS}:LSQ_PLUS",
+        "dorefa": f"{_QUANTIZERS}:DOREFA",
+        "bnn": f"{_QUANTIZERS}:BNN",
+    },
+)
+"""NNI's quantizers, each described by a `nni_haloc.chain.quantizers.Quantizer`."""
+
 STAGES: Registry[Any] = Registry(
     "stage",
     "nni_haloc.stages",

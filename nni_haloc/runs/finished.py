@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_haloc.inputs.config import parse_config, set_dotted
+from nni_haloc.inputs.config import earlier_of, parse_config, set_dotted
 from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.registries import DATA
 from nni_haloc.inputs.weights import load_weights
@@ -18,7 +19,7 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import Figures, RunFolder, hold
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.saved import load
-from nni_haloc.runs.stages import further_stage
+from nni_haloc.runs.stages import further_stage, further_stages
 from nni_haloc.runs.stages.stage import NetworkStage, Outcome, ignore
 from nni_haloc.utils.errors import SettingsError, as_one_line
 
@@ -55,9 +56,14 @@ class Finished:
         if isinstance(settings.get("data"), dict):  # the folder may be somebody else's
             settings["data"] = {**settings["data"], "download": False}
         if stage is not None:
-            settings[stage.section] = settings.get(stage.section) or {}
+            saved = settings.get(stage.section)
+            settings[stage.section] = {**earlier_of(stage.section), **saved} if saved else {}
         for key, value in (changes or {}).items():
             set_dotted(settings, key, value)
+        if stage is not None and isinstance(settings[stage.section], dict):
+            fields = stage.settings.model_fields
+            today = {key: fields[key].default for key in earlier_of(stage.section)}
+            settings[stage.section] = {**today, **settings[stage.section]}
         self.config = parse_config(settings, source, files=data, places=places)
 
     @cached_property
@@ -120,7 +126,7 @@ def apply_stage(
         folder: folder of a finished run, or of one of its stages.
         name: the stage.
         changes: dotted keys to values that take the place of the run's settings.
-        out: receives the stage's results; None: the stage's folder inside ``folder``, as in a run.
+        out: receives the stage's results; None: the stage's folder in that of the run.
         factories: see `Finished`.
         resume: whether to go on from the state of an interrupted stage of these settings.
         places: what to call the place of a change that is wrong; see `Finished`.
@@ -150,14 +156,26 @@ def apply_stage(
 def stage_folder(folder: RunFolder, name: str, out: str | Path | None = None) -> RunFolder:
     """Return where a stage of ``folder`` is left.
 
+    Without ``out`` that is the stage's folder in the run's, as in a run, where reports look for it:
+    of an earlier stage's folder beside that; of a run's, or a later stage's, in it.
+
     Raises:
         SettingsError: if that is the folder itself, or the one that it is a stage of.
     """
-    target = RunFolder(out or folder.path / further_stage(name).folder)
+    stage = further_stage(name)
+    target = RunFolder(out or _run_of(folder, stage).path / stage.folder)
     inside = folder.path.resolve().is_relative_to(target.path.resolve())
     if inside and target.ranks.exists():
         raise SettingsError(f"--out: expected another folder than the run's, found {target}")
     return target
+
+
+def _run_of(folder: RunFolder, stage: NetworkStage) -> RunFolder:
+    """Return the run that ``folder`` is an earlier stage of than ``stage``; else ``folder``."""
+    run, names = RunFolder(os.path.normpath(folder.path / "..")), [s.name for s in further_stages()]
+    own = next(iter(folder.read_metrics()["stages"]), "")
+    earlier = own in names[: names.index(stage.name)]
+    return run if earlier and run.ranks.is_file() else folder
 
 
 def _settings(folder: RunFolder) -> tuple[Path, dict[str, Any]]:

@@ -190,7 +190,9 @@ class RunFolder:
     def metrics(self) -> dict[str, Figures]:
         """Return the figures of the original network and of every stage, in the order of the run.
 
-        Those of stages that a command of their own made are read from the stages' folders.
+        Those of stages that a command of their own made are read from the stages' folders. The
+        folder of a stage's own name comes before the run's word: a command may have made the stage
+        anew.
 
         Raises:
             SettingsError: if a file is damaged.
@@ -199,7 +201,8 @@ class RunFolder:
         if self.path.is_dir():
             for folder in self.stages().values():
                 for name, figures in folder.read_metrics()["stages"].items():
-                    found.setdefault(name, figures)
+                    if name not in found or _is_own_folder(folder, name):
+                        found[name] = figures
         return found
 
     def _read_json(self) -> dict[str, Any]:
@@ -211,6 +214,11 @@ class RunFolder:
             expected = f"metrics of version {METRICS_VERSION}"
             raise SettingsError(f"{self.metrics_file}: expected {expected}, found {version!r}")
         return content
+
+
+def _is_own_folder(folder: RunFolder, stage: str) -> bool:
+    """Tell whether a folder has the name under which a run leaves a stage of this package."""
+    return stage in STAGES.own() and folder.path.name == getattr(STAGES[stage], "folder", "")
 
 
 def find_run(path: str | Path) -> RunFolder:

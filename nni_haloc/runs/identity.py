@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nni_haloc.costs.from_settings import may_differ
-from nni_haloc.inputs.config import EARLIER, Config
+from nni_haloc.inputs.config import EARLIER, Config, earlier_of
 from nni_haloc.inputs.registries import RULES, STAGES
 from nni_haloc.inputs.schema.section import Section
 from nni_haloc.training.checkpoint import DIGEST, STEPS
@@ -60,19 +60,23 @@ def finetuning_identity(config: Config) -> dict[str, Any]:
     """Return what the state of a fine-tuning depends on, except the ranks."""
     return {
         **search_identity(config),
-        "finetune": section_identity(config.finetune),
+        "finetune": section_identity(config.finetune, "finetune"),
         "recalibration_batches": config.recalibration_batches,
     }
 
 
-def section_identity(section: Section) -> dict[str, Any]:
+def section_identity(section: Section, name: str) -> dict[str, Any]:
     """Return what the state of a training depends on in one section of the settings.
 
+    What earlier versions always did is not mentioned, such as passes that are not compiled.
+
     Args:
-        section: such as ``finetune``. Passes that are not compiled are not mentioned, because
-            earlier versions had no others.
+        section: the section's values.
+        name: its name, such as ``finetune``.
     """
-    return {key: v for key, v in section.model_dump().items() if (key, v) != ("compile", False)}
+    earlier = {"compile": False, **earlier_of(name)}
+    values = section.model_dump().items()
+    return {key: v for key, v in values if not (key in earlier and v == earlier[key])}
 
 
 def _digest(path: str | None) -> str | None:

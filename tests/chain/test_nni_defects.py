@@ -16,10 +16,12 @@ import nni
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers.paths import DIGITS, PACKAGE
+from helpers.paths import DIGITS, PACKAGE, ROOT
 from helpers.searches import search, state
+from nni.compression import distillation, pruning, quantization
+from nni.compression.base.apply_method import quant_apply_methods
 from nni.compression.pruning import L1NormPruner
-from nni.compression.quantization import LsqQuantizer
+from nni.compression.quantization import LsqPlusQuantizer, LsqQuantizer
 from nni.nas.evaluator import FunctionalEvaluator
 from nni.nas.evaluator.pytorch import Lightning
 from nni.nas.execution import SequentialExecutionEngine
@@ -34,11 +36,23 @@ from nni.nas.strategy.middleware import Chain, Filter
 from torch import nn
 
 from nni_haloc.chain.groups import channel_groups
+from nni_haloc.chain.pruners import SCHEDULES
+from nni_haloc.chain.pruning import prune
 from nni_haloc.chain.quantizing import quantize
-from nni_haloc.chain.workarounds import Loop, ModelSpeedup, pruning_settings, speed_up, traced
+from nni_haloc.chain.workarounds import (
+    DoReFaQuantizer,
+    Loop,
+    ModelSpeedup,
+    SlimPruner,
+    pruning_settings,
+    speed_up,
+    traced,
+    weight_settings,
+)
 from nni_haloc.experiments.check import check_experiment
 from nni_haloc.experiments.manager import warm_up_manager
 from nni_haloc.experiments.results import trial_results
+from nni_haloc.inputs.registries import PRUNERS, QUANTIZERS
 from nni_haloc.plan.budget import Limit, cheapest
 from nni_haloc.search.multitrial import run_multitrial
 from nni_haloc.search.space import RankSpace
@@ -400,6 +414,229 @@ def test_qat_still_calls_an_old_name_in_each_backward_pass(shifted):
 
     quantize(shifted, x, "qat", train)
     assert any("saved_variables" in text for text in warned)
+
+
+def stepped(network, x, seen=lambda: None, steps=4):
+    """Return a training for NNI's pruners that, like theirs, leaves out what they add."""
+
+    def train(loop):
+        own = [p for name, p in network.named_parameters() if not name.endswith(PRUNERS_OWN)]
+        optimizer = torch.optim.SGD(own, 0.02)
+        for _ in range(steps):
+            network.zero_grad()
+            loop.loss(network(x).square().mean()).backward()
+            loop.before_step()
+            optimizer.step()
+            loop.after_step()
+            seen()
+
+    return train
+
+
+PRUNERS_OWN = ("_slim_factor", "_mvp_score")
+
+
+def ready(kind, network, settings, x, *arguments, **options):
+    """Make a pruner of NNI's or ours, and run it to its end."""
+    made = kind(network, settings, Loop(stepped(network, x, **options)), *arguments)
+    made.track_forward(x)
+    made.compress()
+    return made
+
+
+def slim_settings(network):
+    groups, _ = channel_groups(network, traced(network).graph)
+    return pruning_settings(groups, 0.5, "norms")
+
+
+def test_the_stock_slim_cannot_align_to_batch_norms_weight_and_ours_does(shifted):
+    """A bias stays, so that the channel is a constant; a convolution's weight fails."""
+    x = torch.randn(2, 3, 6, 6)
+    norm_alone = [{"op_names": ["norm"], "sparse_ratio": 0.5}]
+    with pytest.raises(IndexError, match="Dimension out of range"):
+        ready(pruning.SlimPruner, copy.deepcopy(shifted), slim_settings(shifted), x, 4)
+    stock = ready(pruning.SlimPruner, copy.deepcopy(shifted), norm_alone, x, 4).get_masks()
+    assert (float(stock["norm"]["weight"].sum()), float(stock["norm"]["bias"].sum())) == (3, 6)
+    network = copy.deepcopy(shifted)
+    masks = ready(SlimPruner, network, slim_settings(shifted), x, 4).get_masks()
+    kept = masks["norm"]["weight"]
+    assert kept.sum() == 3
+    assert torch.equal(masks["norm"]["bias"], kept)
+    assert torch.equal(masks["a"]["weight"].amax((1, 2, 3)), kept)
+    assert torch.equal(masks["b"]["bias"], kept)
+
+
+def test_the_stock_slim_drops_the_factors_that_it_trained_with_and_ours_keeps_them(shifted):
+    x, differences = torch.randn(2, 3, 6, 6), []
+    for kind in (pruning.SlimPruner, SlimPruner):
+        network = copy.deepcopy(shifted)
+        made = ready(kind, network, [{"op_names": ["norm"], "sparse_ratio": 1e-9}], x, 4)
+        trained = network(x).detach()
+        made.unwrap_model()
+        differences.append(float((network(x) - trained).detach().abs().max()))
+    assert differences[0] > 1e-2
+    assert differences[1] < 1e-6
+
+
+@pytest.mark.parametrize("schedule", [pruning.LinearPruner, pruning.AGPPruner])
+def test_a_schedule_changes_nothing_of_movements_own_and_is_refused(shifted, schedule):
+    x, ratios = torch.randn(2, 3, 6, 6), []
+    network = copy.deepcopy(shifted)
+    settings = [{"op_names": ["a"], "sparse_ratio": 0.5}]
+
+    def see():
+        ratios.append(made._target_spaces["a"]["weight"].sparse_ratio)
+
+    loop = Loop(stepped(network, x, see))
+    made = pruning.MovementPruner(network, settings, loop, 0, 4)
+    scheduled = schedule(made, 1, 4)
+    scheduled.track_forward(x)
+    scheduled.compress(4, None)
+    cubic = [0.5 * (1 - (1 - t / 4) ** 3) for t in (1, 2, 3, 4)]
+    assert ratios == pytest.approx(cubic)
+    with pytest.raises(ValueError, match="movement.*which has one of its own"):
+        prune(shifted, x[:1], 0.5, "movement", sparsity_schedule="linear")
+
+
+def test_the_speed_up_of_single_weights_gives_the_dense_network_back(shifted):
+    """NNI takes out nothing and leaves the masks out; `prune` puts zeros there."""
+    x = torch.randn(2, 3, 6, 6)
+    masks, expected = level_masks(copy.deepcopy(shifted), x)
+    stock = speed_up(copy.deepcopy(shifted), x, masks)
+    with torch.no_grad():
+        assert torch.equal(stock(x), shifted(x))
+        assert (stock(x) - expected).abs().max() > 1e-2
+        torch.testing.assert_close(prune(shifted, x, 0.5, "level")(x), expected)
+
+
+def level_masks(network, x):
+    made = pruning.LevelPruner(network, weight_settings(["a", "b", "c"], 0.5))
+    made.track_forward(x)
+    _, masks = made.compress()
+    output = network(x).detach()
+    made.unwrap_model()
+    return masks, output
+
+
+def test_the_stock_lsq_plus_starts_with_every_positive_value_clipped_and_ours_with_none(shifted):
+    x = torch.randn(2, 3, 6, 6)
+    values = {"quant_dtype": "int8", "quant_scheme": "affine"}
+    settings = [{"op_names": ["a"], "target_names": ["_input_", "weight"], **values}]
+    stock = LsqPlusQuantizer(copy.deepcopy(shifted), settings, Loop(lambda loop: None))
+    stock.track_forward(x)
+    space = stock._target_spaces["a"]["_input_0"]
+    rounded = quant_apply_methods["lsq_plus_clamp_round"](x, space).detach()
+    assert float(rounded.max()) == 0
+    row = quantize(shifted, x, "lsq+").calibration()["a"]["_input_0"]
+    (scale,), (zero,) = row["scale"], row["zero_point"]
+    assert scale == pytest.approx(float(x.max() - x.min()) / 254)
+    assert (-127 - zero) * scale == pytest.approx(float(x.min()), abs=scale)
+    assert (127 - zero) * scale == pytest.approx(float(x.max()), abs=scale)
+
+
+DOREFA = [
+    {
+        "op_names": ["a", "b"],
+        "target_names": ["_input_", "weight"],
+        "quant_dtype": "int8",
+        "quant_scheme": "affine",
+    }
+]
+
+
+class InPlace(Shifted):
+    def forward(self, x):
+        return self.c(torch.relu_(self.b(torch.relu_(self.a(x)))))
+
+
+def test_the_stock_dorefa_fails_before_an_activation_in_place_and_ours_rounds_gradients():
+    torch.manual_seed(0)
+    network, x = InPlace(), torch.randn(2, 3, 6, 6)
+
+    def passed(kind):
+        copied = copy.deepcopy(network)
+        made = kind(copied, DOREFA, Loop(lambda loop: None))
+        made.register_output_backward_hook()
+        return copied, made
+
+    stock, _ = passed(quantization.DoReFaQuantizer)
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        stock(x)
+    ours, made = passed(DoReFaQuantizer)
+    seen = []
+    output = ours.a(x)
+    output.register_hook(seen.append)
+    given = torch.randn_like(output)
+    given[1] = 0  # of an image that does not count
+    output.backward(given)
+    assert torch.equal(seen[0][1], given[1])
+    steps = 2 * given[0].abs().max() / 254
+    off = (seen[0][0] - given[0]).abs()
+    assert 0 < off.max() <= 1.01 * steps
+    made.unwrap_model()
+    assert not ours.a._forward_hooks
+
+
+def test_the_stock_dorefa_makes_nan_of_an_image_without_gradients_and_stays_in_the_network(shifted):
+    made = quantization.DoReFaQuantizer(shifted, DOREFA, Loop(lambda loop: None))
+    made.register_output_backward_hook()
+    (hook,) = shifted.a._backward_pre_hooks.values()
+    assert hook(shifted.a, (torch.zeros(1, 2, 2, 2),))[0].isnan().all()
+    made.unwrap_model()
+    assert shifted.a._backward_pre_hooks
+
+
+def test_the_stock_dorefa_takes_ranges_from_each_batch_in_evaluation_and_ours_fixes_them(shifted):
+    x = torch.randn(2, 3, 6, 6)
+    large = torch.cat([x, 100 * x])
+    stock, ours = (copy.deepcopy(shifted) for _ in range(2))
+    quantization.DoReFaQuantizer(stock, DOREFA, Loop(lambda loop: None)).track_forward(x)
+    DoReFaQuantizer(ours, DOREFA, Loop(lambda loop: None)).fix_ranges(x)
+    with torch.no_grad():
+        assert not torch.allclose(stock.eval()(x), stock(large)[:2])
+        torch.testing.assert_close(ours.eval()(x), ours(large)[:2])
+
+
+def test_bnn_makes_ones_of_all_that_an_activation_lets_through(shifted):
+    """So inputs would say nothing after a ReLU, and `quantize` rounds weights alone."""
+    inputs = [{"op_names": ["b"], "target_names": ["_input_"], "quant_dtype": None}]
+    made = quantization.BNNQuantizer(shifted, inputs, Loop(lambda loop: None))
+    x = torch.relu(torch.randn(2, 6, 4, 4))
+    shifted.b(x)
+    assert bool((made._module_wrappers["b"].patch_helper("_input_0", x) == 1).all())
+    weights = quantize(Shifted(), torch.randn(2, 3, 6, 6), "bnn")
+    assert {*weights.calibration()["a"]} == {"weight"}
+
+
+def test_bnn_keeps_the_weights_that_it_trains_between_minus_one_and_one(shifted):
+    x, largest = torch.randn(2, 3, 6, 6), []
+
+    def train(network):
+        network.train()
+        for _ in range(2):
+            for wrapper in (network.a._nni_wrapper, network.b._nni_wrapper):
+                wrapper.weight.data += 5
+            network(x)
+            largest.append(float(network.a._nni_wrapper.weight.detach().abs().max()))
+
+    quantize(shifted, x, "bnn", train)
+    assert largest == [1.0, 1.0]
+
+
+def test_the_page_has_a_row_for_each_of_nnis_classes_and_each_name_of_ours():
+    page = (ROOT / "docs/explanation/nni.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for kinds, end in ((pruning, "Pruner"), (quantization, "Quantizer"), (distillation, "er")):
+        for name in vars(kinds):
+            if name[0].isupper() and name.endswith(end):
+                assert any(row.startswith(f"| `{name}`") or f", `{name}`" in row for row in rows), (
+                    name
+                )
+    for kind, names in (("pruner", PRUNERS.own()), ("quantizer", QUANTIZERS.own())):
+        for name in names:
+            assert any(f"| `{kind}: {name}` | tested" in row for row in rows), name
+    for name in SCHEDULES:
+        assert any(f"| `sparsity_schedule: {name}` | tested" in row for row in rows), name
 
 
 def test_a_trial_asks_for_its_parameters_before_any_heavy_import():

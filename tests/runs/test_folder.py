@@ -124,14 +124,16 @@ def test_metrics_are_read_as_they_are_written(tmp_path):
 
 
 def test_metrics_of_stages_that_a_command_made_are_read_from_their_folders(tmp_path):
-    """The run's own word comes first."""
+    """The folder of a stage's own name comes first, then the run's word, then other folders."""
     run = network_in(tmp_path, original=FIGURES, finetune=FIGURES, prune={"top1": 0.3})
     network_in(tmp_path / "quantized", quantize={"int8_top1": 0.2})
+    network_in(tmp_path / "again", prune={"top1": 0.8})
+    assert run.metrics()["prune"] == {"top1": 0.3}
     network_in(tmp_path / "pruned", prune={"top1": 0.9})
     assert run.metrics() == {
         "original": FIGURES,
         "finetune": FIGURES,
-        "prune": {"top1": 0.3},
+        "prune": {"top1": 0.9},
         "quantize": {"int8_top1": 0.2},
     }
     assert RunFolder(tmp_path / "pruned").metrics() == {"prune": {"top1": 0.9}}

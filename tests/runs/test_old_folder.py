@@ -13,6 +13,7 @@ from onnxruntime import InferenceSession
 import nni_haloc
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.inputs.data import digits
+from nni_haloc.inputs.registries import STAGES as KNOWN
 from nni_haloc.results.bench import bench
 from nni_haloc.results.export import DEFAULT, export
 from nni_haloc.results.html_report import html_report
@@ -164,6 +165,29 @@ def test_a_stage_that_it_has_is_read_back(folder, stage, name, caplog):
     assert f"{stage}: done: {folder / name}" in caplog.text
     assert {key: value for key, value in FLAT.items() if key in flat} == flat
     assert (folder / name / "weights.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("saved", "changes", "ranks"),
+    [
+        ({"sparsity": 0.3}, {}, "prune"),  # as it did
+        ({"sparsity": 0.3}, {"prune.ranks": "keep"}, "keep"),
+        ({"sparsity": 0.3, "ranks": "keep"}, {}, "keep"),
+        (None, {}, "keep"),
+        (None, {"prune.sparsity": 0.4}, "keep"),
+        (None, {"prune": {"sparsity": 0.4}}, "keep"),
+        ({"sparsity": 0.3}, {"prune": {"sparsity": 0.4}}, "keep"),
+    ],
+)
+def test_ranks_are_pruned_as_in_its_run_and_kept_where_that_did_not_prune(
+    folder, saved, changes, ranks
+):
+    file = folder / "metrics.json"
+    content = json.loads(file.read_text())
+    content["config"]["prune"] = saved
+    file.write_text(json.dumps(content))
+    section = Finished(folder, stage=KNOWN["prune"](), changes=changes).config.prune
+    assert (section.ranks, section.sparsity_schedule) == (ranks, "none")
 
 
 def test_a_stage_is_applied_to_it(folder, tmp_path):

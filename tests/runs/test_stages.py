@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,13 @@ from helpers.paths import DIGITS
 from torch import nn
 
 from nni_haloc.chain.exporting import OnnxNetwork
+from nni_haloc.chain.pruning import zero_share
 from nni_haloc.costs.counts import count_macs
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.data import digits
-from nni_haloc.runs.finished import Finished, apply_stage
+from nni_haloc.inputs.registries import PRUNERS, QUANTIZERS
+from nni_haloc.results.html_report import html_report
+from nni_haloc.runs.finished import Finished, apply_stage, stage_folder
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.runs.job import Job, logged
 from nni_haloc.runs.run import run
@@ -24,6 +29,7 @@ from nni_haloc.runs.stages import stages_of
 from nni_haloc.runs.stages.choose_ranks import ChooseRanks
 from nni_haloc.runs.stages.prune import Prune
 from nni_haloc.runs.stages.quantize import _int8
+from nni_haloc.space.layers import Factorised
 from nni_haloc.training.finetuning import accuracy
 from nni_haloc.utils.errors import HalocError
 
@@ -240,11 +246,11 @@ def test_the_commands_prune_and_quantize_a_finished_run(folder, whole, tmp_path)
         ),
         (
             ["prune", "FOLDER", "--pruner", "l3"],
-            "prune.pruner: input should be 'l1', 'fpgm' or 'taylor', found 'l3'",
+            "prune.pruner: expected one of l1, l2, fpgm, taylor, slim, movement, level, found 'l3'",
         ),
         (
-            ["quantize", "FOLDER", "--quantizer", "bnn"],
-            "quantize.quantizer: input should be 'ptq', 'qat' or 'lsq', found 'bnn'",
+            ["quantize", "FOLDER", "--quantizer", "binary"],
+            "quantize.quantizer: expected one of ptq, qat, lsq, lsq+, dorefa, bnn, found 'binary'",
         ),
         (["quantize", "FOLDER", "--set", "quantize.bits=4"], "quantize.bits: unknown key"),
         (["prune", "none"], "none: no such folder; expected that of a finished run"),
@@ -258,7 +264,17 @@ def test_the_commands_prune_and_quantize_a_finished_run(folder, whole, tmp_path)
         ),
         (
             ["run", DIGITS, "--set", "prune={pruner: agp}"],
-            "prune.pruner: input should be 'l1', 'fpgm' or 'taylor', found 'agp'",
+            "prune.pruner: expected one of l1, l2, fpgm, taylor, slim, movement, level, "
+            "found 'agp'",
+        ),
+        (
+            ["prune", "FOLDER", "--set", "prune.ranks=some"],
+            "prune.ranks: input should be 'keep' or 'prune', found 'some'",
+        ),
+        (
+            [*["prune", "FOLDER", "--pruner", "movement", "--set"], "prune.sparsity_schedule=agp"],
+            "prune: sparsity_schedule: expected none with the pruner 'movement', which has one of"
+            " its own, found 'agp'",
         ),
     ],
 )
@@ -329,6 +345,75 @@ def test_a_stages_figures_are_of_their_settings_and_its_training_is_used_again(
     top, *rest = key.split(".")
     config = json.loads((tmp_path / "metrics.json").read_text())["config"][top]
     assert (config[rest[0]] if rest else config) == value
+
+
+@pytest.mark.parametrize("pruner", list(PRUNERS))
+def test_every_pruner_is_a_setting_of_a_run(folder, whole, tmp_path, pruner):
+    changes = {"pruner": pruner, "epochs": 1, "batches": 2, "sparsity": 0.4}
+    if not PRUNERS[pruner].scheduled:
+        changes["sparsity_schedule"] = "agp"
+    changes = {f"prune.{key}": value for key, value in changes.items()}
+    figures = apply_stage(folder, "prune", changes | {"data.share": 0.2}, tmp_path / pruner)
+    assert 0 <= figures["pruned_top1"] <= 1
+    small, before = load(tmp_path / pruner), load(folder)
+    ranks = [
+        {n: m.factors()[1].shape for n, m in network.named_modules() if isinstance(m, Factorised)}
+        for network in (small, before)
+    ]
+    if pruner == "level":
+        assert str(small) == str(before)
+        assert figures["pruned_zero_share"] == pytest.approx(0.4, abs=0.01)
+        assert zero_share(small) == figures["pruned_zero_share"]  # fine-tuning has kept them
+    else:
+        assert figures["pruned_params"] < sum(p.numel() for p in before.parameters())
+        assert {n: shape[:2] for n, shape in ranks[0].items()} == {
+            n: shape[:2] for n, shape in ranks[1].items()
+        }
+
+
+@pytest.mark.parametrize("quantizer", list(QUANTIZERS))
+def test_every_quantizer_is_a_setting_of_a_run(folder, whole, tmp_path, quantizer):
+    changes = {"quantize.quantizer": quantizer, "quantize.int8": False, "quantize.epochs": 1}
+    changes |= {"data.share": 0.2, "quantize.calibration_images": 64}
+    figures = apply_stage(folder, "quantize", changes, tmp_path / "q")
+    assert set(figures) == {"quantized_top1"}
+    assert 0 <= figures["quantized_top1"] <= 1
+    content = json.loads((tmp_path / "q" / "quantization.json").read_text())
+    assert content["quantizer"] == quantizer
+    assert {name for name, _ in load(tmp_path / "q").named_modules()} >= set(content["layers"])
+
+
+def test_a_network_quantized_from_a_stage_lies_where_report_and_bench_look(folder, whole, tmp_path):
+    run_folder = shutil.copytree(folder, tmp_path / "run")
+    before = RunFolder(run_folder).metrics()["quantize"]
+    changes = SMALL | {"quantize.calibration_images": 8, "data.share": 0.2}
+    figures = apply_stage(run_folder / "pruned", "quantize", changes)
+    assert not (run_folder / "pruned" / "quantized").exists()
+    run = RunFolder(run_folder)
+    assert run.metrics()["quantize"]["top1"] == figures["quantized_top1"]
+    assert set(run.metrics()["quantize"]) != set(before)  # no int8 this time
+    assert f"{100 * figures['quantized_top1']:.2f} %" in html_report(run_folder)
+    assert str(Finished(run_folder).networks()["quantized"]) == str(load(run_folder / "pruned"))
+
+
+@pytest.mark.parametrize(
+    ("source", "stage", "expected"),
+    [
+        (".", "prune", "pruned"),
+        (".", "quantize", "quantized"),
+        ("pruned", "quantize", "quantized"),
+        ("quantized", "prune", "quantized/pruned"),
+        ("quantized", "quantize", "quantized/quantized"),
+        ("pruned", "prune", "pruned/pruned"),
+    ],
+)
+def test_a_stage_of_a_stage_is_left_in_the_runs_folder_if_it_comes_later(
+    folder, whole, monkeypatch, source, stage, expected
+):
+    monkeypatch.chdir(folder / source)
+    for given in (folder / source, Path(".")):
+        found = stage_folder(RunFolder(given), stage).path
+        assert found.resolve() == (folder / expected).resolve()
 
 
 def test_a_package_that_int8_needs_is_missed_before_anything_is_done(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ class Pretrain(Stage):
         loader, val = job.loader("train", shuffle=True), job.loader("val")
         facts: dict[str, Any] = {"seed": config.seed}
         for key in ("model", "train", "data"):
-            facts[key] = section_identity(getattr(config, key))
+            facts[key] = section_identity(getattr(config, key), key)
         path = self.files(job.folder).checkpoint
         state = EpochCheckpoint(path, {"identity": facts}, loader, val)
         if resume := resume and path.exists():

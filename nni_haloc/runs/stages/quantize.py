@@ -1,4 +1,4 @@
-"""The stage ``quantize``: 8 bits, as a quantizer of NNI's simulates them and in ONNX Runtime."""
+"""The stage ``quantize``: few bits, as a quantizer of NNI's simulates them and in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from nni_haloc.costs.device.measure import time_together
 from nni_haloc.costs.device.onnx_runtime import OnnxRuntime
 from nni_haloc.costs.from_settings import latency_input
+from nni_haloc.inputs.registries import QUANTIZERS
 from nni_haloc.inputs.schema.chain import Quantize as Settings
 from nni_haloc.runs.folder import METRICS_VERSION, Figures, RunFolder
 from nni_haloc.runs.job import Job
@@ -52,6 +53,7 @@ class Quantize(NetworkStage):
         from nni_haloc.chain.quantizing import quantize
 
         section = self.settings_of(job.config)
+        kind = QUANTIZERS[section.quantizer]
         images = job.splits.images("plain", section.calibration_images, job.config.seed)
 
         def train_rounded(wrapped: nn.Module) -> None:
@@ -63,13 +65,13 @@ class Quantize(NetworkStage):
                 self.identity(job, before),
                 report,
                 title=self.training_title,
-                recalibrated=False,
+                recalibrated=kind.replaces is not None,
                 resume=resume,
             )
 
         with as_one_line(SettingsError, self.name):
             simulated = quantize(before.network, images, section.quantizer, train_rounded)
-        if section.quantizer == "ptq":
+        if not kind.trains:
             report({"default": job.accuracy(simulated.network, job.loader("val"))["top1"]}, 0)
         if not is_first():
             return simulated.unwrapped(), {}

@@ -235,8 +235,9 @@ class NetworkStage(Stage):
         if resume and (done := self._finished(job, before, folder, same)) is not None:
             logger.info("%s: done: %s", self.name, folder)
             return done
-        if is_first():  # what is there is of other settings, and its files are replaced one by one
-            folder.metrics_file.unlink(missing_ok=True)
+        if is_first() and folder.metrics_file.exists():  # its files are replaced one by one
+            logger.info("%s: replacing the results of an earlier stage", folder)
+            folder.metrics_file.unlink()
         seed_everything(job.config.seed, verbose=False)
         network, figures = self.apply(job, before, folder, report, resume)
         figures |= self.measure(job, network) if is_first() else {}
@@ -293,7 +294,7 @@ class NetworkStage(Stage):
             **finetuning_identity(job.config),
             "ranks": before.plan.names,
             "network": f"sha256 {digest.hexdigest()}",
-            self.section: section_identity(self.settings_of(job.config)),
+            self.section: section_identity(self.settings_of(job.config), self.section),
         }
 
     @staticmethod
