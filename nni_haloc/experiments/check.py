@@ -17,7 +17,7 @@ from nni_haloc.experiments.keys import as_sent, check_keys, spell_as_nni
 from nni_haloc.experiments.program import check_program, check_script, trial_arguments
 from nni_haloc.experiments.space import draw_examples, read_space
 from nni_haloc.experiments.trials import check_measuring, check_settings, parameters_to_try
-from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.errors import SettingsError, as_one_line
 
 KEYS = ("trialCommand", "trainingService", "searchSpace", "searchSpaceFile")
 """Keys that only an experiment's file has."""
@@ -69,11 +69,10 @@ def check_experiment(path: str | Path) -> str:
     experiment = as_sent(path, content)
     algorithms = find_algorithms(path, content, experiment)
     measures = arguments is not None and arguments[0] == "measure"
-    if arguments is not None and not measures:
-        _refuse_advisor(path, algorithms[0])
     first = try_algorithms(path, algorithms, space, _number_of_trials(experiment))
     if arguments is None:
         return f"trials run {command!r}"
+    _check_budgets(path, algorithms[0])
     parameters = parameters_to_try(path, samples, first, algorithms[0])
     if measures:
         check_measuring(path, arguments[1:], parameters, code)
@@ -149,13 +148,10 @@ def _number_of_trials(experiment: Mapping[str, Any]) -> int:
     return max(1, min(experiment["trialConcurrency"], experiment.get("maxTrialNumber") or 8, 8))
 
 
-def _refuse_advisor(path: Path, tuner: Algorithm) -> None:
+def _check_budgets(path: Path, tuner: Algorithm) -> None:
     if tuner.advisor:
-        raise SettingsError(
-            f"{path}: {tuner.key}: {tuner.name} gives each trial a share of the epochs, "
-            "TRIAL_BUDGET, which is no setting of nni_haloc.trial, so that every trial would fail; "
-            "expected a tuner, such as TPE, perhaps with the assessor Medianstop"
-        )
+        with as_one_line(where=f"{path}: {tuner.key}"):
+            _ = tuner.budgets
 
 
 def _refuse_minimizing(path: Path, algorithms: Sequence[Algorithm]) -> None:

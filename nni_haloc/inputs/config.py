@@ -23,8 +23,9 @@ from nni_haloc.inputs.schema.section import Section
 from nni_haloc.inputs.schema.space import Space
 from nni_haloc.inputs.schema.training import Finetune, Train, Trainer, Training
 from nni_haloc.inputs.schema.values import CountOrNone, Processes, Rule, Seed, Share
+from nni_haloc.inputs.tuned import as_settings
 from nni_haloc.inputs.yaml_files import read_yaml
-from nni_haloc.utils.errors import SettingsError, brief, explain
+from nni_haloc.utils.errors import SettingsError, as_one_line, brief, explain
 
 Validated = TypeVar("Validated", bound=Section)
 
@@ -89,6 +90,9 @@ class Config(Section):
     faster with 1."""
     seed: Seed = 0
     """Seed of everything random. The same seed gives the same ranks."""
+    trial_budget: Literal["finetune.epochs", "search.epochs"] = "finetune.epochs"
+    """The setting that NNI's Hyperband and BOHB set by `TRIAL_BUDGET`, for
+    [trials of several lengths](how-to/tune.md#trials-of-several-lengths)."""
     preset: Literal["paper"] | None = None
     """`paper` sets what the paper does ([the keys](reference/settings.md#preset-paper)); a setting
     beside it that says otherwise is an error."""
@@ -155,7 +159,8 @@ def load_config(
 
     Args:
         path: the YAML file.
-        changes: dotted key to value (``{"budget.fraction": 0.3}``), as NNI's tuner gives them.
+        changes: dotted key to value (``{"budget.fraction": 0.3}``), as NNI's tuner gives them,
+            ``TRIAL_BUDGET`` and folders of checkpoints included (`as_settings`).
         training: whether the run is to make the file ``weights``, which then need not be there.
         uploaded: the folder that is sent to another machine, if the run is to be there. Relative
             paths must lie inside; absolute ones are that machine's and are not looked for here.
@@ -178,6 +183,10 @@ def _load(path: Path, changes: dict[str, Any], training: bool, uploaded: Path | 
     content["rank_space"] = changes.pop("rank_space", content.get("rank_space", {}))
     if isinstance(content["rank_space"], str):
         content["rank_space"] = _space_file(path, content["rank_space"], uploaded)
+    budget = changes.get("trial_budget", content.get("trial_budget"))
+    setting = budget if isinstance(budget, str) else Config.model_fields["trial_budget"].default
+    with as_one_line(where=str(path)):
+        changes = as_settings(changes, setting)
     for dotted, value in changes.items():
         set_dotted(content, dotted, value)
     _apply_preset(content, path)

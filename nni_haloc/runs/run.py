@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from nni_haloc.runs.plausibility import doubt_figures, warn_of_doubts
 from nni_haloc.runs.stages import all_stages, stages_of
 from nni_haloc.runs.stages.choose_ranks import search
 from nni_haloc.runs.stages.chosen_format import with_chosen_format
-from nni_haloc.runs.stages.stage import Outcome, Report, Stage, ignore
+from nni_haloc.runs.stages.stage import Outcome, Reports, Stage, ignore
 from nni_haloc.runs.summary import summary_line
 from nni_haloc.search.strategy import Haloc
 from nni_haloc.utils.log import logger
@@ -28,7 +29,7 @@ RESULT = "finetune"
 def run(
     config: Config,
     folder: str | Path,
-    report: Report = ignore,
+    report: Reports = ignore,
     parameters: Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
@@ -38,8 +39,10 @@ def run(
     Args:
         config: the settings (`nni_haloc.load_config`).
         folder: receives the results (`nni_haloc.runs.folder.RunFolder`).
-        report: called after each epoch of the search and of every training with figures whose
-            ``default`` is the top-1 on validation images, and the point's place in the run's curve.
+        report: called after each epoch of the search and of every training, and before the first
+            of a training, with the stage's name, figures whose ``default`` is the top-1 on
+            validation images, and the point's place in the stage's curve. Curves of different
+            stages don't compare: they are of different networks.
         parameters: what a tuner has set; ``metrics.json`` keeps it.
         resume: whether to go on from what an interrupted run left in ``folder``.
 
@@ -60,7 +63,7 @@ def run(
 
 def run_job(
     job: Job,
-    report: Report = ignore,
+    report: Reports = ignore,
     parameters: Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
@@ -83,10 +86,8 @@ def run_job(
         figures: dict[str, Figures] = {"original": original}
         told = warn_of_doubts(figures)
         outcome: Outcome | None = None
-        place = 0
         for stage in stages:
-            outcome = stage.run(job, outcome, _from(report, place), resume)
-            place += stage.points(job.config)
+            outcome = stage.run(job, outcome, partial(report, stage.name), resume)
             if is_first():
                 original |= outcome.original
                 figures[stage.name] = outcome.figures
@@ -176,8 +177,3 @@ def gains(original: Figures, result: Figures) -> Figures:
         if key in known:
             found[f"{key}_reduction"] = 1 - result[key] / original[key]
     return found
-
-
-def _from(report: Report, first: int) -> Report:
-    """Return a report whose places are counted from ``first`` on."""
-    return lambda figures, place: report(figures, first + place)

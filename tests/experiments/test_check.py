@@ -5,6 +5,8 @@ ends a real experiment.
 """
 
 import datetime
+import importlib.metadata
+import math
 import re
 import shutil
 import sys
@@ -175,13 +177,29 @@ WRONG = {
     "NAS": (tuner("RegularizedEvolutionTuner"), "searchSpace: .* does not take it: Unsupported"),
     "a network": (tuner("NetworkMorphism"), "expected settings and their values for a trial"),
     # budgets of a trial
-    "Hyperband as advisor": (
-        {"tuner": None, "advisor": {"name": "Hyperband", "classArgs": {"R": 4, "eta": 2}}},
-        r"advisor: Hyperband gives each trial .* TRIAL_BUDGET, which is no setting",
+    "no epoch": (tuner("Hyperband", R=0), "tuner: classArgs: expected R above 0, and eta of 2"),
+    "the same epochs": (tuner("Hyperband", R=4, eta=1), "tuner: classArgs: expected R above 0"),
+    "a budget that the tuner draws, too": (
+        {**tuner("Hyperband"), **space("finetune.epochs", "choice", 1, 2)},
+        r"searchSpace\.finetune\.epochs: expected no values, because TRIAL_BUDGET sets it",
     ),
-    "Hyperband as tuner": (tuner("Hyperband"), "tuner: Hyperband gives each trial .*TRIAL_BUDGET"),
-    "BOHB": (tuner("BOHB"), "tuner: BOHB gives each trial .*TRIAL_BUDGET"),
-    "PBT": (tuner("PBT", **MAXIMIZE), "searchSpace: PBT does not take it"),
+    "a table of a budget": (
+        {
+            "trialCommand": "python3 -m nni_haloc.trial measure --model digits_cnn",
+            **tuner("Hyperband"),
+            **space("part", "choice", "0/2", "1/2"),
+        },
+        "haloc measure: unrecognized arguments: --TRIAL_BUDGET",
+    ),
+    "numbers between whole ones": (
+        {**tuner("Random"), **space("finetune.epochs", "uniform", 1, 3)},
+        r"finetune\.epochs: .*integer",
+    ),
+    "halves of whole ones": (
+        {**tuner("Random"), **space("finetune.epochs", "quniform", 1, 3, 0.5)},
+        r"finetune\.epochs: .*integer",
+    ),
+    "an argument that PBT lacks": (tuner("PBT", fractoin=0.5), "did you mean 'fraction'"),
     # tuners of one's own
     "no such class": (own("Missing"), "own_things.Missing can't be imported: .*no attribute"),
     "no such module": (
@@ -414,6 +432,12 @@ RIGHT = {
     "a tuner in small letters": (tuner("tpe", **MAXIMIZE), {}),
     "an argument without effect": (tuner("Random", **MAXIMIZE, seed=3), {}),
     "Evolution": (tuner("Evolution"), {}),
+    "Hyperband as tuner": (tuner("Hyperband", **MAXIMIZE, R=4, eta=2), {}),
+    "Hyperband as advisor": (
+        {"tuner": None, "advisor": {"name": "Hyperband", "classArgs": {"R": 4, "eta": 2}}},
+        {"trial_budget": "search.epochs"},
+    ),
+    "PBT": (tuner("PBT", **MAXIMIZE, population_size=2, factor=0.3), {}),
     "an assessor": ({"assessor": {"name": "Medianstop", "classArgs": {"start_step": 2}}}, {}),
     "a tuner of one's own": (own("Fixed", budget=0.4), {}),
     "keys in other spellings": ({"maxTrialNumber": None, "max_trial_number": 3}, {}),
@@ -436,11 +460,51 @@ RIGHT = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_runs_is_ready(experiment, name):
     changes, settings = RIGHT[name]
-    assert check_experiment(experiment(changes, settings)) == READY
+    assert check_experiment(experiment(changes, settings)).startswith(READY)
+
+
+@pytest.mark.parametrize(
+    ("name", "packages"),
+    [
+        ("SMAC", "smac4nni ConfigSpaceNNI"),
+        ("BOHB", "ConfigSpace statsmodels"),
+        ("Anneal", "hyperopt==0.1.2"),
+        ("TPE_legacy", "hyperopt==0.1.2"),
+        ("DNGO", "pybnn"),
+        ("PPOTuner", "gym"),
+    ],
+)
+def test_a_tuner_that_needs_a_package_names_it(experiment, name, packages, monkeypatch):
+    """The packages are those of NNI's own extras."""
+    for module in ("smac", "ConfigSpaceNNI", "ConfigSpace", "hyperopt", "pybnn", "gym"):
+        monkeypatch.setitem(sys.modules, module, None)
+    extras = [each for each in importlib.metadata.requires("nni") if "extra" in each]
+    wanted = {re.split("[ ;=<>]", each)[0] for each in extras}
+    assert {each.split("=")[0] for each in packages.split()} <= wanted
+    message = f"{name} needs the package .*, which is not installed .pip install {packages}.$"
+    refused(experiment(tuner(name)), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "budgets"),
+    [({"R": 4, "eta": 2}, [1, 4]), ({"R": 10, "eta": 3}, [1, 10]), ({"R": 1}, [1]), ({}, [2, 60])],
+)
+def test_an_advisors_budgets_are_those_of_nnis_brackets(arguments, budgets):
+    from nni.algorithms.hpo.hyperband_advisor import Bracket
+
+    algorithm = algorithms.Algorithm("tuner", {"name": "Hyperband", "classArgs": arguments})
+    algorithm.defaults = {"R": 60, "eta": 3}
+    assert algorithm.budgets == budgets
+    most, eta = (arguments.get(key, algorithm.defaults[key]) for key in ("R", "eta"))
+    halvings = math.floor(math.log(most, eta) + 1e-6)
+    brackets = [Bracket("0", s, halvings, eta, most, "maximize") for s in range(halvings + 1)]
+    drawn = {bracket.get_n_r()[1] for bracket in brackets}
+    assert [min(drawn), max(drawn)] == [budgets[0], budgets[-1]]
 
 
 def test_the_values_of_batch_are_the_settings(experiment):
-    values = space("all", "choice", {"budget.fraction": 0.5, "seed": 1}, {"budget.fraction": 0.4})
+    each = {"budget.fraction": 0.5, "seed": 1}, {"budget.fraction": 0.4}
+    values = space("combine_params", "choice", *each)
     found = check_experiment(experiment({**tuner("Batch"), **values}))
     assert found == "trials run run.yml, searching budget.fraction, seed"
 

@@ -50,10 +50,10 @@ def chain(folder, resume=False, until=99, **sections):
     """
     reports = []
 
-    def report(metrics, place):
+    def report(stage, metrics, place):
         if len(reports) == until:
             raise Stopped
-        reports.append((place, metrics))
+        reports.append((stage, place, metrics))
 
     config = load_config(DIGITS, SHORT | sections)
     if until == 99:
@@ -99,9 +99,10 @@ def test_every_stage_reports_flat_metrics_and_the_last_one_the_default(whole):
         left = metrics[key] / metrics[f"original_{key}"]
         assert metrics[f"{key}_reduction"] == pytest.approx(1 - left)
     assert all(0.3 < metrics[key] <= 1 for key in metrics if key.endswith("top1"))
-    assert len(reports) == (1 + 1) + (1 + 2) + (1 + 1)
-    assert [place for place, _ in reports] == list(range(7))
-    assert all(0 <= row["default"] <= 1 for _, row in reports)
+    epochs = {"finetune": 1, "prune": 2, "quantize": 1}
+    curves = [(stage, place) for stage, number in epochs.items() for place in range(1 + number)]
+    assert [(stage, place) for stage, place, _ in reports] == curves
+    assert all(0 <= row["default"] <= 1 for *_, row in reports)
 
 
 def test_each_stages_folder_gives_back_what_was_reported(folder, whole):
@@ -380,7 +381,7 @@ def test_resuming_a_rules_run_without_fine_tuning_keeps_its_stages(tmp_path):
     sections = NO_TRAINING | {"prune": {"epochs": 0}}
     first, _ = chain(tmp_path, **sections)
     found, reports = chain(tmp_path, resume=True, **sections)
-    assert [place for place, _ in reports] == [0]  # of the network that is not fine-tuned
+    assert [place for _, place, _ in reports] == [0]  # of the network that is not fine-tuned
     assert found["pruned_latency_ms"] == first["pruned_latency_ms"]
 
 
