@@ -27,6 +27,8 @@ from nni_haloc.utils.quiet import silent
 
 _SECONDS = 60
 """For a class of the user's own to come up; NNI's manager waits for ten."""
+ADVISORS = "nni_haloc.experiments.advisors"
+"""The module of NNI's advisors that run."""
 _MODES = ("maximize", "minimize")
 _PACKAGES = {
     "SMAC": "smac4nni ConfigSpaceNNI",  # not smac, which has other modules
@@ -213,7 +215,7 @@ def _try(algorithm: Algorithm, space: dict[str, Any], number: int) -> dict[str, 
                 folder = algorithm.config["codeDirectory"]
                 return {"reason": f"{at}.className: {name}: no module {error.name} in {folder}"}
             lacks = f"{name} needs the package {package}, which is not installed"
-            wanted = _PACKAGES.get(_name_of(algorithm), package)
+            wanted = _PACKAGES.get(nni_name(algorithm), package)
             return {"reason": f"{at}: {lacks} (pip install {wanted})"}
         except Exception as error:
             return {"reason": f"{at}: {name} can't be imported: {_said(error)}"}
@@ -250,10 +252,13 @@ def _with_checkpoints() -> Iterator[None]:
             del os.environ[_CHECKPOINTS]
 
 
-def _name_of(algorithm: Algorithm) -> str:
+def nni_name(algorithm: Algorithm) -> str:
     """Return the name that NNI lists an algorithm under; empty for a class of the user's own."""
     from nni.tools.package_utils import config_manager
 
+    own = str(algorithm.config.get("className"))
+    if own.startswith(f"{ADVISORS}."):
+        return own.rpartition(".")[2]
     name = algorithm.config.get("name")
     meta = config_manager.get_algo_meta(name) if name else None
     return meta.name if meta is not None else ""

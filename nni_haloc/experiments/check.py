@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from nni_haloc.experiments.algorithms import (
+    ADVISORS,
     Algorithm,
     check_classes,
     find_algorithms,
+    nni_name,
     try_algorithms,
 )
 from nni_haloc.experiments.keys import as_sent, check_keys, spell_as_nni
@@ -70,9 +72,9 @@ def check_experiment(path: str | Path) -> str:
     algorithms = find_algorithms(path, content, experiment)
     measures = arguments is not None and arguments[0] == "measure"
     first = try_algorithms(path, algorithms, space, _number_of_trials(experiment))
+    _check_advisor(path, algorithms[0])
     if arguments is None:
         return f"trials run {command!r}"
-    _check_budgets(path, algorithms[0])
     parameters = parameters_to_try(path, samples, first, algorithms[0])
     if measures:
         check_measuring(path, arguments[1:], parameters, code)
@@ -148,10 +150,19 @@ def _number_of_trials(experiment: Mapping[str, Any]) -> int:
     return max(1, min(experiment["trialConcurrency"], experiment.get("maxTrialNumber") or 8, 8))
 
 
-def _check_budgets(path: Path, tuner: Algorithm) -> None:
-    if tuner.advisor:
-        with as_one_line(where=f"{path}: {tuner.key}"):
-            _ = tuner.budgets
+def _check_advisor(path: Path, tuner: Algorithm) -> None:
+    """Raise `SettingsError` for an advisor of NNI's own that does not run, or without budgets."""
+    if not tuner.advisor:
+        return
+    if not tuner.foreign:
+        own = f"{ADVISORS}.{nni_name(tuner)}"
+        ends = "NNI 3.0's own ends at the first result of a trial; expected"
+        raise SettingsError(
+            f"{path}: {tuner.key}: {ends} className: {own} and codeDirectory: . in the place of "
+            f"name, found name: {tuner.name}"
+        )
+    with as_one_line(where=f"{path}: {tuner.key}"):
+        _ = tuner.budgets
 
 
 def _refuse_minimizing(path: Path, algorithms: Sequence[Algorithm]) -> None:

@@ -114,6 +114,7 @@ def reported(trial):
     return [curve(trial(str(own), **settings | own)[1]) for own in ({}, bad)]
 
 
+@pytest.mark.filterwarnings("ignore")  # Curvefitting tries curves that don't fit
 def test_assessors_stop_the_trial_that_they_should_and_no_other(reported):
     """NNI's assessors compare points place by place, so a curve means one thing all along."""
     good, bad = reported
