@@ -17,6 +17,7 @@ from nni_haloc.inputs.schema.chain import Prune, Quantize
 from nni_haloc.inputs.schema.cost import Cost
 from nni_haloc.inputs.schema.data import Data
 from nni_haloc.inputs.schema.model import Model
+from nni_haloc.inputs.schema.objective import Objective
 from nni_haloc.inputs.schema.paths import ExistingPath, WeightsPath, check_uploaded, expanded
 from nni_haloc.inputs.schema.search import Search
 from nni_haloc.inputs.schema.section import Section
@@ -90,6 +91,8 @@ class Config(Section):
     faster with 1."""
     seed: Seed = 0
     """Seed of everything random. The same seed gives the same ranks."""
+    objective: Objective = Objective()
+    """What `default` of a trial is, the number that a tuner maximises."""
     trial_budget: Literal["finetune.epochs", "search.epochs"] = "finetune.epochs"
     """The setting that NNI's Hyperband and BOHB set by `TRIAL_BUDGET`, for
     [trials of several lengths](how-to/tune.md#trials-of-several-lengths)."""

@@ -16,7 +16,7 @@ from nni_haloc.training.checkpoint import check_same
 VERSION = 2
 
 _WHOLE_SECTIONS = ("finetune", "prune", "quantize", "train")
-_SETTINGS = ("scale", "recalibration_batches", "threads", "trial_budget")
+_SETTINGS = ("scale", "recalibration_batches", "threads", "trial_budget", "objective")
 _KEYS = {
     "budget": {"check"},
     "data": {"workers", "score", "download"},
