@@ -153,11 +153,8 @@ def _run(config: Any, parameters: dict, folder: RunFolder, reports: Reports) -> 
 
     if is_first():
         take_up(folder, config, parameters)
-        for place, point in enumerate(
-            known_points(folder)
-            if BUDGET in parameters and config.objective.kind == "metric"
-            else []
-        ):
+        again = BUDGET in parameters and config.objective.kind == "metric"
+        for place, point in enumerate(known_points(folder) if again else []):
             reports.point(point, place)
     try:  # a trial that NNI starts again has its folder already
         metrics = run(config, folder.path, report, parameters, resume=True)

@@ -149,8 +149,8 @@ def flatten(figures: Mapping[str, Figures], objective: Objective = Objective()) 
     """Put the figures of all stages into one flat dict, as NNI takes them.
 
     ``default``, which a tuner maximises, is the objective's value for the last stage's headline,
-    top-1, and for its costs as far as it has them, else for those of the result; ``original_...`` are
-    the original's; figures without a prefix are those of the fine-tuned network, and ``speedup``,
+    top-1, and for its costs; those that it lacks are the result's. ``original_...`` are the
+    original's; figures without a prefix are those of the fine-tuned network, and ``speedup``,
     ``macs_reduction`` and ``params_reduction`` are its gains over the original;
     ``original_at_chance`` and ``far_above_original`` are 1 where `doubts` doubts the accuracies.
 
@@ -169,9 +169,8 @@ def flatten(figures: Mapping[str, Figures], objective: Objective = Objective()) 
             if headline is not None:
                 costs = {**result, **figures[stage.name]}
                 known = all(cost in costs and cost in original for cost in objective.costs)
-                default = objective_value(
-                    objective if known else Objective(), headline, costs, original
-                )
+                own = objective if known else Objective()
+                default = objective_value(own, headline, costs, original)
     return flat if default is None else {"default": default, **flat}
 
 
