@@ -97,8 +97,9 @@ class Config(Section):
     """The setting that NNI's Hyperband and BOHB set by `TRIAL_BUDGET`, for
     [trials of several lengths](how-to/tune.md#trials-of-several-lengths)."""
     preset: Literal["paper"] | None = None
-    """`paper` sets what the paper does ([the keys](reference/settings.md#preset-paper)); a setting
-    beside it that says otherwise is an error."""
+    """`paper` sets what the paper does ([the keys](reference/settings.md#preset-paper), and [what
+    the paper leaves open](explanation/paper.md#preset-paper)). A setting beside it that says
+    otherwise than its method is an error; its training may be changed."""
 
     @model_validator(mode="before")
     @classmethod
@@ -144,6 +145,23 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     }
 }
+"""What a preset fixes: its method."""
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {
+        "recalibration_batches": 0,
+        "data": {"batch_size": 256},
+        "finetune": {
+            "epochs": 220,
+            "lr": {"small": 0.1, "large": 0.01},
+            "momentum": 0.9,
+            "weight_decay": 1e-4,
+            "schedule": "step",
+        },
+    }
+}
+"""What a preset sets where the file does not: its training. A rate may depend on the images: those
+of CIFAR-10 are small."""
+_SMALL_IMAGE = 64
 
 
 def load_config(
@@ -231,7 +249,10 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 def _apply_preset(content: dict[str, Any], path: Path) -> None:
-    """Set what the settings' ``preset`` fixes; refuse a setting that says otherwise."""
+    """Set what the settings' ``preset`` fixes; refuse a setting that says otherwise.
+
+    What it only recommends, its training, is set where the settings say nothing of it.
+    """
     preset = content.get("preset")
     if preset == "paper" and content.get("plan") is None:
         content.setdefault("rule", "search")
@@ -243,6 +264,22 @@ def _apply_preset(content: dict[str, Any], path: Path) -> None:
             if values.setdefault(key, value) != value:
                 sets = f"preset {preset!r} sets it to {value!r}"
                 raise SettingsError(f"{path}: {section}.{key}: {sets}, found {brief(values[key])}")
+    for key, recipe in RECIPES.get(preset if isinstance(preset, str) else "", {}).items():
+        if isinstance(recipe, dict) and isinstance(content.setdefault(key, {}), dict):
+            for name, value in recipe.items():
+                by_size = isinstance(value, dict)
+                content[key].setdefault(name, value[_image_size(content)] if by_size else value)
+        elif not isinstance(recipe, dict):
+            content.setdefault(key, recipe)
+
+
+def _image_size(content: Mapping[str, Any]) -> Literal["small", "large"]:
+    """Tell whether a run's images are as small as CIFAR-10's, or of ImageNet's kind."""
+    data = content.get("data")
+    size = data.get("size", 32) if isinstance(data, dict) else 32
+    sides = size if isinstance(size, list) else [size]
+    is_large = any(_is_number(side) and side > _SMALL_IMAGE for side in sides)
+    return "large" if is_large else "small"
 
 
 def _space_file(path: Path, name: str, uploaded: Path | None) -> Any:
