@@ -84,8 +84,8 @@ def test_every_stage_reports_flat_metrics_and_the_last_one_the_default(whole):
     assert all(type(value) in (int, float) for value in metrics.values())
     assert list(metrics) == [
         "default", "original_top1", "original_test_top1", "original_macs", "original_params",
-        "original_images", "original_chance", "original_latency_ms", "speedup", "macs_reduction", "params_reduction",
-        "original_at_chance", "far_above_original",
+        "original_images", "original_chance", "original_latency_ms", "speedup",
+        "macs_reduction", "params_reduction", "original_at_chance", "far_above_original",
         "top1", "test_top1", "macs", "params", "latency_ms", "images_per_s", "bytes",
         "pruned_top1", "pruned_test_top1", "pruned_macs", "pruned_params", "pruned_latency_ms",
         "pruned_bytes", "quantized_top1", "quantized_test_top1", "int8_top1", "int8_test_top1",
