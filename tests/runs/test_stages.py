@@ -229,7 +229,7 @@ def test_the_commands_prune_and_quantize_a_finished_run(folder, whole, tmp_path)
     assert str(load(tmp_path / "small")) == str(load(tmp_path / "half"))
     stages = json.loads((tmp_path / "small" / "metrics.json").read_text())["stages"]
     assert {name: set(figures) for name, figures in stages.items()} == {
-        "quantize": {"top1", "bytes"}
+        "quantize": {"top1", "test_top1", "bytes"}
     }
 
 
