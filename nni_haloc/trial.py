@@ -31,6 +31,7 @@ from typing import Any
 
 from nni_haloc.inputs.config import load_config
 from nni_haloc.inputs.models import add_code, is_factory
+from nni_haloc.inputs.tuned import BUDGET
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.utils.errors import (
     HalocError,
@@ -123,15 +124,7 @@ def main(run_file: str, parameters: dict, folder: RunFolder) -> int:
         if is_factory(config.model.name):  # it may lie beside the file
             add_code(Path(run_file).parent)
         reports = Reports(folder.reported, config.model_dump(mode="json"))
-        from nni_haloc.runs.run import run
-
-        try:  # a trial that NNI starts again has its folder already
-            metrics = run(config, folder.path, reports.point, parameters, resume=True)
-        except UnusableCheckpoint as error:
-            from nni_haloc.training.checkpoint import REMEDY
-
-            logger.info("%s; starting anew", str(error).removesuffix(REMEDY))
-            metrics = run(config, folder.path, reports.point, parameters)
+        metrics = _run(config, parameters, folder, reports)
         if is_first():
             for name, value in metrics.items():
                 logger.info("%s: %.6g", name, value)
@@ -145,6 +138,34 @@ def main(run_file: str, parameters: dict, folder: RunFolder) -> int:
             return 2
         raise
     return 0
+
+
+def _run(config: Any, parameters: dict, folder: RunFolder, reports: Reports) -> dict[str, float]:
+    """Run a trial from where it, or one before it, has come to; return its final figures."""
+    from nni_haloc.runs.earlier import hand_on, known_points, take_up
+    from nni_haloc.runs.run import RESULT, run
+
+    def report(stage: str, figures: dict[str, float], place: int) -> None:
+        # NNI's assessors compare the curves of trials place by place, and take the last point for
+        # what the whole comes to. So the curve is of one network: the result, as it is fine-tuned.
+        if stage == RESULT:
+            reports.point(figures, place)
+
+    if is_first():
+        take_up(folder, config, parameters)
+        again = BUDGET in parameters and config.objective.kind == "metric"
+        for place, point in enumerate(known_points(folder) if again else []):
+            reports.point(point, place)
+    try:  # a trial that NNI starts again has its folder already
+        metrics = run(config, folder.path, report, parameters, resume=True)
+    except UnusableCheckpoint as error:
+        from nni_haloc.training.checkpoint import REMEDY
+
+        logger.info("%s; starting anew", str(error).removesuffix(REMEDY))
+        metrics = run(config, folder.path, report, parameters)
+    if is_first():
+        hand_on(folder, config, parameters)
+    return metrics
 
 
 def measure_share(arguments: list[str], parameters: dict, folder: RunFolder) -> int:

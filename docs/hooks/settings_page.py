@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from markdown_table import table
 
-from nni_haloc.inputs.config import PRESETS
+from nni_haloc.inputs.config import PRESETS, RECIPES
 from nni_haloc.inputs.reference import Setting, as_yaml, list_settings
 
 
@@ -35,9 +35,14 @@ def _keys(settings: list[Setting]) -> str:
 
 def preset() -> str:
     """Return what `preset: paper` sets."""
-    rows = [
-        [f"[`{section}.{key}`](#{section}.{key})", f"`{as_yaml(value) or 'null'}`"]
-        for section, values in PRESETS["paper"].items()
-        for key, value in values.items()
-    ]
-    return table(["key", "value"], rows)
+    rows = []
+    for name, values in {**PRESETS["paper"], **RECIPES["paper"]}.items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            dotted = f"{name}.{key}".rstrip(".")
+            if isinstance(value, dict):
+                text = ", ".join(f"`{each}` for {size} images" for size, each in value.items())
+            else:
+                text = f"`{as_yaml(value) or 'null'}`"
+            fixed = "yes" if name in PRESETS["paper"] else ""
+            rows.append([f"[`{dotted}`](#{dotted})", text, fixed])
+    return table(["key", "value", "fixed"], rows)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +29,20 @@ _SECONDS = 60
 """For a class of the user's own to come up; NNI's manager waits for ten."""
 _WRITERS = ("NetworkMorphism",)
 """NNI's algorithms that write files where they are made."""
+ADVISORS = "nni_haloc.experiments.advisors"
+"""The module of NNI's advisors that run."""
 _MODES = ("maximize", "minimize")
+_PACKAGES = {
+    "SMAC": "smac4nni ConfigSpaceNNI",  # not smac, which has other modules
+    "BOHB": "ConfigSpace statsmodels",
+    "Anneal": "hyperopt==0.1.2",
+    "TPE_legacy": "hyperopt==0.1.2",
+    "DNGO": "pybnn",
+    "PPO": "gym",
+}
+"""What NNI's own algorithms need beside NNI (its extras; their modules have other names)."""
+_CHECKPOINTS = "NNI_CHECKPOINT_DIRECTORY"
+"""Where NNI's manager has a tuner keep its state: PBT names folders in it."""
 
 
 @dataclass
@@ -52,6 +67,22 @@ class Algorithm:
     def name(self) -> str:
         """What the section calls it."""
         return self.config.get("name") or self.config["className"]
+
+    @property
+    def budgets(self) -> list[int]:
+        """The least and the most that an advisor gives a trial, as `TRIAL_BUDGET`.
+
+        Raises:
+            ValueError: if its arguments allow none.
+        """
+        given = {**self.defaults, **(self.config.get("classArgs") or {})}
+        least, most = given.get("min_budget", 1), given.get("R", given.get("max_budget", 1))
+        eta = given.get("eta", 2)
+        if not (1 <= least <= most and eta >= 2):
+            keys = "R above 0" if "R" in given else "min_budget above 0, not above max_budget"
+            raise ValueError(f"classArgs: expected {keys}, and eta of 2 or more")
+        halvings = math.floor(math.log(most / least, eta) + 1e-6)
+        return sorted({math.floor(most / eta**halvings + 1e-6), most})
 
     @property
     def optimize_mode(self) -> str | None:
@@ -175,7 +206,7 @@ def _try(algorithm: Algorithm, space: dict[str, Any], number: int) -> dict[str, 
         it gives to trials.
     """
     at, name = algorithm.key, algorithm.name
-    with warnings.catch_warnings(), silent("nni"):
+    with warnings.catch_warnings(), silent("nni"), _with_checkpoints():
         warnings.simplefilter("ignore")
         try:
             kind = _class_of(algorithm)
@@ -186,7 +217,8 @@ def _try(algorithm: Algorithm, space: dict[str, Any], number: int) -> dict[str, 
                 folder = algorithm.config["codeDirectory"]
                 return {"reason": f"{at}.className: {name}: no module {error.name} in {folder}"}
             lacks = f"{name} needs the package {package}, which is not installed"
-            return {"reason": f"{at}: {lacks} (pip install {package})"}
+            wanted = _PACKAGES.get(nni_name(algorithm), package)
+            return {"reason": f"{at}: {lacks} (pip install {wanted})"}
         except Exception as error:
             return {"reason": f"{at}: {name} can't be imported: {_said(error)}"}
         try:
@@ -208,6 +240,30 @@ def _try(algorithm: Algorithm, space: dict[str, Any], number: int) -> dict[str, 
             return outcome | {"parameters": json.loads(_as_json(parameters))}
         except Exception as error:
             return {"reason": f"searchSpace: {name} does not take it: {_said(error)}"}
+
+
+@contextmanager
+def _with_checkpoints() -> Iterator[None]:
+    """Name a folder for a tuner's state, as NNI's manager does; nothing is written there."""
+    missing = _CHECKPOINTS not in os.environ
+    os.environ.setdefault(_CHECKPOINTS, "checkpoint")
+    try:
+        yield
+    finally:
+        if missing:
+            del os.environ[_CHECKPOINTS]
+
+
+def nni_name(algorithm: Algorithm) -> str:
+    """Return the name that NNI lists an algorithm under; empty for a class of the user's own."""
+    from nni.tools.package_utils import config_manager
+
+    own = str(algorithm.config.get("className"))
+    if own.startswith(f"{ADVISORS}."):
+        return own.rpartition(".")[2]
+    name = algorithm.config.get("name")
+    meta = config_manager.get_algo_meta(name) if name else None
+    return meta.name if meta is not None else ""
 
 
 def _facts(kind: Any) -> dict[str, Any]:
@@ -263,14 +319,18 @@ def _check_arguments(algorithm: Algorithm, kind: Any) -> None:
     validator = create_validator_instance(role, algorithm.config["name"])
     if validator is None:
         return
-    try:
-        # Most validators want a mode that the class itself does not; some know none.
-        validator.validate_class_args(**{"optimize_mode": mode, **arguments})
-    except SchemaError as error:
-        if "Wrong key 'optimize_mode'" not in str(error):
-            raise
-        others = {key: value for key, value in arguments.items() if key != "optimize_mode"}
-        validator.validate_class_args(**others)
+    # Most validators want a mode that the class itself does not. Some don't know one, or lack
+    # arguments that the class has, such as PBT's `factor`.
+    known = {"optimize_mode": mode, **arguments}
+    while True:
+        try:
+            validator.validate_class_args(**known)
+            return
+        except SchemaError as error:
+            unknown = [key for key in known if f"Wrong key '{key}'" in str(error)]
+            if not unknown:
+                raise
+            del known[unknown[0]]
 
 
 def _made(algorithm: Algorithm) -> Any:

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from nni_haloc.experiments.algorithms import (
+    ADVISORS,
     Algorithm,
     check_classes,
     find_algorithms,
+    nni_name,
     try_algorithms,
 )
 from nni_haloc.experiments.keys import as_sent, check_keys, spell_as_nni
 from nni_haloc.experiments.program import check_program, check_script, trial_arguments
 from nni_haloc.experiments.space import draw_examples, read_space
 from nni_haloc.experiments.trials import check_measuring, check_settings, parameters_to_try
-from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.errors import SettingsError, as_one_line
 
 KEYS = ("trialCommand", "trainingService", "searchSpace", "searchSpaceFile")
 """Keys that only an experiment's file has."""
@@ -69,9 +71,8 @@ def check_experiment(path: str | Path) -> str:
     experiment = as_sent(path, content)
     algorithms = find_algorithms(path, content, experiment)
     measures = arguments is not None and arguments[0] == "measure"
-    if arguments is not None and not measures:
-        _refuse_advisor(path, algorithms[0])
     first = try_algorithms(path, algorithms, space, _number_of_trials(experiment))
+    _check_advisor(path, algorithms[0])
     if arguments is None:
         return f"trials run {command!r}"
     parameters = parameters_to_try(path, samples, first, algorithms[0])
@@ -149,13 +150,19 @@ def _number_of_trials(experiment: Mapping[str, Any]) -> int:
     return max(1, min(experiment["trialConcurrency"], experiment.get("maxTrialNumber") or 8, 8))
 
 
-def _refuse_advisor(path: Path, tuner: Algorithm) -> None:
-    if tuner.advisor:
+def _check_advisor(path: Path, tuner: Algorithm) -> None:
+    """Raise `SettingsError` for an advisor of NNI's own that does not run, or without budgets."""
+    if not tuner.advisor:
+        return
+    if not tuner.foreign:
+        own = f"{ADVISORS}.{nni_name(tuner)}"
+        ends = "NNI 3.0's own ends at the first result of a trial; expected"
         raise SettingsError(
-            f"{path}: {tuner.key}: {tuner.name} gives each trial a share of the epochs, "
-            "TRIAL_BUDGET, which is no setting of nni_haloc.trial, so that every trial would fail; "
-            "expected a tuner, such as TPE, perhaps with the assessor Medianstop"
+            f"{path}: {tuner.key}: {ends} className: {own} and codeDirectory: . in the place of "
+            f"name, found name: {tuner.name}"
         )
+    with as_one_line(where=f"{path}: {tuner.key}"):
+        _ = tuner.budgets
 
 
 def _refuse_minimizing(path: Path, algorithms: Sequence[Algorithm]) -> None:

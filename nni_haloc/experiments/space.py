@@ -19,6 +19,10 @@ _SAMPLERS = {
 """NNI's samplers and how many values each takes."""
 
 
+_BETWEEN = 0.618
+"""Place in a range of a value that, unlike its ends, is seldom a whole number."""
+
+
 def read_space(path: Path, content: Mapping[str, Any]) -> Space:
     """Return the search space, from the experiment's file itself or from the one that it names.
 
@@ -47,7 +51,7 @@ def read_space(path: Path, content: Mapping[str, Any]) -> Space:
 
 
 def draw_examples(path: Path, space: Space) -> dict[str, list[Any]]:
-    """Return values that a tuner may draw for each key: all of a choice, the ends of a range.
+    """Return values that a tuner may draw for each key: all of a choice; ends and one more.
 
     Args:
         path: the experiment's file, for messages.
@@ -85,8 +89,13 @@ def _examples(where: str, entry: Any) -> list[Any]:
     if kind == "randint":
         return [values[0], values[1] - 1]
     if "normal" in kind:
-        return [math.exp(values[0]) if "log" in kind else float(values[0])]
-    return [float(values[0]), float(values[1])]
+        mean, spread, *step = values
+        near = mean if step else mean + _BETWEEN / 1000 * spread
+        drawn = math.exp(near) if "log" in kind else float(near)
+        return [round(drawn / step[0]) * step[0] if step else drawn]
+    low, high, *step = map(float, values)
+    inside = (math.floor(low / step[0]) + 1) * step[0] if step else low + _BETWEEN * (high - low)
+    return [low, high, *([inside] if inside < high else [])]
 
 
 def _enough(kind: str, values: list[Any]) -> bool:

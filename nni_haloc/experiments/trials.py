@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nni_haloc.experiments.algorithms import Algorithm
+from nni_haloc.inputs.tuned import BUDGET
 from nni_haloc.utils.errors import HalocError, InfeasibleBudget, SettingsError
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def parameters_to_try(
         changes = [value for values in samples.values() for value in values]
     else:
         start = {key: values[0] for key, values in samples.items()}
+        start |= {BUDGET: tuner.budgets[-1]} if tuner.advisor else {}
+        samples = {**samples, **({BUDGET: tuner.budgets} if tuner.advisor else {})}
         changes = [{**start, key: value} for key in samples for value in samples[key]] or [{}]
     for parameters in [*changes, *first]:
         if not isinstance(parameters, dict):

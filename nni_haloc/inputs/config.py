@@ -17,14 +17,16 @@ from nni_haloc.inputs.schema.chain import Prune, Quantize
 from nni_haloc.inputs.schema.cost import Cost
 from nni_haloc.inputs.schema.data import Data
 from nni_haloc.inputs.schema.model import Model
+from nni_haloc.inputs.schema.objective import Objective
 from nni_haloc.inputs.schema.paths import ExistingPath, WeightsPath, check_uploaded, expanded
 from nni_haloc.inputs.schema.search import Search
 from nni_haloc.inputs.schema.section import Section
 from nni_haloc.inputs.schema.space import Space
 from nni_haloc.inputs.schema.training import Finetune, Train, Trainer, Training
 from nni_haloc.inputs.schema.values import CountOrNone, Processes, Rule, Seed, Share
+from nni_haloc.inputs.tuned import as_settings
 from nni_haloc.inputs.yaml_files import read_yaml
-from nni_haloc.utils.errors import SettingsError, brief, explain
+from nni_haloc.utils.errors import SettingsError, as_one_line, brief, explain
 
 Validated = TypeVar("Validated", bound=Section)
 
@@ -89,9 +91,15 @@ class Config(Section):
     faster with 1."""
     seed: Seed = 0
     """Seed of everything random. The same seed gives the same ranks."""
+    objective: Objective = Objective()
+    """What `default` of a trial is, the number that a tuner maximises."""
+    trial_budget: Literal["finetune.epochs", "search.epochs"] = "finetune.epochs"
+    """The setting that NNI's Hyperband and BOHB set by `TRIAL_BUDGET`, for
+    [trials of several lengths](how-to/tune.md#trials-of-several-lengths)."""
     preset: Literal["paper"] | None = None
-    """`paper` sets what the paper does ([the keys](reference/settings.md#preset-paper)); a setting
-    beside it that says otherwise is an error."""
+    """`paper` sets what the paper does ([the keys](reference/settings.md#preset-paper), and [what
+    the paper leaves open](explanation/paper.md#preset-paper)). A setting beside it that says
+    otherwise than its method is an error; its training may be changed."""
 
     @model_validator(mode="before")
     @classmethod
@@ -137,6 +145,23 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     }
 }
+"""What a preset fixes: its method."""
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {
+        "recalibration_batches": 0,
+        "data": {"batch_size": 256},
+        "finetune": {
+            "epochs": 220,
+            "lr": {"small": 0.1, "large": 0.01},
+            "momentum": 0.9,
+            "weight_decay": 1e-4,
+            "schedule": "step",
+        },
+    }
+}
+"""What a preset sets where the file does not: its training. A rate may depend on the images: those
+of CIFAR-10 are small."""
+_SMALL_IMAGE = 64
 
 
 def load_config(
@@ -155,7 +180,8 @@ def load_config(
 
     Args:
         path: the YAML file.
-        changes: dotted key to value (``{"budget.fraction": 0.3}``), as NNI's tuner gives them.
+        changes: dotted key to value (``{"budget.fraction": 0.3}``), as NNI's tuner gives them,
+            ``TRIAL_BUDGET`` and folders of checkpoints included (`as_settings`).
         training: whether the run is to make the file ``weights``, which then need not be there.
         uploaded: the folder that is sent to another machine, if the run is to be there. Relative
             paths must lie inside; absolute ones are that machine's and are not looked for here.
@@ -178,6 +204,10 @@ def _load(path: Path, changes: dict[str, Any], training: bool, uploaded: Path | 
     content["rank_space"] = changes.pop("rank_space", content.get("rank_space", {}))
     if isinstance(content["rank_space"], str):
         content["rank_space"] = _space_file(path, content["rank_space"], uploaded)
+    budget = changes.get("trial_budget", content.get("trial_budget"))
+    setting = budget if isinstance(budget, str) else Config.model_fields["trial_budget"].default
+    with as_one_line(where=str(path)):
+        changes = as_settings(changes, setting)
     for dotted, value in changes.items():
         set_dotted(content, dotted, value)
     _apply_preset(content, path)
@@ -224,7 +254,10 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 def _apply_preset(content: dict[str, Any], path: Path) -> None:
-    """Set what the settings' ``preset`` fixes; refuse a setting that says otherwise."""
+    """Set what the settings' ``preset`` fixes; refuse a setting that says otherwise.
+
+    What it only recommends, its training, is set where the settings say nothing of it.
+    """
     preset = content.get("preset")
     if preset == "paper" and content.get("plan") is None:
         content.setdefault("rule", "search")
@@ -236,6 +269,22 @@ def _apply_preset(content: dict[str, Any], path: Path) -> None:
             if values.setdefault(key, value) != value:
                 sets = f"preset {preset!r} sets it to {value!r}"
                 raise SettingsError(f"{path}: {section}.{key}: {sets}, found {brief(values[key])}")
+    for key, recipe in RECIPES.get(preset if isinstance(preset, str) else "", {}).items():
+        if isinstance(recipe, dict) and isinstance(content.setdefault(key, {}), dict):
+            for name, value in recipe.items():
+                by_size = isinstance(value, dict)
+                content[key].setdefault(name, value[_image_size(content)] if by_size else value)
+        elif not isinstance(recipe, dict):
+            content.setdefault(key, recipe)
+
+
+def _image_size(content: Mapping[str, Any]) -> Literal["small", "large"]:
+    """Tell whether a run's images are as small as CIFAR-10's, or of ImageNet's kind."""
+    data = content.get("data")
+    size = data.get("size", 32) if isinstance(data, dict) else 32
+    sides = size if isinstance(size, list) else [size]
+    is_large = any(_is_number(side) and side > _SMALL_IMAGE for side in sides)
+    return "large" if is_large else "small"
 
 
 def _space_file(path: Path, name: str, uploaded: Path | None) -> Any:

@@ -14,8 +14,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from pydantic import ValidationError
 
 from nni_haloc.inputs.registries import STAGES
+from nni_haloc.inputs.schema.objective import Objective
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results import figures
 from nni_haloc.results.bench import TEXT, bench_table
@@ -25,7 +27,7 @@ from nni_haloc.runs.kept import OF_BUDGET, missed_budgets
 from nni_haloc.runs.plausibility import doubts
 from nni_haloc.runs.run import RESULT, flatten, gains
 from nni_haloc.runs.stages import all_stages
-from nni_haloc.runs.summary import ROWS
+from nni_haloc.runs.summary import ACCURACIES, ROWS
 from nni_haloc.training import curves
 from nni_haloc.utils.errors import SettingsError
 from nni_haloc.utils.printing import percent
@@ -33,6 +35,8 @@ from nni_haloc.utils.printing import percent
 _COLUMNS = {
     "top1": "top-1",
     "top5": "top-5",
+    "test_top1": "top-1, test images",
+    "test_top5": "top-5, test images",
     "latency_ms": "latency, ms",
     "macs": "MACs",
     "params": "parameters",
@@ -72,6 +76,7 @@ def html_report(path: str | Path) -> str:
     run = folder.read_metrics()
     stages = {name: _numbers(row) for name, row in folder.metrics().items()}
     config = run["config"]
+    reported = flatten(stages, _objective(config))
     rows = _rows(stages)
     try:
         layers, drawn = _layers(files), _drawn(plan, folder)
@@ -91,7 +96,7 @@ def html_report(path: str | Path) -> str:
         batch=_flat(config.get("cost", {})).get("batch_size", ""),
         texts=TEXT,
         bench=bench_table(folder.bench) if folder.bench.is_file() else None,
-        metrics={_name_of(key): _shown(value) for key, value in flatten(stages).items()},
+        metrics={_name_of(key): _shown(value) for key, value in reported.items()},
         layers=layers,
         drawn=drawn,
         parameters={key: _shown(value) for key, value in run["parameters"].items()},
@@ -103,6 +108,14 @@ def html_report(path: str | Path) -> str:
         versions={key: str(value) for key, value in _flat(run["versions"]).items()},
     )
     return page.encode("utf-8", "replace").decode()  # JSON may hold halves of characters
+
+
+def _objective(config: Mapping[str, Any]) -> Objective:
+    """Return what a trial maximised, by the settings that a run has saved."""
+    try:
+        return Objective.model_validate(config.get("objective") or {})
+    except ValidationError:  # somebody else's file
+        return Objective()
 
 
 def _flat(content: Any) -> dict[str, Any]:
@@ -210,7 +223,7 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 
 
 def _cell(key: str, value: float) -> str:
-    if key in ("top1", "top5"):
+    if key in ACCURACIES:
         return percent(value, 2)
     if key in (*OF_BUDGET.values(), "measured_share"):
         return percent(value)

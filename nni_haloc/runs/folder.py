@@ -42,7 +42,7 @@ class RunFolder:
         ranks.json  layers.json  costs.json  weights.safetensors  model.json  metrics.json
         search.json  log.txt
         search/      state and history of the search
-        finetuning/  state and history of the fine-tuning
+        finetuning/  state and history of the fine-tuning; in start/ the network of an earlier trial
         pruned/, quantized/, ...   a folder for each further stage, with the same files
 
     Commands add ``bench.json``, ``report.html``, ``plan.png``, ``export/`` and ``front/``.
@@ -73,6 +73,7 @@ class RunFolder:
         self.reported = self.path / "reported.json"
         self.searching = Training(self.path / "search")
         self.finetuning = Training(self.path / "finetuning")
+        self.start = self.finetuning.path / "start"
 
     def __str__(self) -> str:
         return str(self.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from nni_haloc.costs.from_settings import may_differ
 from nni_haloc.inputs.config import EARLIER, Config, earlier_of
 from nni_haloc.inputs.registries import RULES, STAGES
 from nni_haloc.inputs.schema.section import Section
-from nni_haloc.training.checkpoint import DIGEST, STEPS
+from nni_haloc.training.checkpoint import DIGEST, STEPS, check_same
 
 VERSION = 2
 
 _WHOLE_SECTIONS = ("finetune", "prune", "quantize", "train")
-_SETTINGS = ("scale", "recalibration_batches", "threads")
+_SETTINGS = ("scale", "recalibration_batches", "threads", "trial_budget", "objective")
 _KEYS = {
     "budget": {"check"},
     "data": {"workers", "score", "download"},
@@ -77,6 +78,30 @@ def section_identity(section: Section, name: str) -> dict[str, Any]:
     earlier = {"compile": False, **earlier_of(name)}
     values = section.model_dump().items()
     return {key: v for key, v in values if not (key in earlier and v == earlier[key])}
+
+
+def check_training(path: Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Check that a training may go on from a checkpoint.
+
+    Its settings must be those of now, but for a training at a constant rate, which may be longer
+    now than it was: it is then as one that was never ended.
+
+    Args:
+        path: the checkpoint, for the message.
+        saved: the checkpoint's facts.
+        here: what the training of now depends on.
+
+    Raises:
+        UnusableCheckpoint: if the settings differ; the message names what does.
+    """
+    there = dict(saved["identity"])
+    for key, now in here.items():
+        was = there.get(key)
+        if saved.get("longer") and isinstance(now, dict) and isinstance(was, dict):
+            ends = was.get("epochs"), now.get("epochs")
+            if all(isinstance(end, int) for end in ends) and ends[0] < ends[1]:
+                there[key] = {**was, "epochs": ends[1]}
+    check_same(path, there, here)
 
 
 def _digest(path: str | None) -> str | None:

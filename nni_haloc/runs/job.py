@@ -262,8 +262,15 @@ class Job:
         return dict(zip(names, values, strict=True))
 
     def score(self, network: nn.Module) -> Figures:
-        """Return the accuracies on the images that the settings' ``data.score`` names."""
-        return self.accuracy(network, self.loader(self.config.data.score))
+        """Return the accuracies on the images that the settings' ``data.score`` names.
+
+        Beside those of the validation images stand ``test_top1`` and the like.
+        """
+        figures = self.accuracy(network, self.loader(self.config.data.score))
+        if self.config.data.score == "val":
+            test = self.accuracy(network, self.loader("test"))
+            figures |= {f"test_{key}": value for key, value in test.items()}
+        return figures
 
     def guessing(self, split: str) -> Figures:
         """Return what accuracies on a split are judged by, see `plausibility.guessing`."""

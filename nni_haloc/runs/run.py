@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nni_haloc.inputs.config import Config, dump_config
 from nni_haloc.inputs.schema.data import Data
+from nni_haloc.inputs.schema.objective import Objective
 from nni_haloc.runs.folder import Figures, hold
 from nni_haloc.runs.job import Job
+from nni_haloc.runs.objective import objective_value
 from nni_haloc.runs.plausibility import doubt_figures, warn_of_doubts
 from nni_haloc.runs.stages import all_stages, stages_of
 from nni_haloc.runs.stages.choose_ranks import search
 from nni_haloc.runs.stages.chosen_format import with_chosen_format
-from nni_haloc.runs.stages.stage import Outcome, Report, Stage, ignore
+from nni_haloc.runs.stages.stage import Outcome, Report, Reports, Stage, ignore
 from nni_haloc.runs.summary import summary_line
 from nni_haloc.search.strategy import Haloc
 from nni_haloc.utils.log import logger
@@ -28,7 +31,7 @@ RESULT = "finetune"
 def run(
     config: Config,
     folder: str | Path,
-    report: Report = ignore,
+    report: Reports = ignore,
     parameters: Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
@@ -38,8 +41,10 @@ def run(
     Args:
         config: the settings (`nni_haloc.load_config`).
         folder: receives the results (`nni_haloc.runs.folder.RunFolder`).
-        report: called after each epoch of the search and of every training with figures whose
-            ``default`` is the top-1 on validation images, and the point's place in the run's curve.
+        report: called after each epoch of the search and of every training, and before the first
+            of a training, with the stage's name, figures whose ``default`` is the top-1 on
+            validation images, and the point's place in the stage's curve. Curves of different
+            stages don't compare: they are of different networks.
         parameters: what a tuner has set; ``metrics.json`` keeps it.
         resume: whether to go on from what an interrupted run left in ``folder``.
 
@@ -60,7 +65,7 @@ def run(
 
 def run_job(
     job: Job,
-    report: Report = ignore,
+    report: Reports = ignore,
     parameters: Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
@@ -83,10 +88,11 @@ def run_job(
         figures: dict[str, Figures] = {"original": original}
         told = warn_of_doubts(figures)
         outcome: Outcome | None = None
-        place = 0
         for stage in stages:
-            outcome = stage.run(job, outcome, _from(report, place), resume)
-            place += stage.points(job.config)
+            curve = partial(report, stage.name)
+            if stage.name == RESULT and job.config.objective.costs and is_first():
+                curve = _with_costs(job, outcome, original, curve)
+            outcome = stage.run(job, outcome, curve, resume)
             if is_first():
                 original |= outcome.original
                 figures[stage.name] = outcome.figures
@@ -98,7 +104,7 @@ def run_job(
             wait_for_all()
     if not is_first():
         return {}
-    return flatten(figures)
+    return flatten(figures, job.config.objective)
 
 
 def log_normalisation(data: Data) -> None:
@@ -139,16 +145,18 @@ def search_only(config: Config, folder: str | Path, *, resume: bool = False) -> 
         return search(job, ignore, resume=resume)[0]
 
 
-def flatten(figures: Mapping[str, Figures]) -> Figures:
+def flatten(figures: Mapping[str, Figures], objective: Objective = Objective()) -> Figures:
     """Put the figures of all stages into one flat dict, as NNI takes them.
 
-    ``default``, which a tuner maximises, is the headline of the last stage; ``original_...`` are
-    the original's; figures without a prefix are those of the fine-tuned network, and ``speedup``,
+    ``default``, which a tuner maximises, is the objective's value for the last stage's headline,
+    top-1, and for its costs; those that it lacks are the result's. ``original_...`` are the
+    original's; figures without a prefix are those of the fine-tuned network, and ``speedup``,
     ``macs_reduction`` and ``params_reduction`` are its gains over the original;
     ``original_at_chance`` and ``far_above_original`` are 1 where `doubts` doubts the accuracies.
 
     Args:
         figures: stage to its figures, as ``metrics.json`` has them; ``original`` among them.
+        objective: what ``default`` is.
     """
     original, result = figures.get("original", {}), figures.get(RESULT, {})
     flat = {f"original_{key}": value for key, value in original.items()}
@@ -158,7 +166,11 @@ def flatten(figures: Mapping[str, Figures]) -> Figures:
         if stage.name in figures:
             flat |= stage.flatten(figures[stage.name])
             headline = stage.headline(figures[stage.name])
-            default = default if headline is None else headline
+            if headline is not None:
+                costs = {**result, **figures[stage.name]}
+                known = all(cost in costs and cost in original for cost in objective.costs)
+                own = objective if known else Objective()
+                default = objective_value(own, headline, costs, original)
     return flat if default is None else {"default": default, **flat}
 
 
@@ -178,6 +190,17 @@ def gains(original: Figures, result: Figures) -> Figures:
     return found
 
 
-def _from(report: Report, first: int) -> Report:
-    """Return a report whose places are counted from ``first`` on."""
-    return lambda figures, place: report(figures, first + place)
+def _with_costs(job: Job, before: Outcome | None, original: Figures, report: Report) -> Report:
+    """Return a report of the objective's value, of which the costs are known before a training."""
+    assert before is not None
+    costs, own = job.count(before.network), original
+    if "latency_ms" in job.config.objective.costs:
+        times = job.time(original=job.model, network=before.network)
+        costs["latency_ms"], own = times["network"], {**original, "latency_ms": times["original"]}
+
+    def with_value(figures: Figures, place: int) -> None:
+        top1 = figures["default"]
+        value = objective_value(job.config.objective, top1, costs, own)
+        report({**figures, "default": value, "top1": top1}, place)
+
+    return with_value

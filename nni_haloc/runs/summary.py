@@ -11,6 +11,8 @@ from nni_haloc.utils.printing import percent, short, text_table
 ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "top1": ("top-1", lambda share: percent(share, 2)),
     "top5": ("top-5", lambda share: percent(share, 2)),
+    "test_top1": ("top-1, test images", lambda share: percent(share, 2)),
+    "test_top5": ("top-5, test images", lambda share: percent(share, 2)),
     "latency_ms": ("latency", "{:.4g} ms".format),
     "macs": ("MACs", short),
     "params": ("parameters", short),
@@ -21,7 +23,7 @@ ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "budget_met": ("budget met", lambda met: "yes" if met else "no"),
 }
 """Rows of the table: a figure's name, its heading, and how it is written."""
-_ACCURACIES = ("top1", "top5")
+ACCURACIES = ("top1", "top5", "test_top1", "test_top5")
 
 
 def summary(
@@ -86,6 +88,6 @@ def _change(key: str, first: float | None, last: float | None) -> str:
     """Return how a figure changed: in points or in percent."""
     if first is None or last is None:
         return ""
-    if key in _ACCURACIES:
+    if key in ACCURACIES:
         return f"{100 * (last - first):+.2f} points"
     return f"{100 * (last / first - 1):+.1f} %" if first else ""

@@ -203,7 +203,8 @@ class HalocModule(DartsLightningModule):
         # Adam divides by the gradients' size: where a layer's candidates are equally good, it would
         # make a preference of rounding.
         sizes = [0 * ce.detach() if t is None else t.abs().max() for t in task]
-        least = _ROUNDING * torch.stack(sizes).max()
+        is_paper = self.state.options.objective == "paper"  # which has no such exception
+        least = 0.0 if is_paper else _ROUNDING * torch.stack(sizes).max()
         for alpha, size, from_task, from_cost in zip(alphas, sizes, task, by_cost, strict=True):
             alpha.grad = from_cost
             if from_task is not None:

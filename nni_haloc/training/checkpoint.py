@@ -107,7 +107,8 @@ class EpochCheckpoint(Checkpoint):
 
     Args:
         path: the file.
-        facts: plain values kept beside the state, for `read`.
+        facts: plain values kept beside the state, for `read`. With a true ``longer``, the state
+            after the last epoch has all that a training of more epochs goes on from.
         *loaders: those of the training, each with a generator of its own. Their workers must not be
             persistent, because a worker's random state is out of reach.
     """
@@ -125,7 +126,8 @@ class EpochCheckpoint(Checkpoint):
     ) -> None:
         """Add facts, random states and the loaders' order to what Lightning keeps."""
         orders = [loader.generator.get_state() for loader in self.loaders]
-        if trainer.current_epoch + 1 == trainer.max_epochs:
+        is_last = trainer.current_epoch + 1 == trainer.max_epochs
+        if is_last and not self.facts.get("longer"):
             # Half of the file, and nothing follows that would need it.
             for state in checkpoint["optimizer_states"]:
                 state["state"] = {}

@@ -5,6 +5,8 @@ ends a real experiment.
 """
 
 import datetime
+import importlib.metadata
+import math
 import re
 import shutil
 import sys
@@ -114,6 +116,11 @@ def own(name, **arguments):
     return {"tuner": {**section, **({"classArgs": arguments} if arguments else {})}}
 
 
+def advisor(name, **arguments):
+    section = {"className": f"{algorithms.ADVISORS}.{name}", "codeDirectory": "."}
+    return {"tuner": {**section, **({"classArgs": arguments} if arguments else {})}}
+
+
 def space(key, kind, *values):
     return {"searchSpace": {key: {"_type": kind, "_value": list(values)}}}
 
@@ -175,13 +182,33 @@ WRONG = {
     "NAS": (tuner("RegularizedEvolutionTuner"), "searchSpace: .* does not take it: Unsupported"),
     "a network": (tuner("NetworkMorphism"), "expected settings and their values for a trial"),
     # budgets of a trial
-    "Hyperband as advisor": (
-        {"tuner": None, "advisor": {"name": "Hyperband", "classArgs": {"R": 4, "eta": 2}}},
-        r"advisor: Hyperband gives each trial .* TRIAL_BUDGET, which is no setting",
+    "NNI's own Hyperband": (
+        tuner("hyperband"),
+        r"tuner: NNI 3.0's own ends .* className: nni_haloc\.experiments\.advisors\.Hyperband and",
     ),
-    "Hyperband as tuner": (tuner("Hyperband"), "tuner: Hyperband gives each trial .*TRIAL_BUDGET"),
-    "BOHB": (tuner("BOHB"), "tuner: BOHB gives each trial .*TRIAL_BUDGET"),
-    "PBT": (tuner("PBT", **MAXIMIZE), "searchSpace: PBT does not take it"),
+    "no epoch": (advisor("Hyperband", R=0), "tuner: classArgs: expected R above 0, and eta of 2"),
+    "the same epochs": (advisor("Hyperband", R=4, eta=1), "tuner: classArgs: expected R above 0"),
+    "a budget that the tuner draws, too": (
+        {**advisor("Hyperband"), **space("finetune.epochs", "choice", 1, 2)},
+        r"searchSpace\.finetune\.epochs: expected no values, because TRIAL_BUDGET sets it",
+    ),
+    "a table of a budget": (
+        {
+            "trialCommand": "python3 -m nni_haloc.trial measure --model digits_cnn",
+            **advisor("Hyperband"),
+            **space("part", "choice", "0/2", "1/2"),
+        },
+        "haloc measure: unrecognized arguments: --TRIAL_BUDGET",
+    ),
+    "numbers between whole ones": (
+        {**tuner("Random"), **space("finetune.epochs", "uniform", 1, 3)},
+        r"finetune\.epochs: .*integer",
+    ),
+    "halves of whole ones": (
+        {**tuner("Random"), **space("finetune.epochs", "quniform", 1, 3, 0.5)},
+        r"finetune\.epochs: .*integer",
+    ),
+    "an argument that PBT lacks": (tuner("PBT", fractoin=0.5), "did you mean 'fraction'"),
     # tuners of one's own
     "no such class": (own("Missing"), "own_things.Missing can't be imported: .*no attribute"),
     "no such module": (
@@ -346,7 +373,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_mistake_in_an_experiments_file_is_one_line(experiment, name, monkeypatch):
     changes, message = WRONG[name]
-    if name not in ("a class that ends the process", "a network"):  # a process each takes its time
+    if "ends the process" not in name and name != "a network":  # a process each takes its time
         monkeypatch.setattr(algorithms, "_try_apart", algorithms._try)
     refused(experiment(changes), message)
 
@@ -414,6 +441,12 @@ RIGHT = {
     "a tuner in small letters": (tuner("tpe", **MAXIMIZE), {}),
     "an argument without effect": (tuner("Random", **MAXIMIZE, seed=3), {}),
     "Evolution": (tuner("Evolution"), {}),
+    "Hyperband": (advisor("Hyperband", **MAXIMIZE, R=4, eta=2), {}),
+    "Hyperband, as NNI 2 has it": (
+        {"tuner": None, "advisor": advisor("Hyperband", R=4, eta=2)["tuner"]},
+        {"trial_budget": "search.epochs"},
+    ),
+    "PBT": (tuner("PBT", **MAXIMIZE, population_size=2, factor=0.3), {}),
     "an assessor": ({"assessor": {"name": "Medianstop", "classArgs": {"start_step": 2}}}, {}),
     "a tuner of one's own": (own("Fixed", budget=0.4), {}),
     "keys in other spellings": ({"maxTrialNumber": None, "max_trial_number": 3}, {}),
@@ -436,11 +469,54 @@ RIGHT = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_runs_is_ready(experiment, name):
     changes, settings = RIGHT[name]
-    assert check_experiment(experiment(changes, settings)) == READY
+    assert check_experiment(experiment(changes, settings)).startswith(READY)
+
+
+@pytest.mark.parametrize(
+    ("name", "packages"),
+    [
+        ("SMAC", "smac4nni ConfigSpaceNNI"),
+        ("BOHB", "ConfigSpace statsmodels"),
+        ("advisors.BOHB", "ConfigSpace statsmodels"),
+        ("Anneal", "hyperopt==0.1.2"),
+        ("TPE_legacy", "hyperopt==0.1.2"),
+        ("DNGO", "pybnn"),
+        ("PPOTuner", "gym"),
+    ],
+)
+def test_a_tuner_that_needs_a_package_names_it(experiment, name, packages, monkeypatch):
+    """The packages are those of NNI's own extras."""
+    for module in ("smac", "ConfigSpaceNNI", "ConfigSpace", "hyperopt", "pybnn", "gym"):
+        monkeypatch.setitem(sys.modules, module, None)
+    extras = [each for each in importlib.metadata.requires("nni") if "extra" in each]
+    wanted = {re.split("[ ;=<>]", each)[0] for each in extras}
+    assert {each.split("=")[0] for each in packages.split()} <= wanted
+    message = f"{name} needs the package .*, which is not installed .pip install {packages}.$"
+    monkeypatch.setattr(algorithms, "_try_apart", algorithms._try)
+    own = name.removeprefix("advisors.")
+    refused(experiment(tuner(name) if own == name else advisor(own)), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "budgets"),
+    [({"R": 4, "eta": 2}, [1, 4]), ({"R": 10, "eta": 3}, [1, 10]), ({"R": 1}, [1]), ({}, [2, 60])],
+)
+def test_an_advisors_budgets_are_those_of_nnis_brackets(arguments, budgets):
+    from nni.algorithms.hpo.hyperband_advisor import Bracket
+
+    algorithm = algorithms.Algorithm("tuner", {"name": "Hyperband", "classArgs": arguments})
+    algorithm.defaults = {"R": 60, "eta": 3}
+    assert algorithm.budgets == budgets
+    most, eta = (arguments.get(key, algorithm.defaults[key]) for key in ("R", "eta"))
+    halvings = math.floor(math.log(most, eta) + 1e-6)
+    brackets = [Bracket("0", s, halvings, eta, most, "maximize") for s in range(halvings + 1)]
+    drawn = {bracket.get_n_r()[1] for bracket in brackets}
+    assert [min(drawn), max(drawn)] == [budgets[0], budgets[-1]]
 
 
 def test_the_values_of_batch_are_the_settings(experiment):
-    values = space("all", "choice", {"budget.fraction": 0.5, "seed": 1}, {"budget.fraction": 0.4})
+    each = {"budget.fraction": 0.5, "seed": 1}, {"budget.fraction": 0.4}
+    values = space("combine_params", "choice", *each)
     found = check_experiment(experiment({**tuner("Batch"), **values}))
     assert found == "trials run run.yml, searching budget.fraction, seed"
 
@@ -448,11 +524,10 @@ def test_the_values_of_batch_are_the_settings(experiment):
 def test_trials_that_are_not_ours_may_have_any_tuner_and_any_space(experiment, folder):
     (folder / "mine.py").touch()
     command = {"trialCommand": "python3 mine.py --lr 1", **space("lr", "loguniform", 0.01, 1)}
-    ours = {"Hyperband": {"optimize_mode": "minimize", "R": 4, "eta": 2}, "TPE": {}}
-    for name, arguments in ours.items():
-        found = check_experiment(experiment({**command, **tuner(name, **arguments)}))
+    for section in (advisor("Hyperband", optimize_mode="minimize", R=4, eta=2), tuner("TPE")):
+        found = check_experiment(experiment({**command, **section}))
         assert found == "trials run 'python3 mine.py --lr 1'"
-    refused(experiment({**command, **tuner("Hyperband", r=4)}), r"classArgs: r: unknown key")
+    refused(experiment({**command, **advisor("Hyperband", r=4)}), r"classArgs: r: unknown key")
     refused(experiment({**command, **tuner("TPEE")}), "did you mean 'TPE'")
 
 

@@ -1,12 +1,15 @@
 """A run's settings: every mistake is one line that names the file and the key."""
 
 import math
+import re
 
 import pytest
+import torch
 import yaml
 from helpers.paths import DIGITS, ROOT
 
-from nni_haloc.inputs.config import Config, load_config, parse_config
+from nni_haloc.inputs.config import Config, dump_config, load_config, parse_config
+from nni_haloc.runs.stages.training import recipe_of
 from nni_haloc.utils.errors import HalocError, SettingsError
 
 GOOD = {
@@ -197,6 +200,57 @@ def test_the_papers_preset_is_the_paper_and_nothing_else(write):
         HalocError, match="rank_space.dense: preset 'paper' sets it to False, found True"
     ):
         load_config(write({**merged("preset", "paper"), "rank_space": {"dense": True}}))
+
+
+PAGE = ROOT / "docs" / "explanation" / "paper.md"
+LINES = dict(re.findall(r"^\| `([a-z_.]+)` \| (.+?) \|", PAGE.read_text(), re.MULTILINE))
+
+
+def test_every_setting_of_the_papers_preset_is_in_the_papers_table(write):
+    """Line by line; what the paper does not say is in the table as ours."""
+    image_net = {"name": "folder", "root": ".", "size": 224}
+    space = {"kinds": ["conv"], "exclude": ["conv1"]}
+    content = {**GOOD, "preset": "paper", "data": image_net, "rank_space": space}
+    resolved = dump_config(load_config(write(content)))
+    found = {
+        f"{section}.{key}": value
+        for section in ("rank_space", "search", "finetune")
+        for key, value in resolved[section].items()
+    }
+    found |= {key: resolved[key] for key in ("rule", "recalibration_batches")}
+    found["data.batch_size"] = resolved["data"]["batch_size"]
+    assert {key: yaml.safe_load(value.strip("`")) for key, value in LINES.items()} == found
+
+
+@pytest.mark.parametrize(
+    ("data", "rate"),
+    [
+        ({"name": "digits"}, 0.1),
+        ({"name": "cifar10", "root": "."}, 0.1),
+        ({"name": "folder", "root": ".", "size": 32}, 0.1),
+        ({"name": "folder", "root": ".", "size": [32, 224]}, 0.01),
+    ],
+)
+def test_the_papers_rate_is_that_of_its_images(write, data, rate):
+    content = {**merged("preset", "paper"), "data": data}
+    assert load_config(write(content)).finetune.lr == rate
+    changed = {"finetune.lr": 0.5, "finetune.epochs": 3, "recalibration_batches": 9}
+    config = load_config(write(content), changed)
+    assert (config.finetune.lr, config.finetune.epochs, config.recalibration_batches) == (0.5, 3, 9)
+
+
+def test_the_papers_schedule_is_a_fifth_every_55_epochs(write):
+    section = load_config(write(merged("preset", "paper"))).finetune
+    recipe = recipe_of(section)
+    weight = torch.nn.Parameter(torch.ones(1))
+    made = recipe.optimizers([weight], steps_per_epoch=2)
+    rates = []
+    for _ in range(section.epochs):
+        rates.append(made["optimizer"].param_groups[0]["lr"])
+        for _ in range(2):
+            made["optimizer"].step()
+            made["lr_scheduler"]["scheduler"].step()
+    assert rates == pytest.approx([0.1 * 0.2 ** (epoch // 55) for epoch in range(220)])
 
 
 def test_numbers_may_have_exponents_without_a_point(write):

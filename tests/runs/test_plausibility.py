@@ -174,7 +174,7 @@ def test_a_run_tells_it_in_log_figures_and_report(settings, tmp_path, caplog):
     assert len(lines) == 1
     assert f"of {flat['original_images']:.0f} images" in lines[0]
     assert flat[AT_CHANCE] == 1.0
-    assert flat["original_images"] == 72  # a fifth of the test images
+    assert flat["original_images"] == 29  # a fifth of the validation images
     assert f"{lines[0]}." in Page(html_report(tmp_path / "out")).texts
     content = json.loads((tmp_path / "out" / "metrics.json").read_text())
     content["stages"]["original"]["top1"] = content["stages"]["finetune"]["top1"] = 0.9

@@ -56,10 +56,10 @@ def chain(folder, resume=False, until=99, **sections):
     """
     reports = []
 
-    def report(metrics, place):
+    def report(stage, metrics, place):
         if len(reports) == until:
             raise Stopped
-        reports.append((place, metrics))
+        reports.append((stage, place, metrics))
 
     config = load_config(DIGITS, SHORT | sections)
     if until == 99:
@@ -89,12 +89,13 @@ def test_every_stage_reports_flat_metrics_and_the_last_one_the_default(whole):
     metrics, reports = whole
     assert all(type(value) in (int, float) for value in metrics.values())
     assert list(metrics) == [
-        "default", "original_top1", "original_macs", "original_params", "original_images",
-        "original_chance", "original_latency_ms", "speedup", "macs_reduction", "params_reduction",
-        "original_at_chance", "far_above_original",
-        "top1", "macs", "params", "latency_ms", "images_per_s", "bytes",
-        "pruned_top1", "pruned_macs", "pruned_params", "pruned_latency_ms", "pruned_bytes",
-        "quantized_top1", "int8_top1", "onnx_latency_ms", "int8_latency_ms", "int8_bytes",
+        "default", "original_top1", "original_test_top1", "original_macs", "original_params",
+        "original_images", "original_chance", "original_latency_ms", "speedup",
+        "macs_reduction", "params_reduction", "original_at_chance", "far_above_original",
+        "top1", "test_top1", "macs", "params", "latency_ms", "images_per_s", "bytes",
+        "pruned_top1", "pruned_test_top1", "pruned_macs", "pruned_params", "pruned_latency_ms",
+        "pruned_bytes", "quantized_top1", "quantized_test_top1", "int8_top1", "int8_test_top1",
+        "onnx_latency_ms", "int8_latency_ms", "int8_bytes",
     ]  # fmt: skip
     assert metrics["default"] == metrics["int8_top1"]
     assert metrics["pruned_macs"] < metrics["macs"]
@@ -105,9 +106,10 @@ def test_every_stage_reports_flat_metrics_and_the_last_one_the_default(whole):
         left = metrics[key] / metrics[f"original_{key}"]
         assert metrics[f"{key}_reduction"] == pytest.approx(1 - left)
     assert all(0.3 < metrics[key] <= 1 for key in metrics if key.endswith("top1"))
-    assert len(reports) == (1 + 1) + (1 + 2) + (1 + 1)
-    assert [place for place, _ in reports] == list(range(7))
-    assert all(0 <= row["default"] <= 1 for _, row in reports)
+    epochs = {"finetune": 1, "prune": 2, "quantize": 1}
+    curves = [(stage, place) for stage, number in epochs.items() for place in range(1 + number)]
+    assert [(stage, place) for stage, place, _ in reports] == curves
+    assert all(0 <= row["default"] <= 1 for *_, row in reports)
 
 
 def test_each_stages_folder_gives_back_what_was_reported(folder, whole):
@@ -115,10 +117,10 @@ def test_each_stages_folder_gives_back_what_was_reported(folder, whole):
     data = digits(0.2).shared(0.5)
     test = data.loader("test", 64)
     small = load(folder / "pruned")  # by its name: without NNI and without the original
-    assert accuracy(small, test)[0] == pytest.approx(metrics["pruned_top1"])
+    assert accuracy(small, test)[0] == pytest.approx(metrics["pruned_test_top1"])
     assert count_macs(small, data.images("test", 1)) == metrics["pruned_macs"]
     assert sum(p.numel() for p in small.parameters()) == metrics["pruned_params"]
-    assert accuracy(load(folder), test)[0] == pytest.approx(metrics["top1"])
+    assert accuracy(load(folder), test)[0] == pytest.approx(metrics["test_top1"])
     quantized = load(folder / "quantized")
     assert str(quantized) == str(small)
     assert any(
@@ -126,7 +128,7 @@ def test_each_stages_folder_gives_back_what_was_reported(folder, whole):
         for a, b in zip(quantized.parameters(), small.parameters(), strict=True)
     )  # trained once more
     assert accuracy(OnnxNetwork(folder / "quantized" / "int8.onnx"), test)[0] == pytest.approx(
-        metrics["int8_top1"]
+        metrics["int8_test_top1"]
     )
     content = json.loads((folder / "quantized" / "quantization.json").read_text())
     assert content["quantizer"] == "qat"
@@ -233,7 +235,7 @@ def test_the_commands_prune_and_quantize_a_finished_run(folder, whole, tmp_path)
     assert str(load(tmp_path / "small")) == str(load(tmp_path / "half"))
     stages = json.loads((tmp_path / "small" / "metrics.json").read_text())["stages"]
     assert {name: set(figures) for name, figures in stages.items()} == {
-        "quantize": {"top1", "bytes"}
+        "quantize": {"top1", "test_top1", "bytes"}
     }
 
 
@@ -329,7 +331,7 @@ def test_a_stage_of_another_network_is_made_anew(folder, whole, tmp_path):
     assert other == apply_stage(folder / "pruned", "quantize", SMALL, tmp_path / "there")
 
 
-@pytest.mark.parametrize(("key", "value"), [("data.score", "val"), ("threads", 2)])
+@pytest.mark.parametrize(("key", "value"), [("data.score", "test"), ("threads", 2)])
 def test_a_stages_figures_are_of_their_settings_and_its_training_is_used_again(
     folder, whole, tmp_path, caplog, monkeypatch, key, value
 ):
@@ -458,14 +460,14 @@ def test_a_stage_that_fails_leaves_the_runs_own_metrics(tmp_path, monkeypatch):
     figures = content["stages"]["finetune"]
     assert {"top1", "macs", "latency_ms"} <= set(figures)
     test = digits(0.2).shared(0.2).loader("test", 64)
-    assert accuracy(Finished(tmp_path).network(), test)[0] == figures["top1"]
+    assert accuracy(Finished(tmp_path).network(), test)[0] == figures["test_top1"]
 
 
 def test_resuming_a_rules_run_without_fine_tuning_keeps_its_stages(tmp_path):
     sections = NO_TRAINING | {"prune": {"epochs": 0}}
     first, _ = chain(tmp_path, **sections)
     found, reports = chain(tmp_path, resume=True, **sections)
-    assert [place for place, _ in reports] == [0]  # of the network that is not fine-tuned
+    assert [place for _, place, _ in reports] == [0]  # of the network that is not fine-tuned
     assert found["pruned_latency_ms"] == first["pruned_latency_ms"]
 
 

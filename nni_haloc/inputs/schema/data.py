@@ -50,9 +50,9 @@ class Data(Section):
     in order. The file has one class in each line. Without it: the names of the class folders."""
     test: Annotated[str, Words("folder")] = "test"
     """The folder of the test images, beside `train`."""
-    score: Literal["test", "val"] = "test"
-    """The images of the final accuracies. Set `val` where a tuner maximises them, and look at the
-    test images once, at the end."""
+    score: Literal["test", "val"] = "val"
+    """The images of the final accuracies, which a tuner maximises. Those of the test images stand
+    beside them as `test_top1`: choose nothing by them."""
     in_memory: InMemory = False
     """Whether small images are read once and kept. They are then augmented by shifts and mirroring,
     as `digits` and `cifar10` always are. With `device`, batches are

@@ -15,7 +15,7 @@ from nni_haloc.plan.compression import restructure
 from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.plan.rules import RULES, Problem, plan
-from nni_haloc.runs.identity import finetuning_identity
+from nni_haloc.runs.identity import check_training, finetuning_identity
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages import clear
 from nni_haloc.runs.stages.given_plan import RULE, given_plan
@@ -91,9 +91,9 @@ def _choose(job: Job) -> tuple[RankPlan, nn.Module, KnownLayers]:
 def _read_back(job: Job) -> tuple[RankPlan, nn.Module]:
     """Return the plan that a fine-tuning has begun with, and a network of its structure."""
     state = job.folder.finetuning.checkpoint
-    identity = checkpoint.read(state, checkpoint.REMEDY)["identity"]
-    saved = {key: value for key, value in identity.items() if key != "ranks"}
-    checkpoint.check_same(state, saved, finetuning_identity(job.config))
+    saved = checkpoint.read(state, checkpoint.REMEDY)
+    identity = {key: value for key, value in saved["identity"].items() if key != "ranks"}
+    check_training(state, {**saved, "identity": identity}, finetuning_identity(job.config))
     try:
         chosen = RankPlan.load(job.folder.ranks)
         return chosen, job.laid_out(restructure(job.model, chosen))

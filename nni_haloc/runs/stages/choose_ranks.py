@@ -15,6 +15,7 @@ from nni_haloc.inputs.schema.search import Search, SearchOptions
 from nni_haloc.plan.budget import Limit, Scores, cheapest, check_feasible, choose_least
 from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
+from nni_haloc.runs.earlier import started_plan
 from nni_haloc.runs.folder import SEARCH_VERSION, Figures, RunFolder, Training
 from nni_haloc.runs.identity import search_identity
 from nni_haloc.runs.job import Job, trainer_options
@@ -61,13 +62,11 @@ class ChooseRanks(Stage):
             keys, rule = ", ".join(f"search.{key}" for key in unused), job.config.rule
             logger.warning("%s: not used by the rule %r; 'rule: search' searches", keys, rule)
 
-    def points(self, config: Config) -> int:
-        """Return one point for each round of a search; a rule reports none."""
-        return recipe_of(config.search).rounds if config.rule == "search" else 0
-
     def run(self, job: Job, before: Outcome | None, report: Report, resume: bool) -> Outcome:
         """Choose the ranks, or read back those that an interrupted run has chosen."""
-        if job.config.rule == "search":
+        if resume and (started := started_plan(job)) is not None:
+            plan, network = started
+        elif job.config.rule == "search":
             strategy, plan = search(job, report, resume=resume)
             network = strategy.network(plan)
         else:

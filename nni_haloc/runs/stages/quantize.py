@@ -17,6 +17,7 @@ from nni_haloc.runs.folder import METRICS_VERSION, Figures, RunFolder
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages.stage import NetworkStage, Outcome, Report
 from nni_haloc.runs.stages.training import train
+from nni_haloc.runs.summary import ACCURACIES
 from nni_haloc.utils.errors import SettingsError, as_one_line
 from nni_haloc.utils.files import make_folder, read_json, write_json
 from nni_haloc.utils.log import logger
@@ -102,7 +103,9 @@ class Quantize(NetworkStage):
     def rows(self, figures: Figures) -> dict[str, Figures]:
         """Return a row for the simulation, and one for each file of ONNX Runtime."""
         titles = {"onnx_": "float32 in ONNX Runtime", "int8_": "int8 in ONNX Runtime"}
-        rows = {"quantized (simulated)": {key: v for key, v in figures.items() if key == "top1"}}
+        rows = {
+            "quantized (simulated)": {key: v for key, v in figures.items() if key in ACCURACIES}
+        }
         for start, title in titles.items():
             found = {
                 key.removeprefix(start): v for key, v in figures.items() if key.startswith(start)
@@ -144,4 +147,5 @@ def _int8(job: Job, network: nn.Module, images: torch.Tensor, out: Path) -> Figu
     if small.batch is not None:
         logger.warning("no int8_top1: %s takes batches of %d alone", int8, small.batch)
         return figures
-    return {"int8_top1": job.score(small)["top1"], **figures}
+    top1 = {f"int8_{key}": value for key, value in job.score(small).items() if "top1" in key}
+    return {**top1, **figures}

@@ -31,7 +31,11 @@ Report = Callable[[Figures, int], None]
 last place may be reported twice."""
 
 
-def ignore(figures: Figures, place: int) -> None:
+Reports = Callable[[str, Figures, int], None]
+"""Takes the points of all stages: the stage's name, the figures, the place in its own curve."""
+
+
+def ignore(*point: Any) -> None:
     """Report nothing."""
 
 
@@ -99,17 +103,6 @@ class Stage(ABC):
             config: the settings.
         """
         return self.settings_of(config) is not None
-
-    def points(self, config: Config) -> int:
-        """Return the number of points that it adds to the curve.
-
-        That is one for the start and one for each epoch.
-
-        Args:
-            config: the settings.
-        """
-        section = self.settings_of(config)
-        return 1 + section.epochs if hasattr(section, "epochs") else 0
 
     def check(self, job: Job) -> None:  # noqa: B027 (most stages have nothing to check)
         """Check what can be known before anything is trained.

@@ -13,6 +13,7 @@ from torch import nn
 from nni_haloc.inputs.schema.training import Distilled
 from nni_haloc.inputs.schema.training import Training as Section
 from nni_haloc.runs.folder import Figures, Training
+from nni_haloc.runs.identity import check_training
 from nni_haloc.runs.job import Job, trainer_options
 from nni_haloc.runs.stages.stage import Report, ignore
 from nni_haloc.training import checkpoint
@@ -69,7 +70,8 @@ def train(
     seed_everything(config.seed, verbose=False)  # the same whatever came before
     training_loader, val = job.loader("train", shuffle=True), job.loader("val")
     keep = partial(add_epoch, files.history)
-    state = EpochCheckpoint(files.checkpoint, {"identity": dict(identity)}, training_loader, val)
+    facts = {"identity": dict(identity), "longer": section.schedule == "constant"}
+    state = EpochCheckpoint(files.checkpoint, facts, training_loader, val)
     if not (resume and _can_go_on(files, identity, section, title)):
         resume = False
         batches = config.recalibration_batches if recalibrated else 0
@@ -111,7 +113,7 @@ def _can_go_on(files: Training, identity: Mapping[str, Any], section: Section, t
         return False
     try:
         saved = checkpoint.read(files.checkpoint)
-        checkpoint.check_same(files.checkpoint, saved["identity"], identity)
+        check_training(files.checkpoint, saved, identity)
     except UnusableCheckpoint as error:
         logger.info("%s; %s starts anew", str(error).removesuffix(checkpoint.REMEDY), title)
         return False

@@ -54,7 +54,11 @@ SEEDS = 3
 
 METHODS: dict[str, dict[str, Any]] = {  # settings of each; any other name is a rule's
     "haloc": {"rule": "search"},
-    "paper": {"preset": "paper", "search.epochs": 3},  # from uniform probabilities one is too few
+    "paper": {
+        "preset": "paper",
+        "search.epochs": 3,
+        "recalibration_batches": 50,
+    },  # from uniform probabilities one is too few
 }
 
 
