@@ -19,6 +19,7 @@ _KEYS = {
     "budget": {"check"},
     "data": {"workers", "score", "download"},
     "search": {"tensorboard"},
+    "trainer": {"logger"},
 }
 """Settings that the state of a search does not depend on."""
 

@@ -47,6 +47,7 @@ from nni_haloc.space.modules import evaluating
 from nni_haloc.space.outputs import logits_of
 from nni_haloc.space.ranks import AllowedRanks
 from nni_haloc.training.finetuning import accuracy
+from nni_haloc.training.loggers import Place, check_logger, make_logger
 from nni_haloc.training.random_states import (
     isolated_random_states,
     random_states,
@@ -239,6 +240,15 @@ class Job:
             split, d.batch_size, shuffle=shuffle, workers=d.workers, seed=seed
         )
 
+    def logger(self, folder: Path, title: str) -> Any:
+        """Return the settings' logger for a training, as Lightning's Trainer takes it.
+
+        Args:
+            folder: the folder of the training.
+            title: what the training is called.
+        """
+        return make_logger(self.config.logger, Place(self.folder.path, folder, title))
+
     def laid_out(self, network: nn.Module) -> nn.Module:
         """Put a network into the settings' memory format, in which it is trained and timed."""
         return laid_out(network, self.config.cost.memory_format)
@@ -377,7 +387,7 @@ def trainer_options(config: Config, *, searching: bool = False) -> dict[str, Any
         searching: whether it is for the search, in which the candidates that are not sampled have
             no gradients: several processes must expect that.
     """
-    options = config.trainer.model_dump()
+    options = config.trainer.model_dump(exclude={"logger"})
     if searching and config.trainer.devices * config.trainer.num_nodes > 1:
         options["strategy"] = "ddp_find_unused_parameters_true"
     return options
@@ -395,6 +405,7 @@ def _device_of(config: Config) -> str | None:
 
 
 def _check_trainer(config: Config) -> None:
+    check_logger(config.logger)
     processes = config.trainer.devices * config.trainer.num_nodes
     if config.rule == "search" and config.search.compile and processes > 1:
         expected = "expected false with several processes"

@@ -111,5 +111,4 @@ class Search(SearchOptions, Training):
     [one set of factors](explanation/how-it-works.md#nested-candidates), or each has weights of its
     own (`separate`, the paper's)."""
     tensorboard: bool = False
-    """Whether curves of every candidate's probability, the expected cost and both losses are
-    written to `search/` of the run's folder (`nni-haloc[tensorboard]`)."""
+    """Deprecated: write `trainer.logger: tensorboard`, which this now means."""

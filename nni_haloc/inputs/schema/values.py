@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from nni_haloc.inputs.classes import class_names, what_is_wrong
 from nni_haloc.inputs.options import MOST_PROCESSES
-from nni_haloc.inputs.registries import DATA, PREDICTORS, RULES, RUNTIMES
+from nni_haloc.inputs.registries import DATA, LOGGERS, PREDICTORS, RULES, RUNTIMES
 from nni_haloc.inputs.schema.paths import existing
 from nni_haloc.inputs.schema.section import Words
 from nni_haloc.utils.errors import brief, expected_one_of, reason_of
@@ -159,6 +159,7 @@ Metric = Annotated[str, AfterValidator(_metric), Words(", ".join(f"`{name}`" for
 Rule = Annotated[str, AfterValidator(OneOf(("search", "plan", RULES)))]
 Predictor = Annotated[str, AfterValidator(OneOf((PREDICTORS,)))]
 RuntimeName = Annotated[str, AfterValidator(OneOf((RUNTIMES,)))]
+LoggerName = Annotated[str, AfterValidator(OneOf(("none", LOGGERS)))]
 DataName = Annotated[str, AfterValidator(OneOf((DATA,)))]
 Device = Annotated[str, AfterValidator(_device), Words("`cpu`, `cuda`, `cuda:1`, ...")]
 
