@@ -225,8 +225,9 @@ def find_run(path: str | Path, *, unfinished: bool = False) -> RunFolder:
     """
 
     def is_run(folder: RunFolder) -> bool:
-        begun = unfinished and (folder.lock.is_file() or folder.search_file.is_file())
-        return begun or folder.ranks.is_file()
+        begun = any(file.is_file() for file in (folder.lock, folder.search_file, folder.log))
+        training = folder.training.checkpoint.is_file()  # of the original, by `haloc train`
+        return folder.ranks.is_file() or (unfinished and begun and not training)
 
     folder = RunFolder(path)
     inside = RunFolder(folder.path / "haloc")

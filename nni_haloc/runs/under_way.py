@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nni_haloc.runs.folder import SEARCH_VERSION, RunFolder
-from nni_haloc.runs.run import RESULT
 from nni_haloc.runs.stages import all_stages
 from nni_haloc.training import checkpoint, curves
-from nni_haloc.utils.errors import HalocError
+from nni_haloc.utils.errors import HalocError, SettingsError
 from nni_haloc.utils.files import read_json, read_text
 from nni_haloc.utils.locks import is_held
 
@@ -67,7 +66,13 @@ def _unfinished_search(folder: RunFolder) -> dict[str, Any]:
     if not folder.search_file.is_file():
         return {}
     content = read_json(folder.search_file, "search", SEARCH_VERSION)
-    return content if content.get("finished", True) is False else {}
+    if content.get("finished", True) is not False:
+        return {}
+    kinds = {"curve": list, "epochs": int, "layers": dict, "limits": list}
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key), kind):
+            raise SettingsError(f"{folder.search_file}: {key}: expected a {kind.__name__}")
+    return content
 
 
 def _unfinished_training(folder: RunFolder) -> tuple[str, int, int | None] | None:
@@ -79,14 +84,15 @@ def _unfinished_training(folder: RunFolder) -> tuple[str, int, int | None] | Non
             continue
         if stage.name == "search" or not files.history.is_file():
             continue
-        epochs = curves.read(files.history, curves.EPOCH_COLUMNS)["epoch"]
+        done = int(curves.read(files.history, curves.EPOCH_COLUMNS)["epoch"][-1])
         of = None
         try:
             saved = checkpoint.read(files.checkpoint)
             of = int(saved["identity"][stage.section]["epochs"])
+            done = min(done, saved["epochs"])  # an epoch is done when its state is kept
         except (HalocError, KeyError, TypeError, ValueError):
             pass  # before the first epoch there is no checkpoint
-        found = stage.training_title, int(epochs[-1]), of
+        found = stage.training_title, done, of
     return found
 
 

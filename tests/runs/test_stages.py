@@ -87,7 +87,8 @@ def test_every_stage_reports_flat_metrics_and_the_last_one_the_default(whole):
         "original_chance", "original_latency_ms", "speedup", "macs_reduction", "params_reduction",
         "original_at_chance", "far_above_original",
         "top1", "macs", "params", "latency_ms", "images_per_s", "bytes",
-        "pruned_top1", "pruned_macs", "pruned_params", "pruned_latency_ms", "pruned_bytes",
+        "pruned_top1", "pruned_macs", "pruned_params", "pruned_latency_ms",
+        "pruned_speedup", "pruned_bytes",
         "quantized_top1", "int8_top1", "onnx_latency_ms", "int8_latency_ms", "int8_bytes",
     ]  # fmt: skip
     assert metrics["default"] == metrics["int8_top1"]
