@@ -42,6 +42,8 @@ EXTRAS = {
         "six>=1.16",  # zigzag-dse needs it and does not declare it
     ],
     "tensorboard": ["tensorboard>=2.18"],
+    "mlflow": ["mlflow>=3.0"],
+    "wandb": ["wandb>=0.19"],
     "energy": ["nvidia-ml-py>=12"],
     "hub": ["huggingface_hub>=2.0"],
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ from nni_haloc.cli.options import (
     trust,
 )
 from nni_haloc.inputs.registries import PRUNERS, QUANTIZERS
-from nni_haloc.utils.errors import SettingsError, as_one_line
+from nni_haloc.utils.errors import as_one_line
 from nni_haloc.utils.printing import print_table
 
 after = typer.Typer()
@@ -228,6 +228,12 @@ def report_command(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The page (default: FOLDER/report.html).")
     ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help="Write the page anew whenever the run has got further, until it ends."
+        ),
+    ] = False,
 ) -> None:
     """Write one HTML page: figures, ranks, curves, settings.
 
@@ -235,23 +241,14 @@ def report_command(
     of each stage, the table of haloc bench, the rank and the remaining cost of
     every layer, the curves of the search and the trainings, the settings, the
     commands that repeat the run, and the versions that it was made with. What the
-    folder does not have is left out.
+    folder does not have is left out. The page of a run that is still under way
+    says how far it is; with --watch a browser loads it again by itself.
     """
-    from nni_haloc.results.html_report import html_report
-    from nni_haloc.runs.folder import RunFolder, hold
-    from nni_haloc.utils.files import make_folder, whole
+    from nni_haloc.results.watched import watch_run, write_page
+
+    def started(page: Path) -> None:
+        typer.echo(f"{page}: open it in a browser; it changes until the run ends", err=True)
 
     with as_one_line():
-        page = html_report(folder)
-    run = RunFolder(folder)
-    out = out or run.report
-    inside = out.resolve().is_relative_to(run.path.resolve())
-    try:
-        make_folder(out.parent)
-        with hold(run) if inside else nullcontext(), whole(out) as part:
-            part.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise SettingsError(
-            f"{out}: expected a file that can be written, found: {error.strerror}"
-        ) from None
+        out = watch_run(folder, out, started) if watch else write_page(folder, out)
     typer.echo(out)

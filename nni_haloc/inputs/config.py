@@ -27,6 +27,7 @@ from nni_haloc.inputs.schema.values import CountOrNone, Processes, Rule, Seed, S
 from nni_haloc.inputs.tuned import as_settings
 from nni_haloc.inputs.yaml_files import read_yaml
 from nni_haloc.utils.errors import SettingsError, as_one_line, brief, explain
+from nni_haloc.utils.log import logger
 
 Validated = TypeVar("Validated", bound=Section)
 
@@ -78,7 +79,7 @@ class Config(Section):
     train: Train = Train()
     """The training of the original network, `haloc train`, where there are no weights yet."""
     trainer: Trainer = Trainer()
-    """Lightning's flags of the same names, for the search and all trainings. With
+    """Where the search and all trainings run, and what logs them: Lightning's flags. With
     [several processes](how-to/many-machines.md#several-processes), `data.batch_size` is that of
     each."""
     scale: Share = 1.0
@@ -127,7 +128,15 @@ class Config(Section):
             raise ValueError(f"rule: {expected}, found {self.rule!r}; leave one of them out")
         if self.plan is None and self.rule == "plan":
             raise ValueError("plan: the rule 'plan' needs a file (haloc plan FOLDER --out FILE)")
+        if self.search.tensorboard and self.trainer.logger not in ("none", "tensorboard"):
+            expected = f"expected false with trainer.logger {self.trainer.logger!r}"
+            raise ValueError(f"search.tensorboard: {expected}, found true; leave it out")
         return self
+
+    @property
+    def logger(self) -> str:
+        """The name of the logger, by ``trainer.logger`` or its former spelling."""
+        return "tensorboard" if self.search.tensorboard else self.trainer.logger
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -212,7 +221,10 @@ def _load(path: Path, changes: dict[str, Any], training: bool, uploaded: Path | 
         set_dotted(content, dotted, value)
     _apply_preset(content, path)
     context = {"training": training, "uploaded": uploaded}
-    return _scaled(_validated(config_type(), content, path, path.parent, **context))
+    config = _validated(config_type(), content, path, path.parent, **context)
+    if config.search.tensorboard:
+        logger.warning("search.tensorboard: deprecated; write trainer.logger: tensorboard")
+    return _scaled(config)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Every name that settings and commands take, and the code that it stands for.
 
-To add a rule, a predictor, a runtime, a network or a data set to this package: write its file, and
-add its line here. To add one from another package: see `nni_haloc.utils.registry.Registry`.
+To add a rule, a predictor, a runtime, a network, a data set or a logger to this package: write its
+file, and add its line here. To add one from another package: see
+`nni_haloc.utils.registry.Registry`.
 """
 
 from __future__ import annotations
@@ -135,6 +136,19 @@ QUANTIZERS: Registry[Any] = Registry(
     },
 )
 """NNI's quantizers, each described by a `nni_haloc.chain.quantizers.Quantizer`."""
+
+_LOGGERS = "nni_haloc.training.loggers"
+LOGGERS: Registry[Any] = Registry(
+    "logger",
+    "nni_haloc.loggers",
+    {
+        "tensorboard": f"{_LOGGERS}:tensorboard",
+        "csv": f"{_LOGGERS}:csv",
+        "mlflow": f"{_LOGGERS}:mlflow",
+        "wandb": f"{_LOGGERS}:wandb",
+    },
+)
+"""Makers of Lightning's loggers: a function of a `nni_haloc.training.loggers.Place`."""
 
 STAGES: Registry[Any] = Registry(
     "stage",

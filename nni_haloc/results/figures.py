@@ -90,29 +90,45 @@ def _curves(runs: Mapping[str, Sequence[Curve]], label: str) -> Figure:
 
 def finetuning(columns: Mapping[str, Sequence[float]]) -> Figure:
     """Draw loss and validation accuracy of a fine-tuning by epoch; epoch 0 is before it."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="epoch", ylabel="training loss")
-    (loss,) = axes.plot(
-        columns["epoch"],
-        columns["train_loss"],
-        "o-",
-        markersize=4,
-        color="C0",
-        label="training loss",
+    top1 = 100 * np.array(columns["val_top1"])
+    loss = "training loss", columns["train_loss"]
+    return _by_epoch(columns["epoch"], loss, ("top-1 (validation)", top1))
+
+
+def searching(curve: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw a search by epoch: the expected cost, and top-1 of the sampled networks.
+
+    Args:
+        curve: figures of each epoch, see `nni_haloc.search.history.epoch_figures`.
+    """
+    cost, top1 = (
+        [100 * point.get(key, math.nan) for point in curve] for key in ("expected_cost", "top1")
     )
+    figure = _by_epoch(
+        [point["epoch"] for point in curve],
+        ("expected cost, % of the original's", cost),
+        ("top-1 of sampled networks", top1),
+    )
+    highest = max((value for value in cost if math.isfinite(value)), default=100.0)
+    figure.axes[0].set_ylim(0, 1.1 * max(highest, 1e-9))
+    return figure
+
+
+def _by_epoch(
+    epochs: Sequence[float],
+    left: tuple[str, Sequence[float]],
+    top1: tuple[str, Sequence[float] | NDArray[np.float64]],
+) -> Figure:
+    """Draw a figure by epoch on the left axis, and accuracies in per cent on the right one."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel=left[0])
+    first = axes.plot(epochs, left[1], "o-", markersize=4, color="C0", label=left[0])
     right = axes.twinx()
     right.set_ylabel("top-1, %")
-    (top1,) = right.plot(
-        columns["epoch"],
-        100 * np.array(columns["val_top1"]),
-        "s--",
-        markersize=4,
-        color="C1",
-        label="top-1 (validation)",
-    )
+    second = right.plot(epochs, top1[1], "s--", markersize=4, color="C1", label=top1[0])
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
-    figure.legend(handles=[loss, top1], loc="outside upper center", ncols=2, fontsize=9)
+    figure.legend(handles=[*first, *second], loc="outside upper center", ncols=2, fontsize=9)
     return figure
 
 

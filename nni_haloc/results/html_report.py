@@ -1,10 +1,11 @@
-"""A finished run's folder as one HTML page that needs nothing else, and runs nothing."""
+"""A run's folder as one HTML page that needs nothing else, and runs nothing."""
 
 from __future__ import annotations
 
 import base64
 import math
 import shlex
+import time
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -22,14 +23,16 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results import figures
 from nni_haloc.results.bench import TEXT, bench_table
 from nni_haloc.results.plan_table import PlanFiles, is_measured, timing_lines
-from nni_haloc.runs.folder import Figures, RunFolder
+from nni_haloc.runs.folder import SEARCH_VERSION, Figures, RunFolder, find_run
 from nni_haloc.runs.kept import OF_BUDGET, missed_budgets
 from nni_haloc.runs.plausibility import doubts
 from nni_haloc.runs.run import RESULT, flatten, gains
 from nni_haloc.runs.stages import all_stages
 from nni_haloc.runs.summary import ACCURACIES, ROWS
+from nni_haloc.runs.under_way import UnderWay, look
 from nni_haloc.training import curves
 from nni_haloc.utils.errors import SettingsError
+from nni_haloc.utils.files import read_json
 from nni_haloc.utils.printing import percent
 
 _COLUMNS = {
@@ -57,13 +60,15 @@ _TEMPLATES = Environment(
 )
 
 
-def html_report(path: str | Path) -> str:
+def html_report(path: str | Path, *, refresh: int | None = None) -> str:
     """Make the page of a run's folder, or of a trial's with the run's in it.
 
-    What the folder does not have is left out.
+    What the folder does not have is left out. The page of a run that has not ended says so.
 
     Args:
         path: the folder of a run, a search or a trial.
+        refresh: seconds after which a browser loads the page again, as long as the run is under
+            way (None: it does not).
 
     Returns:
         The page as HTML, which loads nothing from elsewhere.
@@ -71,15 +76,17 @@ def html_report(path: str | Path) -> str:
     Raises:
         SettingsError: names the file, if there is no run or one of its files is damaged.
     """
-    given, files = Path(path), PlanFiles.read(path)
-    folder, plan = files.folder, files.plan
+    given, folder = Path(path), find_run(path, unfinished=True)
+    under_way = look(folder)
+    files = PlanFiles.read(folder.path) if folder.ranks.is_file() else None
     run = folder.read_metrics()
     stages = {name: _numbers(row) for name, row in folder.metrics().items()}
     config = run["config"]
     reported = flatten(stages, _objective(config))
     rows = _rows(stages)
     try:
-        layers, drawn = _layers(files), _drawn(plan, folder)
+        layers = _layers(files) if files else {}
+        drawn = _drawn(files.plan if files else None, folder)
     except OverflowError as error:
         raise SettingsError(f"{folder}: numbers too large to draw ({error})") from None
     repeated = {key: value for key, value in config.items() if key not in ("scale", "preset")}
@@ -87,11 +94,15 @@ def html_report(path: str | Path) -> str:
     page = _TEMPLATES.get_template(folder.report.name).render(
         title="/".join(given.absolute().parts[-2:]),
         model=_flat(config.get("model", {})).get("name", ""),
-        facts={key: _shown(v) for key, v in _flat(plan.chosen_by).items() if v is not None},
+        under_way=under_way,
+        now=time.strftime("%Y-%m-%d %H:%M:%S") if under_way else "",
+        refresh=refresh if under_way and under_way.running else None,
+        likely=_likely(under_way, folder) if under_way else [],
+        facts=_facts(files.plan) if files else {},
         headline=_headline(stages, rows),
         doubts=[*doubts(stages).values(), *missed_budgets(stages)],
-        timing=timing_lines(plan),
-        formats=files.formats,
+        timing=timing_lines(files.plan) if files else [],
+        formats=files.formats if files else None,
         stages=_table(rows),
         batch=_flat(config.get("cost", {})).get("batch_size", ""),
         texts=TEXT,
@@ -116,6 +127,38 @@ def _objective(config: Mapping[str, Any]) -> Objective:
         return Objective.model_validate(config.get("objective") or {})
     except ValidationError:  # somebody else's file
         return Objective()
+
+
+def _facts(plan: RankPlan) -> dict[str, str]:
+    """Return how a plan was chosen."""
+    return {key: _shown(v) for key, v in _flat(plan.chosen_by).items() if v is not None}
+
+
+def _likely(under_way: UnderWay, folder: RunFolder) -> list[dict[str, Any]]:
+    """Return a row for each layer of an unfinished search: its most probable candidate, its cost.
+
+    Costs are by the first limit.
+    """
+    try:
+        rows = []
+        for layer, row in under_way.search.get("layers", {}).items():
+            name, best = max(row.items(), key=lambda item: item[1]["probability"])
+            expected = sum(each["probability"] * each["cost"][0] for each in row.values())
+            original = under_way.search["limits"][0]["original_cost"]
+            rows.append(
+                {
+                    "layer": layer,
+                    "candidate": name,
+                    "candidates": len(row),
+                    "probability": percent(best["probability"]),
+                    "bar": round(100 * min(1.0, best["probability"]), 1),
+                    "cost": percent(expected / original),
+                }
+            )
+        return rows
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError):
+        expected = "expected candidates with probability and cost in each layer"
+        raise SettingsError(f"{folder.search_file}: {expected}") from None
 
 
 def _flat(content: Any) -> dict[str, Any]:
@@ -277,14 +320,18 @@ def _cost(cost: float | None) -> str:
     return f"{cost:,.4g}" if cost < 1e4 else f"{cost:,.0f}"
 
 
-def _drawn(plan: RankPlan, folder: RunFolder) -> dict[str, tuple[str, str]]:
+def _drawn(plan: RankPlan | None, folder: RunFolder) -> dict[str, tuple[str, str]]:
     """Draw the figures: name to caption and the image as an address."""
     drawn = {}
     # Layers' names are no formulas; and the same run gives the same page each time.
     with rc_context({"text.parse_math": False, "svg.hashsalt": "haloc"}):
-        names = {name: _plain(name, i) for i, name in enumerate(plan.ranks)}
-        ranks = {names[layer]: rank for layer, rank in plan.ranks.items()}
-        drawn["ranks"] = "Rank of every layer", _image(figures.rank_bars({"plan": ranks}))
+        if plan is not None:
+            names = {name: _plain(name, i) for i, name in enumerate(plan.ranks)}
+            ranks = {names[layer]: rank for layer, rank in plan.ranks.items()}
+            drawn["ranks"] = "Rank of every layer", _image(figures.rank_bars({"plan": ranks}))
+        if epochs := _search_curve(folder):
+            caption = "Search: expected cost, and top-1 of the sampled networks"
+            drawn["search"] = caption, _image(figures.searching(epochs))
         if folder.searching.history.is_file():
             columns = {"search": curves.read(folder.searching.history)}
             loss, parameters = figures.losses(columns), figures.parameters(columns)
@@ -298,6 +345,15 @@ def _drawn(plan: RankPlan, folder: RunFolder) -> dict[str, tuple[str, str]]:
                 caption = f"{title}: loss, and top-1 on validation images"
                 drawn[stage.name] = caption, _image(curve)
     return drawn
+
+
+def _search_curve(folder: RunFolder) -> list[Figures]:
+    """Return the figures of each epoch of the search that can be drawn; none where it kept none."""
+    if not folder.search_file.is_file():
+        return []
+    curve = read_json(folder.search_file, "search", SEARCH_VERSION).get("curve", [])
+    points = [_numbers(point) for point in curve] if isinstance(curve, list) else []
+    return [point for point in points if "epoch" in point]
 
 
 def _plain(name: str, number: int) -> str:

@@ -31,7 +31,7 @@ from nni_haloc.utils.errors import as_one_line
 
 _RUNTIME = {"runtime", "dtype", "device", "memory_format", "threads", "graph"}
 _JOB: dict[str, Any] = dict.fromkeys(("model", "weights", "data", "trainer", "seed"), True)
-_JOB |= {"search": {"compile"}, "cost": _RUNTIME}
+_JOB |= {"search": {"compile", "tensorboard"}, "cost": _RUNTIME}
 """Settings that a job depends on."""
 _NEVER_LOOKED_AT = {"search", "finetune", "train", "threads", "recalibration_batches", "scale"}
 """Settings that neither a job nor the check of its budgets depends on."""

@@ -222,17 +222,27 @@ def _is_own_folder(folder: RunFolder, stage: str) -> bool:
     return stage in STAGES.own() and folder.path.name == getattr(STAGES[stage], "folder", "")
 
 
-def find_run(path: str | Path) -> RunFolder:
+def find_run(path: str | Path, *, unfinished: bool = False) -> RunFolder:
     """Return the folder of a run or a search, or the one that a trial's folder has in it.
+
+    Args:
+        path: the folder.
+        unfinished: whether it may be that of a run which has not chosen its ranks yet.
 
     Raises:
         SettingsError: names the file that is missing.
     """
+
+    def is_run(folder: RunFolder) -> bool:
+        begun = any(file.is_file() for file in (folder.lock, folder.search_file, folder.log))
+        training = folder.training.checkpoint.is_file()  # of the original, by `haloc train`
+        return folder.ranks.is_file() or (unfinished and begun and not training)
+
     folder = RunFolder(path)
     inside = RunFolder(folder.path / "haloc")
-    if inside.ranks.is_file():
+    if is_run(inside):
         folder = inside
-    if not folder.ranks.is_file():
+    if not is_run(folder):
         expected = "expected the folder of a finished run (haloc run, haloc search, a trial)"
         if not folder.path.is_dir():
             raise SettingsError(f"{folder.path}: no such folder; {expected}")

@@ -21,6 +21,7 @@ _KEYS = {
     "budget": {"check"},
     "data": {"workers", "score", "download"},
     "search": {"tensorboard"},
+    "trainer": {"logger"},
 }
 """Settings that the state of a search does not depend on."""
 
@@ -98,9 +99,9 @@ def check_training(path: Path, saved: Mapping[str, Any], here: Mapping[str, Any]
     for key, now in here.items():
         was = there.get(key)
         if saved.get("longer") and isinstance(now, dict) and isinstance(was, dict):
-            ends = was.get("epochs"), now.get("epochs")
-            if all(isinstance(end, int) for end in ends) and ends[0] < ends[1]:
-                there[key] = {**was, "epochs": ends[1]}
+            before, end = was.get("epochs"), now.get("epochs")
+            if isinstance(before, int) and isinstance(end, int) and before < end:
+                there[key] = {**was, "epochs": end}
     check_same(path, there, here)
 
 

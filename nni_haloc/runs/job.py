@@ -47,6 +47,7 @@ from nni_haloc.space.modules import evaluating
 from nni_haloc.space.outputs import logits_of
 from nni_haloc.space.ranks import AllowedRanks, UnfitPattern, check_names, find_layers
 from nni_haloc.training.finetuning import accuracy
+from nni_haloc.training.loggers import Place, check_logger, make_logger
 from nni_haloc.training.random_states import (
     isolated_random_states,
     random_states,
@@ -248,6 +249,15 @@ class Job:
             split, d.batch_size, shuffle=shuffle, workers=d.workers, seed=seed
         )
 
+    def logger(self, folder: Path, title: str) -> Any:
+        """Return the settings' logger for a training, as Lightning's Trainer takes it.
+
+        Args:
+            folder: the folder of the training.
+            title: what the training is called.
+        """
+        return make_logger(self.config.logger, Place(self.folder.path, folder, title))
+
     def laid_out(self, network: nn.Module) -> nn.Module:
         """Put a network into the settings' memory format, in which it is trained and timed."""
         return laid_out(network, self.config.cost.memory_format)
@@ -402,7 +412,8 @@ def trainer_options(config: Config, *, searching: bool = False) -> dict[str, Any
         searching: whether it is for the search, in which the candidates that are not sampled have
             no gradients: several processes must expect that.
     """
-    options = {**config.trainer.model_dump(), "enable_progress_bar": shows_bars()}
+    options = config.trainer.model_dump(exclude={"logger"})
+    options["enable_progress_bar"] = shows_bars()
     if searching and config.trainer.devices * config.trainer.num_nodes > 1:
         options["strategy"] = "ddp_find_unused_parameters_true"
     return options
@@ -420,6 +431,7 @@ def _device_of(config: Config) -> str | None:
 
 
 def _check_trainer(config: Config) -> None:
+    check_logger(config.logger)
     processes = config.trainer.devices * config.trainer.num_nodes
     if config.rule == "search" and config.search.compile and processes > 1:
         expected = "expected false with several processes"

@@ -62,6 +62,8 @@ class SearchState:
             with torch.no_grad():
                 layer.alpha.copy_(torch.tensor(added) * scale)
             layer.temperature = options.temperature
+        self.curve: list[dict[str, float]] = []
+        """Figures of each epoch that is done; see `nni_haloc.search.history.epoch_figures`."""
         self._sizes = [len(layer.names) for layer in self.mixed_layers.values()]
         self._costs: dict[int, tuple[CostTable, np.ndarray, float]] = {}
         self._mirror = Mirror()
@@ -99,6 +101,23 @@ class SearchState:
             float(softmax(layer.logits) @ row)
             for layer, row in zip(layers, self._by_layer(costs), strict=True)
         )
+
+    def figures(self) -> dict[str, float]:
+        """Return what a logger draws of the search, by the first limit's table.
+
+        Returns:
+            ``search/expected_cost_share``, the expected cost as a share of the original's; and for
+            each layer ``top_probability/LAYER``, that of its most probable candidate, and
+            ``expected_cost/LAYER``, what it adds to the share.
+        """
+        costs, original = self._costs_of(self.limits[0].costs)[0], self.limits[0].costs.original
+        figures = {"search/expected_cost_share": self.known_cost() / original}
+        rows = self._by_layer(costs)
+        for (name, layer), row in zip(self.mixed_layers.items(), rows, strict=True):
+            probabilities = softmax(layer.logits)
+            figures[f"top_probability/{name}"] = float(probabilities.max())
+            figures[f"expected_cost/{name}"] = float(probabilities @ row) / original
+        return figures
 
     def probability_loss(self, ce: Tensor) -> Tensor:
         """Return the loss that alpha's step descends.

@@ -328,9 +328,10 @@ class HalocModule(DartsLightningModule):
         return entries["loss"]
 
     def on_train_epoch_end(self) -> None:
-        """Log the probabilities to the trainer's loggers, if it has any."""
+        """Log probabilities and expected costs to the trainer's loggers, if it has any."""
         if self.loggers:
             self.log_probs(self.state.probabilities)
+            self.log_dict(self.state.figures())
         super().on_train_epoch_end()
 
     def on_train_end(self) -> None:
@@ -355,6 +356,7 @@ class HalocModule(DartsLightningModule):
         scores = {name: (mean.total.tolist(), mean.count) for name, mean in means.items()}
         sampling = self._generator.bit_generator.state
         state: dict[str, Any] = {"sampling": sampling, "scores": scores}
+        state["curve"] = self.state.curve
         if self._average is not None:
             state["average"] = self._average.state()
         checkpoint["haloc_search"] = state
@@ -373,6 +375,7 @@ class HalocModule(DartsLightningModule):
             why = "its paths were sampled by other random numbers"
             raise UnusableCheckpoint(f"a search of version 0.1: {why}; start without --resume")
         self._saved_average = saved.get("average")
+        self.state.curve = saved.get("curve", [])  # earlier versions kept none
         for name, layer in self.state.mixed_layers.items():
             score = saved["scores"][name]
             total, count = score.values() if old else score

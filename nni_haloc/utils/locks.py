@@ -169,6 +169,26 @@ def _locked(number: int, lock: Path, place: Path, wait: bool) -> bool:
     return True
 
 
+def is_held(folder: str | Path) -> bool:
+    """Tell whether a process holds a folder now; False where there are no locks.
+
+    Args:
+        folder: the folder. Nothing is written there.
+    """
+    try:
+        number = os.open(Path(folder) / LOCK_FILE, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        if fcntl is not None:
+            fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _BUSY
+    finally:
+        os.close(number)  # which lets go of the lock, too
+    return False
+
+
 def _sign(number: int) -> None:
     """Write into a lock file who holds it."""
     facts = {

@@ -33,6 +33,7 @@ CONFIGURED_TWICE = "nni.nas.experiment.config.experiment", "`training_service` w
 LOGS = (
     ("pytorch_lightning.utilities.rank_zero", "", logging.INFO),  # devices, tips, "fit stopped"
     ("pytorch_lightning.accelerators.cuda", "", logging.INFO),
+    ("pytorch_lightning.loggers.mlflow", "Experiment with name", logging.WARNING),  # a new one
     ("nni.experiment.experiment", "", logging.INFO),
     ("nni.nas.experiment.experiment", "", logging.INFO),
     ("nni.nas.experiment.config.experiment", "", logging.INFO),

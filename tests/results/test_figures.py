@@ -349,9 +349,11 @@ def test_folders_of_one_name_are_told_apart(tmp_path):
         "iteration,train_loss,approach_loss,expected_cost,expected_params\n0,1,",
     ],
 )
-def test_a_damaged_history_does_not_keep_a_search_from_going_on(tmp_path, content):
+def test_a_damaged_history_does_not_keep_a_search_from_going_on(tmp_path, content, monkeypatch):
+    monkeypatch.setattr(History, "_write_state", lambda *_: None)
     (tmp_path / "history.csv").write_text(content)
-    past = History(tmp_path / "history.csv", None, CostTable("params", {"a": {"dense": 1.0}}, 0.0))
+    params = CostTable("params", {"a": {"dense": 1.0}}, 0.0)
+    past = History(tmp_path / "history.csv", tmp_path / "search.json", None, params)
     past.on_train_start(SimpleNamespace(current_epoch=1, num_training_batches=5), None)
     assert past.rows == []
 

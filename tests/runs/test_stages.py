@@ -94,8 +94,8 @@ def test_every_stage_reports_flat_metrics_and_the_last_one_the_default(whole):
         "macs_reduction", "params_reduction", "original_at_chance", "far_above_original",
         "top1", "test_top1", "macs", "params", "latency_ms", "images_per_s", "bytes",
         "pruned_top1", "pruned_test_top1", "pruned_macs", "pruned_params", "pruned_latency_ms",
-        "pruned_bytes", "quantized_top1", "quantized_test_top1", "int8_top1", "int8_test_top1",
-        "onnx_latency_ms", "int8_latency_ms", "int8_bytes",
+        "pruned_speedup", "pruned_bytes", "quantized_top1", "quantized_test_top1", "int8_top1",
+        "int8_test_top1", "onnx_latency_ms", "int8_latency_ms", "int8_bytes",
     ]  # fmt: skip
     assert metrics["default"] == metrics["int8_top1"]
     assert metrics["pruned_macs"] < metrics["macs"]

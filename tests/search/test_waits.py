@@ -74,11 +74,13 @@ def test_alphas_step_is_one_copy(net, images, loaders, monkeypatch, device):
 def test_a_row_of_history_waits_for_nothing(net, images, loaders, tmp_path, device):
     costs = param_table(net, images[:1])
     strategy = SimpleNamespace()
-    history = History(tmp_path / "history.csv", strategy, costs)
+    history = History(tmp_path / "history.csv", tmp_path / "search.json", strategy, costs)
 
     class Watched(pl.Callback):
         def on_train_batch_end(self, trainer, module, *arguments):
-            strategy.state = module.state
+            state = module.state
+            vars(strategy).update(vars(state), state=state, costs=costs, scores=state.scores)
+            strategy.probabilities = state.probabilities
             with no_waits_on(device):
                 history.on_train_batch_end(trainer, module, *arguments)
 

@@ -209,6 +209,7 @@ def test_a_state_depends_on_the_settings_of_the_search_and_on_what_its_files_hol
         "data__workers": 2,
         "data__score": "val",
         "search__tensorboard": True,
+        "trainer__logger": "tensorboard",
     }.items():
         assert identity(**{key: value}) == identity(), key
     for key, value in {

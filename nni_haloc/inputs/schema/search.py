@@ -34,8 +34,8 @@ class SearchOptions(Section):
     each step on the cross-entropy, `paper` is Eq. 7, which multiplies the cross-entropy by
     η (E / budget)^θ. Of several limits, Eq. 7 takes the one that E exceeds most."""
     eta: Positive = 1.0
-    """η of Eq. 7, with `search.objective: paper`. It matters only with `alpha_optimizer: sgd`, where it
-    acts as a learning rate."""
+    """η of Eq. 7, with `search.objective: paper`. It matters only with `alpha_optimizer: sgd`,
+    where it acts as a learning rate."""
     theta: NonNegative = 1.0
     """θ of Eq. 7, with `search.objective: paper`."""
     alpha_lr: Positive = 0.03
@@ -111,5 +111,4 @@ class Search(SearchOptions, Training):
     [one set of factors](explanation/how-it-works.md#nested-candidates), or each has weights of its
     own (`separate`, the paper's)."""
     tensorboard: bool = False
-    """Whether curves of every candidate's probability, the expected cost and both losses are
-    written to `search/` of the run's folder (`nni-haloc[tensorboard]`)."""
+    """Deprecated: write `trainer.logger: tensorboard`, which this now means."""

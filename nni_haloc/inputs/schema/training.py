@@ -8,7 +8,14 @@ from pydantic import Field, model_validator
 
 from nni_haloc.inputs.options import Schedule
 from nni_haloc.inputs.schema.section import Section
-from nni_haloc.inputs.schema.values import Count, CountOrNone, NonNegative, Positive, Processes
+from nni_haloc.inputs.schema.values import (
+    Count,
+    CountOrNone,
+    LoggerName,
+    NonNegative,
+    Positive,
+    Processes,
+)
 
 
 class Training(Section):
@@ -70,7 +77,7 @@ class Train(Training):
 
 
 class Trainer(Section):
-    """Lightning's flags of the same names, for the search and all trainings."""
+    """Where the search and all trainings run, and what logs them: Lightning's flags."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     """The kind of device to train on."""
@@ -80,3 +87,8 @@ class Trainer(Section):
     """Machines."""
     strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"] = "auto"
     """How the processes work together."""
+    logger: LoggerName = "none"
+    """What [logs the curves](how-to/watch-a-run.md#loggers) of the search and of every training,
+    one of Lightning's loggers: `tensorboard`, `csv`, `mlflow` or `wandb` (Weights & Biases, offline
+    unless `WANDB_MODE` says otherwise); all but `csv` need the extra of the same name. Without one,
+    too, `haloc report --watch` shows a run."""

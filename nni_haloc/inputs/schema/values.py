@@ -15,7 +15,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from nni_haloc.inputs.classes import class_names, what_is_wrong
 from nni_haloc.inputs.options import MOST_PROCESSES
-from nni_haloc.inputs.registries import DATA, PREDICTORS, PRUNERS, QUANTIZERS, RULES, RUNTIMES
+from nni_haloc.inputs.registries import (
+    DATA,
+    LOGGERS,
+    PREDICTORS,
+    PRUNERS,
+    QUANTIZERS,
+    RULES,
+    RUNTIMES,
+)
 from nni_haloc.inputs.schema.paths import existing
 from nni_haloc.inputs.schema.section import Words
 from nni_haloc.utils.errors import brief, expected_one_of, reason_of
@@ -161,6 +169,7 @@ Predictor = Annotated[str, AfterValidator(OneOf((PREDICTORS,)))]
 RuntimeName = Annotated[str, AfterValidator(OneOf((RUNTIMES,)))]
 PrunerName = Annotated[str, AfterValidator(OneOf((PRUNERS,)))]
 QuantizerName = Annotated[str, AfterValidator(OneOf((QUANTIZERS,)))]
+LoggerName = Annotated[str, AfterValidator(OneOf(("none", LOGGERS)))]
 DataName = Annotated[str, AfterValidator(OneOf((DATA,)))]
 Device = Annotated[str, AfterValidator(_device), Words("`cpu`, `cuda`, `cuda:1`, ...")]
 

@@ -28,7 +28,7 @@ from nni_haloc.runs.stages.stage import Outcome, Report, Stage
 from nni_haloc.runs.stages.training import recipe_of
 from nni_haloc.runs.summary import cost_line
 from nni_haloc.search.evaluator import Classification
-from nni_haloc.search.history import History, describe_search
+from nni_haloc.search.history import History, describe_search, epoch_figures
 from nni_haloc.search.space import RankSpace
 from nni_haloc.search.strategy import Haloc, run_search
 from nni_haloc.space.ranks import Layers
@@ -36,8 +36,8 @@ from nni_haloc.space.summary import by_reason
 from nni_haloc.training import checkpoint
 from nni_haloc.training.checkpoint import EpochCheckpoint
 from nni_haloc.training.finetuning import EpochEnd, Forecast
-from nni_haloc.utils.errors import Diverged, MissingPackage, as_one_line
-from nni_haloc.utils.files import make_folder, read_json, write_json
+from nni_haloc.utils.errors import Diverged, as_one_line
+from nni_haloc.utils.files import read_json, write_json
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first
 from nni_haloc.utils.progress import TimeLeft
@@ -95,7 +95,7 @@ def _unused(config: Config) -> list[str]:
     """List what is set of the search where the ranks are chosen by a rule."""
     if config.rule == "search":
         return []
-    used = {"precision", "compile"}
+    used = {"precision", "compile", "tensorboard"}
     scaled = set() if config.scale == 1 else {"epochs", "warmup_epochs"}  # set by ``scale``
     return sorted(config.search.model_fields_set - used - scaled)
 
@@ -149,12 +149,12 @@ def _plan_in_training(job: Job) -> RankPlan | None:
 
 
 def _is_described(folder: RunFolder) -> bool:
-    """Tell whether an earlier start left a ``search.json`` that can be read."""
+    """Tell whether an earlier start left the ``search.json`` of a finished search."""
     try:
-        read_json(folder.search_file, "search", SEARCH_VERSION)
+        content = read_json(folder.search_file, "search", SEARCH_VERSION)
     except (OSError, ValueError):
         return False
-    return True
+    return content.get("finished", True) is True
 
 
 def run_or_read_search(job: Job, report: Report, *, resume: bool) -> Haloc:
@@ -183,14 +183,16 @@ def run_or_read_search(job: Job, report: Report, *, resume: bool) -> Haloc:
             known.save(job.folder.layers)
     unfinished = saved is None or saved["epochs"] < recipe_of(config.search).rounds
     # Each process reads a finished search back for itself.
-    options = trainer_options(job.config, searching=True) if unfinished else {}
-    logs = _tensorboard(job.folder) if config.search.tensorboard and unfinished else False
+    options = {}
+    if unfinished:
+        options = trainer_options(job.config, searching=True)
+        options["logger"] = job.logger(job.folder.searching.path, ChooseRanks.training_title)
     facts = {
         "identity": search_identity(job.config),
         "config": dump_config(job.config),
         "costs": [path.read_text(encoding="utf-8") for path in table_files(job.folder, config)],
     }
-    _search(job, strategy, space, report, facts, {**options, "logger": logs}, saved is not None)
+    _search(job, strategy, space, report, facts, options, saved is not None)
     return strategy
 
 
@@ -279,19 +281,16 @@ def _search(
     """Search, from the folder's state if ``resume``; ``options`` are Lightning's."""
 
     def on_epoch(epoch: int, metrics: Figures) -> None:
-        cost = metrics.get("search/expected_cost_epoch", math.nan) / strategy.costs.original
-        top1 = metrics.get("search/val_top1", metrics["search/train_top1"])
+        figures = epoch_figures(metrics, strategy.costs.original)
+        top1 = figures.pop("top1")
         logger.info(
             "search epoch %d: top-1 of sampled networks %.2f %%, expected cost %.1f %% of the "
             "original",
             epoch + 1,
             100 * top1,
-            100 * cost,
+            100 * figures.get("expected_cost", math.nan),
         )
-        figures = {"default": top1, "train_loss": metrics["search/train_loss"]}
-        if math.isfinite(cost):  # epochs of warm-up have none
-            figures["expected_cost"] = cost
-        report(figures, epoch)
+        report({"default": top1, **figures}, epoch)
 
     section = job.config.search
     train, val = (
@@ -303,7 +302,7 @@ def _search(
     parameters = param_table(space.original, job.example, allowed_ranks_of(job.config), layers)
     callbacks: list[Callback] = [Forecast("search"), EpochEnd(on_epoch)]
     if is_first():
-        callbacks.append(History(files.history, strategy, parameters))
+        callbacks.append(History(files.history, job.folder.search_file, strategy, parameters))
     evaluator = Classification(
         train,
         val,
@@ -319,14 +318,3 @@ def _search(
         run_search(space, evaluator, strategy)
     except Diverged as error:
         raise Diverged(f"search: {error}") from None
-
-
-def _tensorboard(folder: RunFolder) -> Any:
-    from pytorch_lightning.loggers import TensorBoardLogger
-
-    make_folder(folder.searching.path)
-    try:
-        return TensorBoardLogger(folder.path, name=folder.searching.path.name, version="")
-    except ModuleNotFoundError:
-        needed = "the package tensorboard (pip install 'nni-haloc[tensorboard]')"
-        raise MissingPackage(f"search.tensorboard: needs {needed}") from None

@@ -47,13 +47,12 @@ class Pretrain(Stage):
         for key in ("model", "train", "data"):
             facts[key] = section_identity(getattr(config, key), key)
         path = self.files(job.folder).checkpoint
-        state = EpochCheckpoint(path, {"identity": facts}, loader, val)
+        state, done = EpochCheckpoint(path, {"identity": facts}, loader, val), 0
         if resume := resume and path.exists():
             saved = checkpoint.read(path, checkpoint.REMEDY)
             checkpoint.check_same(path, saved["identity"], facts)
-            logger.info(
-                "training: %d of %d epochs are done: %s", saved["epochs"], section.epochs, path
-            )
+            done = saved["epochs"]
+            logger.info("training: %d of %d epochs are done: %s", done, section.epochs, path)
 
         def on_epoch(epoch: int, metrics: Figures) -> None:
             top1 = metrics["val_top1"]
@@ -62,6 +61,8 @@ class Pretrain(Stage):
 
         options = trainer_of(job, section.precision, state, self.training_title)
         options["compile"] = section.compile
+        if done < section.epochs:
+            options["logger"] = job.logger(path.parent, self.training_title)
         start = path if resume else None
         try:
             finetune(job.model, loader, recipe_of(section), val, on_epoch, start, **options)

@@ -14,6 +14,7 @@ import torch
 from pytorch_lightning import seed_everything
 from torch import nn
 
+from nni_haloc.costs.table import CostTable
 from nni_haloc.inputs.config import Config, dump_config
 from nni_haloc.inputs.schema.section import Section
 from nni_haloc.plan.rank_plan import RankPlan
@@ -252,10 +253,13 @@ class NetworkStage(Stage):
             network: the new network.
 
         Returns:
-            Accuracies (0 to 1), ``macs``, ``params`` and ``latency_ms``.
+            Accuracies (0 to 1), ``macs``, ``params``, ``latency_ms``, and ``speedup``: the latency
+            of the original, timed in alternation with the network, over the network's.
         """
-        latency = job.time(network=network)["network"]
-        return {**job.score(network), **job.count(network), "latency_ms": latency}
+        costs = job.folder.costs
+        latency = job.time(CostTable.load(costs).identity if costs.is_file() else {}, own=network)
+        figures = {**job.score(network), **job.count(network), "latency_ms": latency["own"]}
+        return {**figures, "speedup": latency["original"] / latency["own"]}
 
     def check_files(self, job: Job, folder: RunFolder) -> None:
         """Check the files that a finished stage has left beside its network and its figures.

@@ -72,8 +72,8 @@ def train(
     keep = partial(add_epoch, files.history)
     facts = {"identity": dict(identity), "longer": section.schedule == "constant"}
     state = EpochCheckpoint(files.checkpoint, facts, training_loader, val)
-    if not (resume and _can_go_on(files, identity, section, title)):
-        resume = False
+    done = _epochs_done(files, identity, section, title) if resume else None
+    if done is None:
         batches = config.recalibration_batches if recalibrated else 0
         recalibrate(network, training_loader, batches, compile=section.compile)
         (top1,) = accuracy(network, val)
@@ -88,10 +88,12 @@ def train(
         report({"default": top1, "train_loss": metrics["train_loss"]}, 1 + epoch)
 
     options = {**trainer_of(job, section.precision, state, title), **options}
+    if (done or 0) < section.epochs:
+        options["logger"] = job.logger(files.path, title)
     options["compile"] = section.compile
     if section.distill:
         options |= {"teacher": job.model, "distill": section.distill}
-    path = files.checkpoint if resume else None
+    path = None if done is None else files.checkpoint
     try:
         return finetune(
             network, training_loader, recipe_of(section), val, on_epoch, path, **options
@@ -107,16 +109,18 @@ def trainer_of(job: Job, precision: str, state: EpochCheckpoint, title: str) -> 
     return {**options, "callbacks": callbacks, "precision": precision}
 
 
-def _can_go_on(files: Training, identity: Mapping[str, Any], section: Section, title: str) -> bool:
-    """Tell whether there is a state of this training to go on from; log what is there."""
+def _epochs_done(
+    files: Training, identity: Mapping[str, Any], section: Section, title: str
+) -> int | None:
+    """Return how many epochs of this training are done, None without a state; log what is there."""
     if not files.checkpoint.exists():
-        return False
+        return None
     try:
         saved = checkpoint.read(files.checkpoint)
         check_training(files.checkpoint, saved, identity)
     except UnusableCheckpoint as error:
         logger.info("%s; %s starts anew", str(error).removesuffix(checkpoint.REMEDY), title)
-        return False
+        return None
     epochs, path = section.epochs, files.checkpoint
     logger.info("%s: %d of %d epochs are done: %s", title, saved["epochs"], epochs, path)
-    return True
+    return saved["epochs"]
