@@ -121,10 +121,11 @@ def quantize(
         batches = images.split(_BATCH)
         recalibrate(network, [(batch, None) for batch in batches], len(batches))
     made.compress(max_steps=None, max_epochs=1)  # as long as `train` says
+    network.eval()
     if hasattr(made, "fix_ranges"):
         with accelerated(network):
             made.fix_ranges(images[:_BATCH])
-    return Simulated(network.to(home).eval(), made, kind)
+    return Simulated(network.to(home), made, kind)
 
 
 def _layers(network: nn.Module) -> list[str]:
