@@ -95,9 +95,9 @@ def check_training(path: Path, saved: Mapping[str, Any], here: Mapping[str, Any]
     for key, now in here.items():
         was = there.get(key)
         if saved.get("longer") and isinstance(now, dict) and isinstance(was, dict):
-            ends = was.get("epochs"), now.get("epochs")
-            if all(isinstance(end, int) for end in ends) and ends[0] < ends[1]:
-                there[key] = {**was, "epochs": ends[1]}
+            end, before = now.get("epochs"), was.get("epochs")
+            if isinstance(end, int) and isinstance(before, int) and before < end:
+                there[key] = {**was, "epochs": end}
     check_same(path, there, here)
 
 

@@ -37,7 +37,7 @@ def objective_value(
             return metric
         return metric * over**-objective.strength if objective.penalty == "soft" else 1 - over
     if objective.kind == "sum":
-        shares = {cost: costs[cost] / original[cost] for cost in objective.costs}
-        values = {"metric": metric, **shares}
+        values = {"metric": metric}
+        values |= {cost: costs[cost] / original[cost] for cost in objective.costs}
         return sum(weight * values[name] for name, weight in objective.weights.items())
     return metric

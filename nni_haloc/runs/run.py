@@ -89,7 +89,7 @@ def run_job(
         told = warn_of_doubts(figures)
         outcome: Outcome | None = None
         for stage in stages:
-            curve = partial(report, stage.name)
+            curve: Report = partial(report, stage.name)
             if stage.name == RESULT and job.config.objective.costs and is_first():
                 curve = _with_costs(job, outcome, original, curve)
             outcome = stage.run(job, outcome, curve, resume)

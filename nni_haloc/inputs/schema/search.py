@@ -34,8 +34,8 @@ class SearchOptions(Section):
     each step on the cross-entropy, `paper` is Eq. 7, which multiplies the cross-entropy by
     η (E / budget)^θ. Of several limits, Eq. 7 takes the one that E exceeds most."""
     eta: Positive = 1.0
-    """η of Eq. 7, with `search.objective: paper`. It matters only with `alpha_optimizer: sgd`, where it
-    acts as a learning rate."""
+    """η of Eq. 7, with `search.objective: paper`. It matters only with `alpha_optimizer: sgd`,
+    where it acts as a learning rate."""
     theta: NonNegative = 1.0
     """θ of Eq. 7, with `search.objective: paper`."""
     alpha_lr: Positive = 0.03
