@@ -34,6 +34,7 @@ _JOB: dict[str, Any] = dict.fromkeys(("model", "weights", "data", "trainer", "se
 _JOB |= {"search": {"compile", "tensorboard"}, "cost": _RUNTIME}
 """Settings that a job depends on."""
 _NEVER_LOOKED_AT = {"search", "finetune", "train", "threads", "recalibration_batches", "scale"}
+_NEVER_LOOKED_AT |= {"objective", "trial_budget"}
 """Settings that neither a job nor the check of its budgets depends on."""
 
 

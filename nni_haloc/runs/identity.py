@@ -99,8 +99,8 @@ def check_training(path: Path, saved: Mapping[str, Any], here: Mapping[str, Any]
     for key, now in here.items():
         was = there.get(key)
         if saved.get("longer") and isinstance(now, dict) and isinstance(was, dict):
-            before, end = was.get("epochs"), now.get("epochs")
-            if isinstance(before, int) and isinstance(end, int) and before < end:
+            end, before = now.get("epochs"), was.get("epochs")
+            if isinstance(end, int) and isinstance(before, int) and before < end:
                 there[key] = {**was, "epochs": end}
     check_same(path, there, here)
 

@@ -38,6 +38,6 @@ def objective_value(
         return metric * over**-objective.strength if objective.penalty == "soft" else 1 - over
     if objective.kind == "sum":
         values = {"metric": metric}
-        values |= {str(cost): costs[cost] / original[cost] for cost in objective.costs}
+        values |= {cost: costs[cost] / original[cost] for cost in objective.costs}
         return sum(weight * values[name] for name, weight in objective.weights.items())
     return metric

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def run_job(
         told = warn_of_doubts(figures)
         outcome: Outcome | None = None
         for stage in stages:
-            curve: Callable[[Figures, int], None] = partial(report, stage.name)
+            curve: Report = partial(report, stage.name)
             if stage.name == RESULT and job.config.objective.costs and is_first():
                 curve = _with_costs(job, outcome, original, curve)
             outcome = stage.run(job, outcome, curve, resume)

@@ -60,8 +60,8 @@ from nni_haloc.runs.run import flatten  # noqa: E402
 RAW = ROOT / "docs" / "raw" / "load.jsonl"
 BUDGETS = [round(0.12 + 0.02 * i, 2) for i in range(40)]
 EPOCHS = {"search.epochs": 2, "finetune.epochs": 2}
-POINTS = 2 + 1 + 2
-"""Of a trial's curve: search, the network before its fine-tuning, fine-tuning."""
+POINTS = 1 + 2
+"""Of a trial's curve: the network before its fine-tuning, and after each epoch."""
 CONCURRENCY, KILLS, REPEATS = 4, 5, 3
 PARTS = ("trials", "stop", "manager", "memory", "kills")
 RUNNING = ("WAITING", "RUNNING", "UNKNOWN")

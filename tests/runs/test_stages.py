@@ -262,11 +262,11 @@ def test_the_commands_prune_and_quantize_a_finished_run(folder, whole, tmp_path)
         ),
         (
             ["run", DIGITS, "--set", "prune.sparsity=1.5"],
-            "--sparsity: input should be less than 1, found 1.5",
+            "prune.sparsity: input should be less than 1, found 1.5",
         ),
         (
             ["run", DIGITS, "--set", "prune={pruner: agp}"],
-            "--pruner: expected one of l1, l2, fpgm, taylor, slim, movement, level, "
+            "prune.pruner: expected one of l1, l2, fpgm, taylor, slim, movement, level, "
             "found 'agp'",
         ),
         (

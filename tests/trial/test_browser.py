@@ -151,8 +151,8 @@ def test_nni_draws_the_intermediate_results(trials):
         [point["default"] for point in metrics["PERIODICAL"]] for metrics in reported.values()
     ]
     assert [len(curve) for curve in curves] == [
-        5,
-        5,
-    ]  # two epochs of search, after compression, two of fine-tuning
-    assert page.wait_for_function(SERIES, arg=5).json_value() == curves
+        3,
+        3,
+    ]  # after compression, two epochs of fine-tuning
+    assert page.wait_for_function(SERIES, arg=3).json_value() == curves
     assert page.locator("[_echarts_instance_] canvas:visible").count() == 1
