@@ -80,7 +80,8 @@ def test_wandb_is_offline_and_each_training_a_run(tmp_path, monkeypatch):
     runs = sorted((tmp_path / "mine" / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
     files = [run / f"run-{run.name.rpartition('-')[2]}.wandb" for run in runs]
-    assert all(b"expected_cost/block2.conv" in file.read_bytes() for file in files)
+    logged = [file.read_bytes().count(b"expected_cost/block2.conv") for file in files]
+    assert min(logged) >= 2, logged
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow", "wandb"])
