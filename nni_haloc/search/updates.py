@@ -331,7 +331,7 @@ class HalocModule(DartsLightningModule):
         """Log probabilities and expected costs to the trainer's loggers, if it has any."""
         if self.loggers:
             self.log_probs(self.state.probabilities)
-            self.log_dict(self.state.figures())
+            self.log_dict(self.state.figures(), sync_dist=True)
         super().on_train_epoch_end()
 
     def on_train_end(self) -> None:

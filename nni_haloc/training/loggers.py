@@ -48,15 +48,28 @@ class Place:
 def tensorboard(place: Place) -> Logger:
     """Log for TensorBoard, beside the training's other files.
 
-    Of an NNI trial the files go to the folder from which NNI's web page starts TensorBoard.
+    Of a trial on the manager's machine, the files go where NNI's web page looks for them.
     """
     from pytorch_lightning.loggers import TensorBoardLogger
 
-    folder, trial = place.folder.absolute(), os.environ.get("NNI_OUTPUT_DIR")
-    if trial and place.run.absolute().is_relative_to(Path(trial).absolute()):
-        inside = folder.relative_to(place.run.absolute())
-        folder = Path(trial).absolute() / "tensorboard" / inside
+    run, folder = place.run.absolute(), place.folder.absolute()
+    if seen := _seen_by_nni(run):
+        folder = seen / folder.relative_to(run)
     return TensorBoardLogger(folder.parent, name=folder.name, version="", flush_secs=5)
+
+
+def _seen_by_nni(run: Path) -> Path | None:
+    """Return the folder from which NNI's web page starts TensorBoard for the trial of a run.
+
+    The page does not look into a trial's own folder,
+    ``EXPERIMENT/environments/local-env/trials/TRIAL``, but into
+    ``EXPERIMENT/trials/TRIAL/output/tensorboard``.
+    """
+    trial = Path(os.environ.get("NNI_OUTPUT_DIR", "")).absolute()
+    local = trial.parts[-4:-1] == ("environments", "local-env", "trials")
+    if not (local and run.is_relative_to(trial)):
+        return None
+    return trial.parents[3] / "trials" / trial.name / "output" / "tensorboard"
 
 
 def csv(place: Place) -> Logger:

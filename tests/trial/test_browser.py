@@ -10,7 +10,9 @@ from helpers.paths import DIGITS
 from nni_haloc.inputs.config import load_config
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results.html_report import html_report
+from nni_haloc.results.watched import write_page
 from nni_haloc.training.curves import add_epoch
+from nni_haloc.utils.locks import hold_folder
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 CHROMIUM = shutil.which("chromium")
@@ -90,6 +92,51 @@ def test_a_report_opens_alone_and_runs_nothing(browser, report, width, scheme):
     )  # a layer, a rule, a parameter, a version: as text
     table = page.locator("#metrics table").inner_text()
     assert all(number in table for number in ("91.25 %", "93.75 %", "2.125", "443,008", "886,016"))
+    page.close()
+
+
+def test_a_page_under_way_loads_itself_again_until_the_run_has_ended(browser, tmp_path):
+    def state(epoch, finished=False):
+        row = {
+            "r8": {"probability": 0.75, "cost": [2.0]},
+            "dense": {"probability": 0.25, "cost": [4.0]},
+        }
+        curve = [
+            {"epoch": 1 + i, "top1": 0.9, "train_loss": 0.1, "expected_cost": 0.3}
+            for i in range(epoch)
+        ]
+        limits = [{"metric": "macs", "original_cost": 10.0}]
+        content = {
+            "version": 1,
+            "finished": finished,
+            "epochs": 3,
+            "curve": curve,
+            "limits": limits,
+        }
+        (tmp_path / "search.json").write_text(json.dumps({**content, "layers": {ATTACK: row}}))
+
+    page, complaints = browser.new_page(viewport={"width": 400, "height": 900}), []
+    page.on("console", lambda message: complaints.append(message.text))
+    with hold_folder(tmp_path):
+        state(1)
+        write_page(tmp_path, refresh=1)
+        page.goto((tmp_path / "report.html").as_uri())
+        assert "search, 1 of 3 epochs done" in page.locator(".status").inner_text()
+        cells = page.locator("#likely td:visible").all_inner_texts()
+        assert [cell for cell in cells if cell] == ["r8", "75.0 %", "25.0 %"]
+        images = "[...document.images].map(image => image.naturalWidth > 0)"
+        assert page.evaluate(images) == [True]
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        state(2)
+        write_page(tmp_path, refresh=1)
+        page.get_by_text("search, 2 of 3 epochs done").wait_for(timeout=30_000)
+    RankPlan({ATTACK: (8, 8)}, {"rule": "search"}).save(tmp_path / "ranks.json")
+    state(3, finished=True)
+    write_page(tmp_path, refresh=1)
+    page.locator("#ranks").wait_for(timeout=30_000)
+    assert page.locator(".status, meta[http-equiv=refresh], script").count() == 0
+    assert complaints == []
+    assert page.title().endswith("HALOC")
     page.close()
 
 
