@@ -329,9 +329,9 @@ def _drawn(plan: RankPlan | None, folder: RunFolder) -> dict[str, tuple[str, str
             names = {name: _plain(name, i) for i, name in enumerate(plan.ranks)}
             ranks = {names[layer]: rank for layer, rank in plan.ranks.items()}
             drawn["ranks"] = "Rank of every layer", _image(figures.rank_bars({"plan": ranks}))
-        if epochs := _search_curve(folder):
+        if points := _search_curve(folder):
             caption = "Search: expected cost, and top-1 of the sampled networks"
-            drawn["search"] = caption, _image(figures.searching(epochs))
+            drawn["search"] = caption, _image(figures.searching(points))
         if folder.searching.history.is_file():
             columns = {"search": curves.read(folder.searching.history)}
             loss, parameters = figures.losses(columns), figures.parameters(columns)

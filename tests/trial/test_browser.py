@@ -119,7 +119,7 @@ def test_a_page_under_way_loads_itself_again_until_the_run_has_ended(browser, tm
     page.on("console", lambda message: complaints.append(message.text))
     with hold_folder(tmp_path):
         state(1)
-        write_page(tmp_path, refresh=1)
+        write_page(tmp_path, refresh=3600)
         page.goto((tmp_path / "report.html").as_uri())
         assert "search, 1 of 3 epochs done" in page.locator(".status").inner_text()
         cells = page.locator("#likely td:visible").all_inner_texts()
@@ -129,7 +129,11 @@ def test_a_page_under_way_loads_itself_again_until_the_run_has_ended(browser, tm
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
         state(2)
         write_page(tmp_path, refresh=1)
+        page.reload()
         page.get_by_text("search, 2 of 3 epochs done").wait_for(timeout=30_000)
+        state(3)
+        write_page(tmp_path, refresh=1)
+        page.get_by_text("search, 3 of 3 epochs done").wait_for(timeout=30_000)  # by itself
     RankPlan({ATTACK: (8, 8)}, {"rule": "search"}).save(tmp_path / "ranks.json")
     state(3, finished=True)
     write_page(tmp_path, refresh=1)
