@@ -27,6 +27,8 @@ from nni_haloc.utils.log import logger
 
 FAR = 1.25
 """A format in which the original takes more than so many times as long gets no cost table."""
+_UNSURE = 1.5
+"""Ends of an interval that are further apart than this say little."""
 MACS_KEPT = "share of the MACs kept"
 _CHEAP = ("uniform", "energy", "alds", "vbmf")
 """Rules without a score of each candidate that are run for both formats."""
@@ -39,7 +41,8 @@ class Formats:
     """What is known of the memory formats of a network.
 
     Attributes:
-        original_ms: the original network's latency in each format, timed in alternation.
+        original_ms: the original network's latency in each format, timed in alternation. Their
+            ratio is `times`.
         times: how many times as long it takes in the slower one.
         is_far: whether that is above `FAR` for certain.
         faster: the format in which it is faster. All shares of the original's latency refer to it,
@@ -108,6 +111,8 @@ class Formats:
         )
         if not self.by:
             return f"{text}: no cost table was measured in {slower}"
+        if not self.objective:
+            return f"{text}; no plan keeps the budget in either format"
         plans = ", ".join(
             f"{each}: {self.objective[each]:.4g}" if each in self.objective else f"{each}: none"
             for each in (self.faster, slower)
@@ -171,8 +176,17 @@ def time_formats(
         logger.info("memory format: %s; the network can't be timed in %s: %s", one, two, reason)
         return None
     share = Interval.of([b / a for a, b in rounds])
-    times = (float(np.median(column)) for column in zip(*rounds, strict=True))
-    found = dict(zip((one, two), times, strict=True))
+    # The ratio of two medians may differ from the median ratio where a machine is busy.
+    middle = float(np.median([a for a, _ in rounds]))
+    found: dict[MemoryFormat, float] = {one: middle, two: middle * share.middle}
+    if share.high > _UNSURE * share.low:
+        logger.warning(
+            "memory format: the machine is too busy to tell how much faster the original is in one "
+            "of them: in %s it takes %s times as long as in %s",
+            two,
+            share,
+            one,
+        )
     far = share.low > FAR or share.high < 1 / FAR
     larger = max(share.middle, 1 / share.middle)
     formats = Formats(found, larger, far, one if share.middle >= 1 else two)

@@ -31,6 +31,8 @@ _TRIES = 3
 """How often a plan that is over its budget, or leaves much of it, is made again."""
 _AIM = 0.99
 """The share of a budget that a further plan is to take, where two were seen on either side."""
+_LEAST_STEP = 0.5
+"""The most by which a factor falls at once."""
 _FEWEST, _MOST = 6, 30
 """Rounds of a measurement; from the fewest on it ends when the interval is narrow."""
 _NARROW = 0.01
@@ -339,8 +341,10 @@ class _Factor:
         if over[0] and kept[1]:
             way = (over[1] - _AIM) / (over[1] - kept[1])
             found = over[0] + min(max(way, 0.1), 0.9) * (kept[0] - over[0])
-        elif found <= over[0]:
-            found = over[0] * max(verdict.of_budget.middle, verdict.share.middle)
+        elif over[0]:
+            found = max(found, over[0] * max(verdict.of_budget.middle, verdict.share.middle))
+        else:  # where what is fixed is wrong, too, the error may even be below 0
+            found = max(found, _LEAST_STEP * self.now)
         return _Factor(found, over, kept)
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import random
 
 import pytest
 import torch
@@ -20,12 +21,13 @@ from nni_haloc.cli.main import app
 from nni_haloc.costs import latency
 from nni_haloc.costs.device import measure
 from nni_haloc.costs.table import CostTable
+from nni_haloc.inputs.models import build_model
 from nni_haloc.inputs.registries import RUNTIMES
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs import promise
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.runs.job import Job
-from nni_haloc.runs.memory_format import FAR, MACS_KEPT, Formats, in_format
+from nni_haloc.runs.memory_format import FAR, MACS_KEPT, Formats, in_format, time_formats
 from nni_haloc.runs.run import search_only
 from nni_haloc.runs.saved import save
 from nni_haloc.space.ranks import AllowedRanks
@@ -309,6 +311,26 @@ def test_a_budget_that_one_format_alone_can_meet(clock, tmp_path):
     clock((1.0, 1.0), (1.1, 1.0))
     with pytest.raises(InfeasibleBudget):
         run(config, tmp_path / "none")
+
+
+def test_times_agree_with_their_ratio_and_a_busy_machine_is_a_warning(clock, told):
+    draw = random.Random(0)
+    busy = clock()
+    busy.disturbed = staticmethod(lambda i: 10 ** draw.uniform(0, 3))
+    net = build_model("digits_cnn")
+    runtimes = {name: busy(name) for name in FORMATS}
+    formats = time_formats(net, (1, 1, 8, 8), runtimes)
+    times = formats.original_ms
+    slower = OTHER[formats.faster]
+    assert times[slower] / times[formats.faster] == pytest.approx(formats.times)
+    assert any("too busy to tell" in line for line in told())
+
+
+def test_no_plan_in_either_format_is_said_so():
+    formats = Formats(
+        {"contiguous": 2.0, "channels_last": 1.0}, 2.0, False, "channels_last", "plans"
+    )
+    assert str(formats).endswith("; no plan keeps the budget in either format")
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -43,7 +43,7 @@ def test_a_run_works_on_the_device(tmp_path, device, uncompiled, monkeypatch, co
         monkeypatch.setattr(module, name, call)
 
     watched(candidates, "channel_moments", lambda result: next(iter(result.values()))[0])
-    watched(sensitivity, "_losses", lambda result: result)
+    watched(sensitivity, "losses_of", lambda result: result)
     watched(TensorImages, "__getitems__", lambda result: result[0])
     changes = {**SETTINGS, "search.epochs": 1, "finetune.epochs": 1, "data.in_memory": "device"}
     changes |= {f"{part}.compile": compile for part in ("search", "finetune")}
@@ -51,7 +51,7 @@ def test_a_run_works_on_the_device(tmp_path, device, uncompiled, monkeypatch, co
     changes["trainer.accelerator"] = "gpu" if device.type == "cuda" else "cpu"
     figures = run(load_config(DIGITS, changes), tmp_path)
     kind = device.type
-    assert where["channel_moments"] == where["_losses"] == {kind}
+    assert where["channel_moments"] == where["losses_of"] == {kind}
     assert kind in where["__getitems__"]  # the processor's are examples and calibration images
     assert figures["macs"] <= 0.5 * figures["original_macs"]
     assert all(p.device.type == "cpu" for p in load(tmp_path).parameters())
