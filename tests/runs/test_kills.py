@@ -90,7 +90,7 @@ def counted(content):
         name: {
             key: value
             for key, value in figures.items()
-            if key not in ("latency_ms", "images_per_s", "onnx_latency_ms", "int8_latency_ms")
+            if key not in ("images_per_s", "speedup") and not key.endswith("latency_ms")
         }
         for name, figures in content["stages"].items()
     }

@@ -39,11 +39,13 @@ def stopped(tmp_path_factory):
     """Return what was seen of a run that was killed twice and resumed, and its folder.
 
     That is, at each report of an epoch, ``search.json`` and the page; after each death, the page.
+    Places of the fine-tuning go on behind the search's.
     """
     folder = RunFolder(tmp_path_factory.mktemp("run") / "mine")
     seen, places = [], []
 
-    def report(figures, place):
+    def report(stage, figures, place):
+        place += 3 if stage == "finetune" else 0
         state = json.loads(folder.search_file.read_text())
         seen.append((place, figures, state, Page(html_report(folder.path, refresh=7))))
         if place in (1, 5) and place not in places:
