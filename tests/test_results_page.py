@@ -42,6 +42,36 @@ def test_a_row_that_was_made_again_takes_the_place_of_the_first():
     assert cells(report.short(rows), "the search")[2] == "84.00 (1)"
 
 
+@pytest.mark.parametrize("images", [250, 10_000])
+@pytest.mark.parametrize("points", [1, 3, 9, 18])
+def test_with_one_seed_a_lead_counts_outside_the_binomial_interval_of_the_images(points, images):
+    ours, theirs = 0.7, 0.7 - points / 100
+    spread = stats.binom(images, ours).var() + stats.binom(images, theirs).var()
+    outside = points / 100 * images > 1.96 * spread**0.5
+    assert report.leads({0: ours}, {0: theirs}, images) is outside
+    assert not report.leads({0: theirs}, {0: ours}, images)
+
+
+@pytest.mark.parametrize("theirs", [[0.83, 0.83, 0.83], [0.80, 0.85, 0.83], [0.85, 0.86, 0.88]])
+def test_with_three_seeds_a_lead_counts_outside_students_interval_of_the_differences(theirs):
+    ours = [0.84, 0.85, 0.86]
+    low, _ = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    found = report.leads(dict(enumerate(ours)), dict(enumerate(theirs)), 10_000)
+    assert bool(found) is bool(low > 0)
+
+
+def test_the_leaderboard_is_bold_only_outside_the_error():
+    far, near = {"a": {0: 0.9}, "b": {0: 0.7}, "c": {}}, {"a": {0: 0.829}, "b": {0: 0.828}}
+    assert report.mark(far, 250) == ["**90.0**", "70.0", ""]
+    assert report.mark(near, 10_000) == ["82.9", "82.8"]
+    assert report.mark({"a": {0: 0.9}}, 250) == ["90.0"]
+
+
+def test_the_leaderboard_is_that_of_the_published_rows():
+    page = report.BOARD.read_text()
+    assert report.put(page, "leaderboard", report.leaderboard(DOCS / "raw")) == page
+
+
 def test_a_page_without_the_place_for_a_table_is_refused():
     page = "<!-- short -->\nold\n<!-- end of short -->\n"
     assert report.put(page, "short", "new") == page.replace("old", "new")

@@ -8,6 +8,7 @@ docs/raw/short.jsonl. The leaderboard in tests/benchmarks/README.md is written, 
 """
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from scipy import stats
 
 DOCS = Path(__file__).parents[2] / "docs"
 BOARD = Path(__file__).with_name("README.md")
+LITE0_IMAGES, TEST_IMAGES = 250, 10_000
 OURS = ("haloc", "sensitivity-knapsack")
 RULES = ("uniform", "energy", "alds", "error-knapsack")
 NAMES = {
@@ -55,11 +57,37 @@ def lead(ours: Sequence[float], theirs: Sequence[float]) -> str:
     Args:
         ours, theirs: accuracies from 0 to 1, in the same order of seeds.
     """
+    if not ours:
+        return ""
+    middle, half = difference(ours, theirs)
+    return f"{middle:+.2f}" if half is None else f"{middle:+.2f} ± {half:.2f}"
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean difference in points, and half of its 95 % interval from three pairs on."""
     differences = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
     if len(differences) < 3:
-        return f"{mean(differences):+.2f}" if differences else ""
+        return mean(differences), None
     half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-    return f"{mean(differences):+.2f} ± {half:.2f}"
+    return mean(differences), float(half)
+
+
+def leads(ours: Mapping[int, float], theirs: Mapping[int, float], images: int) -> bool:
+    """Say whether one method is ahead of another by more than the error of the difference.
+
+    Args:
+        ours, theirs: accuracies from 0 to 1, by seed.
+        images: how many the accuracies are of. Their binomial error counts where fewer than three
+            seeds are common to both.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    pairs = [[top1[seed] for seed in seeds] for top1 in (ours, theirs)]
+    middle, half = difference(*pairs) if seeds else (0.0, None)
+    if half is None:
+        a, b = mean(ours.values()), mean(theirs.values())
+        error = math.sqrt((a * (1 - a) + b * (1 - b)) / images)
+        middle, half = 100 * (a - b), 100 * stats.norm.ppf(0.975) * error
+    return middle > half
 
 
 def table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -110,18 +138,21 @@ def over_latency(rows: Sequence[Row]) -> str:
 
 
 def leaderboard(raw: Path) -> str:
-    """Show one budget of each study, a column for each way to choose ranks."""
+    """Show one budget of each study, a column for each way to choose ranks.
+
+    A method that is ahead of all others by more than the error is bold.
+    """
     methods = ("sensitivity-knapsack", "haloc", "alds", "energy", "uniform")
     quick, latency = read(raw / "minutes.jsonl"), read(raw / "latency_front.jsonl")
+    lite0 = {
+        row["method"]: {0: row["top1"]}
+        for row in quick
+        if (row["network"], row["budget"], row["weights"]) == ("lite0", 0.7, "reconstructed")
+    }
+    vgg16 = {row["method"]: {0: row["test"]} for row in latency if row["share"] == 0.3}
     lines = {
-        "EfficientNet-Lite0, 70 % of the MACs, no labels": {
-            row["method"]: row["top1"]
-            for row in quick
-            if (row["network"], row["budget"], row["weights"]) == ("lite0", 0.7, "reconstructed")
-        },
-        "VGG-16, half width, 30 % of the latency, no labels": {
-            row["method"]: row["test"] for row in latency if row["share"] == 0.3
-        },
+        "EfficientNet-Lite0, 70 % of the MACs, no labels": (lite0, LITE0_IMAGES),
+        "VGG-16, half width, 30 % of the latency, no labels": (vgg16, TEST_IMAGES),
     }
     for case, found in sorted(by_case(few_epochs(raw)).items()):
         network, metric, fraction = case
@@ -129,17 +160,27 @@ def leaderboard(raw: Path) -> str:
             continue
         seeds = min(len(found[method]) for method in found.keys() & set(methods))
         title = f"{NAMES[network]}, {100 * fraction:g} % of the {NAMES[metric]}, a few epochs"
-        lines[f"{title} ({seeds} seeds or more)"] = {
-            method: mean(row["test_top1"] for row in runs.values())
+        top1 = {
+            method: {seed: row["test_top1"] for seed, row in runs.items()}
             for method, runs in found.items()
         }
-    cells = []
-    for name, top1 in lines.items():
-        best = max(top1[method] for method in methods if method in top1)
-        shown = [f"{100 * top1[method]:.1f}" if method in top1 else "" for method in methods]
-        marked = [f"**{text}**" if text == f"{100 * best:.1f}" else text for text in shown]
-        cells.append([name, *marked])
+        lines[f"{title} ({seeds} seeds or more)"] = top1, TEST_IMAGES
+    cells = [
+        [name, *mark({method: top1.get(method, {}) for method in methods}, images)]
+        for name, (top1, images) in lines.items()
+    ]
     return table(["network, budget", *(NAMES.get(m, m) for m in methods)], cells)
+
+
+def mark(top1: Mapping[str, Mapping[int, float]], images: int) -> list[str]:
+    """Show each method's mean top-1, bold if it is ahead of all others by more than the error."""
+    shown = []
+    for method, ours in top1.items():
+        text = f"{100 * mean(ours.values()):.1f}" if ours else ""
+        others = [theirs for name, theirs in top1.items() if theirs and name != method]
+        ahead = ours and others and all(leads(ours, theirs, images) for theirs in others)
+        shown.append(f"**{text}**" if ahead else text)
+    return shown
 
 
 def by_case(rows: Sequence[Row]) -> dict[tuple[str, str, float], dict[str, dict[int, Row]]]:

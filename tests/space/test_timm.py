@@ -18,9 +18,12 @@ NAMES = re.findall(r"`(\w+)`", SECTION.partition("<!-- end of timm -->")[0].part
 ALL = AllowedRanks(kinds=("conv", "pointwise", "linear"))
 
 
-def test_there_are_as_many_families_as_the_readme_says():
-    said = re.search(r"(\d+)\sfamilies of\s+timm's", PAGES["README.md"])[1]
-    assert len(set(NAMES)) == len(NAMES) == int(said)
+def test_there_are_as_many_families_as_the_pages_say():
+    of_all = re.search(r"each of (\d+) families", SECTION)[1]
+    assert len(set(NAMES)) == len(NAMES) == int(of_all)
+    convolutional = SECTION.partition("Most layers are linear")[0].partition(":\n\n")[2]
+    said = re.search(r"(\d+) convolutional\s+families of timm's", PAGES["README.md"])[1]
+    assert len(re.findall(r"`(\w+)`", convolutional)) == int(said)
 
 
 @pytest.mark.skipif(not os.environ.get("HALOC_SLOW"), reason="slow: HALOC_SLOW=1 runs it")
