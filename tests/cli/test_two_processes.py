@@ -30,7 +30,6 @@ COMMANDS = {
     "export": ["export", "{run}", "--format", "safetensors"],
     "export to within": ["export", "{run}", "--out", "{run}/elsewhere", "--format", "safetensors"],
     "bench": ["bench", "{run}", "--no-data"],
-    "report": ["report", "{run}"],
     "plot": ["plot", "{run}"],
 }  # fmt: skip
 ELSEWHERE = {
