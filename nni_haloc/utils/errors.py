@@ -56,7 +56,15 @@ class InfeasibleBudget(HalocError):
 
     def where(self, place: str) -> InfeasibleBudget:
         """Return the same error, which names the place that the budget comes from."""
-        fact, remedy = (f"{place}: {self.fact.removeprefix('budget: ')}", self.remedy)
+        return self._told(f"{place}: {self.fact.removeprefix('budget: ')}", self.remedy)
+
+    def kept(self, table: str) -> InfeasibleBudget:
+        """Return the same error, which says how the table that was measured is used again."""
+        return self._told(
+            self.fact, f"{self.remedy}; the costs are kept: --set cost.table={table} reads them"
+        )
+
+    def _told(self, fact: str, remedy: str) -> InfeasibleBudget:
         return InfeasibleBudget(fact, remedy, costs=self.costs, least=self.least, first=self.first)
 
 
