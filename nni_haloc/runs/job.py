@@ -391,17 +391,29 @@ def logged(folder: RunFolder, stage: RunFolder | None = None) -> Iterator[None]:
         SettingsError: if nothing can be written there.
     """
 
+    before = _changed(folder.costs)
+
     def kept() -> str:
         if stage is None:
             found = any(folder.path.rglob(folder.training.checkpoint.name))
         else:
             found = stage.training.checkpoint.is_file()
         if not found:
-            return "no epoch is done"
+            if stage is None and _changed(folder.costs) != before:
+                return f"no epoch is done; --set cost.table={folder.costs} takes the costs again"
+            return "no epoch is done, and nothing is kept: the same command starts anew"
         return f"{stage or folder} keeps the checkpoint; --resume goes on from it"
 
     with hold(folder), log_to(folder.log), stoppable("haloc", kept):
         yield
+
+
+def _changed(file: Path) -> int | None:
+    """Return when a file was changed last; None where there is none."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def trainer_options(config: Config, *, searching: bool = False) -> dict[str, Any]:
