@@ -59,6 +59,7 @@ from nni_haloc.utils.files import make_folder
 from nni_haloc.utils.interruption import stoppable
 from nni_haloc.utils.log import log_to, logger
 from nni_haloc.utils.placement import working_on
+from nni_haloc.utils.printing import percent
 from nni_haloc.utils.processes import check_startable, is_first
 from nni_haloc.utils.progress import shows_bars
 from nni_haloc.utils.quiet import quiet
@@ -281,6 +282,10 @@ class Job:
             test = self.accuracy(network, self.loader("test"))
             figures |= {f"test_{key}": value for key, value in test.items()}
         return figures
+
+    def top1_line(self, top1: float) -> str:
+        """Return a top-1 on the validation images for the log."""
+        return f"top-1 {percent(top1, 2)} ({len(self.splits.labels['val'])} validation images)"
 
     def guessing(self, split: str) -> Figures:
         """Return what accuracies on a split are judged by, see `plausibility.guessing`."""

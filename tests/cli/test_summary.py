@@ -68,6 +68,16 @@ def test_networks_in_onnx_runtime_have_columns_with_units_and_no_change(capsys):
     assert "int8_" not in text
 
 
+def test_accuracies_beside_those_of_test_images_say_which_images_they_are_of():
+    original = {"top1": 0.9, "test_top1": 0.8, "images": 48}
+    networks = {"original": original, "compressed": {"top1": 0.8, "test_top1": 0.7}}
+    headings = [row[0] for row in summary(networks)[1]]
+    assert headings == ["top-1, 48 validation images", "top-1, test images"]
+    line = "top-1 48 validation images 90.00 %, top-1 test images 80.00 %"
+    assert summary_line(original) == line
+    assert summary_line(networks["compressed"]).startswith("top-1 validation images 80.00 %")
+
+
 def test_no_figures_make_no_table():
     assert summary({}) == ([""], [])
     assert summary({"original": {"top1": 0.5}}) == (["", "original"], [["top-1", "50.00 %"]])

@@ -77,13 +77,13 @@ def train(
         batches = config.recalibration_batches if recalibrated else 0
         recalibrate(network, training_loader, batches, compile=section.compile)
         (top1,) = accuracy(network, val)
-        logger.info("before %s: top-1 %.2f %% (validation)", title, 100 * top1)
+        logger.info("before %s: %s", title, job.top1_line(top1))
         keep(0, math.nan, top1)
         report({"default": top1}, 0)
 
     def on_epoch(epoch: int, metrics: Figures) -> None:
         top1 = metrics["val_top1"]
-        logger.info("%s epoch %d: top-1 %.2f %% (validation)", title, epoch + 1, 100 * top1)
+        logger.info("%s epoch %d: %s", title, epoch + 1, job.top1_line(top1))
         keep(epoch + 1, metrics["train_loss"], top1)
         report({"default": top1, "train_loss": metrics["train_loss"]}, 1 + epoch)
 
