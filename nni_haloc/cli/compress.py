@@ -125,7 +125,7 @@ def search_command(
     from nni_haloc.utils.processes import is_first
 
     folder = RunFolder(out)
-    with logged(folder), _naming_budget(_places(set_, changes), config, folder.costs):
+    with logged(folder), _naming_changes(_places(set_, changes), config, folder.costs):
         search_only(config, out, resume=resume)
     if is_first():
         following = {
@@ -275,18 +275,21 @@ def _number(text: str) -> float | str:
 
 
 @contextmanager
-def _naming_budget(places: Mapping[str, str], config: Any, table: Path) -> Iterator[None]:
-    """Let a refused budget that is from the command line begin with the option.
+def _naming_changes(places: Mapping[str, str], config: Any, table: Path) -> Iterator[None]:
+    """Let errors in what the command line has set begin with the option.
 
-    Where its cost table was measured, the error ends with how the next run takes it.
+    Where the cost table of a refused budget was measured, the error ends with how to take it again.
 
     Args:
         places: what to call each setting that the command line changes.
         config: the settings.
         table: where the run leaves its cost table.
     """
+    from nni_haloc.inputs.config import naming_places
+
     try:
-        yield
+        with naming_places(places):
+            yield
     except InfeasibleBudget as error:
         measured = error.costs is not None and "runtime" in error.costs.identity
         if measured and error.first and config.cost.table is None and table.is_file():
@@ -314,7 +317,7 @@ def _run(
 
     folder = RunFolder(out)
     places = _places(assignments, changes)
-    with logged(folder), redirect_stdout(sys.stderr), _naming_budget(places, config, folder.costs):
+    with logged(folder), redirect_stdout(sys.stderr), _naming_changes(places, config, folder.costs):
         run(config, out, parameters=changes, resume=resume)
     if is_first():
         stages = folder.metrics()

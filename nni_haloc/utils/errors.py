@@ -39,7 +39,10 @@ class InfeasibleBudget(HalocError):
             several budgets exclude each other.
         least: the cost of the cheapest network, in the table's unit.
         first: whether it is the budget itself that can't be met, not a further one of ``also``.
+        run: the number of the run that it is of, where several are checked.
     """
+
+    run: int | None = None
 
     def __init__(
         self,
