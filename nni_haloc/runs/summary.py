@@ -33,8 +33,9 @@ def summary(
 
     Args:
         networks: titles of networks to their figures. The first is the original; each other one is
-            followed by a column with the change from it. Of latencies only the second network's
-            has one: it was timed in turn with the original.
+            followed by a column with the change from it. The latency of the second network was
+            timed in turn with that of the first column; that of a later one changes by its own
+            ``speedup``, if it has one.
         without_change: titles of networks that no such column follows.
     """
     shown = {title: row for title, row in networks.items() if any(key in row for key in ROWS)}
@@ -51,8 +52,10 @@ def summary(
             value = row.get(key)
             cells.append("" if value is None else text(value))
             if number and title not in without_change:
-                timed_apart = key == "latency_ms" and number > 1
-                cells.append("" if timed_apart else _change(key, first.get(key), value))
+                known = first.get(key)
+                if key == "latency_ms" and number > 1:  # not timed beside the first column's
+                    known = value * row["speedup"] if value and "speedup" in row else None
+                cells.append(_change(key, known, value))
         rows.append(cells)
     return headings, rows
 

@@ -55,6 +55,13 @@ def test_a_latency_that_was_not_timed_beside_the_original_has_no_change():
     assert latency == ["latency", "1.25 ms", "0.5 ms", "-60.0 %", "0.5 ms", ""]
 
 
+def test_a_later_latency_changes_by_what_was_timed_with_it():
+    pruned = {**COMPRESSED, "speedup": 4.0}  # the original took 2 ms when this took 0.5 ms
+    networks = {"original": ORIGINAL, "compressed": COMPRESSED, "pruned": pruned}
+    latency = next(row for row in summary(networks)[1] if row[0] == "latency")
+    assert latency == ["latency", "1.25 ms", "0.5 ms", "-60.0 %", "0.5 ms", "-75.0 %"]
+
+
 def test_networks_in_onnx_runtime_have_columns_with_units_and_no_change(capsys):
     quantized = {
         "top1": 0.98, "int8_top1": 0.97, "onnx_latency_ms": 1.026, "int8_latency_ms": 1.018,
