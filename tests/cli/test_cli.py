@@ -97,7 +97,10 @@ def test_an_impossible_latency_budget_says_how_the_measured_costs_are_used_again
 def test_a_pattern_of_the_command_line_that_fits_no_layer_names_its_option(tmp_path):
     done = haloc("run", DIGITS, "--out", tmp_path, "--set", "rank_space.exclude=[nothere]")
     start = "haloc: --set rank_space.exclude: no layer of DigitsCNN matches 'nothere'; expected"
-    assert done.stderr.splitlines()[-1].startswith(start)
+    (line,) = done.stderr.splitlines()[-1:]
+    assert line.startswith(start)
+    last = (tmp_path / "log.txt").read_text().splitlines()[-1]
+    assert last.endswith(f" ERROR {line.removeprefix('haloc: ')}")
 
 
 def test_a_search_of_a_model_that_does_not_take_the_images_is_one_line(tmp_path):
