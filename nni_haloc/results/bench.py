@@ -265,7 +265,7 @@ def _is_quantized(folder: RunFolder | None) -> bool:
 
 
 def _title(name: str, folder: RunFolder | None) -> str:
-    """Return a network's name; for a stage in a folder of another name also what the stage makes."""
+    """Return a network's name; for a stage in a folder of another name also its usual one."""
     stages = [] if folder is None else list(folder.read_metrics()["stages"])
     usual = further_stage(stages[0]).folder if stages and stages[0] in STAGES else name
     return name if name == usual else f"{name} ({usual})"

@@ -117,7 +117,7 @@ def test_its_page_has_every_row_and_curve(folder):
     assert rows["quantized (simulated)"] == ["79.17 %"]
     assert rows["float32 in ONNX Runtime"] == ["0.03772"]
     assert rows["int8 in ONNX Runtime"] == ["80.28 %", "0.04699", "42.8 kB"]
-    cards = "top-1 96.94 % original 96.39 % latency 0.1662 ms 0.96 times as fast MACs 443 k"
+    cards = "top-1 96.94 % original 96.39 % latency 0.1662 ms 4.0 % slower MACs 443 k"
     assert cards in page.text
     assert page.tags.count("img") == 5  # ranks, two of the search, fine-tuning, pruning
     assert "the median of 5 medians" in page.text  # its bench.json
