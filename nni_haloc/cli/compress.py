@@ -124,7 +124,8 @@ def search_command(
     from nni_haloc.runs.run import search_only
     from nni_haloc.utils.processes import is_first
 
-    with logged(RunFolder(out)), _naming_budget(_places(set_, changes)):
+    folder = RunFolder(out)
+    with logged(folder), _naming_changes(_places(set_, changes), config, folder.costs):
         search_only(config, out, resume=resume)
     if is_first():
         following = {
@@ -274,11 +275,25 @@ def _number(text: str) -> float | str:
 
 
 @contextmanager
-def _naming_budget(places: Mapping[str, str]) -> Iterator[None]:
-    """Let a refused budget that is from the command line begin with the option."""
+def _naming_changes(places: Mapping[str, str], config: Any, table: Path) -> Iterator[None]:
+    """Let errors in what the command line has set begin with the option.
+
+    Where the cost table of a refused budget was measured, the error ends with how to take it again.
+
+    Args:
+        places: what to call each setting that the command line changes.
+        config: the settings.
+        table: where the run leaves its cost table.
+    """
+    from nni_haloc.inputs.config import naming_places
+
     try:
-        yield
+        with naming_places(places):
+            yield
     except InfeasibleBudget as error:
+        measured = error.costs is not None and "runtime" in error.costs.identity
+        if measured and error.first and config.cost.table is None and table.is_file():
+            error = error.kept(str(table))
         keys = [key for key in ("budget.fraction", "budget.absolute", "budget") if key in places]
         raise error.where(places[keys[0]]) if keys and error.first else error from None
 
@@ -302,7 +317,7 @@ def _run(
 
     folder = RunFolder(out)
     places = _places(assignments, changes)
-    with logged(folder), redirect_stdout(sys.stderr), _naming_budget(places):
+    with logged(folder), redirect_stdout(sys.stderr), _naming_changes(places, config, folder.costs):
         run(config, out, parameters=changes, resume=resume)
     if is_first():
         stages = folder.metrics()

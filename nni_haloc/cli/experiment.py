@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nni_haloc.cli.options import NNI, Json, print_json
-from nni_haloc.experiments.check import check_experiment
+from nni_haloc.experiments.check import check_experiment, is_of_a_run
 from nni_haloc.experiments.front import COSTS, Point, draw_front, front_of
 from nni_haloc.experiments.manager import create, resume, warm_up_manager
 from nni_haloc.experiments.results import (
@@ -20,6 +20,7 @@ from nni_haloc.experiments.results import (
     why_no_trials,
 )
 from nni_haloc.experiments.state import is_running
+from nni_haloc.experiments.trials import check_settings
 from nni_haloc.utils.errors import SettingsError, as_one_line, expected_one_of
 from nni_haloc.utils.printing import print_table, shown
 
@@ -42,16 +43,24 @@ Port = Annotated[int, typer.Option(metavar="N", help="Port of NNI's manager and 
 def check_command(
     experiment_file: Annotated[
         Path,
-        typer.Argument(metavar="HALOC.yml", help="File of an NNI experiment.", show_default=False),
+        typer.Argument(
+            metavar="HALOC.yml",
+            help="File of an NNI experiment, or of one run's settings.",
+            show_default=False,
+        ),
     ],
 ) -> None:
-    """Check an experiment's file before nnictl create.
+    """Check an experiment's file before nnictl create, or a run's.
 
     The command checks the keys, makes tuner and assessor, and loads what the
     trials need: settings, data, network, weights, cost tables. It reads the files
     of NNI's manager once, too: nnictl gives the manager only some three seconds to
     start.
     """
+    if is_of_a_run(experiment_file):
+        check_settings(experiment_file, [{}], "")
+        typer.echo(f"{experiment_file}: ready (a run; haloc run starts it)")
+        return
     trials = check_experiment(experiment_file)
     warm_up_manager()
     typer.echo(f"{experiment_file}: ready ({trials})")

@@ -31,6 +31,7 @@ _DOING = {
     "roofline": "modelling",  # by rates that are measured
 }
 """The log's word for what these predictors do."""
+_FEWER = "a larger rank_space.step has fewer candidates; haloc measure can go on where it stops"
 
 
 def allowed_ranks_of(
@@ -124,7 +125,7 @@ def cost_table(
     logger.info("%s %s of every candidate", doing, metric)
     example = latency_input(config, example) if metric in MEASURED else example
     with as_one_line(where=f"{key}.metric"):
-        told = logged_progress(f"{doing} {metric}")
+        told = logged_progress(f"{doing} {metric}", _FEWER)
         return maker.table(model, example, allowed, runtime_of(config), told)
 
 

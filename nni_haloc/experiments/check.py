@@ -39,6 +39,15 @@ def refuse_experiment(path: Path) -> None:
         )
 
 
+def is_of_a_run(path: Path) -> bool:
+    """Tell whether a file has a run's settings, not an NNI experiment's."""
+    from nni_haloc.inputs.config import Config
+    from nni_haloc.inputs.yaml_files import read_yaml
+
+    content = read_yaml(path, exponents=False)
+    return bool(set(content) & set(Config.model_fields)) and not any(key in content for key in KEYS)
+
+
 def check_experiment(path: str | Path) -> str:
     """Check an NNI experiment's file and everything that its trials need.
 
@@ -91,16 +100,14 @@ def check_experiment(path: str | Path) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     """Return what an experiment's file says, under NNI's names."""
-    from nni_haloc.inputs.config import Config
     from nni_haloc.inputs.yaml_files import read_yaml
 
-    content = read_yaml(path, exponents=False)
-    if set(content) & set(Config.model_fields) and not any(key in content for key in KEYS):
+    if is_of_a_run(path):
         raise SettingsError(
             f"{path}: these are a run's settings, not an NNI experiment's file: "
             f"`haloc run {path}` runs them"
         )
-    spelt = spell_as_nni(path, content)
+    spelt = spell_as_nni(path, read_yaml(path, exponents=False))
     for key in ("trialCommand", "trainingService"):
         if not spelt.get(key):
             raise SettingsError(f"{path}: {key}: missing")

@@ -75,8 +75,10 @@ def check_settings(
             check_runs(configs, elsewhere=uploaded is not None)
     except InfeasibleBudget as error:
         keys = [key for key in ("budget.fraction", "budget.absolute", "budget") if key in places]
-        by_tuner = bool(keys) and error.first
-        raise error.where(places[keys[0]] if by_tuner else f"{run_file}: budget") from None
+        if not keys or not error.first or error.run is None:
+            raise error.where(f"{run_file}: budget") from None
+        value = parameters[error.run].get(keys[0])
+        raise error.where(f"{places[keys[0]]}: {value}") from None
     except HalocError as error:
         raise type(error)(f"{run_file}: {error}") from None
 

@@ -409,11 +409,11 @@ def _refuse_unless_met(
         least = limit.costs.total(cheapest_choice)
         budget, cost = _told_apart(limit.budget, least, limit.costs.metric)
         share = f"{least / limit.costs.original:.3g}"
+        doubt = "".join(f"; the table is doubtful: {each}" for each in limit.costs.doubts()[:1])
         raise InfeasibleBudget(
             f"budget: {budget} is below the cheapest network{beside}, {cost}"
-            f", {share} of the original's",
-            f"{_remedy(limit, least)}{_kept_as_it_is(limit, cheapest_choice, left_alone)}"
-            f"{''.join(f'; the table is doubtful: {doubt}' for doubt in limit.costs.doubts()[:1])}",
+            f", {share} of the original's{doubt}",
+            f"{_remedy(limit, least)}{_kept_as_it_is(limit, cheapest_choice, left_alone)}",
             costs=limit.costs,
             least=least,
             first=first,

@@ -18,11 +18,12 @@ from nni_haloc.costs.device.clock import PassClock
 from nni_haloc.costs.device.measure import time_together
 from nni_haloc.costs.device.quality import spread
 from nni_haloc.costs.device.runtime import Deployed, Run, Runtime, check_threads, make_runtime
-from nni_haloc.inputs.registries import RUNTIMES
+from nni_haloc.inputs.registries import RUNTIMES, STAGES
 from nni_haloc.inputs.schema.cost import Cost
 from nni_haloc.inputs.schema.values import MOST
 from nni_haloc.runs.finished import Finished
-from nni_haloc.runs.folder import hold
+from nni_haloc.runs.folder import RunFolder, hold
+from nni_haloc.runs.stages import further_stage
 from nni_haloc.utils.errors import (
     HalocError,
     MissingPackage,
@@ -58,7 +59,9 @@ def bench(
     """Time a finished run's original network and every stage that its folder holds.
 
     For each batch size each stage has a row in each runtime, and one more there in int8 if the
-    runtime has it. Their passes are timed in alternation. A row that can't be timed says why.
+    runtime has it. Their passes are timed in alternation. A row that can't be timed says why. A
+    quantized stage has rows in int8 alone, and one of the simulation that has the accuracy of the
+    run: in float32 it would be the network before it once more.
 
     Args:
         folder: the run's folder; it receives ``bench.json``.
@@ -96,6 +99,7 @@ def bench(
         raise SettingsError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
     clocks = _runtimes(runtimes, cost, threads)
     networks = run.networks()
+    folders = run.folder.stages()
     rows: list[dict[str, Any]] = []
     surroundings = run.job.active() if data else quiet()  # data: as in the run itself
     with hold(run.folder), surroundings, TemporaryDirectory() as scratch, ExitStack() as pinned:
@@ -105,11 +109,17 @@ def bench(
         forms = [
             form
             for stage, network in networks.items()
-            for form in _forms(run, stage, network, Path(scratch), clocks, data)
+            for form in (
+                *_simulated(folders.get(stage), stage, split == run.config.data.score, data),
+                *_forms(run, stage, network, Path(scratch), clocks, data),
+            )
+            if form.reason or not _is_quantized(folders.get(stage)) or not form.in_float32
         ]
         for form in forms:
-            network = networks[form.facts["stage"]]
+            name = form.facts["stage"]
+            network = networks[name]
             form.facts |= {
+                "stage": _title(name, folders.get(name)),
                 "macs": count_macs(network, run.example(1)),
                 "params": count_params(network),
             }
@@ -234,6 +244,10 @@ class _Form:
         return self.deployed and self.deployed.network
 
     @property
+    def in_float32(self) -> bool:
+        return self.facts["precision"] == "float32"
+
+    @property
     def any_batch(self) -> bool:
         return self.network is not None and getattr(self.network, "batch", None) is None
 
@@ -244,6 +258,29 @@ class _Form:
         if self.deployed.batch not in (None, shape[0]):
             raise ValueError(f"takes batches of {self.deployed.batch} alone")
         return self.deployed.ready(tuple(shape))
+
+
+def _is_quantized(folder: RunFolder | None) -> bool:
+    return folder is not None and folder.calibration.is_file()
+
+
+def _title(name: str, folder: RunFolder | None) -> str:
+    """Return a network's name; for a stage in a folder of another name also its usual one."""
+    stages = [] if folder is None else list(folder.read_metrics()["stages"])
+    usual = further_stage(stages[0]).folder if stages and stages[0] in STAGES else name
+    return name if name == usual else f"{name} ({usual})"
+
+
+def _simulated(
+    folder: RunFolder | None, stage: str, own_split: bool, data: bool
+) -> Iterator[_Form]:
+    """Return the row of a quantized stage's simulation, with the accuracy that the stage found."""
+    if folder is not None and _is_quantized(folder):
+        figures = folder.read_metrics()["stages"].get("quantize", {})
+        facts = {"stage": stage, "runtime": "torch", "precision": "simulated"}
+        if data and own_split and "top1" in figures:
+            facts["top1"] = figures["top1"]
+        yield _Form(facts, reason="int8 imitated in float32 has no speed of its own")
 
 
 def _forms(

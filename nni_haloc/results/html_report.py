@@ -50,6 +50,27 @@ _COLUMNS = {
     "budget_met": "budget met",
 }
 """Figures of the table of networks, and their headings."""
+_STAGES = {
+    "original_": "original: ",
+    "pruned_": "pruned: ",
+    "quantized_": "quantized: ",
+    "onnx_": "float32 in ONNX Runtime: ",
+    "int8_": "int8 in ONNX Runtime: ",
+    "": "",
+}
+"""Beginnings of the names that NNI gets, and what the page calls the networks."""
+_OTHERS = {
+    "default": "default (what a tuner maximises)",
+    "images": "images that top-1 is of",
+    "chance": "top-1 of guesses",
+    "at_chance": "top-1 is not above chance (1: yes)",
+    "far_above_original": "top-1 is far above the original's (1: yes)",
+    "speedup": "times as fast as the original",
+    "images_per_s": "images/s",
+    "macs_reduction": "MACs: reduction",
+    "params_reduction": "parameters: reduction",
+}
+"""Figures that are in no table, and their names on the page."""
 _FIRST_ROWS = ("original", STAGES[RESULT].title)
 """Titles of the rows that the first cards of the page are about."""
 _TEMPLATES = Environment(
@@ -196,13 +217,14 @@ def _shown(value: Any) -> str:
 
 
 def _name_of(key: str) -> str:
-    """Return the name of a figure as in the table of ``haloc run``; others as they are."""
-    for stage, title in (("original_", "original: "), ("pruned_", "pruned: "), ("", "")):
+    """Return the name of a figure as in the table of ``haloc run``; another stage's as it is."""
+    for stage, title in _STAGES.items():
         name = key.removeprefix(stage)
         if key.startswith(stage) and name in ROWS:
             return f"{title}{ROWS[name][0]}{', ms' if name == 'latency_ms' else ''}"
-    known = {"macs_reduction": "MACs: reduction", "params_reduction": "parameters: reduction"}
-    return known.get(key, key)
+        if key.startswith(stage) and name in _OTHERS:
+            return f"{title}{_OTHERS[name]}"
+    return key
 
 
 def _rows(stages: Mapping[str, Figures]) -> dict[str, Figures]:
@@ -228,7 +250,7 @@ def _headline(
         remark = f"original {percent(original['top1'], 2)}" if "top1" in original else ""
         cards.append(("top-1", percent(result["top1"], 2), remark))
     if "latency_ms" in result:
-        remarks = [f"{gained['speedup']:.2f} times as fast"] if "speedup" in gained else []
+        remarks = [_speed(gained["speedup"])] if "speedup" in gained else []
         if OF_BUDGET["latency_ms"] in result:
             remarks.append(f"{percent(result[OF_BUDGET['latency_ms']])} of the budget")
         cards.append(("latency", f"{result['latency_ms']:.4g} ms", ", ".join(remarks)))
@@ -244,6 +266,12 @@ def _headline(
             remark += f" in {where}" if remark and where else ""
             cards.append((f"top-1, {name}", percent(row["top1"], 2), remark))
     return cards
+
+
+def _speed(speedup: float) -> str:
+    """Say how fast a network is, of how many times as fast as the original it is."""
+    slower = f"{100 * (1 / speedup - 1):.1f}"
+    return f"{slower} % slower" if float(slower) > 0 else f"{speedup:.2f} times as fast"
 
 
 def _rounded(count: float) -> str:
@@ -262,7 +290,11 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         for name, row in rows.items()
         if row
     }
-    return {"heads": [_COLUMNS[key] for key in heads], "rows": cells}
+    names = dict(_COLUMNS)
+    for key in ("top1", "top5"):
+        if f"test_{key}" in heads:
+            names[key] += ", validation images"
+    return {"heads": [names[key] for key in heads], "rows": cells}
 
 
 def _cell(key: str, value: float) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +28,7 @@ from nni_haloc.space.modules import materialised
 from nni_haloc.space.ranks import find_layers
 from nni_haloc.space.summary import why_nothing
 from nni_haloc.training.random_states import isolated_random_states
-from nni_haloc.utils.errors import as_one_line
+from nni_haloc.utils.errors import InfeasibleBudget, as_one_line
 
 _RUNTIME = {"runtime", "dtype", "device", "memory_format", "threads", "graph"}
 _JOB: dict[str, Any] = dict.fromkeys(("model", "weights", "data", "trainer", "seed"), True)
@@ -54,14 +55,14 @@ def check_runs(configs: Sequence[Config], *, elsewhere: bool = False) -> None:
     """
     jobs: dict[str, Job] = {}
     seen = set()
-    for config in configs:
+    for number, config in enumerate(configs):
         config = _as_far_as_here(config) if elsewhere else config
         own = config.model_dump_json(include=_JOB)
         whole = own + config.model_dump_json(exclude=_NEVER_LOOKED_AT)
         if whole in seen or (elsewhere and not _is_importable(config)):
             continue
         seen.add(whole)
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, _numbered(number):
             if elsewhere and not _has_data(config):
                 _check_network(config)
                 continue
@@ -72,6 +73,16 @@ def check_runs(configs: Sequence[Config], *, elsewhere: bool = False) -> None:
             with job.active():
                 prepare(job)
                 _check_budgets(config, job.model, job.example)
+
+
+@contextmanager
+def _numbered(run: int) -> Iterator[None]:
+    """Let a refused budget say which run it is of."""
+    try:
+        yield
+    except InfeasibleBudget as error:
+        error.run = run
+        raise
 
 
 def _check_budgets(config: Config, model: nn.Module, example: Tensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,12 +64,14 @@ from nni_haloc.training.recipe import Recipe
 from nni_haloc.training.reconstruction import reconstruct_blocks
 from nni_haloc.utils.errors import DataError, brief, expected_one_of, unknown_key
 from nni_haloc.utils.log import log_to, logger
-from nni_haloc.utils.progress import logged_progress, shows_bars
+from nni_haloc.utils.progress import logged_progress, shows_bars, told_if_long
 from nni_haloc.utils.quiet import quiet
 from nni_haloc.utils.registry import Registry
 from nni_haloc.utils.versions import versions
 from nni_haloc.utils.wrapped import unwrapped
 
+_LONG = "compress_model takes longer than a minute; verbose=True says how far it is"
+_FEWER = "allowed=AllowedRanks(step=...) with a larger step has fewer candidates"
 _RECALIBRATION_BATCHES = 50
 _OR_WITHOUT = " to train with (epochs=0 needs none)"
 
@@ -269,7 +270,7 @@ def compress_model(
         name = next(iter(search_options))
         raise ValueError(f"{name}: an option of the search, and the rule is {rule!r}")
     trained = recipe.epochs > 0 or rule == "search"
-    with quiet(), isolated_random_states(), log_to() if verbose else nullcontext():
+    with quiet(), isolated_random_states(), log_to() if verbose else told_if_long(_LONG):
         seed_everything(seed, verbose=False)
         images, labels = _calibration(train_loader, calibration_images)
         model = unwrapped(model)
@@ -562,7 +563,7 @@ class _Given:
             doing = "measuring" if self.metric in MEASURED else "computing"
             where = "" if formats is None else f", {memory_format}"
             logger.info("%s %s of every candidate%s", doing, self.metric, where)
-            told = logged_progress(f"{doing} {self.metric}")
+            told = logged_progress(f"{doing} {self.metric}", _FEWER)
             costs = make(model, batch, self.allowed, timing, told)
         check_table(costs)
         costs = costs if formats is None else formats.told(costs)

@@ -59,6 +59,7 @@ from nni_haloc.utils.files import make_folder
 from nni_haloc.utils.interruption import stoppable
 from nni_haloc.utils.log import log_to, logger
 from nni_haloc.utils.placement import working_on
+from nni_haloc.utils.printing import percent
 from nni_haloc.utils.processes import check_startable, is_first
 from nni_haloc.utils.progress import shows_bars
 from nni_haloc.utils.quiet import quiet
@@ -282,6 +283,10 @@ class Job:
             figures |= {f"test_{key}": value for key, value in test.items()}
         return figures
 
+    def top1_line(self, top1: float) -> str:
+        """Return a top-1 on the validation images for the log."""
+        return f"top-1 {percent(top1, 2)} ({len(self.splits.labels['val'])} validation images)"
+
     def guessing(self, split: str) -> Figures:
         """Return what accuracies on a split are judged by, see `plausibility.guessing`."""
         return guessing(self.splits.labels[split])
@@ -391,17 +396,29 @@ def logged(folder: RunFolder, stage: RunFolder | None = None) -> Iterator[None]:
         SettingsError: if nothing can be written there.
     """
 
+    before = _changed(folder.costs)
+
     def kept() -> str:
         if stage is None:
             found = any(folder.path.rglob(folder.training.checkpoint.name))
         else:
             found = stage.training.checkpoint.is_file()
         if not found:
-            return "no epoch is done"
+            if stage is None and _changed(folder.costs) != before:
+                return f"no epoch is done; --set cost.table={folder.costs} takes the costs again"
+            return "no epoch is done, and nothing is kept: the same command starts anew"
         return f"{stage or folder} keeps the checkpoint; --resume goes on from it"
 
     with hold(folder), log_to(folder.log), stoppable("haloc", kept):
         yield
+
+
+def _changed(file: Path) -> int | None:
+    """Return when a file was changed last; None where there is none."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def trainer_options(config: Config, *, searching: bool = False) -> dict[str, Any]:

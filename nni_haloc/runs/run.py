@@ -139,7 +139,7 @@ def search_only(config: Config, folder: str | Path, *, resume: bool = False) -> 
     with hold(job.folder), job.active():
         job = with_chosen_format(job, resume)
         top1 = job.accuracy(job.model, job.loader("val"))["top1"]
-        logger.info("original: %.2f %% top-1 (validation)", 100 * top1)
+        logger.info("original: %s", job.top1_line(top1))
         log_normalisation(config.data)
         warn_of_doubts({"original": {"top1": top1, **job.guessing("val")}})
         return search(job, ignore, resume=resume)[0]

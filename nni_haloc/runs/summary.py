@@ -33,8 +33,9 @@ def summary(
 
     Args:
         networks: titles of networks to their figures. The first is the original; each other one is
-            followed by a column with the change from it. Of latencies only the second network's
-            has one: it was timed in turn with the original.
+            followed by a column with the change from it. The latency of the second network was
+            timed in turn with that of the first column; that of a later one changes by its own
+            ``speedup``, if it has one.
         without_change: titles of networks that no such column follows.
     """
     shown = {title: row for title, row in networks.items() if any(key in row for key in ROWS)}
@@ -43,16 +44,18 @@ def summary(
     for number, title in enumerate(shown):
         headings += [title, "change"] if number and title not in without_change else [title]
     rows = []
-    for key, (heading, text) in ROWS.items():
+    for key, (_, text) in ROWS.items():
         if all(row.get(key) is None for row in shown.values()):
             continue
-        cells = [heading]
+        cells = [_heading(key, first)]
         for number, (title, row) in enumerate(shown.items()):
             value = row.get(key)
             cells.append("" if value is None else text(value))
             if number and title not in without_change:
-                timed_apart = key == "latency_ms" and number > 1
-                cells.append("" if timed_apart else _change(key, first.get(key), value))
+                known = first.get(key)
+                if key == "latency_ms" and number > 1:  # not timed beside the first column's
+                    known = value * row["speedup"] if value and "speedup" in row else None
+                cells.append(_change(key, known, value))
         rows.append(cells)
     return headings, rows
 
@@ -60,7 +63,10 @@ def summary(
 def summary_line(figures: Figures) -> str:
     """Return a network's figures on one line: ``top-1 96.94 %, latency 3.536 ms, ...``."""
     known = {key: figures[key] for key in ROWS if key in figures}
-    parts = [(ROWS[key][0].replace(",", ""), ROWS[key][1](value)) for key, value in known.items()]
+    parts = [
+        (_heading(key, figures).replace(",", ""), ROWS[key][1](value))
+        for key, value in known.items()
+    ]
     return ", ".join(f"{name} {value}" for name, value in parts)
 
 
@@ -82,6 +88,14 @@ def summary_text(networks: Mapping[str, Figures]) -> str:
     """Return the table as plain text."""
     headings, rows = summary(networks)
     return text_table(headings, rows)
+
+
+def _heading(key: str, figures: Figures) -> str:
+    """Return the heading of a figure; beside those of test images, accuracies name their own."""
+    if key in ("top1", "top5") and f"test_{key}" in figures:
+        number = f"{figures['images']:.0f} " if "images" in figures else ""
+        return f"{ROWS[key][0]}, {number}validation images"
+    return ROWS[key][0]
 
 
 def _change(key: str, first: float | None, last: float | None) -> str:

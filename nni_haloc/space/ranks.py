@@ -248,7 +248,7 @@ def find_layers(
         reasons[name] = reason
         del specs[name]
     _check_patterns("exclude", allowed.exclude, modules, reasons, model)
-    _check_patterns("pin", allowed.pin, specs, reasons, model)
+    _check_patterns("pin", allowed.pin, specs, reasons, model, " that can be searched")
     return Layers(specs, reasons)
 
 
@@ -287,7 +287,9 @@ def _judged(
         return f"kind {spec.kind!r} is not among the searched kinds"
     if any(allowed.candidates(spec)) or allowed.pins(name):
         return spec
-    return "no rank on the step grid is cheaper than the dense layer"
+    some = any(replace(allowed, step=1).candidates(spec))
+    finer = " (of a smaller rank_space.step some are)" if some else ""
+    return f"no rank on the step grid is cheaper than the dense layer{finer}"
 
 
 def _check_patterns(
@@ -296,13 +298,15 @@ def _check_patterns(
     names: Iterable[str],
     reasons: Mapping[str, str],
     model: nn.Module,
+    which: str = "",
 ) -> None:
-    """Raise `UnfitPattern` for a pattern of an option that matches none of the names."""
+    """Raise `UnfitPattern` for a pattern of an option that matches none of the names.
+
+    ``which`` says which layers of the network those of the names are.
+    """
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             why = "".join(f"; {name}: {reasons[name]}" for name in fnmatch.filter(reasons, pattern))
             known = matches_none(pattern, () if why else names)
             kind = type(model).__name__
-            raise UnfitPattern(
-                f"{option}: no layer of {kind} that can be searched matches {known}{why}"
-            )
+            raise UnfitPattern(f"{option}: no layer of {kind}{which} matches {known}{why}")

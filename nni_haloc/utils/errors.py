@@ -39,7 +39,10 @@ class InfeasibleBudget(HalocError):
             several budgets exclude each other.
         least: the cost of the cheapest network, in the table's unit.
         first: whether it is the budget itself that can't be met, not a further one of ``also``.
+        run: the number of the run that it is of, where several are checked.
     """
+
+    run: int | None = None
 
     def __init__(
         self,
@@ -56,7 +59,15 @@ class InfeasibleBudget(HalocError):
 
     def where(self, place: str) -> InfeasibleBudget:
         """Return the same error, which names the place that the budget comes from."""
-        fact, remedy = (f"{place}: {self.fact.removeprefix('budget: ')}", self.remedy)
+        return self._told(f"{place}: {self.fact.removeprefix('budget: ')}", self.remedy)
+
+    def kept(self, table: str) -> InfeasibleBudget:
+        """Return the same error, which says how the table that was measured is used again."""
+        return self._told(
+            self.fact, f"{self.remedy}; the costs are kept: --set cost.table={table} reads them"
+        )
+
+    def _told(self, fact: str, remedy: str) -> InfeasibleBudget:
         return InfeasibleBudget(fact, remedy, costs=self.costs, least=self.least, first=self.first)
 
 

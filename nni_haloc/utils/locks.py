@@ -162,7 +162,7 @@ def _locked(number: int, lock: Path, place: Path, wait: bool) -> bool:
         if not wait:
             raise HalocError(
                 f"{place}: another process works here{_signature(holder)}; "
-                "wait for its end, or name another place for the results"
+                "wait for its end, or name another place for the results (--out)"
             ) from None
         logger.info("%s: waiting for the process that works here%s", place, _signature(holder))
         fcntl.flock(number, fcntl.LOCK_EX)

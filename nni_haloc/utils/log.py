@@ -9,12 +9,13 @@ from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 
-from nni_haloc.utils.errors import SettingsError, printable
+from nni_haloc.utils.errors import HalocError, SettingsError, printable
 from nni_haloc.utils.files import make_folder, open_to_append
 from nni_haloc.utils.processes import is_first
 
 logger = logging.getLogger("nni_haloc")
 
+_ERROR = {"levelno": logging.ERROR, "levelname": "ERROR"}
 _LONGEST = 10_000
 """Characters of a line of the log; what is beyond is cut off."""
 
@@ -55,7 +56,7 @@ class _File(logging.FileHandler):
 def log_to(path: Path | None = None) -> Iterator[None]:
     """Log what happens in the block to standard error and, if one is named, to a file.
 
-    Of several processes only the first one logs.
+    The file also has the error that ends the block, if it is one of `HalocError`. Of several processes only the first one logs.
 
     Args:
         path: the file; its folder is made. None is standard error alone.
@@ -73,6 +74,11 @@ def log_to(path: Path | None = None) -> Iterator[None]:
         logger.addHandler(handler)
     try:
         yield
+    except HalocError as error:  # standard error has it from whoever catches it
+        for handler in handlers:
+            if isinstance(handler, _File):
+                handler.handle(logging.makeLogRecord(_ERROR | {"msg": str(error)}))
+        raise
     finally:
         for handler in handlers:
             logger.removeHandler(handler)

@@ -29,7 +29,7 @@ def print_table(
     rows as fit stand side by side; what is left follows below.
 
     Args:
-        title: stands above the table; may be empty.
+        title: stands above the table, on the left; may be empty.
         columns: the headings.
         rows: cells, written by `shown`.
         text: the headings of columns that are aligned to the left and may be folded; others are
@@ -64,7 +64,9 @@ def _print_upright(
     """Print a row of the table as a row."""
     from rich.table import Table
 
-    table = Table(title=title or None)
+    if title:  # not the table's own, which would stand in the middle of a wide table
+        console.print(title, style="table.title", highlight=False)
+    table = Table()
     for name, width in zip(columns, widths, strict=True):
         table.add_column(
             name, justify="left" if name in text else "right", width=width, overflow="fold"
@@ -85,7 +87,9 @@ def _print_lying(console: Console, title: str, columns: Sequence[str], cells: Ce
             room -= max(map(len, cells[count])) + _LINES
             count += 1
         count -= room < 0 and count > 1
-        table = Table(title=title or None, show_header=False)
+        if title:
+            console.print(title, style="table.title", highlight=False)
+        table = Table(show_header=False)
         table.add_column(min_width=names)
         for _ in range(count):
             table.add_column(overflow="fold")

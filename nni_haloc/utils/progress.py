@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from threading import Timer
 
 from nni_haloc.utils.log import logger
 
@@ -38,6 +40,26 @@ Progress = Callable[[int, int], None]
 """Called with the numbers of steps done and of all steps."""
 _FIRST_LINE, _BETWEEN_LINES = 10, 30
 """Seconds until progress is logged for the first time, and from then on."""
+_LONG = timedelta(minutes=3)
+"""What is left of a task that is told how it takes less time."""
+_SILENT = 60.0
+"""Seconds after which a call that logs nothing says how it says more."""
+
+
+@contextmanager
+def told_if_long(line: str) -> Iterator[None]:
+    """Warn with a line, once, if a block takes longer than a minute.
+
+    Args:
+        line: the line, such as how to learn more.
+    """
+    timer = Timer(_SILENT, logger.warning, ("%s", line))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def shows_bars() -> bool:
@@ -51,24 +73,28 @@ def shows_bars() -> bool:
     return console.is_terminal or console.is_jupyter
 
 
-def logged_progress(done_what: str) -> Progress:
+def logged_progress(done_what: str, shorter: str = "") -> Progress:
     """Return a function that logs progress and the time left, for a run with a log.
 
     It logs now and then, and nothing of a task of a few seconds.
 
     Args:
         done_what: the words before the numbers: ``measured latency_ms``.
+        shorter: how the task takes less time; said with the first line of one of several minutes.
     """
+    hint = f" ({shorter})" if shorter else ""
     start = next_line = time.monotonic()
 
     def report(done: int, of: int) -> None:
-        nonlocal start, next_line
+        nonlocal start, next_line, hint
         now = time.monotonic()
         if done == 0:
             start, next_line = now, now + _FIRST_LINE
         elif now >= next_line and done < of:
             left = timedelta(seconds=round((now - start) / done * (of - done)))
-            logger.info("%s: %d of %d, about %s to go", done_what, done, of, left)
+            told = hint if left > _LONG else ""
+            hint = "" if told else hint
+            logger.info("%s: %d of %d, about %s to go%s", done_what, done, of, left, told)
             next_line = now + _BETWEEN_LINES
 
     return report

@@ -84,6 +84,25 @@ def test_an_impossible_budget_names_the_cheapest_network_and_leaves_no_plan(tmp_
     assert not (tmp_path / "ranks.json").exists()
 
 
+def test_an_impossible_latency_budget_says_how_the_measured_costs_are_used_again(tmp_path):
+    settings = ["cost.metric=latency_ms", "cost.memory_format=contiguous", "rank_space.step=16"]
+    options = [word for text in settings for word in ("--set", text)]
+    done = haloc("run", DIGITS, "--out", tmp_path, *options, "--budget", "0.001")
+    table = tmp_path / "costs.json"
+    end = f"; the costs are kept: --set cost.table={table} reads them"
+    assert done.stderr.splitlines()[-1].endswith(end)
+    assert CostTable.load(table).metric == "latency_ms"
+
+
+def test_a_pattern_of_the_command_line_that_fits_no_layer_names_its_option(tmp_path):
+    done = haloc("run", DIGITS, "--out", tmp_path, "--set", "rank_space.exclude=[nothere]")
+    start = "haloc: --set rank_space.exclude: no layer of DigitsCNN matches 'nothere'; expected"
+    (line,) = done.stderr.splitlines()[-1:]
+    assert line.startswith(start)
+    last = (tmp_path / "log.txt").read_text().splitlines()[-1]
+    assert last.endswith(f" ERROR {line.removeprefix('haloc: ')}")
+
+
 def test_a_search_of_a_model_that_does_not_take_the_images_is_one_line(tmp_path):
     torch.save(build_model("resnet20").state_dict(), tmp_path / "weights.pt")
     done = haloc(

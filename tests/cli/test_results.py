@@ -97,8 +97,23 @@ def test_an_experiments_file_is_no_run_file(command):
     )
 
 
-def test_a_run_file_is_no_experiments_file():
+def test_a_run_file_is_checked_like_a_trial(tmp_path):
     done = haloc("check", DIGITS)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{DIGITS}: ready (a run; haloc run starts it)\n"
+    weights = DIGITS.with_name("digits.safetensors")
+    file = tmp_path / "run.yml"
+    text = DIGITS.read_text().replace("digits.safetensors", str(weights))
+    file.write_text(text.replace("kinds: [conv]", "exclude: [conv9]"))
+    done = haloc("check", file)
+    assert done.returncode == 2
+    line = f"haloc: {file}: rank_space.exclude: no layer of DigitsCNN matches 'conv9'; expected"
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_run_file_is_no_experiments_file():
+    done = haloc("create", DIGITS)
     assert done.returncode == 2
     assert done.stderr == (
         f"haloc: {DIGITS}: these are a run's settings, not an NNI experiment's file: "

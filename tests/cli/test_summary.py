@@ -55,6 +55,13 @@ def test_a_latency_that_was_not_timed_beside_the_original_has_no_change():
     assert latency == ["latency", "1.25 ms", "0.5 ms", "-60.0 %", "0.5 ms", ""]
 
 
+def test_a_later_latency_changes_by_what_was_timed_with_it():
+    pruned = {**COMPRESSED, "speedup": 4.0}  # the original took 2 ms when this took 0.5 ms
+    networks = {"original": ORIGINAL, "compressed": COMPRESSED, "pruned": pruned}
+    latency = next(row for row in summary(networks)[1] if row[0] == "latency")
+    assert latency == ["latency", "1.25 ms", "0.5 ms", "-60.0 %", "0.5 ms", "-75.0 %"]
+
+
 def test_networks_in_onnx_runtime_have_columns_with_units_and_no_change(capsys):
     quantized = {
         "top1": 0.98, "int8_top1": 0.97, "onnx_latency_ms": 1.026, "int8_latency_ms": 1.018,
@@ -66,6 +73,16 @@ def test_networks_in_onnx_runtime_have_columns_with_units_and_no_change(capsys):
     assert all(word in text for word in [*words, "1.026 ms", "1.018 ms", "91.88 kB", "97.00 %"])
     assert "change" not in text
     assert "int8_" not in text
+
+
+def test_accuracies_beside_those_of_test_images_say_which_images_they_are_of():
+    original = {"top1": 0.9, "test_top1": 0.8, "images": 48}
+    networks = {"original": original, "compressed": {"top1": 0.8, "test_top1": 0.7}}
+    headings = [row[0] for row in summary(networks)[1]]
+    assert headings == ["top-1, 48 validation images", "top-1, test images"]
+    line = "top-1 48 validation images 90.00 %, top-1 test images 80.00 %"
+    assert summary_line(original) == line
+    assert summary_line(networks["compressed"]).startswith("top-1 validation images 80.00 %")
 
 
 def test_no_figures_make_no_table():

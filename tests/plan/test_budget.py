@@ -5,6 +5,7 @@ import math
 import operator
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -295,6 +296,15 @@ def test_a_refused_budget_is_told_in_units_of_people(metric, budget, least, mess
     assert message in str(refused.value)
     timed = "or a larger batch_size, memory_format channels_last (see docs: Meet a latency budget)"
     assert str(refused.value).endswith(timed) == (metric == "latency_ms")
+
+
+def test_a_doubtful_table_is_told_before_the_remedy():
+    table = one({"dense": 10.0, "r2": 2.0}, 3.0, metric="latency_ms")
+    table = replace(table, quality={"standard_error": 0.5})
+    with pytest.raises(InfeasibleBudget) as refused:
+        check_feasible({"a": ["r2"]}, [Limit(table, 4.9)])
+    told = [str(refused.value).index(part) for part in ("of the original", "doubtful", "set abs")]
+    assert told == sorted(told)
 
 
 def test_a_network_dearer_than_the_original_has_no_share_that_will_do():

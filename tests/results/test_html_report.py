@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from nni_haloc.cli.main import main
 from nni_haloc.inputs.config import load_config
 from nni_haloc.plan.rank_plan import RankPlan
-from nni_haloc.results.html_report import html_report
+from nni_haloc.results.html_report import _name_of, _speed, html_report
 from nni_haloc.results.plan_table import PlanFiles, plan_content, print_plan, timing_lines
+from nni_haloc.runs.run import flatten
 from nni_haloc.training.curves import EPOCH_COLUMNS, add_epoch, read
 
 STAGES = {
@@ -288,6 +289,19 @@ BENCH = {
          "reason": "<b>none</b>"},
     ],
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("speedup", "words"),
+    [(1.5, "1.50 times as fast"), (1.0, "1.00 times as fast"), (1 / 1.027, "2.7 % slower")],
+)
+def test_a_network_that_is_slower_is_called_slower(speedup, words):
+    assert _speed(speedup) == words
+
+
+def test_every_figure_that_is_reported_has_a_name_for_people():
+    reported = flatten(CHAIN | {"original": CHAIN["original"] | {"images": 360, "chance": 0.1}})
+    assert [key for key in reported if "_" in _name_of(key)] == []
 
 
 def test_the_table_of_bench_is_on_the_page(folder):

@@ -20,6 +20,7 @@ from nni_haloc.results.html_report import html_report
 from nni_haloc.runs.plausibility import doubt_figures, doubts, guessing
 from nni_haloc.runs.run import flatten, log_normalisation, run, search_only
 from nni_haloc.runs.stages.pretrain import train_original
+from nni_haloc.runs.stages.training import _warn_of_loss
 
 AT_CHANCE, FAR_ABOVE = "original_at_chance", "far_above_original"
 
@@ -240,3 +241,15 @@ def test_a_normalisation_that_is_assumed_is_logged(tmp_path, caplog, given, told
         log_normalisation(data)
         log_normalisation(data.model_copy(update={"name": "cifar10"}))
     assert caplog.messages == told
+
+
+@pytest.mark.parametrize(
+    ("curve", "told"), [([0.875, 0.8333], True), ([0.875, 0.7, 0.87], False), ([0.875], False)]
+)
+def test_a_training_that_costs_accuracy_is_warned_of(curve, told, caplog):
+    _warn_of_loss("fine-tuning", "finetune", curve, 48)
+    line = (
+        "fine-tuning: top-1 fell from 87.50 to 83.33 % (48 validation images, standard error of the "
+        "difference 7.2 points); set finetune.lr lower or finetune.epochs higher"
+    )
+    assert caplog.messages == [line] * told

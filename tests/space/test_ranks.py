@@ -228,7 +228,7 @@ class Pinnable(nn.Sequential):
         ),
         (
             {"exclude": ("0", "conv*")},
-            r"exclude: no layer of Pinnable that can be searched matches 'conv\*'",
+            r"exclude: no layer of Pinnable matches 'conv\*'",
         ),
     ],
 )
@@ -412,6 +412,16 @@ def test_every_rank_has_pairs_at_the_default_steps_alone():
     )
 
 
+@pytest.mark.parametrize(("channels", "some"), [(8, True), (1, False)])
+def test_a_layer_without_ranks_says_whether_a_smaller_step_has_some(channels, some):
+    """Of 8 channels and a 3x3 kernel, rank 1 has 8 + 9 + 8 weights in the place of 576."""
+    network = nn.Conv2d(channels, channels, 3)
+    layers = find_layers(nn.Sequential(network), torch.zeros(1, channels, 5, 5), AllowedRanks(16))
+    reason = "no rank on the step grid is cheaper than the dense layer"
+    finer = " (of a smaller rank_space.step some are)" * some
+    assert layers.left_alone == {"0": reason + finer}
+
+
 @pytest.mark.parametrize("option", ["exclude", "pin"])
 def test_a_pattern_that_matches_nothing_is_told_the_layers_and_the_likely_one(option):
     network = nn.Sequential(OrderedDict((f"conv{i}", nn.Conv2d(4, 4, 3)) for i in range(10)))
@@ -419,7 +429,7 @@ def test_a_pattern_that_matches_nothing_is_told_the_layers_and_the_likely_one(op
     with pytest.raises(UnfitPattern) as error:
         check_names(network, AllowedRanks(**{option: patterns}))
     assert str(error.value) == (
-        f"{option}: no layer of Sequential that can be searched matches 'cnv4'; expected one of "
+        f"{option}: no layer of Sequential matches 'cnv4'; expected one of "
         "conv0, conv1, conv2, conv3, conv4, conv5, conv6, conv7 and 2 more; "
         "did you mean 'conv4'?"
     )

@@ -36,7 +36,13 @@ def ended(number, ready, *words, module=None):
 @pytest.mark.parametrize(
     ("line", "number", "status", "name", "kept"),
     [
-        ("search: 1000 epochs of", signal.SIGINT, 130, "Ctrl-C", "no epoch is done"),
+        (
+            "search: 1000 epochs of",
+            signal.SIGINT,
+            130,
+            "Ctrl-C",
+            "no epoch is done; --set cost.table={out}/costs.json takes the costs again",
+        ),
         (
             "fine-tuning epoch 1",
             signal.SIGTERM,

@@ -30,7 +30,7 @@ def printed(capsys, monkeypatch):
 
 def test_in_a_pipe_each_row_is_one_line(printed):
     lines = printed(None)
-    assert "a run" in lines[0]
+    assert lines[0] == "a run"
     assert len(lines) == 7
     (first,) = (line for line in lines if "original" in line)
     assert [cell.strip() for cell in first.strip("│").split("│")] == [

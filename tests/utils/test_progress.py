@@ -1,9 +1,11 @@
 """The lines that tell how far a long task is."""
 
 import io
+import threading
 
 import pytest
 
+from nni_haloc.utils import progress
 from nni_haloc.utils.progress import logged_progress, shows_bars
 
 
@@ -39,6 +41,28 @@ def test_a_short_task_is_not_told_of_and_another_round_counts_anew(told):
             report(done, 9)
             clock[0] += 1
     assert lines == []
+
+
+def test_a_task_of_minutes_says_once_how_it_takes_less_time(told):
+    lines, clock = told
+    report = logged_progress("measuring latency_ms", "a larger step has fewer candidates")
+    for done in range(50):
+        report(done, 1000)
+        clock[0] += 1
+    assert lines == [
+        "measuring latency_ms: 10 of 1000, about 0:16:30 to go (a larger step has fewer candidates)",
+        "measuring latency_ms: 40 of 1000, about 0:16:00 to go",
+    ]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_a_silent_block_says_a_line_once_it_is_long(monkeypatch, caplog, seconds):
+    monkeypatch.setattr(progress, "_SILENT", seconds)
+    with progress.told_if_long("verbose=True says more"):
+        for timer in threading.enumerate():
+            if isinstance(timer, threading.Timer) and not seconds:
+                timer.join()
+    assert caplog.messages == ["verbose=True says more"] * (seconds == 0)
 
 
 class Terminal(io.StringIO):

@@ -55,7 +55,7 @@ def existing(path: str, info: ValidationInfo) -> str:
     except OSError as error:  # a name that is too long
         raise ValueError(f"{brief(path)}: {error.strerror}") from None
     if missing:
-        raise ValueError(f"no such file or folder: {found}")
+        raise ValueError(f"no such file or folder: {found.absolute()}")
     return str(found.absolute())
 
 

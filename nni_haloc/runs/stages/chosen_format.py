@@ -97,7 +97,7 @@ def _better(job: Job, formats: Formats) -> Job:
     limits: dict[MemoryFormat, list[Limit]] = {}
     for each in order:
         own = job.in_format(each)
-        logger.info("memory format %s:", each)
+        logger.info("memory format: costs in %s", each)
         limits[each] = make_limits(own.config, own.model, job.example, allowed, job.folder, formats)
     if plan is not None:
         formats = judge_plan(formats, limits, plan)

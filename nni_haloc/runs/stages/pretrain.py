@@ -56,7 +56,7 @@ class Pretrain(Stage):
 
         def on_epoch(epoch: int, metrics: Figures) -> None:
             top1 = metrics["val_top1"]
-            logger.info("training epoch %d: top-1 %.2f %% (validation)", epoch + 1, 100 * top1)
+            logger.info("training epoch %d: %s", epoch + 1, job.top1_line(top1))
             report({"default": top1, "train_loss": metrics["train_loss"]}, epoch)
 
         options = trainer_of(job, section.precision, state, self.training_title)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,10 @@ from nni_haloc.training.finetuning import Forecast, accuracy, finetune, recalibr
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.utils.errors import Diverged, UnusableCheckpoint
 from nni_haloc.utils.log import logger
+
+
+_LOSS = 0.01
+"""Points of top-1, 0 to 1, that a training may cost before it is warned of."""
 
 
 def recipe_of(section: Section) -> Recipe:
@@ -73,18 +77,21 @@ def train(
     facts = {"identity": dict(identity), "longer": section.schedule == "constant"}
     state = EpochCheckpoint(files.checkpoint, facts, training_loader, val)
     done = _epochs_done(files, identity, section, title) if resume else None
+    curve: list[float] = []
     if done is None:
         batches = config.recalibration_batches if recalibrated else 0
         recalibrate(network, training_loader, batches, compile=section.compile)
         (top1,) = accuracy(network, val)
-        logger.info("before %s: top-1 %.2f %% (validation)", title, 100 * top1)
+        logger.info("before %s: %s", title, job.top1_line(top1))
         keep(0, math.nan, top1)
+        curve.append(top1)
         report({"default": top1}, 0)
 
     def on_epoch(epoch: int, metrics: Figures) -> None:
         top1 = metrics["val_top1"]
-        logger.info("%s epoch %d: top-1 %.2f %% (validation)", title, epoch + 1, 100 * top1)
+        logger.info("%s epoch %d: %s", title, epoch + 1, job.top1_line(top1))
         keep(epoch + 1, metrics["train_loss"], top1)
+        curve.append(top1)
         report({"default": top1, "train_loss": metrics["train_loss"]}, 1 + epoch)
 
     options = {**trainer_of(job, section.precision, state, title), **options}
@@ -94,12 +101,41 @@ def train(
     if section.distill:
         options |= {"teacher": job.model, "distill": section.distill}
     path = None if done is None else files.checkpoint
+    key = type(section).__name__.lower()
     try:
-        return finetune(
+        network = finetune(
             network, training_loader, recipe_of(section), val, on_epoch, path, **options
         )
     except Diverged as error:
-        raise Diverged(f"{type(section).__name__.lower()}: {error}") from None
+        raise Diverged(f"{key}: {error}") from None
+    if done is None:
+        _warn_of_loss(title, key, curve, len(job.splits.labels["val"]))
+    return network
+
+
+def _warn_of_loss(title: str, key: str, curve: Sequence[float], images: int) -> None:
+    """Warn of a training that has cost top-1.
+
+    Args:
+        title: what the log calls the training.
+        key: its section in the settings.
+        curve: top-1 before the training and after each epoch.
+        images: how many it was measured on.
+    """
+    before, after = curve[0], curve[-1]
+    if before - after > _LOSS:
+        error = math.sqrt((before * (1 - before) + after * (1 - after)) / images)
+        logger.warning(
+            "%s: top-1 fell from %.2f to %.2f %% (%d validation images, standard error of the "
+            "difference %.1f points); set %s.lr lower or %s.epochs higher",
+            title,
+            100 * before,
+            100 * after,
+            images,
+            100 * error,
+            key,
+            key,
+        )
 
 
 def trainer_of(job: Job, precision: str, state: EpochCheckpoint, title: str) -> dict[str, Any]:
