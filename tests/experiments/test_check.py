@@ -150,9 +150,12 @@ WRONG = {
     ),
     "max": (
         tuner("TPE", optimize_mode="max"),
-        r"tuner\.classArgs: optimize_mode: expected one of maximize, minimize, found 'max'; did you mean",
+        r"tuner\.classArgs: optimize_mode: expected one of maximize, minimize, found 'max'; did you",
     ),
-    "max, where it means nothing": (tuner("GridSearch", optimize_mode="max"), "found 'max'; did you mean"),
+    "max, where it means nothing": (
+        tuner("GridSearch", optimize_mode="max"),
+        "found 'max'; did you mean",
+    ),
     "max, of an assessor": (
         {"assessor": {"name": "Medianstop", "classArgs": {"optimize_mode": "max"}}},
         r"assessor\.classArgs: optimize_mode: .*'max'; did you mean",
