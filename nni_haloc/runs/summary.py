@@ -62,12 +62,14 @@ def summary(
 
 def summary_line(figures: Figures) -> str:
     """Return a network's figures on one line: ``top-1 96.94 %, latency 3.536 ms, ...``."""
-    known = {key: figures[key] for key in ROWS if key in figures}
-    parts = [
-        (_heading(key, figures).replace(",", ""), ROWS[key][1](value))
-        for key, value in known.items()
-    ]
-    return ", ".join(f"{name} {value}" for name, value in parts)
+    parts = []
+    for key, (_, text) in ROWS.items():
+        if key in figures:
+            name, _, images = _heading(key, figures).partition(", ")
+            of = f" ({images})" if images and key in ACCURACIES else ""
+            name = name if of or not images else f"{name} {images}"
+            parts.append(f"{name} {text(figures[key])}{of}")
+    return ", ".join(parts)
 
 
 def cost_line(facts: Mapping[str, Any]) -> str:

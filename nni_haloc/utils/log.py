@@ -56,7 +56,8 @@ class _File(logging.FileHandler):
 def log_to(path: Path | None = None) -> Iterator[None]:
     """Log what happens in the block to standard error and, if one is named, to a file.
 
-    The file also has the error that ends the block, if it is one of `HalocError`. Of several processes only the first one logs.
+    The file also has the error that ends the block, if it is one of `HalocError`. Of several
+    processes only the first one logs.
 
     Args:
         path: the file; its folder is made. None is standard error alone.

@@ -80,9 +80,9 @@ def test_accuracies_beside_those_of_test_images_say_which_images_they_are_of():
     networks = {"original": original, "compressed": {"top1": 0.8, "test_top1": 0.7}}
     headings = [row[0] for row in summary(networks)[1]]
     assert headings == ["top-1, 48 validation images", "top-1, test images"]
-    line = "top-1 48 validation images 90.00 %, top-1 test images 80.00 %"
+    line = "top-1 90.00 % (48 validation images), top-1 80.00 % (test images)"
     assert summary_line(original) == line
-    assert summary_line(networks["compressed"]).startswith("top-1 validation images 80.00 %")
+    assert summary_line(networks["compressed"]).startswith("top-1 80.00 % (validation images)")
 
 
 def test_no_figures_make_no_table():

@@ -249,7 +249,7 @@ def test_a_normalisation_that_is_assumed_is_logged(tmp_path, caplog, given, told
 def test_a_training_that_costs_accuracy_is_warned_of(curve, told, caplog):
     _warn_of_loss("fine-tuning", "finetune", curve, 48)
     line = (
-        "fine-tuning: top-1 fell from 87.50 to 83.33 % (48 validation images, standard error of the "
-        "difference 7.2 points); set finetune.lr lower or finetune.epochs higher"
+        "fine-tuning: top-1 fell from 87.50 to 83.33 % (48 validation images, standard error of "
+        "the difference 7.2 points); set finetune.lr lower or finetune.epochs higher"
     )
     assert caplog.messages == [line] * told

@@ -495,7 +495,8 @@ def test_ctrl_c_in_a_stage_promises_its_own_checkpoint_alone(tmp_path, capsys):
             os.kill(os.getpid(), signal.SIGINT)
     assert capsys.readouterr().err.splitlines() == [
         f"haloc: stopped by Ctrl-C; {tmp_path} keeps the checkpoint; --resume goes on from it",
-        "haloc: stopped by Ctrl-C; no epoch is done, and nothing is kept: the same command starts anew",
+        "haloc: stopped by Ctrl-C; no epoch is done, and nothing is kept: "
+        "the same command starts anew",
     ]
 
 

@@ -45,12 +45,12 @@ def test_a_short_task_is_not_told_of_and_another_round_counts_anew(told):
 
 def test_a_task_of_minutes_says_once_how_it_takes_less_time(told):
     lines, clock = told
-    report = logged_progress("measuring latency_ms", "a larger step has fewer candidates")
+    report = logged_progress("measuring latency_ms", "a larger step has fewer")
     for done in range(50):
         report(done, 1000)
         clock[0] += 1
     assert lines == [
-        "measuring latency_ms: 10 of 1000, about 0:16:30 to go (a larger step has fewer candidates)",
+        "measuring latency_ms: 10 of 1000, about 0:16:30 to go (a larger step has fewer)",
         "measuring latency_ms: 40 of 1000, about 0:16:00 to go",
     ]
 

@@ -24,7 +24,6 @@ from nni_haloc.training.recipe import Recipe
 from nni_haloc.utils.errors import Diverged, UnusableCheckpoint
 from nni_haloc.utils.log import logger
 
-
 _LOSS = 0.01
 """Points of top-1, 0 to 1, that a training may cost before it is warned of."""
 
