@@ -150,7 +150,7 @@ WRONG = {
     ),
     "max": (
         tuner("TPE", optimize_mode="max"),
-        r"tuner\.classArgs: optimize_mode: expected one of maximize, minimize, found 'max'; did you",
+        r"tuner\.classArgs: optimize_mode: expected one of maximize, minimize, found 'max'; did",
     ),
     "max, where it means nothing": (
         tuner("GridSearch", optimize_mode="max"),
