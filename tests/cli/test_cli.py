@@ -188,7 +188,7 @@ def finished(tmp_path_factory):
 
 WRONG_OPTIONS = {
     "prune --sparsity 30": "--sparsity: input should be less than 1, found 30.0",
-    "prune --pruner l2": "--pruner: ",
+    "prune --pruner l3": "--pruner: ",
     "prune --epochs -1": "--epochs: ",
     "prune --set prune.lr=-1": "--set prune.lr: ",
     "prune --sparsity 0.5 --set prune.sparsity=30": "--set prune.sparsity: ",
