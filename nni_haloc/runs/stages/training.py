@@ -126,14 +126,14 @@ def _warn_of_loss(title: str, key: str, curve: Sequence[float], images: int) -> 
         error = math.sqrt((before * (1 - before) + after * (1 - after)) / images)
         logger.warning(
             "%s: top-1 fell from %.2f to %.2f %% (%d validation images, standard error of the "
-            "difference %.1f points); set %s.lr lower or %s.epochs higher",
+            "difference %.1f points); set %s lower or %s higher",
             title,
             100 * before,
             100 * after,
             images,
             100 * error,
-            key,
-            key,
+            f"{key}.lr",
+            f"{key}.epochs",
         )
 
 
