@@ -244,12 +244,18 @@ def test_a_normalisation_that_is_assumed_is_logged(tmp_path, caplog, given, told
 
 
 @pytest.mark.parametrize(
-    ("curve", "told"), [([0.875, 0.8333], True), ([0.875, 0.7, 0.87], False), ([0.875], False)]
+    ("curve", "told"),
+    [
+        ([0.875, 0.7708], True),
+        ([0.875, 0.8333], False),  # two images of 48 are chance
+        ([0.875, 0.7, 0.87], False),
+        ([0.875], False),
+    ],
 )
 def test_a_training_that_costs_accuracy_is_warned_of(curve, told, caplog):
     _warn_of_loss("fine-tuning", "finetune", curve, 48)
     line = (
-        "fine-tuning: top-1 fell from 87.50 to 83.33 % (48 validation images, standard error of "
-        "the difference 7.2 points); set finetune.lr lower or finetune.epochs higher"
+        "fine-tuning: top-1 fell from 87.50 to 77.08 % (48 validation images, standard error of "
+        "the difference 7.7 points); set finetune.lr lower or finetune.epochs higher"
     )
     assert caplog.messages == [line] * told

@@ -190,7 +190,7 @@ def test_nni_shows_parameters_and_final_metrics_as_columns(trials):
     for budget, (trial, metrics) in zip((0.5, 0.3), reported.items(), strict=True):
         (final,) = metrics["FINAL"]
         cells = rows.filter(has_text=trial).inner_text().split("\n")
-        shown = f"{final['default']:.6f}".rstrip("0")  # 0.975000 as 0.975
+        shown = f"{final['default']:.6f}".rstrip("0").removesuffix(".")  # 0.975000 as 0.975
         assert f"{shown} (FINAL)" in cells
         assert {str(budget), repr(final["speedup"]), repr(final["macs_reduction"])} <= set(cells)
 

@@ -113,7 +113,7 @@ def train(
 
 
 def _warn_of_loss(title: str, key: str, curve: Sequence[float], images: int) -> None:
-    """Warn of a training that has cost top-1.
+    """Warn of a training that has cost top-1, by more than chance.
 
     Args:
         title: what the log calls the training.
@@ -122,8 +122,8 @@ def _warn_of_loss(title: str, key: str, curve: Sequence[float], images: int) -> 
         images: how many it was measured on.
     """
     before, after = curve[0], curve[-1]
-    if before - after > _LOSS:
-        error = math.sqrt((before * (1 - before) + after * (1 - after)) / images)
+    error = math.sqrt((before * (1 - before) + after * (1 - after)) / images)
+    if before - after > max(_LOSS, error):
         logger.warning(
             "%s: top-1 fell from %.2f to %.2f %% (%d validation images, standard error of the "
             "difference %.1f points); set %s lower or %s higher",
