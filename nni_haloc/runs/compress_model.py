@@ -193,6 +193,7 @@ def compress_model(
     runtime: str = "torch",
     dtype: str = "float32",
     device: str = "cpu",
+    threads: int | None = None,
     calibration_images: int = 512,
     check: Check = "refuse",
     seed: int = 0,
@@ -231,6 +232,7 @@ def compress_model(
             ``executorch`` have. The result is in float32 in any case.
         device: what latency is measured on, by torch's name: ``cpu``, ``cuda``, ... Training takes
             the CUDA device, if there is one, in any case.
+        threads: processor threads that latency is measured with (None: the runtime's own choice).
         calibration_images: training images for decomposition, sensitivities and blocks.
         check: what becomes of a plan that misses a latency budget when its network, untrained, is
             timed as a whole, after up to three further plans: ``refuse`` raises `BudgetMissed`,
@@ -286,7 +288,7 @@ def compress_model(
         logger.info("original: %s", summary_line({**before, **_count(model, images[:1])}))
         told = warn_of_doubts({"original": before})
         example = images[:1].repeat(batch_size, *[1] * (images.dim() - 1))
-        clocks = _Clocks(_known(RUNTIMES, "runtime", runtime), device, dtype)
+        clocks = _Clocks(_known(RUNTIMES, "runtime", runtime), device, dtype, threads)
         clock = clocks.in_format("contiguous" if memory_format == "auto" else memory_format)
         if costs is not None:
             _check_precision(costs, clock)
@@ -468,11 +470,15 @@ class _Clocks:
     kind: Any
     device: str
     dtype: str
+    threads: int | None
 
     def in_format(self, memory_format: MemoryFormat) -> Runtime:
         """Return the runtime in a memory format."""
         return self.kind.from_options(
-            device=self.device, dtype=self.dtype, memory_format=memory_format
+            device=self.device,
+            dtype=self.dtype,
+            memory_format=memory_format,
+            threads=self.threads,
         )
 
     @property

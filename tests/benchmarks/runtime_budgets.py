@@ -38,6 +38,7 @@ def row_of(runtime: str, data: Data, budget: float) -> dict[str, Any]:
         epochs=0,
         allowed=data.allowed,
         runtime=runtime,
+        threads=1,
         check="warn",
         verbose=True,
     )

@@ -56,6 +56,16 @@ def test_the_network_is_within_the_budget_and_the_figures_are_its_own(net, data,
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
+def test_latency_is_measured_with_the_threads_that_are_asked_for(net, images):
+    loader = DataLoader(TensorDataset(images), 16)
+    call = {"metric": "macs", "budget": 0.8, "epochs": 0, "threads": 1}
+    with pytest.raises(ValueError, match="threads: expected"):
+        compress_model(net, loader, **{**call, "threads": 0})
+    before = torch.get_num_threads()
+    assert compress_model(net, loader, **call).timing["threads"] == 1
+    assert torch.get_num_threads() == before
+
+
 def test_without_training_images_alone_will_do(net, images):
     result = compress_model(
         net, DataLoader(TensorDataset(images), 16), budget=0.6, metric="macs", epochs=0
