@@ -349,13 +349,17 @@ class _Factor:
 
 
 def _best(tried: Sequence[tuple[RankPlan, list[Verdict]]]) -> tuple[RankPlan, list[Verdict]]:
-    """Return the plan that uses most of its budget; where none keeps it, the cheapest."""
+    """Return the plan that uses most of its budget; where none keeps it, the cheapest.
+
+    One that was seen a little above its budget, which noise may be, comes after those within it.
+    """
 
     def use(each: tuple[RankPlan, list[Verdict]]) -> float:
         return max(verdict.of_budget.middle for verdict in each[1])
 
-    kept = [each for each in tried if all(v.is_kept for v in each[1]) and use(each) <= TOLERANCE]
-    return max(kept, key=use) if kept else min(tried, key=use)
+    kept = [each for each in tried if all(v.is_kept for v in each[1])]
+    within = [each for each in kept if use(each) <= 1 + _NARROW]
+    return max(within, key=use) if within else min(kept or tried, key=use)
 
 
 def _is_dense(plan: RankPlan) -> bool:

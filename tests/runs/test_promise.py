@@ -24,7 +24,7 @@ from nni_haloc.plan.budget import Limit, choose
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs import promise
 from nni_haloc.runs.folder import RunFolder
-from nni_haloc.runs.promise import Interval, Verdict, keep_promise
+from nni_haloc.runs.promise import Interval, Verdict, _best, keep_promise
 from nni_haloc.space.names import rank_name
 from nni_haloc.space.ranks import AllowedRanks, find_layers
 from nni_haloc.utils.log import logger
@@ -388,3 +388,30 @@ def test_the_factor_that_is_learned_is_the_clocks(costs, factor, speed, data):
     low = any(name != "dense" for name in names.values())
     assert verdict.factor() == pytest.approx(factor if low else 1.0)
     assert verdict.corrected(factor, costs.costs).costs.total(names) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("uses", "best"),
+    [
+        ([(0.9, 0.01), (0.99, 0.01)], 1),
+        ([(0.947, 0.01), (1.026, 0.04)], 0),  # noise may have it above its budget
+        ([(1.02, 0.04), (1.1, 0.01)], 0),
+        ([(1.2, 0.01), (1.1, 0.01)], 1),
+    ],
+)
+def test_of_several_plans_the_one_that_uses_most_of_its_budget_is_kept(uses, best):
+    limit = Limit.of(CostTable("latency_ms", {"a": {"dense": 1.0, "r1": 0.1}}, 1.0), 0.5)
+    tried = [
+        (
+            RankPlan({"a": (i + 1, i + 1)}),
+            [
+                Verdict.of(
+                    limit,
+                    RankPlan({"a": (1, 1)}),
+                    [(1.0, 0.5 * (use + way * noise)) for way in (-1, 0, 1) for _ in range(8)],
+                )
+            ],
+        )
+        for i, (use, noise) in enumerate(uses)
+    ]
+    assert _best(tried) == tried[best]
