@@ -102,7 +102,8 @@ class Bench:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table: how often the budget was kept in each runtime, and by how much."""
     columns = ("network, batch", "runtime", "plans", "refused", "kept by the table alone")
-    columns += ("median, worst", "kept when accepted", "median, worst", "seconds")
+    columns += ("median, worst", "kept when accepted", "median, worst")
+    columns += ("within 3 %: before, after", "seconds")
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         network, batch = row["network"].rpartition(":")[2], row["input"][0]
@@ -114,10 +115,18 @@ def table(rows: list[dict[str, Any]]) -> str:
         accepted = [row for row in found if not row["refused"]]
         alone = kept([row["by_table_alone"] for row in found])
         anew = kept([row["after"] for row in accepted])
+        near = f"{within([row['by_table_alone'] for row in found])}, "
+        near += within([row["after"] for row in accepted])
         looked = f"{median(row['looked_s'] for row in found):.0f}"
         refused = len(found) - len(accepted)
-        lines.append((*group, str(len(found)), str(refused), *alone, *anew, looked))
+        lines.append((*group, str(len(found)), str(refused), *alone, *anew, near, looked))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def within(shares: list[float]) -> str:
+    """Say how many times are within 3 % of the budget, above it or below."""
+    near = sum(abs(value - 1) <= TOLERANCE - 1 for value in shares)
+    return f"{100 * near / len(shares):.0f} %" if shares else ""
 
 
 def kept(shares: list[float]) -> tuple[str, str]:
