@@ -10,6 +10,7 @@ from statistics import mean, median
 from typing import Annotated, Any
 
 import typer
+from benchmarks.promise import table as promise
 
 Rows = list[dict[str, Any]]
 
@@ -97,7 +98,7 @@ def long(rows: Rows) -> str:
             [
                 network,
                 method,
-                f"{100 * mean(row['top1'] for row in lines):.2f} ({len(lines)})",
+                f"{100 * mean(row['test_top1'] for row in lines):.2f} ({len(lines)})",
                 f"{mean(differences):+.2f}" if differences else "",
                 *(
                     f"{100 * mean(row[key] for row in lines):.1f}"
@@ -134,7 +135,36 @@ def short(rows: Rows) -> str:
     return table(columns, cells)
 
 
-PARTS = {"tests": tests, "speed": speed, "table": tables, "short": short, "long": long}
+def budget(rows: Rows) -> str:
+    cells = []
+    for row in rows:
+        timed = row["timed"]
+        cells.append(
+            [
+                f"{row['network']}, {100 * row['fraction']:.0f} %",
+                row["method"],
+                f"{timed['original_ms']:.3f}",
+                f"{timed['planned_ms']:.3f}",
+                f"{100 * timed['measured_share']:.1f}",
+                f"{timed['table_factor']:.2f}",
+                *(f"{100 * row[key]:.1f}" for key in ("macs_fraction", "original_top1")),
+                f"{100 * row['test_top1']:.1f}",
+            ]
+        )
+    columns = ["network, budget", "ranks by", "original, ms", "compressed, ms", "measured, %"]
+    columns += ["table's factor", "MACs, %", "original's validation top-1, %", "top-1, %"]
+    return table(columns, cells)
+
+
+PARTS = {
+    "tests": tests,
+    "speed": speed,
+    "table": tables,
+    "budget": budget,
+    "promise": promise,
+    "short": short,
+    "long": long,
+}
 
 
 def main(raw: Annotated[Path, typer.Argument(help="the rows")]) -> None:

@@ -49,14 +49,28 @@ class Bench:
         shape: of its input, batch included.
         runtime: what runs it.
         file: keeps the cost table.
+        timing: how that is measured.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...], runtime: Runtime, file: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        runtime: Runtime,
+        file: Path,
+        timing: Timing | None = None,
+    ) -> None:
         self.model, self.shape, self.runtime = build_model(name).eval(), shape, runtime
         example, allowed = torch.zeros(shape), AllowedRanks()
         self.candidates = find_layers(self.model, example, allowed).candidates(allowed)
         spec = specify(self.model, example, allowed, name, program=False)
-        measure(runtime.prepare(spec, self.model), runtime, file, Timing(), progress("measured"))
+        measure(
+            runtime.prepare(spec, self.model),
+            runtime,
+            file,
+            timing or Timing(),
+            progress("measured"),
+        )
         self.costs = CostTable.load(file)
 
     def clock(self, plan: RankPlan) -> Rounds:
@@ -108,6 +122,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         network, batch = row["network"].rpartition(":")[2], row["input"][0]
         told = row["runtime"].partition("+")[0]
+        told += ", CUDA graph" if row.get("graph") else ""
         told += ", channels-last" if row["memory_format"] == "channels_last" else ""
         groups.setdefault((f"{network}, {batch}", told), []).append(row)
     lines = [columns, ("---",) * len(columns)]

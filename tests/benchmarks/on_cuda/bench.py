@@ -33,7 +33,8 @@ class Bench:
         device: ``cuda`` or ``cpu``.
         scale: share of the work; below 1 for a dry run.
         end: the time, by `time.monotonic`, at which the minutes are over.
-        jobs: processes that share the device in the short study.
+        jobs: processes that share the device in the studies.
+        epochs: of training in the long study.
     """
 
     data: Path
@@ -43,6 +44,12 @@ class Bench:
     scale: float
     end: float
     jobs: int = 1
+    epochs: int = 100
+
+    @property
+    def precision(self) -> str:
+        """The precision of trainings; many processors have no fast bfloat16."""
+        return "bf16-mixed" if self.device == "cuda" else "32-true"
 
     @property
     def left(self) -> float:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from benchmarks.on_cuda.bench import Bench, TimeIsUp
+from benchmarks.on_cuda.budgets import budgets
 from benchmarks.on_cuda.speed import speed
 from benchmarks.on_cuda.tables import tables
 from benchmarks.on_cuda.tests import tests
@@ -24,6 +25,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "tests": tests,
     "speed": speed,
     "tables": tables,
+    "budgets": budgets,
     "short": short,
     "long": long,
 }
@@ -36,13 +38,14 @@ def main(
     device: str = "cuda",
     scale: Annotated[float, typer.Option(help="share of the work, for a dry run")] = 1.0,
     part: Annotated[list[str] | None, typer.Option(help=f"some of {', '.join(PARTS)}")] = None,
-    jobs: Annotated[int, typer.Option(help="processes that share the device, in ``short``")] = 6,
+    jobs: Annotated[int, typer.Option(help="processes that share the device in the studies")] = 6,
+    epochs: Annotated[int, typer.Option(help="of training, in ``long``")] = 100,
     work: Annotated[Path, typer.Option(help="folder for what the runs leave")] = Path("/tmp/haloc"),
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     data, work = data.absolute(), work.absolute()
     bench = Bench(
-        data, out / "cuda.jsonl", work, device, scale, time.monotonic() + 60 * minutes, jobs
+        data, out / "cuda.jsonl", work, device, scale, time.monotonic() + 60 * minutes, jobs, epochs
     )
 
     def stop(*_: Any) -> None:

@@ -71,12 +71,11 @@ def one_table(bench: Bench, batch: int, graph: bool) -> dict[str, Any]:
         found = [time_together(runs, runtime, 0.02 * bench.scale) for _ in range(bench.few(9, 2))]
     measured = {name: 1e3 * median(times[name] for times in found) for name in networks}
     errors = [costs.total(plan) / measured[f"plan {i}"] - 1 for i, plan in enumerate(drawn)]
-    spread = [value for row in content["spread"].values() for value in row.values()]
     return {
         "identity": costs.identity,
         "entries": len(spec.entries),
         "table_s": seconds,
-        "spread": median(spread),
+        "spread": content["quality"].get("spread"),
         "predicted_over_measured": errors,
         "network_error": float(np.mean(np.abs(errors))),
         "ms": {name: [1e3 * times[name] for times in found] for name in ("original", *named)},

@@ -7,29 +7,24 @@ docs/raw/short.jsonl.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import product
-from multiprocessing import get_context
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from benchmarks.minutes import Data, logits
 from benchmarks.on_cuda.bench import ROOT, Bench
-from benchmarks.study.long import WEIGHTS, packed
+from benchmarks.study.long import weights_of
+from benchmarks.study.pool import cache, processes, run
 from benchmarks.study.rows import FILES, HERE, chosen, trained
 from torch import Tensor, nn
 
 from nni_haloc.costs.counts import count_macs, count_params
 from nni_haloc.inputs.config import Config, load_config
 from nni_haloc.inputs.data import Splits
-from nni_haloc.inputs.normalisation import IMAGENET_MEAN, IMAGENET_STD
-from nni_haloc.inputs.registries import DATA
 from nni_haloc.inputs.tensor_images import TensorImages
 from nni_haloc.plan.compression import compress
 from nni_haloc.plan.rank_plan import RankPlan
@@ -86,9 +81,7 @@ class Row:
 def short(bench: Bench) -> None:
     """Make the rows that are missing, the most telling ones first."""
     cache(bench)
-    context = get_context("spawn")
-    pool = ProcessPoolExecutor(bench.jobs, context, start, (bench,))
-    try:
+    with processes(bench) as pool:
         if bench.has_file("efficientnet-lite0-timm.safetensors"):
             folds = [
                 {"part": "fold", "network": "lite0", "rate": rate, "start": start_}
@@ -98,14 +91,10 @@ def short(bench: Bench) -> None:
             run(bench, pool, folds, one_fold)
         best = recipe_of(bench)
         keys = [{"part": "short", **asdict(row)} for row in rows()]
-        cifar = [key for key in keys if key["network"] != "lite0"]
-        if best is None:
-            keys = cifar
+        known = {"lite0"} if best is not None else set()
+        known |= {name for name in FILES if weights_of(bench, name).exists()}
+        keys = [key for key in keys if key["network"] in known]
         run(bench, pool, keys, one_row, best)
-    finally:
-        for process in list((pool._processes or {}).values()):
-            process.kill()
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def rows() -> Iterator[Row]:
@@ -120,68 +109,15 @@ def rows() -> Iterator[Row]:
                 yield Row(network, metric, fraction, method, seed)
 
 
-def run(bench: Bench, pool: ProcessPoolExecutor, keys: list[dict], make: Any, *rest: Any) -> None:
-    """Have the processes make rows; each is appended when it is there."""
-    futures = {
-        pool.submit(timed, make, bench, key, *rest): key for key in keys if not bench.has(key)
-    }
-    for future in as_completed(futures):
-        facts, seconds = future.result()
-        bench.append(futures[future], facts, seconds)
-
-
-def timed(make: Any, bench: Bench, key: dict[str, Any], *rest: Any) -> tuple[dict, float]:
-    """Make a row; one that fails is a row with its error."""
-    started = time.monotonic()
-    facts = bench.facts(lambda: make(bench, key, *rest))
-    return facts, time.monotonic() - started
-
-
 # What follows runs in processes of their own.
-
-
-def start(bench: Bench) -> None:
-    """Prepare a process."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // bench.jobs))
-    DATA.register("benchmark")(lambda settings: cached(bench))
-
-
-def cache(bench: Bench) -> None:
-    """Unpack CIFAR-10 once, for all processes."""
-    file = bench.work / "cifar10.npz"
-    if not file.exists():
-        bench.work.mkdir(parents=True, exist_ok=True)
-        splits, parts = packed(bench), {}
-        for name in ("train", "val", "test"):
-            split = getattr(splits, name)
-            parts |= {f"{name}_images": split.images, f"{name}_labels": split.labels}
-        np.savez(file, classes=splits.classes, **{k: v.numpy() for k, v in parts.items()})
-
-
-def cached(bench: Bench) -> Splits:
-    """Read CIFAR-10."""
-    with np.load(bench.work / "cifar10.npz") as held:
-        values = {name: held[name] for name in held.files}
-    few = slice(None, None, max(1, round(0.05 / bench.scale)))
-
-    def split(name: str, **augmentation: Any) -> TensorImages:
-        images, labels = (
-            torch.from_numpy(values[f"{name}_{x}"][few]) for x in ("images", "labels")
-        )
-        return TensorImages(images, labels, IMAGENET_MEAN, IMAGENET_STD, **augmentation)
-
-    train = split("train", pad=4, mirror=True)
-    parts = (train, split("train"), split("val"), split("test"))
-    return Splits(*parts, [str(name) for name in values["classes"]]).on_device()
 
 
 def config_of(bench: Bench, row: Row) -> Config:
     """Return the settings of a row."""
     method, *_ = row.method.split(", ")
-    weights = WEIGHTS if row.network == "resnet20" else "vgg16-half.safetensors"
     changes: dict[str, Any] = {
         "data": {"name": "benchmark", "batch_size": 128, "score": "val"},
-        "weights": str(bench.data / weights),
+        "weights": str(weights_of(bench, row.network)),
         "seed": row.seed,
         "threads": None,
         "cost.metric": row.metric,
