@@ -485,7 +485,9 @@ def test_kernels_decomposed_together_are_what_each_is_alone(method, ranks, devic
     for i, (w, s) in enumerate(zip(weights, covariances, strict=True)):
         for together, alone in zip(found, decompose(w, ranks, method, s), strict=True):
             ours = reconstruct(Tucker2(*(value[i] for value in together)))
-            torch.testing.assert_close(ours, reconstruct(alone))
+            # CUDA finds the eigenvectors of several matrices by another method than those of one.
+            near = 1e-6 * float(w.abs().max())
+            torch.testing.assert_close(ours, reconstruct(alone), rtol=0, atol=near)
 
 
 def test_matrices_decomposed_together_are_what_each_is_alone(device):
