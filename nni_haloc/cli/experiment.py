@@ -10,7 +10,7 @@ import typer
 
 from nni_haloc.cli.options import NNI, Json, print_json
 from nni_haloc.experiments.check import check_experiment, is_of_a_run
-from nni_haloc.experiments.front import COSTS, Point, draw_front, front_of
+from nni_haloc.experiments.front import COSTS, Point, draw_front, front_of, tuned_keys
 from nni_haloc.experiments.manager import create, resume, warm_up_manager
 from nni_haloc.experiments.results import (
     cost_metric,
@@ -92,14 +92,16 @@ def resume_command(experiment: Experiment, port: Port = 8080, folder: Folder = H
     _print_running(experiment, port)
 
 
-def _print_front(points: list[Point], cost: str, picture: Path, json_: bool) -> None:
+def _print_front(
+    experiment: str, points: list[Point], cost: str, picture: Path, json_: bool
+) -> None:
     """Draw the front of an experiment, and print it."""
     with as_one_line(where=str(picture)):
-        draw_front(points, cost, picture)
+        draw_front(points, cost, picture, f"Experiment {experiment}")
     best = [point for point in points if point.on_front]
     if json_:
         return print_json([point._asdict() for point in points])
-    tuned = list(dict.fromkeys(key for point in best for key in point.parameters))
+    tuned = tuned_keys(best)
     columns = ["trial", *tuned, f"{cost}, % of the original", "top-1, %"]
     cells = [
         [
@@ -183,9 +185,9 @@ def results_command(
     pareto: Annotated[
         Path | None,
         typer.Option(
-            metavar="PNG",
-            help="Draw accuracy over cost into this file, and print the trials that no other"
-            " trial beats.",
+            metavar="FILE",
+            help="Draw accuracy over cost into this picture (front.png) or page (front.html), and"
+            " print the trials that no other trial beats.",
         ),
     ] = None,
     by: Annotated[
@@ -210,7 +212,7 @@ def results_command(
         _check_finished(experiment, results)
         cost = by or _own_cost(folder, experiment)
         points = front_of(results, cost)
-        _print_front(points, cost, pareto, json_)
+        _print_front(experiment, points, cost, pareto, json_)
         _print_left_out(results, points, json_)
         return _print_failed(folder, experiment, err=json_)
     places = trial_folders(folder, experiment) if folders else {}

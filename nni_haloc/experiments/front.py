@@ -86,17 +86,50 @@ def _tuned(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in keys[2 : keys.index("default")]} if "default" in keys else {}
 
 
-def draw_front(points: Sequence[Point], cost: str, file: str | Path) -> None:
+def draw_front(points: Sequence[Point], cost: str, file: str | Path, title: str = "") -> None:
     """Draw accuracy over cost: every trial, the front, and the original network.
 
     Args:
         points: what `front_of` returned.
         cost: its ``cost``.
-        file: the picture's name; its suffix says the format.
+        file: the picture's name; its suffix says the format. With ``.html`` it is a page that has
+            the picture and a table of all trials, and loads nothing from elsewhere.
+        title: of the page.
 
     Raises:
         SettingsError: if the suffix is no format of pictures.
     """
+    kind = Path(file).suffix[1:].lower()
+    figure = _figure(points, cost)
+    if kind not in {"html", *figure.canvas.get_supported_filetypes()}:
+        expected = "expected a picture such as front.png or front.svg, or a page such as front.html"
+        raise SettingsError(f"{file}: {expected}")
+    with whole(Path(file)) as part:
+        if kind == "html":
+            part.write_text(_page(points, cost, figure, title), encoding="utf-8")
+        else:
+            figure.savefig(part, dpi=150, format=kind)
+
+
+def tuned_keys(points: Iterable[Point]) -> list[str]:
+    """Return the keys that the tuner set in any of some trials, in their order."""
+    return list(dict.fromkeys(key for point in points for key in point.parameters))
+
+
+def _page(points: Sequence[Point], cost: str, figure: Any, title: str) -> str:
+    from nni_haloc.results.pages import drawing, page  # slow to import
+
+    return page(
+        "front.html",
+        title=title or "Front",
+        picture=drawing(figure),
+        cost=_LABELS[cost],
+        points=points,
+        tuned=tuned_keys(points),
+    )
+
+
+def _figure(points: Sequence[Point], cost: str) -> Any:
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -111,12 +144,7 @@ def draw_front(points: Sequence[Point], cost: str, file: str | Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    known = figure.canvas.get_supported_filetypes()
-    kind = Path(file).suffix[1:].lower()
-    if kind not in known:
-        raise SettingsError(f"{file}: expected a picture such as front.png or front.svg")
-    with whole(Path(file)) as part:
-        figure.savefig(part, dpi=150, format=kind)
+    return figure
 
 
 def _places(points: Sequence[Point]) -> tuple[list[float], list[float]]:

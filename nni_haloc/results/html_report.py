@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import shlex
 import time
 from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
-from matplotlib.figure import Figure
 from pydantic import ValidationError
 
 from nni_haloc.inputs.registries import STAGES
@@ -22,6 +18,7 @@ from nni_haloc.inputs.schema.objective import Objective
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results import figures
 from nni_haloc.results.bench import TEXT, bench_table
+from nni_haloc.results.pages import as_address, drawing, page
 from nni_haloc.results.plan_table import PlanFiles, is_measured, timing_lines
 from nni_haloc.runs.folder import SEARCH_VERSION, Figures, RunFolder, find_run
 from nni_haloc.runs.kept import OF_BUDGET, missed_budgets
@@ -73,12 +70,6 @@ _OTHERS = {
 """Figures that are in no table, and their names on the page."""
 _FIRST_ROWS = ("original", STAGES[RESULT].title)
 """Titles of the rows that the first cards of the page are about."""
-_TEMPLATES = Environment(
-    loader=PackageLoader(__package__),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-)
 
 
 def html_report(path: str | Path, *, refresh: int | None = None) -> str:
@@ -112,7 +103,8 @@ def html_report(path: str | Path, *, refresh: int | None = None) -> str:
         raise SettingsError(f"{folder}: numbers too large to draw ({error})") from None
     repeated = {key: value for key, value in config.items() if key not in ("scale", "preset")}
     settings = yaml.safe_dump(repeated, sort_keys=False)
-    page = _TEMPLATES.get_template(folder.report.name).render(
+    return page(
+        "report.html",
         title="/".join(given.absolute().parts[-2:]),
         model=_flat(config.get("model", {})).get("name", ""),
         under_way=under_way,
@@ -133,13 +125,12 @@ def html_report(path: str | Path, *, refresh: int | None = None) -> str:
         drawn=drawn,
         parameters={key: _shown(value) for key, value in run["parameters"].items()},
         settings=settings if config else "",
-        download=_data("application/yaml", settings.encode()),
+        download=as_address("application/yaml", settings.encode()),
         given=shlex.quote(str(given)),
         folder=shlex.quote(str(folder)),
         searched=folder.searching.history.is_file(),
         versions={key: str(value) for key, value in _flat(run["versions"]).items()},
     )
-    return page.encode("utf-8", "replace").decode()  # JSON may hold halves of characters
 
 
 def _objective(config: Mapping[str, Any]) -> Objective:
@@ -360,22 +351,22 @@ def _drawn(plan: RankPlan | None, folder: RunFolder) -> dict[str, tuple[str, str
         if plan is not None:
             names = {name: _plain(name, i) for i, name in enumerate(plan.ranks)}
             ranks = {names[layer]: rank for layer, rank in plan.ranks.items()}
-            drawn["ranks"] = "Rank of every layer", _image(figures.rank_bars({"plan": ranks}))
+            drawn["ranks"] = "Rank of every layer", drawing(figures.rank_bars({"plan": ranks}))
         if points := _search_curve(folder):
             caption = "Search: expected cost, and top-1 of the sampled networks"
-            drawn["search"] = caption, _image(figures.searching(points))
+            drawn["search"] = caption, drawing(figures.searching(points))
         if folder.searching.history.is_file():
             columns = {"search": curves.read(folder.searching.history)}
             loss, parameters = figures.losses(columns), figures.parameters(columns)
-            drawn["loss"] = "Search: loss of the sampled networks", _image(loss)
-            drawn["parameters"] = "Search: expected parameters", _image(parameters)
+            drawn["loss"] = "Search: loss of the sampled networks", drawing(loss)
+            drawn["parameters"] = "Search: expected parameters", drawing(parameters)
         for stage in all_stages():
             path = stage.files(folder).history
             if stage.training_title and stage.name != "search" and path.is_file():
                 title = stage.training_title[:1].upper() + stage.training_title[1:]
                 curve = figures.finetuning(curves.read(path, curves.EPOCH_COLUMNS))
                 caption = f"{title}: loss, and top-1 on validation images"
-                drawn[stage.name] = caption, _image(curve)
+                drawn[stage.name] = caption, drawing(curve)
     return drawn
 
 
@@ -392,13 +383,3 @@ def _plain(name: str, number: int) -> str:
     """Shorten a layer's name for a figure, in characters that every font has."""
     plain = ascii(name)[1:-1]
     return plain if len(plain) <= 40 else f"{plain[:32]}...#{number}"
-
-
-def _image(figure: Figure) -> str:
-    out = BytesIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    return _data("image/svg+xml", out.getvalue())
-
-
-def _data(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,6 +1,9 @@
 """The front of an experiment's trials."""
 
+import base64
+
 import pytest
+from helpers.pages import Page
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,3 +70,15 @@ def test_a_picture_has_a_known_suffix(tmp_path):
     with pytest.raises(SettingsError, match="expected a picture"):
         draw_front(points, "macs", tmp_path / "front.doc")
     assert [file.name for file in tmp_path.iterdir()] == ["front.svg"]
+
+
+def test_a_front_is_a_page_of_its_own_with_every_trial(tmp_path):
+    """The page is read as a browser does; what a tuner set is text in it, not markup."""
+    rows = [row(0, 0.8, 50.0), row(1, 0.7, 60.0) | {"budget.fraction": "<b>"}]
+    draw_front(front_of(rows, "macs"), "macs", tmp_path / "front.html", "Experiment a1b2")
+    page = Page((tmp_path / "front.html").read_text())
+    assert "Experiment a1b2" in page.texts
+    assert page.rows[1:] == [["t0", "0.5", "50.0", "80.00", "yes"], ["t1", "<b>", "60.0", "70.00"]]
+    (picture,) = page.addresses
+    assert base64.b64decode(picture.removeprefix("data:image/svg+xml;base64,")).startswith(b"<?xml")
+    assert "script" not in page.tags
