@@ -46,6 +46,11 @@ _CUTS = 8
 After them the slack is tightened, which may cut off what just fits, too.
 """
 
+_CORE = 300
+"""Candidates that lie nearest to the bound, of which a good choice is made first."""
+_HALVINGS, _DEAREST = 60, 1e30
+"""Of the interval that a price on the cost is looked for in, and its end, per slack."""
+
 Choice = dict[str, str]
 """Layer to candidate."""
 Scores = Mapping[str, Mapping[str, float]]
@@ -214,7 +219,7 @@ def choose(
     fitting = check_feasible(scores, limits, left_alone)
     # Where the best of all choices uses enough, no floor is needed, and without a floor nothing
     # that costs as much as a better candidate is: of every pair of ranks, a few are left.
-    best = _best_if_known(_undominated(scores, limits), limits)
+    best = _best_if_known(_worth_trying(_undominated(scores, limits), limits), limits)
     if best is not None and (use <= 0 or any(_uses(best, scores, x) >= use for x in limits)):
         return best
     choices: list[Choice] = []
@@ -264,6 +269,111 @@ def _undominated(scores: Scores, limits: Sequence[Limit]) -> dict[str, dict[str,
                 best = np.hstack([best[:, ~(own <= best).all(0)], own])
         kept[layer] = {names[i]: row[names[i]] for i in sorted(left)}
     return kept
+
+
+def _worth_trying(scores: Scores, limits: Sequence[Limit]) -> Scores:
+    """Leave out each candidate that no best choice within one limit can have.
+
+    With a price on the cost the layers are chosen one by one, and what they gain, less what they
+    pay, plus the price of the whole slack, is an upper bound of every choice within the limit
+    (Lagrange). A candidate that is further behind its layer's best than this bound is above a
+    choice that is known is in no better one. Of every pair of ranks, some hundred are left.
+    """
+    if len(limits) != 1 or not scores:
+        return scores
+    limit = limits[0]
+    least = cheapest(scores, limit.costs)
+    costs = limit.costs.costs
+    gains = {layer: np.array(list(row.values())) for layer, row in scores.items()}
+    excess = {
+        layer: np.array([costs[layer][name] for name in row]) - costs[layer][least[layer]]
+        for layer, row in scores.items()
+    }
+    slack = _slack(limit, least)
+    bound, price, held = _bound(gains, excess, slack)
+    if not held:
+        return scores
+    behind = {layer: gains[layer] - price * excess[layer] for layer in gains}
+    behind = {layer: values.max() - values for layer, values in behind.items()}
+
+    def within(room: float) -> dict[str, dict[str, float]]:
+        return {
+            layer: {
+                name: gain
+                for (i, (name, gain)) in enumerate(row.items())
+                if behind[layer][i] <= room or i == held[layer]
+            }
+            for layer, row in scores.items()
+        }
+
+    known = _sum(gains, held)
+    every = np.sort(np.concatenate(list(behind.values())))
+    if len(every) > _CORE and every[_CORE] < bound - known:  # a better choice leaves fewer
+        choice = _best_if_known(within(float(every[_CORE])), limits)
+        if choice is not None:
+            known = max(known, math.fsum(scores[x][name] for x, name in choice.items()))
+    spread = math.fsum(np.ptp(values) for values in gains.values())
+    return within(bound - known + _NEARLY * (spread + abs(bound)))
+
+
+def _bound(
+    gains: Mapping[str, np.ndarray], excess: Mapping[str, np.ndarray], slack: float
+) -> tuple[float, float, dict[str, int]]:
+    """Return the least bound that a price gives, that price, and a choice within the slack.
+
+    Args:
+        gains: layer to the scores of its candidates.
+        excess: layer to their costs above the cheapest one's.
+        slack: what the excesses may sum to.
+    """
+
+    def priced(price: float) -> tuple[float, dict[str, int]]:
+        taken = {layer: int(np.argmax(gains[layer] - price * excess[layer])) for layer in gains}
+        values = (gains[layer][i] - price * excess[layer][i] for layer, i in taken.items())
+        return math.fsum([price * slack, *values]), taken
+
+    low, high = 0.0, 1.0 / slack
+    while _sum(excess, priced(high)[1]) > slack and high < _DEAREST / slack:
+        high *= 4
+    bounds: list[tuple[float, float]] = []
+    held: dict[str, int] = {}
+    for _ in range(_HALVINGS):
+        price = (low + high) / 2
+        bound, taken = priced(price)
+        bounds.append((bound, price))
+        if _sum(excess, taken) > slack:
+            low = price
+        else:
+            high = price
+            filled = _filled(taken, gains, excess, slack)
+            held = max(held or filled, filled, key=lambda each: _sum(gains, each))
+    return *min(bounds), held
+
+
+def _sum(values: Mapping[str, np.ndarray], taken: Mapping[str, int]) -> float:
+    return math.fsum(values[layer][i] for layer, i in taken.items())
+
+
+def _filled(
+    taken: Mapping[str, int],
+    gains: Mapping[str, np.ndarray],
+    excess: Mapping[str, np.ndarray],
+    slack: float,
+) -> dict[str, int]:
+    """Spend what a choice leaves of the slack, on one layer after another, where it gains most."""
+    taken = dict(taken)
+    while True:
+        left = slack - _sum(excess, taken)
+        best, gained = None, 0.0
+        for layer, i in taken.items():
+            fits = excess[layer] <= excess[layer][i] + left
+            values = np.where(fits, gains[layer], -np.inf)
+            at = int(np.argmax(values))
+            if values[at] - gains[layer][i] > gained:
+                best, gained = (layer, at), values[at] - gains[layer][i]
+        if best is None:
+            return taken
+        taken[best[0]] = best[1]
 
 
 def _uses(choice: Choice, candidates: Candidates, limit: Limit) -> float:

@@ -1,6 +1,6 @@
 """Make tables of the rows that ``cuda.py`` has appended.
 
-python tests/benchmarks/cuda_report.py docs/raw/cuda.jsonl
+PYTHONPATH=tests python tests/benchmarks/cuda_report.py docs/raw/cuda.jsonl
 """
 
 import json
@@ -138,6 +138,10 @@ def short(rows: Rows) -> str:
 def budget(rows: Rows) -> str:
     cells = []
     for row in rows:
+        if "refused" in row:
+            told = f"{row['network']}, {100 * row['fraction']:.0f} %"
+            cells.append([told, row["method"], row["refused"], *[""] * 6])
+            continue
         timed = row["timed"]
         cells.append(
             [
@@ -173,12 +177,12 @@ def main(raw: Annotated[Path, typer.Argument(help="the rows")]) -> None:
         for part, show in PARTS.items():
             parts = {part, "limit"} if part == "speed" else {part}
             rows = [row for row in lines if row["device"] == device and row["part"] in parts]
-            good = [row for row in rows if "error" not in row]
+            good = [row for row in rows if not {"error", "refused_at_once"} & row.keys()]
             if good:
                 print(f"\n**{part}: {device}, torch {good[0]['torch']}**\n\n{show(good)}")
             for row in rows:
-                if "error" in row:
-                    print(f"\nfailed: {row['part']}, {row.get('network')}: {row['error']}")
+                if why := row.get("error") or row.get("refused_at_once"):
+                    print(f"\nno figures: {row['part']}, {row.get('network')}: {why}")
 
 
 if __name__ == "__main__":

@@ -77,12 +77,12 @@ class Bench:
         """Time a plan's network and the original."""
         return time_rounds(self.model, restructure(self.model, plan), self.shape, self.runtime)
 
-    def row(self, seed: int) -> dict[str, Any]:
+    def row(self, seed: int, dearest: float = DEAREST) -> dict[str, Any]:
         """Make a plan, look at it as a run does, and time what is accepted once more."""
         draw = random.Random(seed)
         scores = {x: {c: draw.random() for c in row} for x, row in self.candidates.items()}
         least = self.costs.total(cheapest(scores, self.costs)) / self.costs.original
-        fraction = draw.uniform(min(1.02 * least, DEAREST), DEAREST)
+        fraction = draw.uniform(min(1.02 * least, dearest), dearest)
         limit = Limit.of(self.costs, fraction)
 
         def make(limits: Any) -> RankPlan:

@@ -13,10 +13,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nni_haloc.costs.table import CostTable
+from nni_haloc.plan import budget
 from nni_haloc.plan.budget import (
     Limit,
     UndecidedBudget,
     _undominated,
+    _worth_trying,
     cheapest,
     check_feasible,
     choose,
@@ -113,6 +115,44 @@ def test_the_budget_is_never_exceeded_and_the_score_is_the_best(problem):
 @given(problems(most_limits=3))
 def test_no_limit_of_several_is_exceeded_and_the_score_is_the_best(problem):
     check(*problem)
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems(), st.integers(1, 4))
+def test_what_is_not_worth_trying_is_in_no_best_choice(problem, core):
+    """Against running through every choice, with and without what the bound leaves out."""
+    scores, limits = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "_CORE", core)
+        left = _worth_trying(scores, limits)
+    assert all(row and row.items() <= scores[layer].items() for layer, row in left.items())
+    found = [
+        max((score(rows, c) for c in every(rows) if limits[0].holds(c)), default=None)
+        for rows in (scores, left)
+    ]
+    assert found[0] == found[1]
+
+
+def test_of_thousands_of_candidates_a_hundred_are_worth_trying():
+    """Their scores grow with their costs, ever more slowly: none of them beats another."""
+    generator = np.random.default_rng(0)
+    layers = [f"l{i}" for i in range(8)]
+    costs = {layer: {f"r{i}": float(i) for i in range(1, 501)} for layer in layers}
+    scores = {
+        layer: {name: -weight / cost for name, cost in costs[layer].items()}
+        for layer, weight in zip(layers, generator.uniform(1, 9, len(layers)), strict=True)
+    }
+    table = {layer: row | {"dense": 600.0} for layer, row in costs.items()}
+    limits = [Limit(CostTable("macs", table, 0.0), 1000.0)]
+    assert sum(map(len, _undominated(scores, limits).values())) == 4000
+    left = _worth_trying(scores, limits)
+    assert sum(map(len, left.values())) <= 100
+    # The best choice spends all: moving one unit of cost from any layer to another loses.
+    best = choose(scores, limits)
+    assert limits[0].costs.total(best) == 1000.0
+    for less, more in itertools.permutations(layers, 2):
+        moved = {**best, less: f"r{int(best[less][1:]) - 1}", more: f"r{int(best[more][1:]) + 1}"}
+        assert score(scores, moved) <= score(scores, best) + 1e-12
 
 
 def hardly_anything_to_choose():

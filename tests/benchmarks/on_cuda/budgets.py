@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from benchmarks.on_cuda.bench import Bench
 from benchmarks.promise import Bench as Promise
-from benchmarks.study.long import original_of, study_config, train_original
+from benchmarks.study.long import ORIGINAL_KEY, original_of, study_config, train_original
 from benchmarks.study.pool import cache, start
 from benchmarks.study.rows import chosen, trained
 
@@ -22,19 +22,20 @@ from nni_haloc.costs.from_settings import latency_input, runtime_of
 from nni_haloc.costs.specify import specify
 from nni_haloc.runs.job import Job
 from nni_haloc.runs.stages.by_rule import rank_spaces
+from nni_haloc.utils.errors import InfeasibleBudget
 from nni_haloc.utils.progress import progress
 from nni_haloc.utils.quiet import quiet
 
 BATCH, EPOCHS = 512, 5
-FRACTIONS, RULES = (0.7, 0.5), ("sensitivity-knapsack", "uniform")
-PLANS = 6
-"""Plans of random scores in each runtime."""
+FRACTIONS, RULES = (0.97, 0.95), ("sensitivity-knapsack", "uniform")
+PLANS, DEAREST = 6, 0.98
+"""Plans of random scores for each batch, and their largest budget."""
 
 
 def budgets(bench: Bench) -> None:
     cache(bench)
     start(bench)
-    train_original(bench)
+    bench.add(ORIGINAL_KEY, lambda: train_original(bench))
     for fraction, rule in product(FRACTIONS, RULES):
         key = {"part": "budget", "network": "vgg16", "fraction": fraction, "method": rule}
         bench.add(key, lambda k=key: one_budget(bench, **k))
@@ -59,13 +60,15 @@ def one_budget(
         "finetune.epochs": bench.few(EPOCHS),
     }
     config = study_config(bench, network, method, 0, more)
-    file = bench.work / f"budget-{network}.json"
-    if not file.exists():
-        table_of(original.at(config, bench.work), file, Timing("alone", bench.few(3), 0.02))
+    file = bench.work / f"budget-{network}-{bench.device}-{bench.scale}.json"
+    table_of(original.at(config, bench.work), file, Timing("alone", bench.few(3), 0.02))
     config = study_config(bench, network, method, 0, more | {"cost.table": str(file)})
     job = original.at(config, bench.work / f"budget-{network}-{method}-{fraction}")
     started = time.monotonic()
-    plan, compressed = chosen(job)
+    try:
+        plan, compressed = chosen(job)
+    except InfeasibleBudget as error:
+        return {"refused": str(error)}
     choose_s = time.monotonic() - started
     return {
         "choose_s": choose_s,
@@ -95,11 +98,15 @@ def one_promise(
             graph = bench.device == "cuda"
             runtime = TorchRuntime(bench.device, memory_format="channels_last", graph=graph)
             size = 224 if bench.scale == 1 else 64
-            file = bench.work / f"promise-{batch}.json"
+            file = bench.work / f"promise-{batch}-{bench.device}-{bench.scale}.json"
             bench.work.mkdir(parents=True, exist_ok=True)
             torch.manual_seed(0)
             name, shape = "torchvision:resnet18", (bench.few(batch), 3, size, size)
             promises[batch] = Promise(name, shape, runtime, file, Timing(rounds=bench.few(3)))
         promise = promises[batch]
         facts = {"input": list(promise.shape), "machine": "idle", **promise.runtime.identity()}
-        return {**facts, "original_ms": promise.costs.original, **promise.row(seed)}
+        facts["original_ms"] = promise.costs.original
+        try:
+            return {**facts, **promise.row(seed, DEAREST)}
+        except InfeasibleBudget as error:
+            return {**facts, "refused_at_once": str(error)}

@@ -38,7 +38,7 @@ STUDY: dict[str, dict[str, Any]] = {
     },
 }
 ORIGINAL = "original"
-NO_MORE: Mapping[str, Any] = MappingProxyType({})
+ORIGINAL_KEY = {"part": "original", "network": "vgg16"}
 IN_TURN = (
     (ORIGINAL, "haloc", "uniform"),
     ("sensitivity-knapsack", "energy"),
@@ -62,7 +62,7 @@ def long(bench: Bench) -> None:
     """Make the rows, several at a time: seed by seed, some methods of each network in turn."""
     cache(bench)
     start(bench)
-    train_original(bench)
+    bench.add(ORIGINAL_KEY, lambda: train_original(bench))
     keys = [
         {"part": "long", "network": network, "method": method, "seed": seed, "of": bench.epochs}
         for seed, methods, network in product(range(SEEDS), IN_TURN, STUDY)
@@ -132,7 +132,10 @@ def study_config(
 def weights_of(bench: Bench, network: str) -> Path:
     """Return the file of a network's weights: among the data, or beside the rows."""
     file = bench.data / WEIGHTS[network]
-    return file if file.exists() else bench.out.with_name(file.name)
+    if file.exists():
+        return file
+    mark = "" if bench.scale == 1 else f"-{bench.scale}"
+    return bench.out.with_name(f"{file.stem}{mark}{file.suffix}")
 
 
 def original_of(bench: Bench, network: str) -> Job:
@@ -141,14 +144,14 @@ def original_of(bench: Bench, network: str) -> Job:
     return Job(config, bench.work / f"{network}-original")
 
 
-def train_original(bench: Bench) -> None:
+def train_original(bench: Bench) -> dict[str, Any]:
     """Train VGG-16 as vgg16_half.yml says, unless there are weights of it.
 
     They stay beside the rows, in half precision: a later call has the same original.
     """
     file = weights_of(bench, "vgg16")
     if file.exists():
-        return
+        return {}
     changes = {
         "data": {"name": "benchmark", "batch_size": 128},
         "weights": str(file),
@@ -165,6 +168,7 @@ def train_original(bench: Bench) -> None:
     values = {key: value.cpu() for key, value in job.model.state_dict().items()}
     rounded = {k: v.half() if v.is_floating_point() else v for k, v in values.items()}
     save_file({key: value.contiguous() for key, value in rounded.items()}, str(file))
+    return {"top1": job.score(job.model)["top1"]}
 
 
 def digest(model: torch.nn.Module) -> str:

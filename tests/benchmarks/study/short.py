@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from benchmarks.minutes import Data, logits
 from benchmarks.on_cuda.bench import ROOT, Bench
-from benchmarks.study.long import weights_of
+from benchmarks.study.long import WEIGHTS
 from benchmarks.study.pool import cache, processes, run
 from benchmarks.study.rows import FILES, HERE, chosen, trained
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ def short(bench: Bench) -> None:
         best = recipe_of(bench)
         keys = [{"part": "short", **asdict(row)} for row in rows()]
         known = {"lite0"} if best is not None else set()
-        known |= {name for name in FILES if weights_of(bench, name).exists()}
+        known |= {name for name in FILES if bench.has_file(WEIGHTS[name])}
         keys = [key for key in keys if key["network"] in known]
         run(bench, pool, keys, one_row, best)
 
@@ -117,7 +117,7 @@ def config_of(bench: Bench, row: Row) -> Config:
     method, *_ = row.method.split(", ")
     changes: dict[str, Any] = {
         "data": {"name": "benchmark", "batch_size": 128, "score": "val"},
-        "weights": str(weights_of(bench, row.network)),
+        "weights": str(bench.data / WEIGHTS[row.network]),
         "seed": row.seed,
         "threads": None,
         "cost.metric": row.metric,
