@@ -5,8 +5,8 @@
 FOLDER has CIFAR-10 as ``cifar10-jpeg.tar.gz``, or unpacked as ``train/CLASS/*`` and
 ``test/CLASS/*``, and for the study ``resnet20-cifar10-jpeg-45k.pt``. Rows are appended to
 ``cuda.jsonl`` as they come, the most valuable parts first: the tests, speed of training and search,
-cost tables, latency budgets, short and long trainings. The command ends by itself; called again, it makes the rows
-that are missing. ``--device cpu --scale 0.01`` is a dry run of everything.
+cost tables, latency budgets, short and long trainings. The command ends by itself; called again, it
+makes the rows that are missing. ``--device cpu --scale 0.01`` is a dry run of everything.
 """
 
 import sys
