@@ -89,7 +89,7 @@ def channel_groups(
         if kind is not None:
             layers.append((kind, node.target, space))
             if node.target in ranks:
-                space.keep("its channels are ranks")
+                space.keep("ranks are kept")
     groups: dict[_Space, ChannelGroup] = {}
     left_alone: dict[str, str] = {}
     for kind, name, space in layers:

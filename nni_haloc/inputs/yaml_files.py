@@ -304,6 +304,6 @@ def _text(path: Path, where: str) -> str:
 
 def _keys_and_values(content: Any, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
-        kind = type(content).__name__
+        kind = "nothing" if content is None else type(content).__name__
         raise SettingsError(f"{where}: expected keys and values, found {kind}")
     return content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -62,7 +63,7 @@ from nni_haloc.training.finetuning import accuracy, finetune, predict, recalibra
 from nni_haloc.training.random_states import isolated_random_states
 from nni_haloc.training.recipe import Recipe
 from nni_haloc.training.reconstruction import reconstruct_blocks
-from nni_haloc.utils.errors import DataError, brief, expected_one_of, unknown_key
+from nni_haloc.utils.errors import DataError, brief, expected_one_of, first_line, unknown_key
 from nni_haloc.utils.log import log_to, logger
 from nni_haloc.utils.progress import logged_progress, shows_bars, told_if_long
 from nni_haloc.utils.quiet import quiet
@@ -283,6 +284,7 @@ def compress_model(
             raise ValueError(f"train_loader: expected images and labels{_OR_WITHOUT}, found images")
         if trained and val_loader is None:
             raise ValueError(f"val_loader: expected images and labels{_OR_WITHOUT}, found None")
+        _check_runs(model, images)
         labels = _classes(model, images, labels, needed=trained)
         before = _judged(model, val_loader)
         logger.info("original: %s", summary_line({**before, **_count(model, images[:1])}))
@@ -390,9 +392,12 @@ def _call(given: Mapping[str, Any]) -> str:
 
 def _check_budget(budget: float, check: str) -> None:
     """Raise a ValueError for a budget that is no share, or an unknown check."""
+    expected = "budget: expected a share of the original's cost, above 0 to 1, found"
+    if isinstance(budget, bool) or not isinstance(budget, Real):
+        raise TypeError(f"{expected} {brief(budget)}")
     if not 0 < budget <= 1:
-        expected = "expected a share of the original's cost, above 0 to 1"
-        raise ValueError(f"budget: {expected}, found {budget}")
+        remedy = f"; write {budget / 100:g} for {budget:g} %" if 1 < budget <= 100 else ""
+        raise ValueError(f"{expected} {budget}{remedy}")
     if check not in get_args(Check):
         raise ValueError(f"check: {expected_one_of(get_args(Check), check)}")
 
@@ -692,6 +697,20 @@ def _pairs(loader: Iterable[Any]) -> Iterable[tuple[Tensor, Any]]:
     """Yield a loader's batches as pairs of images and something."""
     for batch in loader:
         yield (batch[0], None) if isinstance(batch, Sequence) else (batch, None)
+
+
+def _check_runs(model: nn.Module, images: Tensor) -> None:
+    """Raise a `DataError` if a network does not take the images of its loader."""
+    try:
+        with evaluating(model), torch.no_grad():
+            model(images[:2])
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        kind = str(images.dtype).removeprefix("torch.")
+        found = f"images {list(images.shape[1:])} in {kind}"
+        raise DataError(
+            f"train_loader: expected images that {type(model).__name__} takes, found {found}: "
+            f"{first_line(error)}"
+        ) from None
 
 
 def _classes(model: nn.Module, images: Tensor, labels: Tensor | None, needed: bool) -> Tensor:

@@ -183,5 +183,11 @@ def _settings(folder: RunFolder) -> tuple[Path, dict[str, Any]]:
     for place in (folder, RunFolder(folder.path.absolute().parent)):
         if settings := place.read_metrics()["config"]:
             return place.metrics_file, settings
-    expected = "expected the settings of a finished run, found none; is the run finished?"
-    raise SettingsError(f"{folder.metrics_file}: {expected}")
+    expected = "expected the settings of a finished run, found none; "
+    remedy = "is the run finished?"
+    if folder.metrics_file.is_file() and folder.holds_network:
+        remedy = (
+            "a folder that compress_model has saved holds the network alone: use it in Python "
+            "(nni_haloc.load)"
+        )
+    raise SettingsError(f"{folder.metrics_file}: {expected}{remedy}")

@@ -247,7 +247,8 @@ def likely(found: str, known: list[str]) -> str:
     text = found[:100].lower()
     close = get_close_matches(text, by_lower, 1)
     if not close and len(text) > 2:
-        close = [name for name in by_lower if name.startswith(text)][:1]
+        initials = "".join(word[:1] for word in text.replace("-", "_").split("_"))
+        close = [x for x in by_lower if x.startswith(text) or x == initials][:1]
     return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
 
 

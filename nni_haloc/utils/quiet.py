@@ -43,6 +43,12 @@ LOGS = (
     # Said of an exception that is raised anyway:
     ("nni.nas.evaluator.pytorch.lightning", "Trainer status is detected", logging.WARNING),
     ("nni.nas.strategy.base", "Strategy failed to execute", logging.ERROR),
+    # Identity has no channels, and is rightly left as it is:
+    (
+        "nni.compression.speedup.model_speedup",
+        "Has not supported replacing module with type: Identity",
+        logging.ERROR,
+    ),
 )
 """Logger, how its message begins (a regular expression), and up to which level it is dropped."""
 

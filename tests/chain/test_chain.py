@@ -310,7 +310,7 @@ def test_a_network_of_ranks_alone_says_that_they_are_kept(images):
     network = compress(nn.Sequential(nn.Conv2d(3, 4, 3)), RankPlan({"0": (2, 2)}))
     with pytest.raises(
         ValueError,
-        match="nothing to prune in Sequential .0.factor_in and 1 more: its channels are ranks",
+        match="nothing to prune in Sequential .0.factor_in and 1 more: ranks are kept",
     ):
         prune(network, images[:1], 0.5)
     assert prune(network, images[:1], 0.5, ranks="prune")[0].core.weight.shape[:2] == (1, 1)

@@ -122,7 +122,7 @@ def test_defaults_are_filled_in_and_paths_are_relative_to_the_file(write, tmp_pa
         ({k: v for k, v in GOOD.items() if k != "model"}, "model: missing"),
         ("- a\n- b\n", "expected keys and values, found list"),
         ("a: [1\nb: 2\n", "line 2: not valid YAML"),
-        ("", "expected keys and values, found NoneType"),
+        ("", "expected keys and values, found nothing"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_key(write, content, message):

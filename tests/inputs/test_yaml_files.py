@@ -292,7 +292,7 @@ def has_a_key_twice(node, above=()):
         (b"#" + b"x" * 10 * MEGABYTE, "expected at most 1,048,576 bytes, found more"),
         (b"a: 1\nb: \xe9", "line 2: expected text in UTF-8, found byte 0xe9"),
         ("a: 1".encode("utf-16"), "found UTF-16; save it as UTF-8"),
-        (b"", "expected keys and values, found NoneType"),
+        (b"", "expected keys and values, found nothing"),
         (b"\xef\xbb\xbf- a", "expected keys and values, found list"),
         (bytes(100), r"found the character '\x00'"),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import subprocess
 import sys
 import warnings
@@ -22,9 +23,11 @@ from nni_haloc.inputs.registries import PREDICTORS
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results.html_report import html_report
 from nni_haloc.results.plan_table import PlanFiles, change_plan
+from nni_haloc.runs.finished import Finished
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.search.space import RankSpace
 from nni_haloc.space.ranks import AllowedRanks
+from nni_haloc.utils.errors import DataError, SettingsError
 
 
 @pytest.fixture
@@ -216,7 +219,12 @@ def test_the_report_is_a_table_of_original_compressed_and_change(net, data):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 50}, "budget: expected a share of the original's cost, above 0 to 1, found 50"),
+        (
+            {"budget": 50},
+            "budget: expected a share of the original's cost, above 0 to 1, found 50; "
+            "write 0.5 for 50 %",
+        ),
+        ({"budget": math.nan}, "budget: expected a share of .*, found nan$"),
         ({"budget": 0.001}, "budget: .* is below the cheapest network"),
         ({"rule": "none"}, "rule: expected one of search, uniform, .*, found 'none'"),
         ({"rule": "uniform", "lam": 0.0}, "lam: an option of the search, and the rule is 'unif"),
@@ -229,6 +237,30 @@ def test_a_mistake_is_one_line(net, data, options, message):
     with pytest.raises((TypeError, ValueError), match=message) as error:
         compress_model(net, *data, **{"metric": "macs", **options})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("budget", ["0.5", None, True, [0.5]])
+def test_a_budget_that_is_no_number_is_named(net, data, budget):
+    with pytest.raises(
+        TypeError, match=r"^budget: expected a share of the original's cost, .*found"
+    ):
+        compress_model(net, *data, metric="macs", budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda images: images[:, 0], r"\[8, 8\] in float32"),
+        (lambda images: images[:, :1], r"\[1, 8, 8\] in float32"),
+        (lambda images: images.mul(255).byte(), r"\[3, 8, 8\] in uint8"),
+    ],
+    ids=["no channels", "one channel", "bytes"],
+)
+def test_images_that_the_network_does_not_take_are_named(net, images, labels, change, found):
+    loader = DataLoader(TensorDataset(change(images), labels), 16)
+    expected = rf"^train_loader: expected images that \w+ takes, found images {found}: [^\n]+$"
+    with pytest.raises(DataError, match=expected):
+        compress_model(net, loader, loader, metric="macs", budget=0.6)
 
 
 def test_labels_and_a_validation_loader_are_asked_for_before_anything_is_done(net, images, data):
@@ -332,3 +364,11 @@ def test_verbose_says_how_far_the_costs_are(net, data, capsys, monkeypatch, verb
     monkeypatch.setattr("nni_haloc.costs.predictors.macs", replace(known, table=slow))
     compress_model(net, *data, metric="macs", budget=0.8, epochs=0, verbose=verbose)
     assert ("computing macs: 1 of 3, about " in capsys.readouterr().err) == verbose
+
+
+def test_a_command_that_needs_the_settings_says_that_one_call_keeps_none(net, data, tmp_path):
+    compress_model(net, *data, metric="macs", budget=0.6, epochs=0).save(tmp_path / "saved")
+    with pytest.raises(
+        SettingsError, match=r"metrics.json: expected the settings .*nni_haloc.load"
+    ):
+        Finished(tmp_path / "saved").job  # noqa: B018

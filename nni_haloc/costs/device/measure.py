@@ -28,6 +28,7 @@ from nni_haloc.space.names import DENSE
 from nni_haloc.utils.errors import first_line
 from nni_haloc.utils.files import write_json
 from nni_haloc.utils.locks import hold_file
+from nni_haloc.utils.log import logger
 from nni_haloc.utils.progress import Progress
 
 _FEWEST = 5
@@ -143,6 +144,15 @@ def _measure(
                 break
             else:
                 rounds += 1
+                error = finished(spec, state)["quality"].get("standard_error", math.inf)
+                logger.info(
+                    "round %d of at most %d: the standard error of a whole network is %.1f %%, "
+                    "expected below %g %%",
+                    rounds,
+                    timing.most_rounds,
+                    100 * error,
+                    100 * ENOUGH,
+                )
     state |= {} if unmeasured(spec, state) else finished(spec, state)
     if out is not None:
         write_json(out, state)

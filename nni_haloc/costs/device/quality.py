@@ -33,7 +33,8 @@ _FEW = 0.1
 """Largest share of unordered neighbours for which no warning is given: stairs are real."""
 _CHEAPER = 0.05
 """Differences below this share of a cost are no disorder."""
-_REMEDY = "measure the table again on an idle machine (haloc measure --rounds 10)"
+_REMEDY = "measure the table again on an idle machine (haloc measure --rounds {})"
+_FEW_ROUNDS = 10
 
 
 def spread(values: Sequence[float]) -> float:
@@ -99,31 +100,32 @@ def doubts_about(
     layers = math.fsum(row[DENSE] for row in costs.values())
     whole = fixed + layers
     found = []
+    remedy = _REMEDY.format(max(_FEW_ROUNDS, 2 * round(quality.get("rounds", 0))))
     error = quality.get("standard_error", 0.0)
     if error > ENOUGH:
         rounds = f"after {quality['rounds']:.0f} rounds " if "rounds" in quality else ""
         found.append(
             f"{rounds}the standard error of a whole network is {100 * error:.1f} % of {whole:.4g} "
-            f"{unit}, expected below {100 * ENOUGH:g} %: {_REMEDY}"
+            f"{unit}, expected below {100 * ENOUGH:g} %: {remedy}"
         )
     if quality.get("fixed_share", 0.0) > _MOSTLY_FIXED:
         found.append(
             f"the searched layers take {layers:.4g} of the network's {whole:.4g} {unit}, and "
             f"{fixed:.4g} {unit} are fixed, so that no budget below "
             f"{quality['fixed_share']:.2f} of the original can be met: if the machine was busy, "
-            f"{_REMEDY}; else search more layers (rank_space.kinds)"
+            f"{remedy}; else search more layers (rank_space.kinds)"
         )
     over = quality.get("layers_over_network", 0.0)
     if over > _OVER * (1 + 2 * error):
         found.append(
             f"the layers alone take {layers:.4g} {unit}, {over:.2f} times the whole network: "
-            f"{_REMEDY}, or --where in-place, if the runtime fuses layers"
+            f"{remedy}, or --where in-place, if the runtime fuses layers"
         )
     unordered = quality.get("unordered", 0.0)
     if unordered > _FEW:
         found.append(
             f"of neighbouring ranks, {100 * unordered:.0f} % cost less at the larger one, by more "
-            f"than single times lie apart: {_REMEDY}; if it stays, the device has stairs "
+            f"than single times lie apart: {remedy}; if it stays, the device has stairs "
             "(haloc steps)"
         )
     return found
