@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,10 @@ def check_experiment(path: str | Path) -> str:
     arguments = trial_arguments(path, command)
     check_keys(path, content)
     check_classes(path, content)
+    _check_services(path, content)
     code = _code(path, content, command, here)
     experiment = as_sent(path, content)
+    _check_gpus(path, content)
     algorithms = find_algorithms(path, content, experiment)
     measures = arguments is not None and arguments[0] == "measure"
     first = try_algorithms(path, algorithms, space, _number_of_trials(experiment))
@@ -122,6 +125,30 @@ def _runs_here(path: Path, service: Any) -> bool:
             f"{path}: trainingService.platform: expected a name such as 'local', found {service!r}"
         )
     return all(one["platform"] == "local" for one in services)
+
+
+def _check_services(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise `SettingsError` for several training services without what NNI needs beside them."""
+    service = content["trainingService"]
+    if isinstance(service, list):
+        local = any(one["platform"] == "local" for one in service)
+        for key, needed in (("nniManagerIp", True), ("sharedStorage", local)):
+            if needed and not content.get(key):
+                which = "a list with a local service" if key == "sharedStorage" else "a list"
+                raise SettingsError(
+                    f"{path}: {key}: missing; NNI needs it where trainingService is {which}"
+                )
+
+
+def _check_gpus(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise `SettingsError` for GPUs that are not here: NNI's manager ends without a trial."""
+    service, gpus = content["trainingService"], content.get("trialGpuNumber")
+    here = not isinstance(service, list) and service["platform"] == "local"
+    if here and gpus and shutil.which("nvidia-smi") is None:
+        raise SettingsError(
+            f"{path}: trialGpuNumber: expected no GPU on a machine without NVIDIA's driver "
+            f"(nvidia-smi), found {gpus}; leave the key out"
+        )
 
 
 def _code(path: Path, content: Mapping[str, Any], command: str, here: bool) -> Path:

@@ -549,7 +549,9 @@ def _remedy(limit: Limit, least: float) -> str:
     else:
         remedy = "no share will do: layers are pinned to ranks that cost more than the original"
     if limit.costs.metric == "latency_ms":
-        other = "" if "formats" in limit.costs.identity else ", memory_format channels_last"
+        known = limit.costs.identity
+        best = "formats" in known or known.get("memory_format") == "channels_last"
+        other = "" if best else ", memory_format channels_last"
         remedy += f", or a larger batch_size{other} (see docs: Meet a latency budget)"
     return remedy
 

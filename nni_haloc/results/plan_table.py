@@ -29,12 +29,14 @@ from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.finished import Finished
 from nni_haloc.runs.folder import RunFolder, find_run
+from nni_haloc.runs.kept import TOLERANCE
 from nni_haloc.runs.memory_format import Formats, fastest_original
 from nni_haloc.runs.promise import METRIC, with_factor
 from nni_haloc.runs.saved import factory_of
 from nni_haloc.runs.summary import cost_line
 from nni_haloc.utils.errors import HalocError, SettingsError, as_one_line, reason_of
 from nni_haloc.utils.files import is_number
+from nni_haloc.utils.log import logger
 from nni_haloc.utils.printing import percent, print_table, short
 from nni_haloc.utils.quiet import quiet
 
@@ -197,7 +199,16 @@ def _timed(
         with quiet():
             batch = run.example(run.config.cost.batch_size)
             others = {"original": other}
-            return {"latency_ms": measure_latency(networks, batch, runtime, others=others)}
+            times = measure_latency(networks, batch, runtime, others=others)
+        asked, own = run.config.budget.fraction, run.config.cost.metric == METRIC
+        budgets = [
+            asked * times["original"]
+            if own and asked is not None and limit is limits[0]
+            else limit.budget
+            for limit in limits
+            if limit.costs.metric == METRIC and limit.costs.identity.get("device", here) == here
+        ]
+        return {"latency_ms": times, "latency_budget_ms": min(budgets)}
     except (HalocError, ValueError, RuntimeError) as error:
         return {"not_timed": reason_of(error)}
 
@@ -394,10 +405,18 @@ def print_change(content: Mapping[str, Any]) -> None:
     if "latency_ms" in content:
         times = content["latency_ms"]
         cells = [f"{times[name]:.4g}" for name in ("original", "before", "after")]
-        lines.append(["measured latency, ms", *cells, ""])
+        lines.append(["measured latency, ms", *cells, short(content["latency_budget_ms"])])
     print_table("", ["", "original", "before", "after", "budget"], lines, text=TEXT)
     if "not_timed" in content:
         print(f"not timed: {content['not_timed']}")
+    if "latency_ms" in content:
+        of_budget = content["latency_ms"]["after"] / content["latency_budget_ms"]
+        if of_budget > TOLERANCE:
+            logger.warning(
+                "the changed plan takes %s of its latency budget, as measured; lower other ranks, "
+                "or raise the budget",
+                percent(of_budget),
+            )
 
 
 def draw_plan(files: PlanFiles, plan: RankPlan | None, path: Path) -> None:

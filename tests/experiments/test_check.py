@@ -309,6 +309,24 @@ WRONG = {
         r"trainingService\.useActiveGpus: unknown key; did you mean 'useActiveGpu'\?$",
     ),
     "a GPU without a word on the display": ({"trialGpuNumber": 1}, "use_active_gpu"),
+    "a GPU that is not here": (
+        {
+            "trialGpuNumber": 1,
+            "trainingService": {"platform": "local", "useActiveGpu": True, "gpuIndices": [0]},
+        },
+        r"trialGpuNumber: expected no GPU on a machine without .*, found 1; leave the key out$",
+    ),
+    "several services without an address": (
+        {"trainingService": [{"platform": "local"}, {"platform": "local"}]},
+        "nniManagerIp: missing; NNI needs it where trainingService is a list$",
+    ),
+    "several services without storage": (
+        {
+            "nniManagerIp": "127.0.0.1",
+            "trainingService": [{"platform": "local"}, {"platform": "local"}],
+        },
+        "sharedStorage: missing; NNI needs it where trainingService is a list with a local",
+    ),
     "a service that NNI has lost": (
         {"trainingService": {"platform": "openpai"}},
         "NNI 3 takes 'openpai', but its manager has no such service$",
@@ -439,6 +457,15 @@ def test_what_the_trials_lack_is_one_line(experiment, name):
     refused(experiment({}, settings), message)
 
 
+STORAGE = {
+    "storageType": "NFS",
+    "localMountPoint": "/mnt/shared",
+    "remoteMountPoint": "/mnt/shared",
+    "nfsServer": "127.0.0.1",
+    "exportedDirectory": "/shared",
+    "localMounted": "usermount",
+}
+
 RIGHT = {
     "as it is": ({}, {}),
     "a tuner in small letters": (tuner("tpe", **MAXIMIZE), {}),
@@ -454,6 +481,15 @@ RIGHT = {
     "a tuner of one's own": (own("Fixed", budget=0.4), {}),
     "keys in other spellings": ({"maxTrialNumber": None, "max_trial_number": 3}, {}),
     "durations": ({"maxExperimentDuration": "2h", "maxTrialDuration": 300}, {}),
+    "no GPU": ({"trialGpuNumber": 0}, {}),
+    "several services": (
+        {
+            "nniManagerIp": "127.0.0.1",
+            "sharedStorage": STORAGE,
+            "trainingService": [{"platform": "local"}, {"platform": "local"}],
+        },
+        {},
+    ),
     "a variable before the program": (
         {"trialCommand": "OMP_NUM_THREADS=1 python3 -m nni_haloc.trial run.yml"},
         {},

@@ -84,6 +84,20 @@ def test_a_run_by_a_rule_that_goes_on_reads_its_plan_back(finished, monkeypatch)
     assert "fine-tuning: 1 of 1 epochs are done" in (finished / "log.txt").read_text()
 
 
+def test_a_fine_tuning_with_other_settings_starts_anew_from_the_rules_weights(finished, tmp_path):
+    """It ends as a run that had these settings from the start."""
+    folder, fresh = tmp_path / "copy", tmp_path / "fresh"
+    shutil.copytree(finished, folder)
+    other = ["--set", "finetune.lr=0.003", "--set", "finetune.epochs=2"]
+    for out, more in ((folder, ["--resume"]), (fresh, [])):
+        done = haloc(*LEARNED, *other, "--out", out, *more)
+        assert done.returncode == 0, done.stderr
+    assert "fine-tuning starts anew" in (folder / "log.txt").read_text()
+    assert (folder / "weights.safetensors").read_bytes() == (
+        fresh / "weights.safetensors"
+    ).read_bytes()
+
+
 def test_a_state_of_other_settings_is_refused_and_kept(finished, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)

@@ -18,7 +18,7 @@ from nni_haloc.plan.known_layers import KnownLayers
 from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.results import plan_table
 from nni_haloc.results.html_report import html_report
-from nni_haloc.results.plan_table import PlanFiles, change_plan, plan_content
+from nni_haloc.results.plan_table import PlanFiles, change_plan, plan_content, print_change
 from nni_haloc.runs.check import check_runs
 from nni_haloc.runs.folder import RunFolder
 from nni_haloc.runs.identity import finetuning_identity
@@ -352,6 +352,21 @@ def test_a_budget_of_latency_has_whole_networks_timed_together(latencies, comman
     assert "measured latency, ms" in command("plan", folder, "--set", "block4.conv=16")
     assert "measured" not in command("plan", folder, "--set", "block4.conv=16", "--no-timing")
     assert len(timed) == 2
+
+
+@pytest.mark.parametrize(("share", "warned"), [(1.25, True), (1.02, False)])
+def test_a_changed_plan_above_its_latency_budget_is_a_warning(
+    latencies, monkeypatch, caplog, share, warned
+):
+    folder, _ = latencies
+    budget = json.loads((folder / "ranks.json").read_text())["chosen_by"]["budget"]
+    times = {"original": 4 * budget, "before": budget, "after": share * budget}
+    monkeypatch.setattr(plan_table, "measure_latency", lambda *_, **__: times)
+    _, content = change_plan(PlanFiles.read(folder), ["block4.conv=16"])
+    assert content["latency_budget_ms"] == budget
+    with caplog.at_level("WARNING", logger="nni_haloc"):
+        print_change(content)
+    assert ("takes 125.0 % of its latency budget" in caplog.text) == warned
 
 
 def test_what_is_not_timed_says_why(latencies):

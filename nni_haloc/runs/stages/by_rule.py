@@ -48,7 +48,7 @@ def by_rule(job: Job, resume: bool = False) -> tuple[RankPlan, nn.Module]:
         UnusableCheckpoint: where the folder holds the state of other settings.
         BudgetMissed: where the plan's network, timed as a whole, misses its latency budget.
     """
-    if resume and job.folder.finetuning.checkpoint.exists():
+    if resume and job.folder.finetuning.checkpoint.exists() and not _is_trained_otherwise(job):
         return _read_back(job)
     searched = job.folder.searching.checkpoint
     if resume and searched.exists():
@@ -86,6 +86,22 @@ def _choose(job: Job) -> tuple[RankPlan, nn.Module, KnownLayers]:
         problem.specs, problem.candidates, problem.scores, pinned, problem.left_alone
     )
     return chosen, job.laid_out(problem.network(chosen.names)), known
+
+
+def _is_trained_otherwise(job: Job) -> bool:
+    """Tell whether the settings of the fine-tuning have changed, and no others.
+
+    It starts anew then, from a network with the rule's own weights.
+    """
+    state = checkpoint.read(job.folder.finetuning.checkpoint, checkpoint.REMEDY)
+    there, here = dict(state["identity"]), finetuning_identity(job.config)
+    there.pop("ranks", None)
+    try:
+        check_training(job.folder.finetuning.checkpoint, {**state, "identity": there}, here)
+    except UnusableCheckpoint:
+        differ = {key for key in {**there, **here} if there.get(key) != here.get(key)}
+        return differ <= {"finetune", "recalibration_batches"}
+    return False
 
 
 def _read_back(job: Job) -> tuple[RankPlan, nn.Module]:
