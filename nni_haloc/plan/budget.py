@@ -49,7 +49,7 @@ After them the slack is tightened, which may cut off what just fits, too.
 _CORE = 300
 """Candidates that lie nearest to the bound, of which a good choice is made first."""
 _HALVINGS, _DEAREST = 60, 1e30
-"""Of the interval that a price on the cost is looked for in, and its end, per slack."""
+"""How often the interval of prices is halved; the largest price, times the slack."""
 
 Choice = dict[str, str]
 """Layer to candidate."""
