@@ -15,11 +15,8 @@ from helpers.paths import EXAMPLES, PACKAGE, ROOT
 import nni_haloc
 
 NAME = f"nni_haloc-{nni_haloc.__version__}"
-DATA = {
-    "nni_haloc/py.typed",
-    "nni_haloc/results/templates/report.html",
-    "nni_haloc/experiments/patience.cjs",
-}
+TEMPLATES = {f"nni_haloc/results/templates/{name}.html" for name in ("page", "front", "report")}
+DATA = {"nni_haloc/py.typed", "nni_haloc/experiments/patience.cjs", *TEMPLATES}
 FILES = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")} | DATA
 
 

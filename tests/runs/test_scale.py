@@ -15,9 +15,12 @@ from nni_haloc.inputs.models import build_model
 from nni_haloc.utils.errors import SettingsError
 
 PAGE = (ROOT / "docs" / "how-to" / "many-machines.md").read_text()
+FILES = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+SERVICES_OF = {text: yaml.safe_load(text)["trainingService"] for text in FILES}
 EXPERIMENTS = {
-    yaml.safe_load(text)["trainingService"]["platform"]: text
-    for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    service["platform"]: text
+    for text, service in SERVICES_OF.items()
+    if isinstance(service, dict)
 }
 SERVICES = (
     Path(nni_node.__path__[0])
