@@ -128,6 +128,8 @@ def config_of(bench: Bench, row: Row) -> Config:
         changes["cost.table"] = str(HERE / f"costs-{row.network}.json")
     for section in ("search", "finetune"):
         changes[f"{section}.compile"] = bench.device == "cuda"
+        if bench.device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+            changes[f"{section}.precision"] = "32-true"  # bf16 takes many times as long there
     if row.method in SEARCHES:
         changes |= {"rule": "search", "search.epochs": SEARCHES[row.method]}
     else:
@@ -176,6 +178,7 @@ def one_cifar(bench: Bench, row: Row, name: str) -> dict[str, Any]:
         "macs_fraction": count_macs(network, job.example) / count_macs(job.model, job.example),
         "params_fraction": count_params(network) / count_params(job.model),
         "ranks": plan.names,
+        "precision": config.finetune.precision,
         **trained(job, network),
     }
 
