@@ -27,8 +27,9 @@ def counted(
         plan_file: a ``ranks.json``; its network is counted, too.
 
     Returns:
-        ``layers``, a `SpaceReport`; ``rank_space``, a dict of numbers of networks; ``counts``, a
-        dict of names (``original``, the plan's file) to dicts of counts for one image.
+        ``layers``, a `SpaceReport`; ``rank_space``, a dict of numbers of networks, and
+        ``rank_space_3x3``, the same of the 3x3 convolutions alone, as the paper counts; ``counts``,
+        a dict of names (``original``, the plan's file) to dicts of counts for one image.
 
     Raises:
         ValueError: if the plan does not fit the network.
@@ -42,16 +43,17 @@ def counted(
     return {
         "layers": space_report(model, layers.candidates(allowed), layers.left_alone),
         "rank_space": space_sizes(layers, allowed),
+        "rank_space_3x3": space_sizes(layers, allowed, (3, 3)),
         "counts": counts,
     }
 
 
 def print_counted(content: dict[str, Any]) -> None:
     """Print what `counted` returns: three tables."""
-    sizes, counts = content["rank_space"], content["counts"]
+    every, of_3x3, counts = (content[key] for key in ("rank_space", "rank_space_3x3", "counts"))
     print(f"{content['layers']}\n")
-    shown = [(name, f"{size:.1e}" if size > 10**6 else str(size)) for name, size in sizes.items()]
-    print(text_table(("rank space", "networks"), shown) + "\n")
+    shown = [(name, _short(size), _short(of_3x3[name])) for name, size in every.items()]
+    print(text_table(("rank space", "networks", "3x3 layers alone"), shown) + "\n")
     before, *after = counts.values()
     header = ["count", *counts, *(["less, %"] if after else [])]
     rows = []
@@ -63,6 +65,10 @@ def print_counted(content: dict[str, Any]) -> None:
     print(text_table(header, rows))
 
 
+def _short(size: int) -> str:
+    return f"{size:.1e}" if size > 10**6 else str(size)
+
+
 SIZES = ("all", "multiples", "equal", "searched")
 COUNTS = ("macs", "macs_paper", "params")
 """Short names, for JSON, of what `space_sizes` and `network_counts` return."""
@@ -72,7 +78,10 @@ def as_json(content: dict[str, Any]) -> dict[str, Any]:
     """Return what `counted` returns as plain lists and dicts with short keys."""
     return {
         "layers": [vars(row) for row in content["layers"]],
-        "rank_space": dict(zip(SIZES, content["rank_space"].values(), strict=True)),
+        **{
+            key: dict(zip(SIZES, content[key].values(), strict=True))
+            for key in ("rank_space", "rank_space_3x3")
+        },
         "counts": {
             name: dict(zip(COUNTS, counts.values(), strict=True))
             for name, counts in content["counts"].items()

@@ -127,10 +127,17 @@ def space_report(
     return SpaceReport(rows)
 
 
-def space_sizes(layers: Layers, allowed: AllowedRanks) -> dict[str, int]:
+def space_sizes(
+    layers: Layers, allowed: AllowedRanks, kernel: tuple[int, ...] | None = None
+) -> dict[str, int]:
     """Count the networks of a rank space.
 
     A 1x1 convolution or linear layer, whose kernel is a matrix, has a single rank.
+
+    Args:
+        layers: the layers that are searched.
+        allowed: the rank space.
+        kernel: counts only convolutions of this kernel, such as ``(3, 3)``.
 
     Returns:
         The numbers of networks with any ranks; with ranks that are multiples of the step (design
@@ -138,12 +145,18 @@ def space_sizes(layers: Layers, allowed: AllowedRanks) -> dict[str, int]:
         that need as many multiply-accumulates as the dense layer, and with the dense layer.
     """
     sizes = dict.fromkeys(("all ranks", "multiples of the step", "r1 = r2, too"), 1)
-    for spec in layers.specs.values():
+    wanted = {
+        name: spec
+        for name, spec in layers.specs.items()
+        if kernel is None or spec.kernel_size == kernel
+    }
+    for spec in wanted.values():
         step = allowed.step_of(spec)
         channels = (spec.out_channels, spec.in_channels)
         pairs = channels if spec.kind == "conv" else (min(channels),)
         sizes["all ranks"] *= math.prod(pairs)
         sizes["multiples of the step"] *= math.prod(max(1, n // step) for n in pairs)
         sizes["r1 = r2, too"] *= max(1, min(channels) // step)
-    sizes["searched"] = math.prod(len(row) for row in layers.candidates(allowed).values())
+    candidates = layers.candidates(allowed)
+    sizes["searched"] = math.prod(len(candidates[name]) for name in wanted if name in candidates)
     return sizes

@@ -398,6 +398,7 @@ def test_json_of_a_table_has_layers_rank_space_and_counts(tmp_path):
     assert [layer["layer"] for layer in content["layers"]][1] == "block2.conv"
     assert content["layers"][1]["candidates"][0] == "dense"
     assert content["rank_space"]["searched"] <= content["rank_space"]["all"]
+    assert content["rank_space_3x3"]["all"] <= content["rank_space"]["all"]
     before, after = content["counts"]["original"], content["counts"][str(tmp_path / "ranks.json")]
     assert before == {"macs": 1493632, "macs_paper": 1507008, "params": 65834}
     assert all(after[key] < before[key] for key in before)

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from math import prod
 
 import pytest
 import torch
@@ -123,6 +124,16 @@ def table(capsys, monkeypatch):
         return capsys.readouterr().out.splitlines()
 
     return run
+
+
+def test_table_prints_the_papers_size_by_the_readmes_command(table):
+    lines = table("--model", "torchvision:resnet18", "--input", "3x224x224")
+    (row,) = (line for line in lines if line.startswith("all ranks"))
+    alone = prod([64**8, 128 * 64, 128**6, 256 * 128, 256**6, 512 * 256, 512**6])
+    downsampling = prod([64, 128, 256])  # of a 1x1 kernel: a single rank
+    every = alone * 64 * 3 * downsampling
+    assert row.split()[-2:] == [f"{every:.1e}", f"{alone:.1e}"]
+    assert f"{alone:.1e}" == "2.2e+71"
 
 
 def numbers(lines, name):

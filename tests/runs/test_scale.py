@@ -18,9 +18,7 @@ PAGE = (ROOT / "docs" / "how-to" / "many-machines.md").read_text()
 FILES = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 SERVICES_OF = {text: yaml.safe_load(text)["trainingService"] for text in FILES}
 EXPERIMENTS = {
-    service["platform"]: text
-    for text, service in SERVICES_OF.items()
-    if isinstance(service, dict)
+    service["platform"]: text for text, service in SERVICES_OF.items() if isinstance(service, dict)
 }
 SERVICES = (
     Path(nni_node.__path__[0])
