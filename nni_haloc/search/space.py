@@ -104,12 +104,14 @@ class RankSpace(ModelSpace):
     original: nn.Module
 
     def save_init_arguments(self, *args: Any, **kwargs: Any) -> None:
-        """Keep none of the arguments.
+        """Keep the arguments of a class of the user's own, and none of this one's.
 
         NNI would keep them all, the user's model and images among them, for as long as the space
-        lives; it has no use for them.
+        lives. It uses them only to make the space again in a trial, which a subclass that takes a
+        few plain arguments can do (docs/how-to/search-from-python.md).
         """
-        super().save_init_arguments()
+        own = type(self) is not RankSpace
+        super().save_init_arguments(*(args if own else ()), **(kwargs if own else {}))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
