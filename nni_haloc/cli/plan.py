@@ -81,7 +81,10 @@ def plan_command(
     if changed is not None and out is not None:
         make_folder(out.parent)
         changed.save(out)
-        typer.echo(f"plan: {out}; haloc run RUN.yml --plan {out} fine-tunes it", err=json_)
+        command = f"haloc run RUN.yml --plan {out}"
+        if files.folder.costs.is_file():  # else a run may measure them again
+            command += f" --set cost.table={files.folder.costs}"
+        typer.echo(f"plan: {out}; fine-tune it: {command}", err=json_)
     if picture:
         path = files.folder.plan_picture if out is None else out.with_suffix(".png")
         holding = hold(files.folder) if out is None else nullcontext()

@@ -13,6 +13,8 @@ from nni_haloc.runs.summary import summary
 from nni_haloc.utils.files import is_number
 from nni_haloc.utils.printing import print_table
 
+_MISSED = "docs, Meet a latency budget: If the finished network misses it"
+
 
 def print_summary(folder: Path, stages: Mapping[str, Mapping[str, float]], code: str = "") -> None:
     """Print a run's result, its folder and the next commands.
@@ -24,6 +26,8 @@ def print_summary(folder: Path, stages: Mapping[str, Mapping[str, float]], code:
         code: option for commands that make the original network again.
     """
     print_networks(stages)
+    if any(row.get("budget_met") == 0 for row in stages.values()):
+        typer.echo(f"the budget is missed; what helps: {_MISSED}")
     print_next(
         folder,
         {

@@ -187,9 +187,10 @@ def _check_measured_alike(
         if (
             "runtime" in identity or (key == "input" and identity.get("kind") == "roofline")
         ) and identity.get(key) != value:
+            setting = "cost.batch_size" if key == "input" else f"cost.{key}"
             raise SettingsError(
-                f"{where}: measured with {key} {identity.get(key)!r}, but this run uses "
-                f"{value!r} (cost.batch_size, cost.dtype and others)"
+                f"{where}: measured with {key} {identity.get(key)!r}, but this run uses {value!r}; "
+                f"set {setting} to what was measured, or measure a table with it (haloc measure)"
             )
 
 

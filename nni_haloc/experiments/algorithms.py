@@ -29,6 +29,8 @@ _SECONDS = 60
 """For a class of the user's own to come up; NNI's manager waits for ten."""
 _WRITERS = ("NetworkMorphism",)
 """NNI's algorithms that write files where they are made."""
+NOT_OF_SETTINGS = ("NetworkMorphism", "RegularizedEvolutionTuner")
+"""NNI's tuners that give a trial something else than values of the search space."""
 ADVISORS = "nni_haloc.experiments.advisors"
 """The module of NNI's advisors that run."""
 _MODES = ("maximize", "minimize")
@@ -186,7 +188,13 @@ def _look_up(path: Path, algorithm: Algorithm) -> None:
     at, name = f"{path}: {algorithm.key}", algorithm.config["name"]
     kind = "assessor" if algorithm.key == "assessor" else "tuner"
     every = config_manager.get_all_algo_meta()
-    known = [meta.name for meta in every if meta.algo_type == kind]
+    known = [
+        meta.name
+        for meta in every
+        if meta.algo_type == kind
+        and meta.name not in NOT_OF_SETTINGS
+        and not (meta.is_builtin and meta.is_advisor)  # they end at the first result
+    ]
     meta = config_manager.get_algo_meta(name)
     if meta is not None and meta.algo_type != kind:
         other = meta.algo_type

@@ -94,7 +94,9 @@ def check_experiment(path: str | Path) -> str:
     _refuse_minimizing(path, algorithms)
     run_file = code / arguments[0]
     if not run_file.is_file():
-        raise SettingsError(f"{path}: trialCommand: {arguments[0]}: no such file in {code}")
+        raise SettingsError(
+            f"{path}: trialCommand: {arguments[0]}: no such file in {code.resolve()}"
+        )
     file = content.get("searchSpaceFile")
     where = f"{path}: searchSpace." if file is None else f"{path.parent / str(file)}: "
     check_settings(run_file, parameters, where, None if here else code)

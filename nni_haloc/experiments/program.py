@@ -67,7 +67,7 @@ def check_script(path: Path, command: str, code: Path) -> None:
         return
     script = words[1]
     if script.endswith(".py") and not re.search(r"[$~]", script) and not (code / script).is_file():
-        raise SettingsError(f"{path}: trialCommand: {script}: no such file in {code}")
+        raise SettingsError(f"{path}: trialCommand: {script}: no such file in {code.resolve()}")
 
 
 def check_program(path: Path, command: str, code: Path) -> None:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nni_haloc.experiments.algorithms import Algorithm
+from nni_haloc.experiments.algorithms import NOT_OF_SETTINGS, Algorithm
 from nni_haloc.inputs.tuned import BUDGET
-from nni_haloc.utils.errors import HalocError, InfeasibleBudget, SettingsError
+from nni_haloc.utils.errors import HalocError, InfeasibleBudget, SettingsError, brief
 
 if TYPE_CHECKING:
     from nni_haloc.inputs.config import Config
@@ -42,9 +42,10 @@ def parameters_to_try(
         changes = [{**start, key: value} for key in samples for value in samples[key]] or [{}]
     for parameters in [*changes, *first]:
         if not isinstance(parameters, dict):
-            shown = str(parameters)[:60]
             expected = "expected settings and their values for a trial"
-            raise SettingsError(f"{path}: {tuner.key}: {expected}, {tuner.name} gives {shown}")
+            found = f"{tuner.name} gives {brief(parameters)}"
+            remedy = "; choose another, such as TPE" if tuner.name in NOT_OF_SETTINGS else ""
+            raise SettingsError(f"{path}: {tuner.key}: {expected}, {found}{remedy}")
     # A value may be drawn outside the settings' ranges now and then; a name is wrong in all trials.
     added = {k: v for parameters in first for k, v in parameters.items() if k not in changes[0]}
     return [*changes, {**changes[0], **added}] if added else changes

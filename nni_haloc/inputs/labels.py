@@ -117,6 +117,8 @@ def check_range(found: tuple[int, int], outputs: int, where: str = "labels") -> 
         expected = f"expected class indices from 0 to {outputs - 1}, one for each of the outputs"
         wrong = lowest if lowest < 0 else highest
         remedy = "number the classes as the network's outputs"
+        if lowest == 1 and highest == outputs:
+            remedy = "these begin at 1: subtract 1"
         raise DataError(f"{where}: {expected}, found {wrong}; {remedy}")
 
 

@@ -219,8 +219,8 @@ def check_enough_images(
     alone, error = evidence.of(choice)
     equal = divergence_of_equal_outputs(model, images)
     logger.info(
-        "sensitivities: the chosen candidates, one at a time, move the outputs by %.3g ± %.1g"
-        " in all; equal outputs for all classes would move them by %.3g",
+        "sensitivities: those of the chosen ranks add up to a divergence of %.3g ± %.1g from the"
+        " original's outputs; a network that only guesses is %.3g away",
         alone,
         error,
         equal,

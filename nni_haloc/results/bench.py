@@ -81,8 +81,8 @@ def bench(
         What ``bench.json`` says.
 
     Raises:
-        SettingsError: if the folder is none of a finished run or an option is wrong; an earlier
-            ``bench.json`` then stays.
+        SettingsError: if the folder is none of a finished run, an option is wrong, or a runtime
+            that is named lacks a package; an earlier ``bench.json`` then stays.
     """
     run = Finished(folder, data=data, factories=factories)
     cost, split = run.config.cost, split or run.config.data.score
@@ -206,6 +206,8 @@ def _runtimes(
         except HalocError as error:
             if names is None:
                 logger.info("without %s: %s", name, error)
+            elif isinstance(error, MissingPackage):
+                raise SettingsError(f"runtimes: {name}: {error}") from None
             else:
                 made[name] = error
     return made

@@ -68,6 +68,12 @@ _OTHERS = {
     "params_reduction": "parameters: reduction",
 }
 """Figures that are in no table, and their names on the page."""
+_COSTS = {
+    "budget": "budget",
+    "cost": "cost by the table",
+    "original_cost": "the original's cost by the table",
+}
+"""Facts of a plan that are in the unit of its metric, and their names on the page."""
 _FIRST_ROWS = ("original", STAGES[RESULT].title)
 """Titles of the rows that the first cards of the page are about."""
 
@@ -142,8 +148,10 @@ def _objective(config: Mapping[str, Any]) -> Objective:
 
 
 def _facts(plan: RankPlan) -> dict[str, str]:
-    """Return how a plan was chosen."""
-    return {key: _shown(v) for key, v in _flat(plan.chosen_by).items() if v is not None}
+    """Return how a plan was chosen; costs are told with their unit."""
+    facts = {key: _shown(v) for key, v in _flat(plan.chosen_by).items() if v is not None}
+    unit = facts.get("metric", "")
+    return {f"{_COSTS[key]}, {unit}" if key in _COSTS else key: v for key, v in facts.items()}
 
 
 def _likely(under_way: UnderWay, folder: RunFolder) -> list[dict[str, Any]]:

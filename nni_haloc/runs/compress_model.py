@@ -351,7 +351,7 @@ def _check_arguments(
     """Raise a TypeError or a ValueError for arguments that are something else by mistake."""
     if isinstance(model, Mapping):
         remedy = "build the network, and give it the weights by load_state_dict"
-        found = f"a {type(model).__name__}, such as a state dict"
+        found = f"{type(model).__name__}, such as a state dict"
         raise TypeError(f"model: expected an nn.Module, found {found}; {remedy}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, found {brief(model)}")

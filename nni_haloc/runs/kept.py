@@ -79,9 +79,9 @@ def missed_budgets(stages: Mapping[str, Figures]) -> list[str]:
         stages: stage to its figures, as ``metrics.json`` has them.
     """
     return [
-        f"the network takes {percent(figures[key])} of its budget of {metric}, measured at the end "
-        f"({stage}); up to {percent(TOLERANCE, 0)} counts as met"
-        for stage, figures in stages.items()
+        f"the network takes {percent(figures[key])} of its budget of {metric}, measured at the "
+        f"end; up to {percent(TOLERANCE, 0)} counts as met"
+        for figures in stages.values()
         for metric, key in OF_BUDGET.items()
         if figures.get(key, 0.0) > TOLERANCE
     ]
@@ -89,7 +89,7 @@ def missed_budgets(stages: Mapping[str, Figures]) -> list[str]:
 
 def _warn(metric: str, cost: float, asked: float, facts: Mapping[str, Any]) -> None:
     unit, fraction = MEASURED[metric], facts.get("fraction")
-    if asked == facts["budget"]:
+    if fraction is None or asked == facts["budget"]:
         of = f"its budget of {asked:.4g} {unit}"
     else:
         of = f"its budget, {percent(fraction)} of the original's {asked / fraction:.4g} {unit}"

@@ -106,7 +106,7 @@ class Formats:
         (slower,) = (each for each in get_args(MemoryFormat) if each != self.faster)
         text = (
             f"memory format: {self.chosen}; the original takes {self.original_ms[self.faster]:.4g} "
-            f"ms in {self.faster}, to which shares refer, {self.original_ms[slower]:.4g} ms in "
+            f"ms in {self.faster}, {self.original_ms[slower]:.4g} ms in "
             f"{slower}, {self.times:.3g} times as much"
         )
         if not self.by:

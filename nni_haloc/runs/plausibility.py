@@ -76,7 +76,7 @@ def doubts(stages: Mapping[str, Figures]) -> dict[str, str]:
         found["far_below_original"] = (
             f"{name}: top-1 is {100 * (top1 - worst):.2f} points below the original's "
             f"{percent(top1, 2)}, more than half of the way to chance, {percent(chance, 2)}; "
-            "raise the budget, or train longer (finetune.epochs, scale)"
+            "raise the budget, or train for more epochs"
         )
     return found
 

@@ -98,6 +98,13 @@ def why_unreadable(error: OSError) -> str:
     return "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
 
 
+def not_a_folder(path: str | Path, error: OSError) -> SettingsError:
+    """Make the error of a folder that can't be made, or written to."""
+    is_file = isinstance(error, (FileExistsError, NotADirectoryError))
+    found = "a file" if is_file else str(error.strerror)
+    return SettingsError(f"{path}: expected a folder that can be written to, found: {found}")
+
+
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file in one step; several processes may write the same one.
 

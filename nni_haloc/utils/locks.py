@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nni_haloc.utils.errors import HalocError, SettingsError
-from nni_haloc.utils.files import make_folder, open_to_append, own_folders
+from nni_haloc.utils.errors import HalocError
+from nni_haloc.utils.files import make_folder, not_a_folder, open_to_append, own_folders
 from nni_haloc.utils.log import logger
 from nni_haloc.utils.processes import is_first, scheduler_step
 
@@ -63,8 +63,7 @@ def hold_folder(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
             make_folder(folder)
             alone = stack.enter_context(_hold(folder / LOCK_FILE, folder, wait))
         except OSError as error:
-            expected = "expected a folder that can be written to"
-            raise SettingsError(f"{folder}: {expected}, found: {error.strerror}") from None
+            raise not_a_folder(folder, error) from None
         stack.enter_context(_own(folder, alone))
         yield
 

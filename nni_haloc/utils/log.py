@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 
-from nni_haloc.utils.errors import HalocError, SettingsError, printable
-from nni_haloc.utils.files import make_folder, open_to_append
+from nni_haloc.utils.errors import HalocError, printable
+from nni_haloc.utils.files import make_folder, not_a_folder, open_to_append
 from nni_haloc.utils.processes import is_first
 
 logger = logging.getLogger("nni_haloc")
@@ -96,6 +96,4 @@ def _handlers(path: Path | None) -> list[logging.Handler]:
         make_folder(path.parent)
         return [_File(path, encoding="utf-8"), logging.StreamHandler()]
     except OSError as error:
-        raise SettingsError(
-            f"{path.parent}: expected a folder that can be written to, found: {error.strerror}"
-        ) from None
+        raise not_a_folder(path.parent, error) from None

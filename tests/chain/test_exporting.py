@@ -30,7 +30,7 @@ from nni_haloc.results.export import export
 from nni_haloc.runs.finished import Finished
 from nni_haloc.runs.saved import load, save
 from nni_haloc.training.finetuning import accuracy
-from nni_haloc.utils.errors import HalocError
+from nni_haloc.utils.errors import HalocError, MissingPackage
 
 PLAN = RankPlan({"block2.conv": (16, 16), "block3.conv": (24, 24), "block4.conv": (32, 32)})
 
@@ -484,6 +484,15 @@ def test_bench_has_rows_for_the_runtimes_that_are_named(damaged):
         elif stage == "original":
             near = 0.011 if precision == "int8" else 1e-6
             assert row["top1"] == pytest.approx(expected, abs=near)
+
+
+def test_bench_refuses_a_named_runtime_whose_package_is_missing(run, monkeypatch):
+    def missing(name, **options):
+        raise MissingPackage(f"runtime {name}: needs the package {name}")
+
+    monkeypatch.setattr("nni_haloc.results.bench.make_runtime", missing)
+    with pytest.raises(HalocError, match="runtimes: openvino: runtime openvino: needs the package"):
+        bench(run, threads=1, runtimes=["openvino"])
 
 
 @pytest.mark.parametrize(

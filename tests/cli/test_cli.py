@@ -45,7 +45,7 @@ from nni_haloc.inputs.models import build_model
         (["frobnicate"], "No such command"),
         (
             ["run", DIGITS, "--out", DIGITS],
-            "haloc: .*run.yml: expected a folder that can be written to, found: File exists",
+            "haloc: .*run.yml: expected a folder that can be written to, found: a file",
         ),
         (
             ["run", DIGITS, "--set", "data.mean=[0.1, 0.2]", "--set", "data.std=[1.0]"],

@@ -119,7 +119,14 @@ def test_defaults_are_filled_in_and_paths_are_relative_to_the_file(write, tmp_pa
         ),
         (merged("seed", -1), "seed: .*found -1"),
         (merged("preset", "fast"), "preset: .*found 'fast'"),
-        ({k: v for k, v in GOOD.items() if k != "model"}, "model: missing"),
+        (
+            {k: v for k, v in GOOD.items() if k != "model"},
+            "model: missing; haloc settings model explains it",
+        ),
+        (
+            merged("prune", {"sparsity": 30}),
+            "prune.sparsity: input should be less than 1, found 30; write 0.3 for 30 %",
+        ),
         ("- a\n- b\n", "expected keys and values, found list"),
         ("a: [1\nb: 2\n", "line 2: not valid YAML"),
         ("", "expected keys and values, found nothing"),
@@ -291,8 +298,8 @@ def test_weights_to_be_trained_need_not_be_there(write, tmp_path):
 @pytest.mark.parametrize(
     ("given", "remedy"),
     [
-        (30, r"found 30; write 0\.3 for 30 %, or budget: \{absolute: 30\}, a number in the m.*"),
-        (450, r"found 450; write budget: \{absolute: 450\}, a number in the metric's unit"),
+        (30, r"found 30; write 0\.3 for 30 %, or budget\.absolute: 30 for a number in the m.*"),
+        (450, r"found 450; write budget\.absolute: 450 for a number in the metric's unit"),
         ("30%", r"found '30%'; write 0\.3"),
         ("12.5 %", r"found '12\.5 %'; write 0\.125"),
         ("half", "found 'half'"),

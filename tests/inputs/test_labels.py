@@ -41,7 +41,7 @@ WRONG = {
     "positions": (CLASSES[:, None, None].expand(16, 8, 8), 4, r"found shape \(\d+, 8, 8\)"),
     "negative": (CLASSES - 1, 4, "expected class indices from 0 to 3, .*, found -1"),
     "ignored": (torch.where(CLASSES > 0, CLASSES, IGNORED), 4, "found -100"),
-    "counted from one": (CLASSES + 1, 4, "expected class indices from 0 to 3, .*, found 4"),
+    "counted from one": (CLASSES + 1, 4, "found 4; these begin at 1: subtract 1"),
     "far too high": (CLASSES * 1000, 4, "found 3000"),
     "small integers": (CLASSES.to(torch.int8) - 1, 4, "found -1"),
 }

@@ -109,7 +109,7 @@ def test_a_tightened_plan_and_a_missed_budget_are_told(folder, capsys):
     ]
     page = Page(html_report(folder)).text
     assert all(line in page for line in said)
-    missed = "finetune: the network takes 107.1 % of its budget of latency_ms, measured at the end"
+    missed = "Doubtful: the network takes 107.1 % of its budget of latency_ms, measured at the end"
     assert missed in page
     files = PlanFiles.read(folder)
     print_plan(files)

@@ -33,7 +33,7 @@ _FEW = 0.1
 """Largest share of unordered neighbours for which no warning is given: stairs are real."""
 _CHEAPER = 0.05
 """Differences below this share of a cost are no disorder."""
-_REMEDY = "measure the table again on an idle machine (haloc measure --rounds {})"
+_REMEDY = "measure the table again on an idle machine (start again, or haloc measure --rounds {})"
 _FEW_ROUNDS = 10
 
 
