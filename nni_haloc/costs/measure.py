@@ -369,11 +369,11 @@ def model_of(
 
     batch = 1 if batch is None else batch
     sizes = shape.split("x")
-    if not all(n.isdecimal() and int(n) > 0 for n in sizes) or batch < 1:
-        raise ValueError(
-            "--input, --batch: expected 3x224x224, 128 or so and a number above 0, "
-            f"found {shape!r}, {batch}"
-        )
+    if not all(n.isdecimal() and int(n) > 0 for n in sizes):
+        likely = f"; did you mean {shape.replace(',', 'x')}?" if "," in shape else ""
+        raise ValueError(f"--input: expected a shape such as 3x224x224, found {shape!r}{likely}")
+    if batch < 1:
+        raise ValueError(f"--batch: expected a number above 0, found {batch}")
     allowed = AllowedRanks()
     if rank_space is not None:
         from nni_haloc.costs.from_settings import allowed_ranks

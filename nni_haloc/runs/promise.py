@@ -418,8 +418,8 @@ def _tell(verdict: Verdict, tries: int, plan: RankPlan, check: Check, where: str
     again = f" after {tries} further plan{'s' if tries > 1 else ''}" if tries else ""
     if verdict.is_missed:
         reason = "it is not faster than the original" if verdict.is_slower else "it is too slow"
-        message = f"budget: {verdict}; {reason}{again}"
         if check == "refuse":
+            message = f"budget: {verdict}; {reason}{again}"
             kept = f"; nothing was trained{where}"
             remedy = (
                 "; measure the cost table on an idle machine (haloc measure), raise the budget, "
@@ -427,8 +427,15 @@ def _tell(verdict: Verdict, tries: int, plan: RankPlan, check: Check, where: str
                 "warn"
             )
             raise BudgetMissed(message + kept + remedy, plan)
-        logger.warning("%s", message)
+        logger.warning(
+            "budget: the planned network takes %s times its budget; %s%s",
+            verdict.of_budget,
+            reason,
+            again,
+        )
     elif verdict.of_budget.middle > TOLERANCE:
         logger.warning(
-            "budget: %s; the machine is too busy to tell whether it keeps the budget", verdict
+            "budget: the planned network takes %s times its budget; the machine is too busy to "
+            "tell whether it keeps the budget",
+            verdict.of_budget,
         )

@@ -15,7 +15,7 @@ from nni_haloc.plan.rank_plan import RankPlan
 from nni_haloc.runs.folder import RunFolder, hold, tensor_shapes
 from nni_haloc.space.layers import layout_of
 from nni_haloc.space.modules import replace_modules
-from nni_haloc.utils.errors import first_line, printable
+from nni_haloc.utils.errors import brief, first_line, printable
 from nni_haloc.utils.files import make_folder, read_json, whole, write_json
 from nni_haloc.utils.wrapped import unwrapped
 
@@ -77,12 +77,15 @@ def load(
         The network.
 
     Raises:
+        TypeError: if ``model`` is no network.
         FileNotFoundError: names the folder or the file that is missing.
         ValueError: names the file that is damaged or does not fit.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_model
 
+    if not isinstance(model, (nn.Module, type(None))):
+        raise TypeError(f"model: expected the original network, found {brief(model)}")
     files = RunFolder(folder)
     if not files.path.is_dir():
         raise FileNotFoundError(f"{files}: no such folder")

@@ -22,6 +22,7 @@ from nni_haloc.search.supernet import MixedRankLayer
 from nni_haloc.training.averaging import MovingAverage
 from nni_haloc.training.divergence import DivergenceWatch, diverged
 from nni_haloc.utils.errors import Diverged, SettingsError, UnusableCheckpoint
+from nni_haloc.utils.memory import give_back_freed
 from nni_haloc.utils.placement import HostCopy, to_device
 from nni_haloc.utils.reentrant import no_reentrant_checkpoints
 
@@ -36,6 +37,10 @@ _EXPLOSION = 1e4
 
 e to that power is beyond float64, and 1 is enough to learn.
 """
+
+_GIVES_BACK = 4
+"""Iterations after which freed memory goes back to the system: each path has buffers of its own
+sizes, for which glibc would keep ever more (docs/benchmarks.md)."""
 
 _EPOCH: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": 1}
 """Log the mean over an epoch's iterations, all of one weight, and over the processes."""
@@ -132,6 +137,8 @@ class HalocModule(DartsLightningModule):
             self._average.update()
         if moved is not None:
             self._settle(moved, batch_idx)
+        if self.device.type == "cpu" and batch_idx % _GIVES_BACK == 0:
+            give_back_freed()
         if self.trainer.is_last_batch:
             self._watch.finish()
         self.advance_lr_schedulers(batch_idx)

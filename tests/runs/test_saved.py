@@ -365,5 +365,7 @@ def test_a_compressed_network_runs_in_other_formats(mobile, dtype):
 
 
 def test_a_folder_that_is_not_there_is_told_as_such(tmp_path):
+    with pytest.raises(TypeError, match="model: expected the original network, found 'resnet20'"):
+        load(tmp_path, "resnet20")
     with pytest.raises(FileNotFoundError, match=r"none: no such folder$"):
         load(tmp_path / "none")

@@ -155,6 +155,17 @@ def test_a_fraction_of_an_epoch_is_a_part_of_the_batches(net, images, loaders, e
     assert max(count) == math.ceil(epochs) - 1
 
 
+def test_every_fourth_iteration_gives_freed_memory_back(net, images, loaders, monkeypatch):
+    class Given(pl.Callback):
+        def on_train_batch_end(self, *_):
+            given.append(len(calls))
+
+    calls, given = [], []
+    monkeypatch.setattr("nni_haloc.search.updates.give_back_freed", lambda: calls.append(1))
+    search(net, images, loaders, epochs=2, callbacks=[Given()])
+    assert given == [1, 1, 1, 1, 2, 2, 2, 2]
+
+
 @pytest.mark.parametrize("range_", [[0.6, 0.2], [0.3, 0.3], [0.0, 0.5]])
 def test_a_range_of_budgets_must_rise(net, images, range_):
     with pytest.raises(ValueError, match="budget_range"):

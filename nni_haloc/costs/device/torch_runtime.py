@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -25,10 +24,9 @@ from nni_haloc.space.layers import LayerSpec
 from nni_haloc.space.modules import copy_of, replace_modules, set_precision
 from nni_haloc.space.names import DENSE
 from nni_haloc.utils.errors import SettingsError, first_line
+from nni_haloc.utils.memory import keep_freed
 from nni_haloc.utils.versions import processor
 
-_MALLOC = ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28))
-"""glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD, and the bytes that they are set to."""
 _BEFORE_CAPTURE = 3
 """Passes before one is captured: in it no library may choose its algorithms any more."""
 
@@ -136,7 +134,7 @@ class TorchRuntime(Runtime):
             "dtype": self.dtype,
             "memory_format": self.memory_format,
             "threads": (self.threads or torch.get_num_threads()) if cpu else self.device,
-            "memory": "kept" if cpu and _keep_memory() else "default",
+            "memory": "kept" if cpu and keep_freed() else "default",
             **({"graph": self.graph, "tf32": self.tf32} if self._is_cuda else {}),
         }
 
@@ -270,7 +268,7 @@ class TorchRuntime(Runtime):
         """Set torch's number of threads, on a CUDA device also its TF32, for a block's time."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
-        _keep_memory()
+        keep_freed()
         try:
             with _tf32(self.tf32) if self._is_cuda else nullcontext():
                 yield
@@ -350,20 +348,6 @@ def hardware(device: str) -> str:
     if device.startswith("cuda") and torch.cuda.is_available():
         return torch.cuda.get_device_name(device)
     return processor()
-
-
-def _keep_memory() -> bool:
-    """Have glibc keep freed memory for the rest of the process, if there is glibc.
-
-    By default it may give an activation of some megabytes back to the system and take it anew in
-    each pass, zeroed page by page. Whether it does depends on what was allocated before, and it can
-    treble a layer's time.
-    """
-    try:
-        library = ctypes.CDLL(None)
-        return all(library.mallopt(option, size) for option, size in _MALLOC)
-    except (OSError, AttributeError, TypeError):
-        return False
 
 
 def network_of(spec: Specification, choice: Mapping[str, str]) -> nn.Module:
