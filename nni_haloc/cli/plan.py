@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -81,10 +82,10 @@ def plan_command(
     if changed is not None and out is not None:
         make_folder(out.parent)
         changed.save(out)
-        command = f"haloc run RUN.yml --plan {out}"
+        words = ["haloc", "run", "RUN.yml", "--plan", str(out)]
         if files.folder.costs.is_file():  # else a run may measure them again
-            command += f" --set cost.table={files.folder.costs}"
-        typer.echo(f"plan: {out}; fine-tune it: {command}", err=json_)
+            words += ["--set", f"cost.table={files.folder.costs.resolve()}"]
+        typer.echo(f"plan: {out}; fine-tune it: {shlex.join(words)}", err=json_)
     if picture:
         path = files.folder.plan_picture if out is None else out.with_suffix(".png")
         holding = hold(files.folder) if out is None else nullcontext()

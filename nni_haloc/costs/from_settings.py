@@ -187,7 +187,10 @@ def _check_measured_alike(
         if (
             "runtime" in identity or (key == "input" and identity.get("kind") == "roofline")
         ) and identity.get(key) != value:
-            setting = "cost.batch_size" if key == "input" else f"cost.{key}"
+            setting = f"cost.{key}"
+            if key == "input":
+                same_image = list(identity.get(key) or [])[1:] == list(value)[1:]
+                setting = "cost.batch_size" if same_image else "data.size or data.channels"
             raise SettingsError(
                 f"{where}: measured with {key} {identity.get(key)!r}, but this run uses {value!r}; "
                 f"set {setting} to what was measured, or measure a table with it (haloc measure)"

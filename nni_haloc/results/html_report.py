@@ -150,8 +150,8 @@ def _objective(config: Mapping[str, Any]) -> Objective:
 def _facts(plan: RankPlan) -> dict[str, str]:
     """Return how a plan was chosen; costs are told with their unit."""
     facts = {key: _shown(v) for key, v in _flat(plan.chosen_by).items() if v is not None}
-    unit = facts.get("metric", "")
-    return {f"{_COSTS[key]}, {unit}" if key in _COSTS else key: v for key, v in facts.items()}
+    unit = f", {facts['metric']}" if "metric" in facts else ""
+    return {f"{_COSTS[key]}{unit}" if key in _COSTS else key: v for key, v in facts.items()}
 
 
 def _likely(under_way: UnderWay, folder: RunFolder) -> list[dict[str, Any]]:

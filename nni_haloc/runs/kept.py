@@ -14,7 +14,7 @@ from nni_haloc.utils.printing import percent
 OF_BUDGET = {metric: f"{metric}_of_budget" for metric in MEASURED}
 """The figure of each measured metric: the network's measured cost, divided by the budget.
 
-A budget that is a fraction is that much of the original's cost, measured beside the network's.
+A latency budget that is a fraction is that much of the original's, timed beside the network's.
 """
 TOLERANCE = 1.03
 """Up to this share of it the budget counts as met: two measurements of one network differ so."""
@@ -45,7 +45,7 @@ def measured_of_budget(
         ``latency_ms_of_budget``, ``energy_mj_of_budget``, as far as there are such limits: 1 is the
         budget itself. Of two limits in one metric it is the larger one. ``measured_share``, the
         network's latency over the original's, where a limit is one of latency; and ``budget_met``,
-        1 if none of the former is above 1.03, else 0.
+        1 if none of these shares of a budget is above 1.03, else 0.
     """
     shares: Figures = {}
     for facts, identity in limits:

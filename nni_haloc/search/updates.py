@@ -39,8 +39,10 @@ e to that power is beyond float64, and 1 is enough to learn.
 """
 
 _GIVES_BACK = 4
-"""Iterations after which freed memory goes back to the system: each path has buffers of its own
-sizes, for which glibc would keep ever more (docs/benchmarks.md)."""
+"""Iterations from one to the next that gives freed memory back to the system; the first does.
+
+Each path has buffers of its own sizes, and glibc keeps what each of them has freed.
+"""
 
 _EPOCH: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": 1}
 """Log the mean over an epoch's iterations, all of one weight, and over the processes."""

@@ -221,8 +221,8 @@ def explain(error: ValidationError, section: type[BaseModel] | None = None) -> s
     if first["type"] == "extra_forbidden":
         message = unknown_key(path[-1], _keys(section, path[:-1]))
     elif first["type"] == "missing":
-        where = "".join(f".{part}" for part in path)[1:]
-        message = "missing" if section is None else f"missing; haloc settings {where} explains it"
+        top = section is not None and len(path) == 1
+        message = f"missing; haloc settings {path[0]} explains it" if top else "missing"
     elif first["type"] == "value_error":
         message = str(first["ctx"]["error"])
     else:
@@ -233,8 +233,7 @@ def explain(error: ValidationError, section: type[BaseModel] | None = None) -> s
         if first["type"] in ("model_type", "dict_type"):
             reason = "expected keys and values"
         message = f"{reason}, found {shown}"
-        limit = first.get("ctx", {}).get("lt", first.get("ctx", {}).get("le"))
-        if limit == 1 and isinstance(found, (int, float)) and 1 < found <= 100:
+        if path[-1:] == ["sparsity"] and isinstance(found, (int, float)) and 1 < found < 100:
             message += f"; write {found / 100:g} for {found:g} %"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return (f"{'.'.join(path)}: " if path else "") + message + more

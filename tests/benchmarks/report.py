@@ -164,7 +164,8 @@ def leaderboard(raw: Path) -> str:
             method: {seed: row["test_top1"] for seed, row in runs.items()}
             for method, runs in found.items()
         }
-        lines[f"{title} ({seeds} seeds or more)"] = top1, TEST_IMAGES
+        least = "one seed" if seeds == 1 else f"{seeds} seeds"
+        lines[f"{title} (at least {least})"] = top1, TEST_IMAGES
     cells = [
         [name, *mark({method: top1.get(method, {}) for method in methods}, images)]
         for name, (top1, images) in lines.items()

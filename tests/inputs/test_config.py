@@ -298,8 +298,8 @@ def test_weights_to_be_trained_need_not_be_there(write, tmp_path):
 @pytest.mark.parametrize(
     ("given", "remedy"),
     [
-        (30, r"found 30; write 0\.3 for 30 %, or budget\.absolute: 30 for a number in the m.*"),
-        (450, r"found 450; write budget\.absolute: 450 for a number in the metric's unit"),
+        (30, r"found 30; write 0\.3 for 30 %, or budget: \{absolute: 30\}, a number in the m.*"),
+        (450, r"found 450; write budget: \{absolute: 450\}, a number in the metric's unit"),
         ("30%", r"found '30%'; write 0\.3"),
         ("12.5 %", r"found '12\.5 %'; write 0\.125"),
         ("half", "found 'half'"),

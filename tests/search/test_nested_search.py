@@ -10,7 +10,7 @@ import torch
 from helpers.searches import search
 from nni.nas.nn.pytorch import LayerChoice
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from nni_haloc.costs.analytic import mac_table
 from nni_haloc.costs.counts import count_macs
@@ -155,15 +155,17 @@ def test_a_fraction_of_an_epoch_is_a_part_of_the_batches(net, images, loaders, e
     assert max(count) == math.ceil(epochs) - 1
 
 
-def test_every_fourth_iteration_gives_freed_memory_back(net, images, loaders, monkeypatch):
+def test_every_fourth_iteration_gives_freed_memory_back(net, images, labels, monkeypatch):
     class Given(pl.Callback):
         def on_train_batch_end(self, *_):
             given.append(len(calls))
 
     calls, given = [], []
     monkeypatch.setattr("nni_haloc.search.updates.give_back_freed", lambda: calls.append(1))
+    many = TensorDataset(images.repeat(3, 1, 1, 1)[:160], labels.repeat(3)[:160])
+    loaders = [DataLoader(many, 16) for _ in range(2)]  # of ten batches
     search(net, images, loaders, epochs=2, callbacks=[Given()])
-    assert given == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert given == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6, 6]
 
 
 @pytest.mark.parametrize("range_", [[0.6, 0.2], [0.3, 0.3], [0.0, 0.5]])

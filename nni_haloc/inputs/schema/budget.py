@@ -29,7 +29,9 @@ def check_fraction(value: Any) -> Any:
         remedy = f"; write {float(percentage[1]) / 100:.6g}"
     elif is_number and 1 < value < math.inf:
         share = f"{value / 100:.6g} for {value:g} %, or " if value < 100 else ""
-        remedy = f"; write {share}budget.absolute: {brief(value)} for a number in the metric's unit"
+        remedy = (
+            f"; write {share}budget: {{absolute: {brief(value)}}}, a number in the metric's unit"
+        )
     expected = "expected a fraction of the original's cost, above 0 to 1"
     raise ValueError(f"{expected}, found {brief(value)}{remedy}")
 
