@@ -42,6 +42,7 @@ from nni_haloc.utils.errors import (
     reason_of,
 )
 from nni_haloc.utils.files import read_json, write_json
+from nni_haloc.utils.interruption import end_by_signal, stoppable
 from nni_haloc.utils.locks import hold_folder
 from nni_haloc.utils.log import log_to, logger
 from nni_haloc.utils.processes import is_first
@@ -212,14 +213,19 @@ if __name__ == "__main__":
         usage = "python3 -m nni_haloc.trial RUN.yml, or measure and options of `haloc measure`"
         sys.exit(f"usage: {usage}")
     FOLDER = RunFolder(Path(os.environ.get("NNI_OUTPUT_DIR", ".")) / "haloc")
-    with ExitStack() as LOG:  # the log is closed before Python takes `logging` apart
-        try:
-            LOG.enter_context(log_to(FOLDER.log))
-            # A shell may keep this trial's earlier process alive, which does not see its manager
-            # die then.
-            LOG.enter_context(hold_folder(FOLDER.path, wait=True))
-        except (HalocError, OSError) as error:
-            sys.exit(printable(reason_of(error)))
-        if sys.argv[1] == "measure":
-            sys.exit(measure_share(sys.argv[2:], PARAMETERS, FOLDER))
-        sys.exit(main(sys.argv[1], PARAMETERS, FOLDER))
+    try:
+        with ExitStack() as LOG:  # the log is closed before Python takes `logging` apart
+            try:
+                LOG.enter_context(log_to(FOLDER.log))
+                # A shell may keep this trial's earlier process alive, which does not see its
+                # manager die then.
+                LOG.enter_context(hold_folder(FOLDER.path, wait=True))
+            except (HalocError, OSError) as error:
+                sys.exit(printable(reason_of(error)))
+            LOG.enter_context(stoppable("trial", lambda: f"{FOLDER} keeps what was finished"))
+            if sys.argv[1] == "measure":
+                sys.exit(measure_share(sys.argv[2:], PARAMETERS, FOLDER))
+            sys.exit(main(sys.argv[1], PARAMETERS, FOLDER))
+    except SystemExit as END:
+        end_by_signal(END.code)  # else NNI takes a trial that it has stopped for one that failed
+        raise

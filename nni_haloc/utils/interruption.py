@@ -111,3 +111,17 @@ def stoppable(command: str, kept: Callable[[], str] = lambda: "") -> Iterator[No
         sys.exit(128 + signals.received[0])
     finally:
         signals.restore()
+
+
+def end_by_signal(status: object) -> None:
+    """End the process by the signal itself, if ``status`` is the shell's for Ctrl-C or SIGTERM.
+
+    Some parents tell a program that was stopped from one that failed by this alone. Python's own
+    last actions are left out, so everything must be closed. For another status nothing is done.
+    """
+    for number in _NAMES:
+        if status == 128 + number:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)

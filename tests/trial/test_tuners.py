@@ -86,3 +86,28 @@ def test_an_experiment_comes_to_its_end(tmp_path, name):
         assert sum("going on from the network of the trial before" in log for log in logs) == 2
     if name == "Batch":
         assert [row["seed"] for row in rows if "seed" in row] == [1]
+
+
+@SLOW
+def test_an_assessor_stops_a_trial_that_learns_nothing(tmp_path):
+    """Two trials that learn, then one of the lowest ranks that does not.
+
+    NNI 3.0 notes that it has stopped a trial early after the trial's end, and so calls it cancelled.
+    """
+    code = digits_code(tmp_path / "digits", epochs=6)
+    content = yaml.safe_load((DIGITS / "haloc.yml").read_text())
+    learning = {"finetune.lr": 0.02, "rule": "uniform", "finetune.schedule": "constant"}
+    trials = [learning, {**learning, "seed": 1}]
+    trials.append({**learning, "finetune.lr": 1e-8, "budget.fraction": 0.15})
+    content |= {
+        "searchSpace": {"combine_params": {"_type": "choice", "_value": trials}},
+        "tuner": {"name": "Batch"},
+        "assessor": {"name": "Medianstop", "classArgs": {**MAXIMIZE, "start_step": 2}},
+        "maxTrialNumber": 3,
+        "trialConcurrency": 1,
+    }
+    (code / "haloc.yml").write_text(yaml.safe_dump(content))
+    check_experiment(code / "haloc.yml")
+    with finished(tmp_path, code / "haloc.yml") as (port, _):
+        found = [trial["status"] for trial in get(port, "trial-jobs")]
+    assert found == ["SUCCEEDED", "SUCCEEDED", "USER_CANCELED"]

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM end a command with one line and the shell's exit status; its work is kept."""
 
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -189,3 +190,14 @@ def test_in_another_thread_signals_are_left_alone():
 
     with ThreadPoolExecutor() as pool:
         assert pool.submit(same_handler).result()
+
+
+@pytest.mark.parametrize(
+    ("status", "ends"), [(130, -signal.SIGINT), (143, -signal.SIGTERM), (2, 2), (None, 0)]
+)
+def test_a_stopped_trial_ends_by_the_signal_itself(status, ends):
+    """So NNI's manager sees no exit status, and calls the trial stopped, not failed."""
+    code = "import sys; from nni_haloc.utils.interruption import end_by_signal\n"
+    code += f"print('closed'); end_by_signal({status}); sys.exit({status})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (ends, "closed\n")
