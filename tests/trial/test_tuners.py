@@ -92,7 +92,7 @@ def test_an_experiment_comes_to_its_end(tmp_path, name):
 def test_an_assessor_stops_a_trial_that_learns_nothing(tmp_path):
     """Two trials that learn, then one of the lowest ranks that does not.
 
-    NNI 3.0 notes that it has stopped a trial early after the trial's end, and so calls it cancelled.
+    NNI 3.0 notes only after a trial's end that it has stopped it, and so calls it cancelled.
     """
     code = digits_code(tmp_path / "digits", epochs=6)
     content = yaml.safe_load((DIGITS / "haloc.yml").read_text())
