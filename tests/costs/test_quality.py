@@ -330,7 +330,7 @@ def test_each_fault_of_a_table_is_found_with_its_numbers(tmp_path, warned, fault
         assert dict(costs.quality) == pytest.approx(quality_of(content))
         doubts = costs.doubts()
         assert [told in doubt for doubt in doubts] == ([True] if told else [])
-        assert all("(haloc measure" in doubt and "\n" not in doubt for doubt in doubts)
+        assert all("haloc measure --rounds" in doubt and "\n" not in doubt for doubt in doubts)
         costs.save(file)
         assert CostTable.load(file) == costs
         check_table(costs, "costs.json")

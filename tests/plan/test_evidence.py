@@ -363,7 +363,7 @@ def test_a_network_that_only_guesses_is_a_warning_with_the_scale(net, wrecked, c
     with caplog.at_level(logging.INFO, "nni_haloc"):
         evidence_module.check_enough_images(found, net, space.candidates, choice, build, images)
     equal = divergence_of_equal_outputs(net, images)
-    scale = f"equal outputs for all classes would move them by {equal:.3g}"
+    scale = f"a network that only guesses is {equal:.3g} away"
     assert any(line.endswith(scale) for line in caplog.messages)
     told = [line for line in caplog.messages if "knows no more than a guess" in line]
     assert bool(told) == wrecked

@@ -106,7 +106,7 @@ def test_a_network_that_has_lost_most_is_told(original, compressed, images, clas
 def test_the_line_of_what_is_lost_has_the_numbers():
     assert doubts(stages(1.0, 0.3667, 250, 5))["far_below_original"] == (
         "finetune: top-1 is 63.33 points below the original's 100.00 %, more than half of the way "
-        "to chance, 20.00 %; raise the budget, or train longer (finetune.epochs, scale)"
+        "to chance, 20.00 %; raise the budget, or train for more epochs"
     )
 
 
