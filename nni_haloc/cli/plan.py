@@ -60,6 +60,7 @@ def plan_command(
     if out is not None and not set_:
         raise SettingsError("--out: expected --set LAYER=RANK beside it; nothing else is changed")
     factories = trust(code)
+    from nni_haloc.costs.device.costs_file import MEASURED
     from nni_haloc.results.plan_table import (
         PlanFiles,
         change_plan,
@@ -83,7 +84,7 @@ def plan_command(
         make_folder(out.parent)
         changed.save(out)
         words = ["haloc", "run", "RUN.yml", "--plan", str(out)]
-        if files.folder.costs.is_file():  # else a run may measure them again
+        if changed.chosen_by.get("metric") in MEASURED and files.folder.costs.is_file():
             words += ["--set", f"cost.table={files.folder.costs.resolve()}"]
         typer.echo(f"plan: {out}; fine-tune it: {shlex.join(words)}", err=json_)
     if picture:

@@ -13,7 +13,10 @@ from nni_haloc.runs.summary import summary
 from nni_haloc.utils.files import is_number
 from nni_haloc.utils.printing import print_table
 
-_MISSED = "measure the cost table again on an idle machine, or lower the budget"
+_MISSED = (
+    "The budget is missed. To meet it, measure the cost table again on an idle machine, or lower "
+    "the budget."
+)
 
 
 def print_summary(folder: Path, stages: Mapping[str, Mapping[str, float]], code: str = "") -> None:
@@ -27,7 +30,7 @@ def print_summary(folder: Path, stages: Mapping[str, Mapping[str, float]], code:
     """
     print_networks(stages)
     if any(row.get("budget_met") == 0 for row in stages.values()):
-        typer.echo(f"the budget is missed: {_MISSED}")
+        typer.echo(_MISSED)
     print_next(
         folder,
         {

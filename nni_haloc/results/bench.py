@@ -81,8 +81,9 @@ def bench(
         What ``bench.json`` says.
 
     Raises:
-        SettingsError: if the folder is none of a finished run, an option is wrong, or a runtime
-            that is named lacks a package; an earlier ``bench.json`` then stays.
+        SettingsError: if the folder is none of a finished run or an option is wrong; an earlier
+            ``bench.json`` then stays.
+        MissingPackage: if a runtime that is named lacks its package; likewise.
     """
     run = Finished(folder, data=data, factories=factories)
     cost, split = run.config.cost, split or run.config.data.score
@@ -207,7 +208,7 @@ def _runtimes(
             if names is None:
                 logger.info("without %s: %s", name, error)
             elif isinstance(error, MissingPackage):
-                raise SettingsError(f"runtimes: {name}: {error}") from None
+                raise
             else:
                 made[name] = error
     return made

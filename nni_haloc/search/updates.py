@@ -39,7 +39,7 @@ e to that power is beyond float64, and 1 is enough to learn.
 """
 
 _GIVES_BACK = 4
-"""Iterations from one to the next that gives freed memory back to the system; the first does.
+"""Every so many iterations, freed memory goes back to the system.
 
 Each path has buffers of its own sizes, and glibc keeps what each of them has freed.
 """
