@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from nni_haloc.cli.compress import code_of
 from nni_haloc.cli.summary import print_networks, print_summary
 from nni_haloc.inputs.config import parse_config
@@ -133,3 +135,10 @@ def test_a_line_of_figures_has_commas_between_them_alone():
     line = summary_line({"top1": 0.5, "measured_share": 0.9, "latency_ms_of_budget": 1.0})
     names = ["top-1 50.00 %", "latency of the original 90.0 %", "latency of the budget 100.0 %"]
     assert line.split(", ") == names
+
+
+@pytest.mark.parametrize(("met", "told"), [(0.0, True), (1.0, False), (None, False)])
+def test_a_missed_budget_is_told_with_what_helps(capsys, met, told):
+    figures = COMPRESSED if met is None else {**COMPRESSED, "budget_met": met}
+    print_summary(Path("here"), {"original": ORIGINAL, "compressed": figures})
+    assert ("The budget is missed. To meet it, measure" in capsys.readouterr().out) == told

@@ -321,7 +321,10 @@ def test_an_old_name_works_for_one_release_and_says_its_new_one(name):
         ({"train_loader": "tensor"}, "train_loader: .*found a Tensor; wrap it in a DataLoader"),
         ({"train_loader": "dataset"}, "train_loader: .*TensorDataset; wrap it in a DataLoader"),
         ({"val_loader": "dataset"}, "val_loader: .*TensorDataset; wrap it in a DataLoader"),
-        ({"model": "state"}, "model: expected an nn.Module, found OrderedDict, such as a state dict; build"),
+        (
+            {"model": "state"},
+            "model: expected an nn.Module, found OrderedDict, such as a state d",
+        ),
         ({"model": "resnet18"}, "model: expected an nn.Module, found 'resnet18'"),
         ({"epoch": 3}, "^epoch: unknown key; did you mean 'epochs'"),
         ({"alpha_Ir": 3}, "^alpha_Ir: unknown key; did you mean 'alpha_lr'"),

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shlex
 import shutil
 
 import pytest
@@ -117,6 +118,30 @@ def test_a_plan_is_shown_with_costs_sensitivities_and_reasons(finished, command)
     text = command("plan", finished)
     assert all(layer in text for layer in rows)
     assert "predicted change of the outputs" in text
+
+
+@pytest.mark.parametrize("metric", ["macs", "latency_ms"])
+def test_the_command_for_a_changed_plan_runs_and_measures_nothing(
+    finished, tmp_path, command, monkeypatch, metric
+):
+    """Printed from one folder, run by the settings of another; a counted cost needs no table."""
+    folder = shutil.copytree(finished, tmp_path / "a run")
+    for name in ("costs.json", "ranks.json"):
+        content = json.loads((folder / name).read_text())
+        (content if name == "costs.json" else content["chosen_by"])["metric"] = metric
+        if name == "costs.json":
+            content["unit"] = {"macs": content["unit"], "latency_ms": "milliseconds"}[metric]
+        (folder / name).write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    options = ("--set", "block4.conv=16", "--out", "by hand.json", "--no-timing")
+    last = command("plan", "a run", *options).splitlines()[-1]
+    words = shlex.split(last.partition("fine-tune it: ")[2])
+    assert words[:5] == ["haloc", "run", "RUN.yml", "--plan", "by hand.json"]
+    assert ("--set" in words) == (metric == "latency_ms")
+    more = ["--set", f"cost.metric={metric}", "--set", "budget.check=skip"]
+    done = haloc("run", DIGITS, *words[3:], *SHORT, *more, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "measuring" not in done.stderr
 
 
 def test_a_rank_set_by_hand_has_the_others_refitted_and_the_plan_runs(finished, tmp_path, command):
